@@ -1,0 +1,147 @@
+"""`auto`: the cheapest exchange that fits a shape, by a roofline of bytes, FLOPs and messages."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from helix_megatron.errors import HelixError, listed
+from helix_megatron.exchanges.all_to_all_batch import AllToAllBatch
+from helix_megatron.exchanges.all_to_all_heads import AllToAllHeads
+from helix_megatron.exchanges.all_to_all_sequence import AllToAllSequence
+from helix_megatron.exchanges.base import AttentionShape, Exchange
+from helix_megatron.exchanges.gather_kv import GatherKV
+from helix_megatron.exchanges.gather_qk import GatherQK
+from helix_megatron.exchanges.score_reduce import ScoreReduce
+
+EXACT: tuple[Exchange, ...] = (
+    GatherKV(),
+    AllToAllBatch(),
+    AllToAllSequence(),
+    AllToAllHeads(),
+    GatherQK(),
+    ScoreReduce(),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The constants of the roofline, in FLOP/s, byte/s and seconds.
+
+    `fused_head_dim` is the widest head of the fused attention kernels: wider heads write their scores to
+    memory, as an unfused softmax does.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    latency: float
+    memory_bandwidth: float
+    fused_head_dim: int
+
+
+# H100 SXM: fused causal attention reaches about 400 TFLOP/s in bf16 (FlashAttention-3, arXiv 2407.08608,
+# fig. 5: head_dim 128, forward, sequence 2k); NVLink 4 moves 450 GB/s in each direction, of which NCCL
+# sustains about 350; 3.35 TB/s HBM3 (NVIDIA H100 data sheet).
+GPU = Machine("gpu", 400e12, 350e9, 10e-6, 3.35e12, 256)
+# One CPU core with torch's attention over gloo on loopback: orders of magnitude only.
+CPU = Machine("cpu", 30e9, 1e9, 100e-6, 10e9, 1 << 30)
+MACHINES = {"cuda": GPU, "cpu": CPU}
+
+SCORE_PASSES = 6  # an unfused softmax writes or reads each score about this often, forward
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An exchange and either why it does not fit (`reason`), or what it would cost one rank, one layer."""
+
+    exchange: Exchange
+    reason: str
+    bytes: int = 0
+    flops: int = 0
+    seconds: float = float("inf")
+
+    @property
+    def fits(self) -> bool:
+        return not self.reason
+
+
+@functools.lru_cache(maxsize=4096)
+def candidates(shape: AttentionShape, machine: Machine = GPU) -> tuple[Candidate, ...]:
+    """Every exact exchange, those that fit first, cheapest first."""
+    found = []
+    for exchange in EXACT:
+        reason = exchange.supports(shape)
+        if reason:
+            found.append(Candidate(exchange, reason))
+            continue
+        sent, flops = exchange.bytes(shape), exchange.flops(shape)
+        seconds = _seconds(exchange, shape, machine, sent, flops)
+        found.append(Candidate(exchange, "", sent, flops, seconds))
+    return tuple(sorted(found, key=lambda candidate: candidate.seconds))
+
+
+def choose(shape: AttentionShape, name: str = "auto", machine: Machine = GPU) -> Exchange:
+    """The exchange called `name`, the cheapest of the family `all-to-all`, or the cheapest at all (`auto`).
+
+    Raises:
+        HelixError: the exchange asked for does not fit; the text says why, and which do.
+    """
+    ranked = candidates(shape, machine)
+    asked = [c for c in ranked if name in ("auto", c.exchange.name) or _in_family(c, name)]
+    if not asked:
+        names = [candidate.exchange.name for candidate in ranked]
+        raise HelixError(f"exchange {name!r} is unknown. Valid: {listed(['auto', *names])}.")
+    if not asked[0].fits:
+        reasons = "; ".join(f"{c.exchange.name}: {c.reason}" for c in asked)
+        fitting = [c.exchange.name for c in ranked if c.fits]
+        raise HelixError(
+            f"exchange {name} does not fit here ({reasons}). These fit: {listed(fitting)}. "
+            "Try --helix-exchange auto."
+        )
+    return asked[0].exchange
+
+
+def explain(shape: AttentionShape, name: str = "auto", machine: Machine = GPU) -> str:
+    """A table of all exchanges for a shape, what each costs or why it does not fit, and the choice."""
+    layout = shape.layout
+    lines = [
+        f"{layout.num_heads} query heads, {layout.num_kv_heads} key-value heads of {layout.head_dim}, "
+        f"{layout.head_groups} head groups of {layout.segments} ranks, query layout {layout.query_layout}; "
+        f"batch {shape.batch}, {shape.query_length} queries, {shape.key_length} keys. "
+        f"Per rank and layer, forward, estimated for {machine.name}:",
+        f"  {'exchange':<20} {'bytes sent':>12} {'GFLOP':>9} {'est. ms':>9}",
+    ]
+    chosen = choose(shape, name, machine)
+    for candidate in candidates(shape, machine):
+        label = candidate.exchange.name
+        if candidate.fits:
+            mark = "  <- chosen" if candidate.exchange is chosen else ""
+            lines.append(
+                f"  {label:<20} {candidate.bytes:>12,} {candidate.flops / 1e9:>9.3f} "
+                f"{candidate.seconds * 1e3:>9.3f}{mark}"
+            )
+        else:
+            lines.append(f"  {label:<20} not here: {candidate.reason}")
+    return "\n".join(lines)
+
+
+def _in_family(candidate: Candidate, name: str) -> bool:
+    return name == "all-to-all" and candidate.exchange.name.startswith("all-to-all-")
+
+
+def _seconds(
+    exchange: Exchange, shape: AttentionShape, machine: Machine, sent: int, flops: int
+) -> float:
+    scores = exchange.score_bytes(shape)
+    if not scores and shape.layout.head_dim > machine.fused_head_dim:
+        # An unfused kernel computes and writes every score, whatever the mask hides.
+        pairs = shape.query_length * shape.key_length
+        flops = round(flops * pairs / max(shape.visible_pairs, 1))
+        scores = flops * shape.element_size // (4 * shape.layout.head_dim)
+    return (
+        flops / machine.flops
+        + sent / machine.bandwidth
+        + exchange.messages(shape) * machine.latency
+        + SCORE_PASSES * scores / machine.memory_bandwidth
+    )

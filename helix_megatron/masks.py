@@ -1,0 +1,99 @@
+"""What a query may attend to, as a description that can be sliced before it becomes a tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """The keys that each query sees: the conjunction of what is given.
+
+    causal: no key after the query.
+    window: (left, right), Megatron's `window_size`: at most `left` keys before the query and `right` after
+        it; -1 is unlimited.
+    hidden: bool, True where a key is hidden, broadcastable to [batch, heads, queries, keys]: padding or
+        any other pattern.
+    offset: position among the keys of the first query. None aligns the last query with the last key, as
+        is right for cached keys.
+    """
+
+    causal: bool = False
+    window: tuple[int, int] | None = None
+    hidden: Tensor | None = None
+    offset: int | None = None
+
+    def first_position(self, queries: int, keys: int) -> int:
+        """Position among the keys of the first of `queries` queries."""
+        return keys - queries if self.offset is None else self.offset
+
+    def is_plain_causal(self, queries: int, keys: int) -> bool:
+        """Whether this is causality alone, with the last query at the last key."""
+        aligned = self.first_position(queries, keys) == keys - queries
+        return self.causal and aligned and self.window is None and self.hidden is None
+
+    def hides_nothing(self, queries: int, keys: int) -> bool:
+        """Whether every query sees every key."""
+        sees_all = not self.causal or self.first_position(queries, keys) >= keys - 1
+        return sees_all and self.window is None and self.hidden is None
+
+    def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """bool [.., queries, keys], broadcastable to [batch, heads, queries, keys]."""
+        first = self.first_position(queries, keys)
+        query = torch.arange(first, first + queries, device=device).unsqueeze(1)
+        key = torch.arange(keys, device=device)
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+        if self.causal:
+            seen &= key <= query
+        if self.window is not None:
+            left, right = self.window
+            if left >= 0:
+                seen &= key >= query - left
+            if right >= 0:
+                seen &= key <= query + right
+        if self.hidden is not None:
+            seen = seen & ~self.hidden
+        return seen
+
+    # ------------------------------------------------------------------ slices
+
+    def block(self, start: int, stop: int, queries: int, keys: int) -> tuple[AttentionMask, slice]:
+        """The mask of queries [start, stop), and the range of keys that any of them may see."""
+        first = self.first_position(queries, keys)
+        key_start, key_stop = 0, keys
+        if self.causal:
+            key_stop = min(keys, first + stop)
+        if self.window is not None:
+            left, right = self.window
+            if left >= 0:
+                key_start = max(0, first + start - left)
+            if right >= 0:
+                key_stop = min(key_stop, first + stop + right)
+        hidden = self.hidden
+        if hidden is not None:
+            rows = slice(start, stop) if hidden.size(-2) > 1 else slice(None)
+            columns = slice(key_start, key_stop) if hidden.size(-1) > 1 else slice(None)
+            hidden = hidden[..., rows, columns]
+        mask = dataclasses.replace(self, hidden=hidden, offset=first + start - key_start)
+        return mask, slice(key_start, key_stop)
+
+    def batch_part(self, start: int, stop: int) -> AttentionMask:
+        """The mask of sequences [start, stop) of the batch."""
+        return self._select(0, start, stop)
+
+    def head_part(self, start: int, stop: int) -> AttentionMask:
+        """The mask of heads [start, stop)."""
+        return self._select(1, start, stop)
+
+    def _select(self, dim: int, start: int, stop: int) -> AttentionMask:
+        hidden = self.hidden
+        if hidden is None:
+            return self
+        hidden = hidden[(None,) * (4 - hidden.dim())]
+        if hidden.size(dim) > 1:
+            hidden = hidden.narrow(dim, start, stop - start)
+        return dataclasses.replace(self, hidden=hidden)

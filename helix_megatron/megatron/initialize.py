@@ -1,0 +1,120 @@
+"""The same seed gives the same model at every layout.
+
+Each weight is drawn whole, in canonical order, from a generator seeded by its name, and each rank keeps its
+part. The model's own `sharded_state_dict` says which part: the map that checkpoints use. So initial weights
+depend on none of m, n, tensor, pipeline, expert or data parallel size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from helix_megatron.errors import HelixError
+from helix_megatron.megatron.checkpoint import PermutedFactory
+from helix_megatron.megatron.random import derive_seed, seeded
+
+INIT_METHODS = ("init_method", "output_layer_init_method", "embedding_init_method")
+OUTPUT_LAYERS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+@contextlib.contextmanager
+def weights_not_drawn(config: Any) -> Iterator[None]:
+    """Models built inside the block leave their weights undrawn, for `initialize_weights`.
+
+    `perform_initialization=False` would not do: Megatron then also leaves out the marks that tell sharded
+    parameters from replicated ones, and gradient norms come out wrong.
+    """
+    methods = {name: getattr(config, name) for name in INIT_METHODS if hasattr(config, name)}
+    for name in methods:
+        setattr(config, name, lambda weight: weight)
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(config, name, method)
+
+
+@torch.no_grad()
+def initialize_weights(model: Any, config: Any, seed: int) -> None:
+    """Draw every matrix of a model chunk, zero its biases; norms keep their constants.
+
+    Build the model in `weights_not_drawn`. Every rank draws each of its layers' weights whole, one at a time,
+    on the CPU.
+
+    Raises:
+        HelixError: a weight whose place in the global tensor is unknown.
+    """
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    draw = _Draw(config, seed)
+    drawn = set()
+    for item in _leaves(model.sharded_state_dict(metadata=groups)):
+        if item.data is not None and item.data.dim() > 1:
+            item.data.copy_(_value(item, draw))
+            drawn.add(item.data.data_ptr())
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() > 1 and parameter.data_ptr() not in drawn:
+            raise HelixError(
+                f"weight {name} of shape {tuple(parameter.shape)} is not in the model's sharded state "
+                "dictionary, so its initial value would depend on the layout."
+            )
+
+
+class _Draw:
+    """Draws the global tensor of a name."""
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self._last: tuple[Any, Tensor] | None = None
+
+    def __call__(self, key: str, place: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """fp32; `place` are the indices on leading axes (layer, expert) that `shape` leaves out."""
+        if self._last is not None and self._last[0] == (key, place):
+            return self._last[1]  # the two halves of a gated MLP are parts of one tensor
+        value = torch.empty(shape)
+        with seeded(derive_seed(self.seed, key, place)):
+            self._method(key)(value)
+        self._last = (key, place), value
+        return value
+
+    def _method(self, key: str) -> Callable[[Tensor], Any]:
+        if key.endswith(OUTPUT_LAYERS):
+            return self.config.output_layer_init_method
+        if "embedding" in key:
+            return getattr(self.config, "embedding_init_method", None) or self.config.init_method
+        return self.config.init_method
+
+
+def _value(item: Any, draw: _Draw) -> Tensor:
+    """This rank's part of what `draw` gives for a sharded tensor or a factory of them."""
+    if isinstance(item, PermutedFactory):
+        assert item.index is not None
+        whole = draw(item.key, item.leading_offset, item.global_shape)
+        return whole.index_select(item.axis, torch.as_tensor(item.index))
+    if isinstance(item, ShardedTensorFactory):
+        return item.merge_fn([_part(part, draw) for part in item.build()])
+    return _part(item, draw)
+
+
+def _part(sharded: ShardedTensor, draw: _Draw) -> Tensor:
+    leading = sharded.prepend_axis_num
+    shape, offset = sharded.global_shape[leading:], sharded.global_offset[leading:]
+    whole = draw(sharded.key, tuple(sharded.global_offset[:leading]), tuple(shape))
+    for axis, (start, length) in enumerate(zip(offset, sharded.local_shape, strict=True)):
+        whole = whole.narrow(axis, start, length)
+    return whole
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, (ShardedTensor, ShardedTensorFactory)):
+        return [tree]
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return [leaf for child in children for leaf in _leaves(child)]

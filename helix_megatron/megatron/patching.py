@@ -1,0 +1,132 @@
+"""Replace attributes of other packages, all at once, and put every one of them back.
+
+A `PatchTable` is a list of named replacements. Each is a function with a docstring that says what upstream
+does, where, and why that fails; it takes the upstream object and returns what stands in for it:
+
+    TABLE = PatchTable("torch", "2.13.0", "the dummy streams")
+
+    @TABLE.replace("torch.cuda:synchronize")
+    def synchronize(upstream):
+        \"\"\"p2p_communication.py:398 waits for the device: there is none.\"\"\"
+        return lambda device=None: None
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from helix_megatron.errors import HelixError
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One attribute to replace.
+
+    `target` is `module:attribute` or `module:Class.attribute`. `adds` marks an attribute that upstream
+    forgot to define: it is added where it is missing and left alone where it exists.
+    """
+
+    target: str
+    stand_in: Callable[[Any], Any]
+    adds: bool = False
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """What is needed to undo one patch."""
+
+    owner: Any
+    name: str
+    upstream: Any
+
+    def undo(self) -> None:
+        if self.upstream is _MISSING:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.upstream)
+
+
+class PatchTable:
+    """Replacements that are applied together or not at all.
+
+    `package` and `version` name what the table was written for; `purpose` says in the error, after
+    "which ... needs", who needs a target that is not there.
+    """
+
+    def __init__(self, package: str, version: str, purpose: str) -> None:
+        self.package = package
+        self.version = version
+        self.purpose = purpose
+        self.patches: list[Patch] = []
+        self._replaced: list[_Replaced] = []
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._replaced)
+
+    def replace(
+        self, *targets: str, adds: bool = False
+    ) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+        """Decorator that adds a replacement of one or several targets to the table."""
+
+        def register(stand_in: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            self.patches += [Patch(target, stand_in, adds) for target in targets]
+            return stand_in
+
+        return register
+
+    def install(self) -> None:
+        """Apply all patches; nothing happens when they are in place.
+
+        Raises `HelixError` if a target does not exist, before anything has been replaced.
+        """
+        if self.installed:
+            return
+        found = [(patch, *self._find(patch)) for patch in self.patches]
+        stand_ins = [
+            (owner, name, upstream, patch.stand_in(upstream))
+            for patch, owner, name, upstream in found
+            if upstream is _MISSING or not patch.adds
+        ]
+        for owner, name, upstream, stand_in in stand_ins:
+            # What a class only inherits is not its own: undoing means to delete it again.
+            own = vars(owner).get(name, _MISSING) if isinstance(owner, type) else upstream
+            setattr(owner, name, stand_in)
+            self._replaced.append(_Replaced(owner, name, own))
+
+    def uninstall(self) -> None:
+        """Put everything back, last patch first."""
+        while self._replaced:
+            self._replaced.pop().undo()
+
+    def _find(self, patch: Patch) -> tuple[Any, str, Any]:
+        """(object that holds the target, attribute's name, the attribute or `_MISSING`)."""
+        module, _, path = patch.target.partition(":")
+        *parents, name = path.split(".")
+        try:
+            owner = importlib.import_module(module)
+            for parent in parents:
+                owner = getattr(owner, parent)
+        except (ImportError, AttributeError) as error:
+            raise self._unknown_version(patch) from error
+        upstream = getattr(owner, name, _MISSING)
+        if upstream is _MISSING and not patch.adds:
+            raise self._unknown_version(patch)
+        return owner, name, upstream
+
+    def _unknown_version(self, patch: Patch) -> HelixError:
+        try:
+            version = importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "an unknown version"
+        return HelixError(
+            f"{self.package} {version} has no {patch.target.replace(':', '.')}, which "
+            f"{self.purpose} replaces. It is written for {self.package} {self.version}: try "
+            f"pip install {self.package}=={self.version}."
+        )

@@ -1,0 +1,82 @@
+"""A transformer configuration that accepts more tensor parallel ranks than heads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.layout import HeadLayout, RotaryStyle
+from helix_megatron.megatron.support import check_supported
+
+
+@dataclass
+class HelixTransformerConfig(TransformerConfig):
+    """Megatron's `TransformerConfig`, and how attention is partitioned.
+
+    Raises:
+        HelixError: the layout does not fit the heads, or another setting does not work with cut heads.
+    """
+
+    helix: HelixConfig = field(default_factory=HelixConfig)
+    """Two-level attention partitioning; the default is stock attention."""
+
+    rotary_percent: float = 1.0
+    """Share of a head's dimensions that rotary embedding turns, as given to GPTModel; 0 without rotary
+    embedding. A segment keeps rotary pairs together, so the layout must know."""
+
+    def __post_init__(self) -> None:
+        if self.helix.active:
+            check_supported(self, self.helix)
+        with relaxed_head_checks(self, self.helix):
+            super().__post_init__()
+
+
+@contextlib.contextmanager
+def relaxed_head_checks(config: TransformerConfig, helix: HelixConfig) -> Iterator[None]:
+    """Inside the block the configuration counts segments as heads, h·m and g·m, so that Megatron accepts them.
+
+    The tensor parallel size stays m·n, so all of Megatron's other checks are those of an ordinary model.
+
+    Raises:
+        HelixError: the layout does not fit the heads, in our words before Megatron says it in its own.
+    """
+    if not helix.active:
+        yield
+        return
+    layout = _layout(config, helix)
+    config.kv_channels = layout.head_dim
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    config.num_attention_heads = layout.num_heads * layout.segments
+    config.num_query_groups = layout.num_kv_heads * layout.segments
+    try:
+        yield
+    finally:
+        config.num_attention_heads, config.num_query_groups = heads, groups
+    config.num_query_groups = layout.num_kv_heads  # what Megatron fills in for None
+
+
+def attention_layout(config: TransformerConfig) -> HeadLayout:
+    """The layout of the self-attention layers of a configuration that has a `helix` field."""
+    return _layout(config, config.helix)
+
+
+def _layout(config: TransformerConfig, helix: HelixConfig) -> HeadLayout:
+    heads = config.num_attention_heads
+    head_dim = config.kv_channels or config.hidden_size // heads
+    rotary: RotaryStyle = "interleaved" if config.rotary_interleaved else "half"
+    rotary_dim = int(head_dim * getattr(config, "rotary_percent", 1.0))
+    if rotary_dim == 0:
+        rotary = "none"
+    return helix.layout(
+        num_heads=heads,
+        num_kv_heads=config.num_query_groups or heads,
+        head_dim=head_dim,
+        tensor_parallel_size=config.tensor_model_parallel_size,
+        rotary=rotary,
+        rotary_dim=rotary_dim,
+        output_gate=config.attention_output_gate,
+    )

@@ -1,0 +1,236 @@
+"""The intra-head parallel dimension, registered beside tensor, pipeline, data and expert parallelism.
+
+Tensor parallel ranks t = i·m + j form, for every pipeline stage and data parallel replica,
+
+    intra-head groups   the m ranks of equal i: the segments of one head group; they exchange
+    head groups         the n ranks of equal j: one segment of every head group
+
+Megatron's own groups are untouched: the tensor parallel group stays all p = m·n ranks. This module is the one
+place that looks groups up in a global, as hosts do; everything below takes them as arguments.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+DEFAULT_TIMEOUT_MINUTES = 30.0
+
+
+@dataclass(frozen=True)
+class _Groups:
+    intra_head: ProcessGroup
+    head_group: ProcessGroup
+
+
+_groups: _Groups | None = None
+
+
+def initialize_model_parallel(
+    tensor_model_parallel_size: int = 1,
+    *args: Any,
+    intra_head_parallel_size: int = 1,
+    distributed_timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES,
+    **kwargs: Any,
+) -> None:
+    """Megatron's `initialize_model_parallel`, and the groups of intra-head parallelism.
+
+    All other arguments are Megatron's. Every group gets the timeout.
+
+    Raises:
+        HelixError: groups exist already, or m does not divide `tensor_model_parallel_size`.
+    """
+    from megatron.core import parallel_state
+
+    _refuse_twice()
+    if parallel_state.model_parallel_is_initialized():
+        raise HelixError(
+            "Megatron's model parallel groups exist already. Call helix_megatron.parallel_state."
+            "register_intra_head_parallel(m) to add those of intra-head parallelism."
+        )
+    HelixConfig(intra_head_parallel_size).head_groups(tensor_model_parallel_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size,
+        *args,
+        distributed_timeout_minutes=distributed_timeout_minutes,
+        **kwargs,
+    )
+    register_intra_head_parallel(
+        intra_head_parallel_size, distributed_timeout_minutes=distributed_timeout_minutes
+    )
+
+
+def register_intra_head_parallel(
+    intra_head_parallel_size: int, *, distributed_timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES
+) -> None:
+    """Make the groups in a world where Megatron's are initialised. Every rank of the world must call it.
+
+    The ranks of each tensor parallel group are asked for, not computed, so any `order` that was given to
+    Megatron is right.
+
+    Raises:
+        HelixError: Megatron is not initialised, the groups exist already, or m does not divide TP.
+    """
+    global _groups
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        raise HelixError(
+            "Megatron's model parallel groups do not exist yet. Call "
+            "helix_megatron.parallel_state.initialize_model_parallel instead, or Megatron's own first."
+        )
+    _refuse_twice()
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    m = intra_head_parallel_size
+    HelixConfig(m).head_groups(tensor_group.size())
+    timeout = datetime.timedelta(minutes=distributed_timeout_minutes)
+    rank = dist.get_rank()
+    intra_head = head_group = None
+    for tensor_ranks in _all_tensor_ranks(tensor_group):
+        for start in range(0, len(tensor_ranks), m):
+            ranks = tensor_ranks[start : start + m]
+            group = _new_group(ranks, timeout, "INTRA_HEAD_PARALLEL_GROUP")
+            intra_head = group if rank in ranks else intra_head
+        for segment in range(m):
+            ranks = tensor_ranks[segment::m]
+            group = _new_group(ranks, timeout, "HEAD_GROUP_PARALLEL_GROUP")
+            head_group = group if rank in ranks else head_group
+    assert intra_head is not None and head_group is not None
+    _groups = _Groups(intra_head, head_group)
+
+
+def intra_head_parallel_is_initialized() -> bool:
+    """Whether the groups exist."""
+    return _groups is not None
+
+
+def destroy_model_parallel() -> None:
+    """Forget the intra-head groups and Megatron's. Does nothing where none exist."""
+    from megatron.core import parallel_state
+
+    destroy_intra_head_parallel()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+
+
+def destroy_intra_head_parallel() -> None:
+    """Forget the intra-head groups only."""
+    global _groups
+    if _groups is not None and dist.is_initialized():
+        for group in (_groups.intra_head, _groups.head_group):
+            dist.destroy_process_group(group)
+    _groups = None
+
+
+# ------------------------------------------------------------------------- accessors
+
+
+def get_intra_head_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
+    """The m ranks that hold the segments of this rank's head group, in order of j.
+
+    Raises:
+        HelixError: the groups do not exist (None instead with `check_initialized=False`).
+    """
+    return _get("intra_head", check_initialized)
+
+
+def get_intra_head_parallel_world_size() -> int:
+    """m, the number of segments of a head."""
+    return _get("intra_head").size()
+
+
+def get_intra_head_parallel_rank() -> int:
+    """j, this rank's segment."""
+    return _get("intra_head").rank()
+
+
+def get_intra_head_parallel_global_ranks() -> list[int]:
+    """Global ranks of the intra-head group."""
+    return dist.get_process_group_ranks(_get("intra_head"))
+
+
+def get_head_group_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
+    """The n ranks that hold this rank's segment of every head group, in order of i.
+
+    Raises:
+        HelixError: the groups do not exist (None instead with `check_initialized=False`).
+    """
+    return _get("head_group", check_initialized)
+
+
+def get_head_group_parallel_world_size() -> int:
+    """n, the number of head groups."""
+    return _get("head_group").size()
+
+
+def get_head_group_parallel_rank() -> int:
+    """i, this rank's head group."""
+    return _get("head_group").rank()
+
+
+def get_head_group_parallel_global_ranks() -> list[int]:
+    """Global ranks of the group of equal segments."""
+    return dist.get_process_group_ranks(_get("head_group"))
+
+
+def use_mpu_process_groups(required_pgs: list[str] | None = None) -> ProcessGroupCollection:
+    """Megatron's collection of process groups, with `ihp` (intra-head) and `hgp` (head group) added."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return with_intra_head_groups(ProcessGroupCollection.use_mpu_process_groups(required_pgs))
+
+
+def with_intra_head_groups(pg_collection: ProcessGroupCollection) -> ProcessGroupCollection:
+    """A copy of a collection that carries `ihp` and `hgp`; groups that it has already are kept."""
+    collection = copy.copy(pg_collection)
+    if not hasattr(collection, "ihp"):
+        collection.ihp = get_intra_head_parallel_group()
+        collection.hgp = get_head_group_parallel_group()
+    return collection
+
+
+def _get(name: str, check_initialized: bool = True) -> Any:
+    if _groups is None:
+        if check_initialized:
+            raise HelixError(
+                "intra-head parallel groups do not exist. Call helix_megatron.parallel_state."
+                "initialize_model_parallel(..., intra_head_parallel_size=m), or "
+                "register_intra_head_parallel(m) where Megatron is initialised already."
+            )
+        return None
+    return getattr(_groups, name)
+
+
+def _refuse_twice() -> None:
+    if _groups is not None:
+        raise HelixError(
+            "intra-head parallel groups exist already. Call "
+            "helix_megatron.parallel_state.destroy_model_parallel before making others."
+        )
+
+
+def _new_group(ranks: list[int], timeout: datetime.timedelta, description: str) -> ProcessGroup:
+    return dist.new_group(ranks, timeout=timeout, group_desc=description)
+
+
+def _all_tensor_ranks(tensor_group: ProcessGroup) -> list[list[int]]:
+    """The ranks of every tensor parallel group in the world, in an order on which all ranks agree."""
+    own = dist.get_process_group_ranks(tensor_group)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    if None in everyone:
+        # The fake back end, used for tracing, gathers nothing: Megatron's default order is consecutive.
+        size, world = len(own), dist.get_world_size()
+        return [list(range(start, start + size)) for start in range(0, world, size)]
+    return [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]

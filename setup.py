@@ -1,0 +1,40 @@
+"""Packaging of helix_megatron: two-level attention partitioning for Megatron and DeepSpeed."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "helix_megatron" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="helix_megatron",
+    version=VERSION,
+    description="Attention on more ranks than there are key-value heads, for Megatron and DeepSpeed",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["helix_megatron", "helix_megatron.*"]),
+    package_data={"helix_megatron": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",  # newer cores need Python 3.12; see docs/limits.md
+        "numpy",
+        "psutil",  # megatron-core's distributed checkpoints import it and do not declare it
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "data": ["tokenizers"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "nvml": ["nvidia-ml-py"],
+        "deepspeed": ["deepspeed"],
+        "test": ["pytest", "hypothesis", "tokenizers", "tensorboard", "ruff", "mypy"],
+    },
+)

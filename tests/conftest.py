@@ -1,0 +1,45 @@
+"""What all tests share: one thread per process, the pool of ranks, and skips that say why."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+# Read once, by torch and OpenMP when they are imported and by the pool's processes: hence up here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core compiles small functions: slow
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+if "lo" in (name for _, name in socket.if_nameindex()):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name need not resolve
+
+import pytest
+import torch
+from pool import RankPool
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Ranks of a gloo process group: `pool.run(function, *args, world_size=4)`."""
+    ranks = RankPool()
+    yield ranks
+    ranks.close()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """List every skipped and expectedly failing test with its reason, as `-rsx` does."""
+    config.option.reportchars += "".join(c for c in "sx" if c not in config.option.reportchars)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A skip without a reason is a failure: nobody could tell what would bring the test back."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and isinstance(report.longrepr, tuple):
+        path, line, reason = report.longrepr
+        if reason.strip(": ") in {"", "Skipped", "Skipped: unconditional skip"}:
+            report.outcome = "failed"
+            report.longrepr = f"{path}:{line}: this test is skipped without a reason"
