@@ -1,0 +1,187 @@
+"""The training loop, on Megatron's pipeline schedules."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe import moe_utils
+from torch import Tensor
+
+from helix_megatron.megatron.random import enter_micro_batch
+from helix_megatron.meter import EXCHANGE, Meter
+from helix_megatron.training.metrics import GpuUtilization, IterationMetrics, memory_bytes
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Trainer:
+    """All that an iteration needs. `train` runs them and yields what each measured."""
+
+    args: argparse.Namespace
+    config: Any
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    meter: Meter
+
+    def __post_init__(self) -> None:
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        if self.args.overlap_grad_reduce:
+            self.config.no_sync_func = [chunk.no_sync for chunk in self.chunks]
+            if len(self.chunks) == 1:
+                self.config.no_sync_func = self.config.no_sync_func[0]
+        self._forward_backward = get_forward_backward_func()
+        self._gpu = GpuUtilization()
+
+    def train(
+        self, batches: Iterator[Batch], validation: Any | None = None
+    ) -> Iterator[IterationMetrics]:
+        """Run `--train-iters` iterations.
+
+        Args:
+            batches: this data parallel rank's micro-batches, without end.
+            validation: a function that returns a fresh iterator of validation micro-batches, or None.
+        """
+        args, start = self.args, time.perf_counter()
+        for iteration in range(1, args.train_iters + 1):
+            began = time.perf_counter()
+            self.meter.reset()
+            loss, norm, updated = self._step(batches, iteration)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+            extra = self._expert_losses()
+            traffic = self._traffic(seconds)
+            validation_loss = None
+            if validation is not None and self._validates(iteration):
+                validation_loss = self._evaluate(validation())
+            yield IterationMetrics(
+                iteration=iteration,
+                lm_loss=loss,
+                grad_norm=norm,
+                learning_rate=self.optimizer.param_groups[0]["lr"],
+                loss_scale=float(self.optimizer.get_loss_scale().item()),
+                skipped=not updated,
+                memory_bytes=memory_bytes(),
+                consumed_samples=iteration * args.global_batch_size,
+                consumed_tokens=iteration * self._tokens,
+                elapsed_seconds=time.perf_counter() - start,
+                validation_loss=validation_loss,
+                gpu_utilization=self._gpu.read(),
+                extra_losses=extra,
+                **traffic,
+            )
+
+    @property
+    def _tokens(self) -> int:
+        return self.args.global_batch_size * self.args.seq_length
+
+    def _step(self, batches: Iterator[Batch], iteration: int) -> tuple[float, float | None, bool]:
+        """One optimizer step: mean loss over the global batch, gradient norm, whether it was taken."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self._run(batches, iteration, self.args.num_micro_batches, train=True)
+        updated, norm, _ = self.optimizer.step()
+        if updated:
+            self.scheduler.step(increment=self.args.global_batch_size)
+        return self._mean_loss(losses), None if norm is None else float(norm), bool(updated)
+
+    def _run(
+        self, batches: Iterator[Batch], iteration: int, number: int, *, train: bool
+    ) -> list[dict[str, Tensor]]:
+        """Forward (and backward) over `number` micro-batches, in Megatron's schedule."""
+        mine = list(itertools.islice(batches, number))
+        rank, ranks = (
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+        numbered = [(index * ranks + rank, batch) for index, batch in enumerate(mine)]
+        # Each virtual stage reads the same micro-batches.
+        iterators = [iter(numbered) for _ in self.chunks]
+
+        def forward_step(iterator: Iterator[tuple[int, Batch]], model: Any) -> tuple[Tensor, Any]:
+            index, batch = next(iterator)
+            enter_micro_batch(self.args.seed, iteration, index)
+            device = torch.cuda.current_device()
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            # Attention layers are causal by their mask type; no mask tensor is needed.
+            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+            return output, lambda losses: _masked_mean(losses, batch["loss_mask"])
+
+        return self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=number,
+            seq_length=self.args.seq_length,
+            micro_batch_size=self.args.micro_batch_size,
+            forward_only=not train,
+        )
+
+    @torch.no_grad()
+    def _evaluate(self, batches: Iterator[Batch]) -> float:
+        for chunk in self.chunks:
+            chunk.eval()
+        number = self.args.eval_iters * self.args.num_micro_batches
+        losses = self._run(batches, 0, number, train=False)
+        for chunk in self.chunks:
+            chunk.train()
+        moe_utils.clear_aux_losses_tracker()
+        return self._mean_loss(losses)
+
+    def _validates(self, iteration: int) -> bool:
+        interval = self.args.eval_interval
+        return interval > 0 and (iteration % interval == 0 or iteration == self.args.train_iters)
+
+    def _mean_loss(self, losses: list[dict[str, Tensor]]) -> float:
+        """Mean over micro-batches and data parallel ranks, known on every rank."""
+        device = torch.cuda.current_device()
+        total = torch.zeros(1, dtype=torch.float64, device=device)
+        if losses:  # the last pipeline stage has them
+            total += torch.stack([loss["lm loss"].double() for loss in losses]).mean()
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+        return total.item() / parallel_state.get_data_parallel_world_size()
+
+    def _expert_losses(self) -> dict[str, float]:
+        """Mean over MoE layers of the load-balancing losses; none in a dense model."""
+        if self.args.num_experts is None:
+            return {}
+        moe_utils.reduce_aux_losses_tracker_across_ranks()
+        tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+        layers = len(range(0, self.args.num_layers, self.args.moe_layer_freq))
+        scale = self.args.num_micro_batches * layers
+        losses = {name: float(entry["values"].sum()) / scale for name, entry in tracker.items()}
+        moe_utils.clear_aux_losses_tracker()
+        return losses
+
+    def _traffic(self, seconds: float) -> dict[str, float]:
+        inside, total = self.meter.bytes(EXCHANGE), self.meter.bytes()
+        return {
+            "tokens_per_second": self._tokens / seconds,
+            "iteration_ms": seconds * 1e3,
+            "comm_ms_per_token": self.meter.seconds() * 1e3 / self._tokens,
+            "attention_bytes_per_token": inside / self._tokens,
+            "other_bytes_per_token": (total - inside) / self._tokens,
+        }
+
+
+def _masked_mean(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss of a micro-batch over the tokens that count."""
+    mask = loss_mask.reshape(-1).float()
+    loss = (losses.reshape(-1).float() * mask).sum() / mask.sum().clamp(min=1)
+    # The schedule divides the first in place.
+    return loss, {"lm loss": loss.detach().clone()}
