@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from helix_megatron.arguments import add_helix_arguments
+from helix_megatron.training.presets import PRESETS
 
 Row = tuple[str, Any, Any, str]
 
@@ -239,6 +240,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train a GPT, dense or mixture-of-experts, with attention on m × n ranks.",
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="defaults for the paper's 4-layer dense or 8-expert model, at full size (16 ranks) or small "
+        "(4 ranks)",
+    )
     for title, rows in GROUPS.items():
         group = parser.add_argument_group(title)
         for row in rows:
@@ -247,8 +254,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse; `helix_megatron.training.validate.validate` checks what the values mean together."""
-    return build_parser().parse_args(argv)
+    """Parse; `helix_megatron.training.validate.validate` checks what the values mean together.
+
+    A preset gives other defaults; flags given beside it win.
+    """
+    parser = build_parser()
+    preset = parser.parse_known_args(argv)[0].preset
+    if preset is not None:
+        parser.set_defaults(**PRESETS[preset])
+    return parser.parse_args(argv)
 
 
 def _add(group: Any, row: Row) -> None:

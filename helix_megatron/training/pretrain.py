@@ -106,81 +106,88 @@ def pretrain(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from helix_megatron import parallel_state
-    from helix_megatron.megatron.optional import available_backends, describe
-    from helix_megatron.megatron.random import seed_model_parallel
-    from helix_megatron.training.model import build_model, build_optimizer, transformer_config
     from helix_megatron.training.watchdog import watching
 
-    available_backends().check()
     with _process_group(args), watching():
-        parallel_state.initialize_model_parallel(
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-            intra_head_parallel_size=args.intra_head_parallel_size,
-            distributed_timeout_minutes=args.distributed_timeout_minutes,
-        )
-        seed_model_parallel(args.seed)
-        describe()
-        config = transformer_config(args)
-        chunks = build_model(args, config)
-        optimizer, scheduler = build_optimizer(args, chunks)
-        batches, validation = _data(args)
-        _train(args, config, chunks, optimizer, scheduler, batches, validation)
+        with _reporting(args) as report:
+            for metrics in training(args):
+                report(metrics)
         dist.barrier()
         parallel_state.destroy_model_parallel()
 
 
-def _train(
-    args: argparse.Namespace,
-    config: Any,
-    chunks: list[Any],
-    optimizer: Any,
-    scheduler: Any,
-    batches: Iterator[Any],
-    validation: Callable[[], Iterator[Any]] | None,
-) -> None:
-    import torch
-    import torch.distributed as dist
+def training(args: argparse.Namespace) -> Iterator[Any]:
+    """Build everything on this rank of an existing process group, and train: `IterationMetrics`, one by one.
 
+    Args:
+        args: validated flags.
+    """
+    import torch
+
+    from helix_megatron import parallel_state
+    from helix_megatron.megatron.optional import available_backends, describe
+    from helix_megatron.megatron.random import seed_model_parallel
     from helix_megatron.meter import measure
     from helix_megatron.training.loop import Trainer
-    from helix_megatron.training.metrics import MetricsWriters, write_run_description
-    from helix_megatron.training.progress import ProgressLine
+    from helix_megatron.training.model import build_model, build_optimizer, transformer_config
 
-    first = dist.get_rank() == 0
+    available_backends().check()
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        intra_head_parallel_size=args.intra_head_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
+    seed_model_parallel(args.seed)
+    describe()
+    config = transformer_config(args)
+    chunks = build_model(args, config)
+    optimizer, scheduler = build_optimizer(args, chunks)
+    batches, validation = _data(args)
     timed = args.log_communication_time == "on" or (
         args.log_communication_time == "auto" and not torch.cuda.is_available()
     )
-    description = run_description(args)
-    with contextlib.ExitStack() as stack:
-        writers = progress = None
-        if first:
-            if args.metrics_jsonl:
-                path = os.path.join(os.path.dirname(args.metrics_jsonl), "run.json")
-                write_run_description(path, description)
-            writers = stack.enter_context(
-                MetricsWriters(
-                    jsonl=args.metrics_jsonl,
-                    tensorboard_dir=args.tensorboard_dir,
-                    wandb_project=args.wandb_project,
-                    run_name=args.run_name,
-                    config=description,
-                )
-            )
-            progress = stack.enter_context(
-                ProgressLine(
-                    args.train_iters, log_interval=args.log_interval, label=args.run_name or ""
-                )
-            )
-        meter = stack.enter_context(measure(time=timed))
+    with measure(time=timed) as meter:
         trainer = Trainer(args, config, chunks, optimizer, scheduler, meter)
-        for metrics in trainer.train(batches, validation):
-            if writers is not None and progress is not None:
-                writers.write(metrics)
-                progress.update(metrics)
+        yield from trainer.train(batches, validation)
+
+
+@contextlib.contextmanager
+def _reporting(args: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
+    """Where an iteration's metrics go: files, services and the terminal on rank 0, nowhere on others."""
+    import torch.distributed as dist
+
+    from helix_megatron.training.metrics import MetricsWriters, write_run_description
+    from helix_megatron.training.progress import ProgressLine
+
+    if dist.get_rank() != 0:
+        yield lambda metrics: None
+        return
+    description = run_description(args)
+    if args.metrics_jsonl:
+        path = os.path.join(os.path.dirname(args.metrics_jsonl), "run.json")
+        write_run_description(path, description)
+    writers = MetricsWriters(
+        jsonl=args.metrics_jsonl,
+        tensorboard_dir=args.tensorboard_dir,
+        wandb_project=args.wandb_project,
+        run_name=args.run_name,
+        config=description,
+    )
+    label = args.run_name or ""
+    with (
+        writers,
+        ProgressLine(args.train_iters, log_interval=args.log_interval, label=label) as line,
+    ):
+
+        def report(metrics: Any) -> None:
+            writers.write(metrics)
+            line.update(metrics)
+
+        yield report
 
 
 def run_description(args: argparse.Namespace) -> dict[str, Any]:
