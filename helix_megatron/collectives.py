@@ -32,6 +32,10 @@ from helix_megatron.observe import purpose as purpose_of
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+# gloo's all-gather goes round a ring in k−1 steps that wait for each other. Up to about this size per rank an
+# all-to-all of k copies is faster: 12 instead of 20 ms for 8 ranks on 2 cores, and as fast for 2 ranks.
+_GLOO_DIRECT_BYTES = 256 << 10
+
 
 @dataclass
 class _Handle:
@@ -48,10 +52,11 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, purpose: str, handle: _Handle | None):
         ctx.group, ctx.purpose = group, purpose
         y = x.new_empty((group.size(), *x.shape))
+        collective, sent = _all_gather_single, x.contiguous()
+        if dist.get_backend(group) == "gloo" and x.nbytes <= _GLOO_DIRECT_BYTES:
+            collective, sent = dist.all_to_all_single, x.expand_as(y).contiguous()
         with purpose_of(purpose):
-            work = _all_gather_single(
-                y.view(-1), x.contiguous().view(-1), group=group, async_op=handle is not None
-            )
+            work = collective(y.view(-1), sent.view(-1), group=group, async_op=handle is not None)
         if handle is not None:
             handle.work = work
         return y

@@ -257,11 +257,12 @@ class HeadLayout:
                 f"Valid numbers of segments: {listed(self._valid_segments())}."
             )
         if m not in self._valid_segments():
-            pairs, rest = self._pairs_and_rest()
+            rest = d - 2 * self._rotary_pairs
             others = f" and {rest} others" if rest else ""
             raise HelixError(
-                f"{m} segments of a head of {d} dimensions would split a rotary pair: {pairs} pairs{others} "
-                f"cannot be dealt evenly. Valid numbers of segments: {listed(self._valid_segments())}."
+                f"{m} segments of a head of {d} dimensions would split a rotary pair: {self._rotary_pairs} "
+                f"pairs{others} cannot be dealt evenly. "
+                f"Valid numbers of segments: {listed(self._valid_segments())}."
             )
         if self.query_layout == "heads" and self.group_heads % m:
             raise HelixError(
@@ -280,14 +281,14 @@ class HeadLayout:
                 f"Valid: an even number up to {d}, or rotary style none."
             )
 
-    def _pairs_and_rest(self) -> tuple[int, int]:
-        """Rotary pairs of a head, and its dimensions that are not rotated; m must divide both."""
+    @property
+    def _rotary_pairs(self) -> int:
         assert self.rotary_dim is not None
-        return self.rotary_dim // 2, self.head_dim - self.rotary_dim
+        return self.rotary_dim // 2
 
     def _valid_segments(self) -> list[int]:
-        pairs, rest = self._pairs_and_rest()
-        return [m for m in divisors(self.head_dim) if pairs % m == 0 and rest % m == 0]
+        """What divides the head and its rotary pairs, and so the dimensions that are not rotated."""
+        return [m for m in divisors(self.head_dim) if self._rotary_pairs % m == 0]
 
     def _try_segments(self) -> str:
         """With the same number of ranks, the number of segments that would fit, largest n first."""

@@ -73,13 +73,11 @@ class AttentionMask:
                 key_start = max(0, first + start - left)
             if right >= 0:
                 key_stop = min(key_stop, first + stop + right)
-        hidden = self.hidden
-        if hidden is not None:
-            rows = slice(start, stop) if hidden.size(-2) > 1 else slice(None)
-            columns = slice(key_start, key_stop) if hidden.size(-1) > 1 else slice(None)
-            hidden = hidden[..., rows, columns]
-        mask = dataclasses.replace(self, hidden=hidden, offset=first + start - key_start)
-        return mask, slice(key_start, key_stop)
+        key_start = min(key_start, keys)
+        key_stop = max(key_start, key_stop)  # empty where all keys lie behind or ahead
+        part = self._select(-2, start, stop)._select(-1, key_start, key_stop)
+        block = dataclasses.replace(part, offset=first + start - key_start)
+        return block, slice(key_start, key_stop)
 
     def batch_part(self, start: int, stop: int) -> AttentionMask:
         """The mask of sequences [start, stop) of the batch."""

@@ -41,8 +41,10 @@ import torch
 import torch.distributed
 
 MAX_WORLD_SIZE = 16
-GRACE_SECONDS = 3.0  # for the ranks whose peer has failed
-CLEAN_UP_SECONDS = 20.0
+START_SECONDS = 120.0  # the first process imports torch and megatron-core; the machine may be busy
+GRACE_SECONDS = 5.0  # for the ranks whose peer has failed
+CLEAN_UP_SECONDS = 30.0
+READY = b"ready"
 PRELOAD = [
     "torch",
     "torch.distributed",
@@ -111,6 +113,14 @@ class Worker:
     connection: multiprocessing.connection.Connection
     stack_file: Path
 
+    def wait_until_ready(self) -> None:
+        try:
+            ready = self.connection.poll(START_SECONDS) and self.connection.recv_bytes() == READY
+        except (EOFError, ConnectionError):
+            ready = False
+        if not ready:
+            raise RankError(f"The process {self.process.name} does not start.")
+
     def stack(self) -> str:
         """Where the process is now; faulthandler can tell even if it is blocked in a collective."""
         if self.process.is_alive() and self.process.pid:
@@ -145,14 +155,15 @@ class RankPool:
         and results are pickled. torch.distributed is initialised with gloo. Afterwards the groups,
         megatron-core's global state, random states and the environment are put back.
 
-        Raises `RankError` if a rank raises, dies or does not answer within `timeout` seconds.
+        Raises `RankError` if a rank raises, dies or does not answer within `timeout` seconds. Starting
+        processes does not count.
         """
         __tracebackhide__ = True
         if not 1 <= world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"world_size is {world_size}. Valid values: 1 to {MAX_WORLD_SIZE}.")
         call = pickle.dumps((function, args, kwargs))
+        workers = self._start(world_size)
         deadline = time.monotonic() + timeout
-        workers = [self._worker(rank) for rank in range(world_size)]
         store = torch.distributed.TCPStore(
             "127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False
         )
@@ -180,24 +191,34 @@ class RankPool:
         for rank in list(self._workers):
             self._discard(rank)
 
-    def _worker(self, rank: int) -> Worker:
-        """The process of this rank, started if it is missing or has died since the last run."""
-        worker = self._workers.get(rank)
-        if worker is not None and worker.process.is_alive():
-            return worker
-        self._discard(rank)
+    def _start(self, world_size: int) -> list[Worker]:
+        """The processes of these ranks; those that are missing or have died are started."""
+        started = []
+        for rank in range(world_size):
+            worker = self._workers.get(rank)
+            if worker is None or not worker.process.is_alive():
+                self._discard(rank)
+                self._workers[rank] = self._new_worker(f"rank-{rank}")
+                started.append(rank)
+        try:
+            for rank in started:
+                self._workers[rank].wait_until_ready()
+        except BaseException:
+            for rank in started:
+                self._discard(rank)
+            raise
+        return [self._workers[rank] for rank in range(world_size)]
+
+    def _new_worker(self, name: str) -> Worker:
         self._started += 1
         stack_file = Path(self._directory.name, f"stack-{self._started}")
         stack_file.touch()
         ours, theirs = self._context.Pipe()
         # Not a daemon: checkpoint writers start processes of their own, which daemons must not.
-        process = self._context.Process(
-            target=_serve, args=(theirs, str(stack_file)), name=f"rank-{rank}"
-        )
+        process = self._context.Process(target=_serve, args=(theirs, str(stack_file)), name=name)
         process.start()
         theirs.close()
-        self._workers[rank] = Worker(process, ours, stack_file)
-        return self._workers[rank]
+        return Worker(process, ours, stack_file)
 
     def _discard(self, rank: int) -> None:
         """Kill the process of this rank, if there is one; the next run starts another."""
@@ -289,6 +310,7 @@ def _serve(connection: multiprocessing.connection.Connection, stack_file: str) -
     faulthandler.register(signal.SIGUSR1, file=stacks)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the pool's business
     torch.set_num_threads(1)
+    connection.send_bytes(READY)
     while True:
         try:
             job = connection.recv_bytes()
@@ -308,7 +330,8 @@ def _run_job(connection: multiprocessing.connection.Connection, job: Job) -> Non
     torch.manual_seed(0)
     try:
         function, args, kwargs = pickle.loads(job.call)
-        timeout = datetime.timedelta(seconds=job.timeout)
+        # Longer than the pool waits, so that a hang is the pool's to report.
+        timeout = datetime.timedelta(seconds=job.timeout + START_SECONDS)
         store = torch.distributed.TCPStore("127.0.0.1", job.port, job.world_size, timeout=timeout)
         torch.distributed.init_process_group(
             "gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=timeout

@@ -20,6 +20,7 @@ DETAILS = (
     "--rotary-percent 0.5 --untie-embeddings-and-output-weights --kv-channels 16"
 )
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 32 --swiglu --normalization RMSNorm --disable-bias-linear"
+BY_PARAGRAPH = ["--tokenizer-type", "byte", "--split-documents", "blank-line"]
 HELIX = "--intra-head-parallel-size"
 TP, PP, EP = (
     "--tensor-model-parallel-size",
@@ -218,3 +219,21 @@ def test_metrics_tell_the_traffic(pool):
     assert record["comm_ms_per_token"] > 0
     assert record["memory_bytes"] > 1e6
     assert record["consumed_tokens"] == 2 * 4 * 32
+
+
+def test_megatron_datasets_give_the_same_losses(pool, tmp_path):
+    """Tokens of `.bin/.idx`, read by Megatron's GPTDataset, reach every layout alike."""
+    from helix_megatron.data.preprocess import main
+    from helix_megatron.data.text import default_text
+
+    text = tmp_path / "reference.txt"
+    text.write_bytes(default_text()[:60_000])
+    prefix = tmp_path / "reference"
+    main(["--input", str(text), "--output-prefix", str(prefix), *BY_PARAGRAPH])
+    data = f"--data-path {prefix}_text_document --data-cache-path {tmp_path}"
+    flags = f"{SIZE} --train-iters 6 --split 90,10,0 --eval-interval 6 --eval-iters 1 {data}"
+    expected = run(pool, flags)
+    for layout, ranks in ((f"{TP} 4 {HELIX} 2 --sequence-parallel", 4), (f"{TP} 2 {HELIX} 2", 4)):
+        records = run(pool, f"{flags} {layout}", ranks)
+        assert largest_difference(records, expected) <= 1e-5
+        assert records[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"])

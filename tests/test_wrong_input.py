@@ -1,4 +1,4 @@
-"""Wrong input: one paragraph with the values, the valid values and what to try, exit code 2, no rank started."""
+"""Wrong input: one paragraph with the values, the valid values, what to try; exit code 2, no rank started."""
 
 from __future__ import annotations
 
@@ -69,6 +69,10 @@ WRONG = {
     ),
     "missing text file": ("--text no/such/file.txt", "no/such/file.txt"),
     "empty text": ("--text {empty}", "is empty"),
+    "short text": (
+        "--text {short}",
+        "the training text has 17 bytes, too few for sequence length 128: a sample takes 129.",
+    ),
     "missing .idx": ("--data-path {tmp}/nothing --tokenizer-type byte", "nothing"),
     "corrupt .idx": ("--data-path {corrupt} --tokenizer-type byte", "corrupt.idx"),
     "text and data path": (
@@ -136,10 +140,12 @@ WRONG = {
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "short.txt").write_bytes(b"to be or not to be")
     (tmp_path / "corrupt.idx").write_bytes(b"MMIDIDX\x00\x00" + b"\xff" * 40)
     (tmp_path / "corrupt.bin").write_bytes(b"\x00" * 64)
     return {
         "{empty}": str(tmp_path / "empty.txt"),
+        "{short}": str(tmp_path / "short.txt"),
         "{corrupt}": str(tmp_path / "corrupt"),
         "{tmp}": str(tmp_path),
     }

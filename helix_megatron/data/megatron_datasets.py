@@ -297,22 +297,9 @@ def build_megatron_datasets(
     """
     check_order(sequence_length, seed)
     prefixes, weights = parse_data_path(data_path)
-    if weights is not None and None in num_samples:
-        raise HelixError("--data-path with weights needs a number of samples for every split.")
-    if any(number is not None and number < 0 for number in num_samples):
-        raise HelixError(
-            f"{listed(num_samples)} samples were asked for. Ask for 0 or more of each."
-        )
-    summaries = [check_indexed_dataset(prefix, tokenizer.vocab_size) for prefix in prefixes]
-    one_epoch = weights is None and len(prefixes) > 1
-    wanted = [
-        share > 0 and number != 0
-        for share, number in zip(parse_split(split), num_samples, strict=True)
-    ]
-    for summary, part in itertools.product(summaries, range(len(SPLITS))):
-        if wanted[part]:
-            whole = one_epoch or num_samples[part] is None
-            _check_part(summary, part, split, sequence_length + 1 if whole else 1)
+    summaries, wanted = check_data_path(
+        data_path, tokenizer.vocab_size, sequence_length, num_samples, split
+    )
 
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
@@ -350,6 +337,40 @@ def build_megatron_datasets(
             ) from error
         raise
     return train, valid, test
+
+
+def check_data_path(
+    data_path: Sequence[str],
+    vocab_size: int,
+    sequence_length: int,
+    num_samples: tuple[int | None, int | None, int | None],
+    split: str,
+) -> tuple[list[IndexSummary], list[bool]]:
+    """Check all that `build_megatron_datasets` will read: a summary per prefix, and which splits are wanted.
+
+    Reads headers and sizes only, so that it can run before any rank starts.
+
+    Raises:
+        HelixError: any file or setting that cannot work.
+    """
+    prefixes, weights = parse_data_path(data_path)
+    if weights is not None and None in num_samples:
+        raise HelixError("--data-path with weights needs a number of samples for every split.")
+    if any(number is not None and number < 0 for number in num_samples):
+        raise HelixError(
+            f"{listed(num_samples)} samples were asked for. Ask for 0 or more of each."
+        )
+    summaries = [check_indexed_dataset(prefix, vocab_size) for prefix in prefixes]
+    one_epoch = weights is None and len(prefixes) > 1
+    wanted = [
+        share > 0 and number != 0
+        for share, number in zip(parse_split(split), num_samples, strict=True)
+    ]
+    for summary, part in itertools.product(summaries, range(len(SPLITS))):
+        if wanted[part]:
+            whole = one_epoch or num_samples[part] is None
+            _check_part(summary, part, split, sequence_length + 1 if whole else 1)
+    return summaries, wanted
 
 
 def _check_part(summary: IndexSummary, part: int, split: str, needed: int) -> None:

@@ -18,13 +18,16 @@ def sdpa(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """See `AttentionKernel`. Uses torch's causal and lower-right causal fast paths where the mask allows."""
+    """See `AttentionKernel`. Uses torch's causal and lower-right causal fast paths where the mask allows.
+
+    The latter gives NaN for queries that see no key, which plain causality has if queries outnumber keys.
+    """
     queries, keys = q_BHLD.size(2), k_BGSD.size(2)
     attn_mask: Tensor | None = None
     is_causal = False
     if mask.hides_nothing(queries, keys):
         pass
-    elif mask.is_plain_causal(queries, keys):
+    elif mask.is_plain_causal(queries, keys) and queries <= keys:
         is_causal = queries == keys
         attn_mask = None if is_causal else causal_lower_right(queries, keys)
     else:

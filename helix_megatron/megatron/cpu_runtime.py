@@ -18,10 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed
 from torch.overrides import _get_current_function_mode_stack
 
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron import cpu_collectives, cpu_devices, torch_adam
+from helix_megatron.megatron import cpu_devices, torch_adam
 from helix_megatron.megatron.patching import PatchTable
 
 MEGATRON_CORE = "0.16.1"
@@ -196,7 +197,8 @@ def _tracker_is_to_be_made(upstream: Any) -> bool:
 def _gather_unequal_parts(upstream: Any) -> Callable[..., torch.Tensor]:
     """mappings.py:150 gathers the tokens of experts that are cut by tensor parallelism.
 
-    Their numbers differ between ranks, which gloo refuses: `invalid tensor size`.
+    Their numbers differ between ranks, which gloo refuses: `invalid tensor size`. Here the parts travel
+    padded to the largest. (The way back, a reduce-scatter of unequal parts, gloo does accept.)
     """
 
     def gather(
@@ -205,24 +207,13 @@ def _gather_unequal_parts(upstream: Any) -> Callable[..., torch.Tensor]:
         if output_split_sizes is None or group.size() == 1:
             return upstream(input_, group, output_split_sizes, *args, **kwargs)
         sizes = [int(size) for size in output_split_sizes]
-        return cpu_collectives.gather_parts(input_, group, sizes)
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: input_.shape[0]] = input_
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(gathered, padded, group=group)
+        return torch.cat([whole[:size] for whole, size in zip(gathered, sizes, strict=True)])
 
     return gather
-
-
-@TABLE.replace("megatron.core.tensor_parallel.mappings:_reduce_scatter_along_first_dim")
-def _reduce_scatter_unequal_parts(upstream: Any) -> Callable[..., torch.Tensor]:
-    """mappings.py:193 is the way back of the gather above."""
-
-    def reduce_scatter(
-        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        if input_split_sizes is None or group.size() == 1:
-            return upstream(input_, group, input_split_sizes, *args, **kwargs)
-        sizes = [int(size) for size in input_split_sizes]
-        return cpu_collectives.reduce_scatter_parts(input_, group, sizes)
-
-    return reduce_scatter
 
 
 @TABLE.replace("megatron.core.transformer.moe.moe_utils:te_general_gemm", adds=True)

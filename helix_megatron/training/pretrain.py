@@ -12,7 +12,13 @@ from typing import Any
 
 from helix_megatron.errors import exit_on_error
 from helix_megatron.training.arguments import parse_args
-from helix_megatron.training.validate import attention_shape, ranks_of_environment, validate
+from helix_megatron.training.validate import (
+    attention_shape,
+    byte_datasets,
+    ranks_of_environment,
+    samples,
+    validate,
+)
 
 PROGRAM = "pretrain_gpt.py"
 # Whatever decides the losses: runs that agree in these train the same model.
@@ -238,9 +244,9 @@ def _data(args: argparse.Namespace) -> tuple[Iterator[Any], Callable[[], Iterato
     from megatron.core import parallel_state as megatron_state
 
     from helix_megatron.data.batches import micro_batches
-    from helix_megatron.data.text import ByteDataset, default_text, read_text, split_text
 
-    eval_samples = args.eval_iters * args.global_batch_size if args.eval_interval else 0
+    train: Any
+    valid: Any
     if args.data_path:
         from helix_megatron.data.megatron_datasets import build_megatron_datasets
 
@@ -248,16 +254,13 @@ def _data(args: argparse.Namespace) -> tuple[Iterator[Any], Callable[[], Iterato
             args.data_path,
             args.tokenizer,
             args.seq_length,
-            (args.train_iters * args.global_batch_size, eval_samples, 0),
+            samples(args),
             seed=args.seed,
             split=args.split,
             data_cache_path=args.data_cache_path,
         )
     else:
-        text = read_text(args.text) if args.text else default_text()
-        parts = split_text(text, args.split)
-        train = ByteDataset(parts[0], args.seq_length, args.seed)
-        valid = ByteDataset(parts[1], args.seq_length, args.seed) if eval_samples else None
+        train, valid = byte_datasets(args)
 
     def batches_of(dataset: Any) -> Iterator[Any]:
         return micro_batches(

@@ -6,8 +6,16 @@ import argparse
 import os
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.data.megatron_datasets import check_indexed_dataset, parse_data_path
-from helix_megatron.data.text import build_tokenizer, check_order, parse_split, read_text
+from helix_megatron.data.megatron_datasets import check_data_path
+from helix_megatron.data.text import (
+    ByteDataset,
+    build_tokenizer,
+    check_order,
+    default_text,
+    parse_split,
+    read_text,
+    split_text,
+)
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.exchanges import AttentionShape, choose
 from helix_megatron.layout import HeadLayout
@@ -267,14 +275,14 @@ def _check_data(args: argparse.Namespace) -> None:
     if args.text and args.data_path:
         raise HelixError("--text and --data-path exclude each other. Leave one out.")
     args.tokenizer = None
-    vocabulary = 256
+    args.eval_samples = args.eval_iters * args.global_batch_size if args.eval_interval else 0
     if args.data_path:
         args.tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
         vocabulary = args.tokenizer.vocab_size
-        for prefix in parse_data_path(args.data_path)[0]:
-            check_indexed_dataset(prefix, vocabulary)
-    elif args.text:
-        read_text(args.text)
+        check_data_path(args.data_path, vocabulary, args.seq_length, samples(args), args.split)
+    else:
+        vocabulary = 256
+        byte_datasets(args)
     if args.vocab_size is not None and args.vocab_size < vocabulary:
         raise HelixError(
             f"--vocab-size {args.vocab_size} is smaller than the {vocabulary} tokens of the text. Leave it "
@@ -287,6 +295,21 @@ def _check_data(args: argparse.Namespace) -> None:
     if unit % args.tensor_model_parallel_size:
         unit *= args.tensor_model_parallel_size
     args.padded_vocab_size = _next_multiple(args.vocab_size, unit)
+
+
+def samples(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Samples wanted for training, validation and test."""
+    return args.train_iters * args.global_batch_size, args.eval_samples, 0
+
+
+def byte_datasets(args: argparse.Namespace) -> tuple[ByteDataset, ByteDataset | None]:
+    """Training and validation text, without end; None where nothing is validated."""
+    text = read_text(args.text) if args.text else default_text()
+    train, valid, _ = split_text(text, args.split)
+    size, seed = args.seq_length, args.seed
+    name = "the validation text"
+    validation = ByteDataset(valid, size, seed, name=name) if args.eval_samples else None
+    return ByteDataset(train, size, seed, name="the training text"), validation
 
 
 def _next_multiple(number: int, unit: int) -> int:

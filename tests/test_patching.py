@@ -1,0 +1,101 @@
+"""Replacing attributes of other packages: all or nothing, and back."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+
+from helix_megatron.errors import HelixError
+from helix_megatron.megatron.patching import PatchTable
+
+
+class Base:
+    def inherited(self) -> str:
+        return "base"
+
+
+class Derived(Base):
+    own = "own"
+
+
+@pytest.fixture
+def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """A module to patch, holding a function, a constant and a class that inherits a method."""
+    module = types.ModuleType("upstream")
+    module.double = lambda x: 2 * x  # type: ignore[attr-defined]
+    module.constant = 1  # type: ignore[attr-defined]
+    module.Derived = Derived  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "upstream", module)
+    yield module
+
+
+def table() -> PatchTable:
+    return PatchTable("torch", "9.9", "the test")
+
+
+def test_a_stand_in_gets_the_upstream_object(upstream: types.ModuleType) -> None:
+    """Most stand-ins wrap what they replace."""
+    patches = table()
+
+    @patches.replace("upstream:double")
+    def plus_one(double):  # type: ignore[no-untyped-def]
+        return lambda x: double(x) + 1
+
+    patches.install()
+    patches.install()  # not wrapped twice
+    assert upstream.double(3) == 7
+    patches.uninstall()
+    assert upstream.double(3) == 6
+    assert not patches.installed
+
+
+def test_an_inherited_attribute_is_removed_again(upstream: types.ModuleType) -> None:
+    """Otherwise the derived class would keep a copy that hides later changes of its base."""
+    patches = table()
+    patches.replace("upstream:Derived.inherited", "upstream:Derived.own")(lambda old: "new")
+    before = dict(vars(Derived))
+    patches.install()
+    assert (Derived.inherited, Derived.own, Base.inherited is Derived.inherited) == (
+        "new",
+        "new",
+        False,
+    )
+    patches.uninstall()
+    assert dict(vars(Derived)) == before
+    assert Derived().inherited() == "base"
+
+
+def test_added_attributes_are_left_alone_where_they_exist(upstream: types.ModuleType) -> None:
+    """A version of upstream that has mended the fault must keep its own."""
+    patches = table()
+    patches.replace("upstream:constant", "upstream:forgotten", adds=True)(lambda old: 2)
+    patches.install()
+    assert (upstream.constant, upstream.forgotten) == (1, 2)
+    patches.uninstall()
+    assert upstream.constant == 1
+    assert not hasattr(upstream, "forgotten")
+
+
+@pytest.mark.parametrize(
+    "target", ["upstream:missing", "upstream:Derived.missing.deeper", "no_such_module:attribute"]
+)
+def test_an_unknown_version_is_an_error_and_changes_nothing(
+    upstream: types.ModuleType, target: str
+) -> None:
+    """A patch that misses its target must not pass in silence."""
+    patches = table()
+    patches.replace("upstream:constant")(lambda old: 2)
+    patches.replace(target)(lambda old: None)
+    with pytest.raises(HelixError) as caught:
+        patches.install()
+    assert upstream.constant == 1
+    assert not patches.installed
+    assert re.fullmatch(
+        rf"torch \d\S* has no {target.replace(':', '.')}, which the test replaces. "
+        r"It is written for torch 9.9: try pip install torch==9.9.",
+        str(caught.value),
+    )
