@@ -11,7 +11,7 @@ from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.validate import validate
 
 SIZE = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --micro-batch-size 2 "
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --micro-batch-size 4 "
     "--global-batch-size 4 --lr 3e-3 --train-iters 50 --log-communication-time off"
 )
 GQA = "--num-attention-heads 4 --group-query-attention --num-query-groups 2"
@@ -22,6 +22,7 @@ DETAILS = (
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 32 --swiglu --normalization RMSNorm --disable-bias-linear"
 BY_PARAGRAPH = ["--tokenizer-type", "byte", "--split-documents", "blank-line"]
 HELIX = "--intra-head-parallel-size"
+HALVED, QUARTERED = "--micro-batch-size 2", "--micro-batch-size 1"
 TP, PP, EP = (
     "--tensor-model-parallel-size",
     "--pipeline-model-parallel-size",
@@ -41,14 +42,15 @@ LAYOUTS = {
     "4 ranks, m 2, DP 2, distributed optimizer": (
         "",
         4,
-        f"{TP} 2 {HELIX} 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+        f"{TP} 2 {HELIX} 2 {HALVED} --use-distributed-optimizer --overlap-grad-reduce "
+        "--overlap-param-gather",
     ),
-    "4 ranks, m 2, PP 2": ("", 4, f"{TP} 2 {HELIX} 2 {PP} 2"),
+    "4 ranks, m 2, PP 2": ("", 4, f"{TP} 2 {HELIX} 2 {PP} 2 {HALVED}"),
     "8 ranks, m 4, sequence parallel": ("", 8, f"{TP} 8 {HELIX} 4 --sequence-parallel"),
     "8 ranks, m 2, PP 2, DP 2": (
         "",
         8,
-        f"{TP} 2 {HELIX} 2 {PP} 2 --use-distributed-optimizer --sequence-parallel",
+        f"{TP} 2 {HELIX} 2 {PP} 2 {QUARTERED} --use-distributed-optimizer --sequence-parallel",
     ),
     "GQA, 4 ranks, m 2": (GQA, 4, f"{TP} 4 {HELIX} 2"),
     "GQA, 4 ranks, m 2, score-reduce": (
@@ -65,7 +67,7 @@ LAYOUTS = {
     "details, 4 ranks, m 2, recompute full": (
         DETAILS,
         4,
-        f"{TP} 4 {HELIX} 2 --recompute-granularity full",
+        f"{TP} 4 {HELIX} 2 {HALVED} --recompute-granularity full",
     ),
     "MoE, 2 ranks, m 2": (EXPERTS, 2, f"{TP} 2 {HELIX} 2 --sequence-parallel"),
     "MoE, 4 ranks, m 2": (EXPERTS, 4, f"{TP} 4 {HELIX} 2 --sequence-parallel"),
@@ -73,12 +75,12 @@ LAYOUTS = {
     "MoE, 4 ranks, m 2, EP 2, DP 2": (
         EXPERTS,
         4,
-        f"{TP} 2 {HELIX} 2 --sequence-parallel {EP} 2 --use-distributed-optimizer",
+        f"{TP} 2 {HELIX} 2 {HALVED} --sequence-parallel {EP} 2 --use-distributed-optimizer",
     ),
     "MoE, 8 ranks, m 2, EP 2, PP 2": (
         EXPERTS,
         8,
-        f"{TP} 4 {HELIX} 2 --sequence-parallel {EP} 2 {PP} 2",
+        f"{TP} 4 {HELIX} 2 {HALVED} --sequence-parallel {EP} 2 {PP} 2",
     ),
 }
 
@@ -129,15 +131,15 @@ def test_losses_are_those_of_one_process(pool, reference, name):
     "layout",
     [
         f"{TP} 4 {HELIX} 2 --sequence-parallel",
-        f"{TP} 2 {HELIX} 2 {PP} 2 --recompute-granularity full",
-        f"{TP} 2 {HELIX} 2 --recompute-granularity selective",
+        f"{TP} 2 {HELIX} 2 {PP} 2 {HALVED} --recompute-granularity full",
+        f"{TP} 2 {HELIX} 2 {HALVED} --recompute-granularity selective",
     ],
 )
 def test_hidden_dropout_does_not_depend_on_the_layout(pool, layout):
-    """The same seed drops the same hidden states, under sequence and pipeline parallelism and recompute."""
-    flags = f"{SIZE} --train-iters 8 --hidden-dropout 0.2"
+    """The same seed drops the same hidden states, with sequence, pipeline, data parallelism, recompute."""
+    flags = f"{SIZE} {HALVED} --train-iters 8 --hidden-dropout 0.2"
     expected = run(pool, flags)
-    without = run(pool, f"{SIZE} --train-iters 8")
+    without = run(pool, f"{SIZE} {HALVED} --train-iters 8")
     assert largest_difference(expected, without) > 1e-2, "dropout does something"
     assert largest_difference(run(pool, f"{flags} {layout}", 4), expected) <= 1e-5
 
@@ -145,7 +147,7 @@ def test_hidden_dropout_does_not_depend_on_the_layout(pool, layout):
 def test_virtual_pipeline_stages_change_nothing(pool):
     """Interleaved stages pair their messages rightly."""
     flags = f"{SIZE} --num-layers 4 --train-iters 8"
-    layout = f"{TP} 2 {HELIX} 2 {PP} 2 --num-layers-per-virtual-pipeline-stage 1"
+    layout = f"{TP} 2 {HELIX} 2 {PP} 2 {HALVED} --num-layers-per-virtual-pipeline-stage 1"
     assert largest_difference(run(pool, f"{flags} {layout}", 4), run(pool, flags)) <= 1e-5
 
 
@@ -233,7 +235,10 @@ def test_megatron_datasets_give_the_same_losses(pool, tmp_path):
     data = f"--data-path {prefix}_text_document --data-cache-path {tmp_path}"
     flags = f"{SIZE} --train-iters 6 --split 90,10,0 --eval-interval 6 --eval-iters 1 {data}"
     expected = run(pool, flags)
-    for layout, ranks in ((f"{TP} 4 {HELIX} 2 --sequence-parallel", 4), (f"{TP} 2 {HELIX} 2", 4)):
+    for layout, ranks in (
+        (f"{TP} 4 {HELIX} 2 --sequence-parallel", 4),
+        (f"{TP} 2 {HELIX} 2 {HALVED}", 4),
+    ):
         records = run(pool, f"{flags} {layout}", ranks)
         assert largest_difference(records, expected) <= 1e-5
         assert records[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"])

@@ -1,0 +1,260 @@
+"""What Megatron's configuration accepts and refuses once heads are cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import warnings
+from typing import Any
+
+import pytest
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError
+from helix_megatron.megatron.support import (
+    REFUSED,
+    check_supported,
+    refuse_dynamic_inference,
+    refuse_packed_sequences,
+)
+from helix_megatron.megatron.transformer_config import (
+    HelixTransformerConfig,
+    attention_layout,
+    relaxed_head_checks,
+)
+
+
+def error_of(make: Any, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(HelixError) as error:
+        make(*args, **kwargs)
+    return str(error.value)
+
+
+SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+
+
+def helix_config(m: int = 2, tensor_parallel: int = 4, **settings: Any) -> HelixTransformerConfig:
+    return HelixTransformerConfig(
+        **{**SMALL, **settings}, tensor_model_parallel_size=tensor_parallel, helix=HelixConfig(m)
+    )
+
+
+def test_more_ranks_than_heads_are_accepted_where_stock_refuses():
+    """The reason for the class. Stock's refusal is asserted, too: once it is gone, so is the reason."""
+    with pytest.raises(ValueError, match=r"num_attention_heads \(2\) must be a multiple"):
+        TransformerConfig(**SMALL, tensor_model_parallel_size=4)
+    config = helix_config()
+    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (2, 2, 16)
+    layout = attention_layout(config)
+    assert (layout.head_groups, layout.segments, layout.num_heads) == (2, 2, 2)
+    one_group = attention_layout(helix_config(m=4))
+    assert (one_group.head_groups, one_group.segments, one_group.segment_dim) == (1, 4, 4)
+
+
+def test_the_layout_is_that_of_the_models_heads():
+    """Grouped queries, head size, rotary share and style, and the gate all change which rank holds what."""
+    config = helix_config(
+        num_attention_heads=8,
+        num_query_groups=2,
+        kv_channels=16,
+        rotary_percent=0.5,
+        rotary_interleaved=True,
+        attention_output_gate=True,
+    )
+    assert attention_layout(config) == HelixConfig(2).layout(
+        8, 2, 16, 4, rotary="interleaved", rotary_dim=8, output_gate=True
+    )
+    assert attention_layout(helix_config(rotary_percent=0.0)).rotary == "none"
+    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (8, 2, 16)
+
+
+def test_everything_but_attention_stays_on_all_tensor_parallel_ranks():
+    """The checks are relaxed, not the model: MLP, experts and sequence parallelism see all m·n ranks."""
+    for m in (2, 4):
+        config = helix_config(m, sequence_parallel=True)
+        assert config.tensor_model_parallel_size == 4
+        assert config.sequence_parallel is True
+        assert config.expert_tensor_parallel_size == 4
+    assert helix_config(expert_tensor_parallel_size=1).expert_tensor_parallel_size == 1
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_settings_are_restored_even_when_construction_raises(m):
+    """A configuration caught in an error, and one that hosts relax themselves, must not stay half changed."""
+    before = {
+        "tensor_model_parallel_size": 4,
+        "sequence_parallel": True,
+        "num_attention_heads": 2,
+        "num_query_groups": None,
+    }
+    config = types.SimpleNamespace(
+        **SMALL, kv_channels=None, rotary_interleaved=False, attention_output_gate=False
+    )
+    vars(config).update(before)
+
+    def settings() -> dict[str, Any]:
+        return {name: getattr(config, name) for name in before}
+
+    with pytest.raises(ZeroDivisionError), relaxed_head_checks(config, HelixConfig(m)):
+        assert settings() != before  # else this test restores nothing
+        raise ZeroDivisionError
+    assert settings() == before
+    with relaxed_head_checks(config, HelixConfig(m)):
+        pass
+    assert settings() == {**before, "num_query_groups": 2}  # as Megatron fills it in
+    assert config.kv_channels == 16
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_stocks_other_checks_still_see_all_ranks(m):
+    """What stock refuses at TP 4 must be refused with cut heads, even in a single head group (m = 4)."""
+    clash = {
+        "sequence_parallel": True,
+        "distribute_saved_activations": True,
+        "recompute_granularity": "selective",
+    }
+    stock = {**SMALL, "num_attention_heads": 4, "tensor_model_parallel_size": 4, **clash}
+    with pytest.raises(ValueError, match="distribute_saved_activations: True must be") as error:
+        TransformerConfig(**stock)
+    with pytest.raises(ValueError, match=re.escape(str(error.value))):
+        helix_config(m, **clash)
+    with pytest.raises(ValueError, match="pipeline_dtype must be specified"):
+        helix_config(m, pipeline_model_parallel_size=2)
+    with pytest.raises(ValueError, match="sequence parallelism without tensor parallelism"):
+        HelixTransformerConfig(**SMALL, sequence_parallel=True)
+
+
+def test_a_layout_that_does_not_fit_is_refused_in_our_words():
+    """Megatron's message about its own checks would name numbers that nobody typed."""
+    assert error_of(helix_config, 2, 8) == (
+        "2 heads cannot form 4 head groups. Valid numbers of groups: 1, 2. "
+        "With 8 ranks try --intra-head-parallel-size 4."
+    )
+    assert error_of(helix_config, 3, 4).startswith("intra-head parallel size 3 does not divide")
+    assert error_of(helix_config, 2, 4, kv_channels=6) == (
+        "2 segments of a head of 6 dimensions would split a rotary pair: 3 pairs cannot be dealt evenly. "
+        "Valid numbers of segments: 1, 3."
+    )
+
+
+def test_one_segment_leaves_everything_stock():
+    """m = 1 is stock Megatron: same settings, same refusals, and nothing of ours is checked."""
+    plain = {**SMALL, "num_attention_heads": 4, "tensor_model_parallel_size": 4}
+    ours, stock = HelixTransformerConfig(**plain), TransformerConfig(**plain)
+    for setting in dataclasses.fields(TransformerConfig):
+        mine, theirs = getattr(ours, setting.name), getattr(stock, setting.name)
+        assert mine == theirs or (callable(mine) and callable(theirs)), setting.name
+    with pytest.raises(ValueError, match=r"num_attention_heads \(2\) must be a multiple"):
+        HelixTransformerConfig(**SMALL, tensor_model_parallel_size=4)
+    # Head sizes that no layout would have, and settings that cut heads refuse:
+    config = HelixTransformerConfig(**SMALL, kv_channels=3, flash_decode=True, test_mode=True)
+    assert config.kv_channels == 3
+
+
+# -------------------------------------------------------------------- refused settings
+
+# A value of each refused setting that does not work, as users would set it.
+BAD = {
+    "multi_latent_attention": True,
+    "context_parallel_size": 2,
+    "fp8": "hybrid",
+    "fp4": "e2m1",
+    "cuda_graph_impl": "local",
+    "enable_cuda_graph": True,
+    "external_cuda_graph": True,
+    "flash_decode": True,
+    "softmax_type": "learnable",
+    "qk_clip": True,
+    "log_max_attention_logit": True,
+    "experimental_attention_variant": "gated_delta_net",
+    "heterogeneous_block_specs": True,
+    "fused_single_qkv_rope": True,
+    "batch_invariant_mode": True,
+    "fine_grained_activation_offloading": True,
+    "mtp_num_layers": 1,
+    "test_mode": True,
+}
+# Settings for which Megatron-LM's megatron/training/arguments.py (core_v0.16.1) makes no flag; it makes the
+# others from the fields of TransformerConfig.
+WITHOUT_FLAG = {"heterogeneous_block_specs", "fused_single_qkv_rope", "test_mode"}
+OTHER_FLAGS = {
+    "fp8": "--fp8-format",
+    "fp4": "--fp4-format",
+}
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=[row[0] for row in REFUSED])
+def test_each_refused_setting_says_what_to_do(row):
+    """What would train wrongly, or fail deep inside, is refused at once: setting, value, reason, way out."""
+    name, works, why, instead = row
+    value = BAD[name]
+    defaults = types.SimpleNamespace(**{row[0]: row[1] for row in REFUSED})
+    check_supported(defaults, HelixConfig(2))
+    setattr(defaults, name, value)
+    assert error_of(check_supported, defaults, HelixConfig(2)) == (
+        f"{name} = {value} does not work with intra-head parallel size 2: {why}. "
+        f"{instead}, or leave --intra-head-parallel-size at 1, which is stock attention."
+    )
+    assert value != works
+    # The way out names the setting, as a flag where Megatron-LM has one.
+    flag = OTHER_FLAGS.get(name, "--" + name.replace("_", "-"))
+    named = set(re.findall(r"--[a-z0-9-]+", instead)) - {"--bf16", "--intra-head-parallel-size"}
+    assert named == (set() if name in WITHOUT_FLAG else {flag})
+    assert instead[0].isupper()
+    assert not (why + instead).endswith(".")
+
+
+def test_refused_settings_are_megatrons_and_off_by_default():
+    """A renamed setting would be refused never; a wrong default would refuse every model."""
+    fields = {f.name for f in dataclasses.fields(TransformerConfig)}
+    names = [row[0] for row in REFUSED]
+    assert set(names) <= fields
+    assert set(names) == set(BAD)
+    assert len(names) == len(set(names))
+    config = helix_config()  # raises if a default were refused
+    for name, works, *_ in REFUSED:
+        assert getattr(config, name) == works
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_construction_refuses(name):
+    """The check runs when the model is configured, before Megatron says what else such a setting needs."""
+    assert error_of(helix_config, **{name: BAD[name]}).startswith(f"{name} = {BAD[name]} does not")
+
+
+def test_values_that_mean_off_are_accepted():
+    """Megatron's own scripts pass 0 or an empty string where a feature is off."""
+    check_supported(types.SimpleNamespace(mtp_num_layers=0, fp8="", fp4=None), HelixConfig(2))
+
+
+def test_an_attention_backend_without_effect_warns():
+    """A setting that has no effect warns; one that has, or the default, does not."""
+    with pytest.warns(
+        UserWarning, match="attention_backend = flash has no effect with exact Helix"
+    ):
+        helix_config(attention_backend=AttnBackend.flash)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="attention_backend")
+        for backend in (AttnBackend.auto, AttnBackend.unfused, AttnBackend.local):
+            helix_config(attention_backend=backend)
+        check_supported(
+            types.SimpleNamespace(attention_backend=AttnBackend.flash),
+            HelixConfig(2, "segment-local"),
+        )
+
+
+def test_inference_and_packed_sequences_are_refused_with_a_way_out():
+    """These are met only while running; their texts must be as helpful as the others."""
+    assert str(refuse_dynamic_inference()) == (
+        "Megatron's dynamic inference context calls flash attention on a paged cache of whole key-value "
+        "heads, which cut heads do not have. Use its static context, or leave --intra-head-parallel-size "
+        "at 1, which is stock attention."
+    )
+    assert str(refuse_packed_sequences("thd")) == (
+        "packed sequences (qkv_format thd) do not work with exact Helix attention. Pad the sequences to one "
+        "length and pass an attention mask, or leave --intra-head-parallel-size at 1, which is stock "
+        "attention."
+    )
