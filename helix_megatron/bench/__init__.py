@@ -1,0 +1,1 @@
+"""Measurements: `python -m helix_megatron.bench --help` lists them."""

@@ -1,0 +1,245 @@
+"""`bench traffic`: what the exchange of exact attention adds to the traffic of tensor parallelism.
+
+One transformer layer (attention and MLP) runs forward and backward at full size, with fake tensors and a fake
+process group: no other process, no memory for its tensors, no GPU. Its collectives are counted and compared
+with the formulas; the exit status is 1 if they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import warnings
+from dataclasses import dataclass
+
+from helix_megatron.bench.report import table, write_json
+from helix_megatron.bench.spawn import hide_gpus, launched_ranks
+from helix_megatron.bench.traffic_layer import Layer
+from helix_megatron.config import EXCHANGES
+from helix_megatron.errors import HelixError, listed
+from helix_megatron.exchanges import choose
+from helix_megatron.exchanges.choice import EXACT, GPU
+
+NAME = "traffic"
+HELP = (
+    "bytes that exact attention adds to tensor parallelism's, traced at full size without processes"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An exchange at one micro-batch size: bytes that one rank sends, forward and backward."""
+
+    micro_batch_size: int
+    exchange: str
+    chosen: bool
+    exchange_bytes: int
+    exchange_bytes_by_formula: int
+    tensor_parallel_bytes: int
+    tensor_parallel_bytes_by_formula: int
+
+    @property
+    def added(self) -> float:
+        """The exchange's bytes relative to those of tensor parallelism."""
+        return self.exchange_bytes / self.tensor_parallel_bytes
+
+    @property
+    def as_predicted(self) -> bool:
+        """Whether every traced rank sent what the formulas say."""
+        return (self.exchange_bytes, self.tensor_parallel_bytes) == (
+            self.exchange_bytes_by_formula,
+            self.tensor_parallel_bytes_by_formula,
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    sizes = {
+        "--hidden-size": 8192,
+        "--num-attention-heads": 16,
+        "--ffn-hidden-size": 32768,
+        "--tensor-model-parallel-size": 32,
+        "--sequence-length": 10000,
+    }
+    for flag, default in sizes.items():
+        parser.add_argument(
+            flag, type=int, default=default, metavar="N", help="(default: %(default)s)"
+        )
+    parser.add_argument(
+        "--num-query-groups", type=int, metavar="G", help="key-value heads (default: all heads)"
+    )
+    parser.add_argument(
+        "--intra-head-parallel-size",
+        type=int,
+        metavar="M",
+        help="segments of a head (default: the ranks for each key-value head)",
+    )
+    parser.add_argument(
+        "--micro-batch-sizes",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        metavar="B",
+        help="(default: 1 2)",
+    )
+    parser.add_argument(
+        "--sequence-parallel",
+        action="store_true",
+        help="tensor parallelism with reduce-scatters and all-gathers in place of all-reduces",
+    )
+    parser.add_argument(
+        "--exchange",
+        choices=EXCHANGES,
+        default="auto",
+        help="the choice to mark; auto is the fastest by the cost model of a GPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ranks",
+        default="all",
+        metavar="R",
+        help="ranks to trace: all, or a list such as 0,31 (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    hide_gpus()
+    if launched_ranks() is not None:
+        raise HelixError("traffic traces all ranks in one process. Run it without torchrun.")
+    layer = layer_of(args)
+    traced_ranks = parse_ranks(args.ranks, layer.ranks)
+    rows, unfit = measure_rows(layer, args.micro_batch_sizes, args.exchange, traced_ranks)
+    print(describe(layer, rows, unfit, traced_ranks))
+    results = {
+        "layer": dataclasses.asdict(layer),
+        "traced_ranks": traced_ranks,
+        "rows": [dataclasses.asdict(row) | {"added": row.added} for row in rows],
+        "do_not_fit": [{"micro_batch_size": b, "exchange": e, "reason": r} for b, e, r in unfit],
+    }
+    write_json(args.json, args.argv, results)
+    return 0 if all(row.as_predicted for row in rows) else 1
+
+
+def layer_of(args: argparse.Namespace) -> Layer:
+    """The layer that the flags describe."""
+    numbers = {n: v for n, v in vars(args).items() if type(v) is int}
+    numbers |= {"micro_batch_sizes": min(args.micro_batch_sizes)}
+    for name, value in numbers.items():
+        if value < 1:
+            raise HelixError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+    ranks = args.tensor_model_parallel_size
+    kv_heads = args.num_query_groups or args.num_attention_heads
+    return Layer(
+        hidden_size=args.hidden_size,
+        heads=args.num_attention_heads,
+        kv_heads=kv_heads,
+        ffn_hidden_size=args.ffn_hidden_size,
+        ranks=ranks,
+        segments=args.intra_head_parallel_size or max(1, ranks // kv_heads),
+        sequence_length=args.sequence_length,
+        sequence_parallel=args.sequence_parallel,
+    )
+
+
+def parse_ranks(text: str, ranks: int) -> list[int]:
+    """`all`, or a list such as `0,31`."""
+    if text == "all":
+        return list(range(ranks))
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) < ranks for part in parts):
+        raise HelixError(
+            f"--ranks {text} is not a list of ranks. Valid: all, or numbers from 0 to {ranks - 1} separated "
+            "by commas."
+        )
+    return [int(part) for part in parts]
+
+
+def measure_rows(
+    layer: Layer, batches: list[int], asked: str, traced_ranks: list[int]
+) -> tuple[list[Row], list[tuple[int, str, str]]]:
+    """What fits, traced; and (micro-batch size, exchange, reason) of what does not."""
+    chosen = {b: choose(layer.shape(asked, b), asked, GPU).name for b in batches}
+    reasons = {
+        (batch, exchange.name): exchange.supports(layer.shape(exchange.name, batch))
+        for batch in batches
+        for exchange in EXACT
+    }
+    fitting = [(exchange, batch) for (batch, exchange), reason in reasons.items() if not reason]
+    with warnings.catch_warnings(record=True):  # megatron-core's, of packages and GPU settings
+        from helix_megatron.bench.traffic_trace import trace
+
+        by_rank = [trace(layer, fitting, rank) for rank in traced_ranks]
+    rows = []
+    for (exchange, batch), *traced in zip(fitting, *by_rank, strict=True):
+        formula = layer.exchange_bytes(exchange, batch), layer.tensor_parallel_bytes(batch)
+        exchanged, others = next((pair for pair in traced if pair != formula), formula)
+        rows.append(
+            Row(
+                micro_batch_size=batch,
+                exchange=exchange,
+                chosen=exchange == chosen[batch],
+                exchange_bytes=exchanged,
+                exchange_bytes_by_formula=formula[0],
+                tensor_parallel_bytes=others,
+                tensor_parallel_bytes_by_formula=formula[1],
+            )
+        )
+    rows.sort(key=lambda row: (row.micro_batch_size, row.added))
+    return rows, [(*key, reason) for key, reason in reasons.items() if reason]
+
+
+def describe(
+    layer: Layer, rows: list[Row], unfit: list[tuple[int, str, str]], traced_ranks: list[int]
+) -> str:
+    """The table, why the other exchanges do not fit, and what differs from the formulas."""
+    groups = layer.ranks // layer.segments
+    tensor_parallel = (
+        "reduce-scatters and all-gathers" if layer.sequence_parallel else "all-reduces"
+    )
+    lines = [
+        f"Transformer layer, forward and backward, bf16: hidden {layer.hidden_size}, {layer.heads} query "
+        f"heads and {layer.kv_heads} key-value heads of {layer.head_dim}, FFN {layer.ffn_hidden_size}, "
+        f"sequence {layer.sequence_length}.",
+        f"{layer.ranks} ranks: {groups} head groups of {layer.segments} segments. Bytes that one rank sends, "
+        f"traced on {len(traced_ranks)} of them.",
+        "",
+        table(
+            (
+                "micro-batch, exchange",
+                "exchange",
+                "by formula",
+                "TP's own",
+                "by formula",
+                "adds",
+                "",
+            ),
+            [
+                (
+                    f"{row.micro_batch_size}  {row.exchange}",
+                    f"{row.exchange_bytes:,}",
+                    f"{row.exchange_bytes_by_formula:,}",
+                    f"{row.tensor_parallel_bytes:,}",
+                    f"{row.tensor_parallel_bytes_by_formula:,}",
+                    f"{row.added:.2%}",
+                    ("<- chosen" if row.chosen else "").ljust(9)
+                    + ("" if row.as_predicted else " DIFFERS"),
+                )
+                for row in rows
+            ],
+        ),
+        "",
+        f"TP's own: the {tensor_parallel} of attention and MLP.",
+    ]
+    lines += [
+        f"Not at micro-batch {batches}: {exchange}, {reason}."
+        for (exchange, reason), batches in _by_reason(unfit).items()
+    ]
+    if not all(row.as_predicted for row in rows):
+        lines.append("What was traced differs from a formula: one of them is wrong.")
+    return "\n".join(lines)
+
+
+def _by_reason(unfit: list[tuple[int, str, str]]) -> dict[tuple[str, str], str]:
+    """(exchange, reason) → its micro-batch sizes, as `1, 2`."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for batch, exchange, reason in unfit:
+        found.setdefault((exchange, reason), []).append(batch)
+    return {key: listed(batches) for key, batches in found.items()}

@@ -1,0 +1,105 @@
+"""Run a transformer layer as one rank of many, on fake tensors and a fake process group; count its bytes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from helix_megatron import parallel_state
+from helix_megatron.bench.traffic_layer import Layer
+from helix_megatron.errors import HelixError
+from helix_megatron.megatron import cpu_runtime
+from helix_megatron.megatron.norms import use_available_norms
+from helix_megatron.megatron.random import seed_model_parallel
+from helix_megatron.megatron.specs import helix_spec
+from helix_megatron.megatron.transformer_config import HelixTransformerConfig
+from helix_megatron.meter import EXCHANGE, measure
+
+
+def trace(layer: Layer, exchanges: Sequence[tuple[str, int]], rank: int) -> list[tuple[int, int]]:
+    """For each (exchange, micro-batch size): bytes that `rank` sends for it, and for all else.
+
+    Raises:
+        HelixError: this process belongs to a process group already.
+    """
+    with _fake_world(rank, layer), FakeTensorMode(allow_non_fake_inputs=True):
+        return [_trace(layer, exchange, batch) for exchange, batch in exchanges]
+
+
+def _trace(layer: Layer, exchange: str, batch: int) -> tuple[int, int]:
+    module = _build(layer, exchange)
+    tokens = layer.sequence_length // (layer.ranks if layer.sequence_parallel else 1)
+    x = torch.empty(tokens, batch, layer.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    with measure() as meter:
+        output, _ = module(x, attention_mask=None)
+        output.backward(torch.empty_like(output))
+    exchanged = meter.bytes(EXCHANGE)
+    return exchanged, meter.bytes() - exchanged
+
+
+def _build(layer: Layer, exchange: str) -> Any:
+    config = HelixTransformerConfig(
+        num_layers=1,
+        hidden_size=layer.hidden_size,
+        num_attention_heads=layer.heads,
+        num_query_groups=layer.kv_heads,
+        kv_channels=layer.head_dim,
+        ffn_hidden_size=layer.ffn_hidden_size,
+        tensor_model_parallel_size=layer.ranks,
+        sequence_parallel=layer.sequence_parallel,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        add_bias_linear=False,
+        rotary_percent=0.0,
+        helix=layer.helix(exchange),
+    )
+    spec = use_available_norms(get_gpt_layer_local_spec())
+    spec = helix_spec(spec, config.helix, kernel=_unmasked)
+    return build_module(spec, config=config, layer_number=1).train()
+
+
+def _unmasked(q_BHLD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, **ignored: Any) -> Tensor:
+    """Attention without its mask: torch's causal bias is no fake tensor, and no mask changes what crosses."""
+    grouped = q_BHLD.size(1) != k_BGSD.size(1)
+    return F.scaled_dot_product_attention(q_BHLD, k_BGSD, v_BGSE, enable_gqa=grouped)
+
+
+@contextlib.contextmanager
+def _fake_world(rank: int, layer: Layer) -> Iterator[None]:
+    """This process as one rank of a world whose collectives return at once and move nothing."""
+    if dist.is_initialized():
+        raise HelixError(
+            "this process belongs to a process group already, and tracing needs a fake one. Trace in a "
+            "process of its own: python -m helix_megatron.bench traffic."
+        )
+    dist.init_process_group("fake", rank=rank, world_size=layer.ranks, store=FakeStore())
+    cpu_runtime.install()
+    try:
+        parallel_state.initialize_model_parallel(
+            layer.ranks,
+            intra_head_parallel_size=layer.segments,
+            create_gloo_process_groups=False,
+        )
+        seed_model_parallel(1)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        cpu_runtime.uninstall()
+        dist.destroy_process_group()
