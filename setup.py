@@ -35,6 +35,13 @@ setup(
         "wandb": ["wandb"],
         "nvml": ["nvidia-ml-py"],
         "deepspeed": ["deepspeed"],
-        "test": ["pytest", "hypothesis", "tokenizers", "tensorboard", "ruff==0.17.5", "mypy==2.4.1"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "tokenizers",
+            "tensorboard",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+        ],
     },
 )
