@@ -19,7 +19,11 @@ DETAILS = (
     "--swiglu --normalization RMSNorm --qk-layernorm --disable-bias-linear --add-qkv-bias "
     "--rotary-percent 0.5 --untie-embeddings-and-output-weights --kv-channels 16"
 )
-EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 32 --swiglu --normalization RMSNorm --disable-bias-linear"
+# The load-balancing loss is one of a micro-batch, so all layouts of this model cut the batch alike.
+EXPERTS = (
+    "--num-experts 4 --moe-ffn-hidden-size 32 --swiglu --normalization RMSNorm --disable-bias-linear "
+    "--micro-batch-size 2"
+)
 BY_PARAGRAPH = ["--tokenizer-type", "byte", "--split-documents", "blank-line"]
 HELIX = "--intra-head-parallel-size"
 HALVED, QUARTERED = "--micro-batch-size 2", "--micro-batch-size 1"
@@ -75,12 +79,12 @@ LAYOUTS = {
     "MoE, 4 ranks, m 2, EP 2, DP 2": (
         EXPERTS,
         4,
-        f"{TP} 2 {HELIX} 2 {HALVED} --sequence-parallel {EP} 2 --use-distributed-optimizer",
+        f"{TP} 2 {HELIX} 2 --sequence-parallel {EP} 2 --use-distributed-optimizer",
     ),
     "MoE, 8 ranks, m 2, EP 2, PP 2": (
         EXPERTS,
         8,
-        f"{TP} 4 {HELIX} 2 {HALVED} --sequence-parallel {EP} 2 {PP} 2",
+        f"{TP} 4 {HELIX} 2 --sequence-parallel {EP} 2 {PP} 2",
     ),
 }
 

@@ -114,7 +114,8 @@ class Trainer:
 
         def forward_step(iterator: Iterator[tuple[int, Batch]], model: Any) -> tuple[Tensor, Any]:
             index, batch = next(iterator)
-            enter_micro_batch(self.args.seed, iteration, index)
+            if self.args.hidden_dropout:
+                enter_micro_batch(self.args.seed, iteration, index)
             device = torch.cuda.current_device()
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             # Attention layers are causal by their mask type; no mask tensor is needed.
