@@ -219,7 +219,12 @@ LOGGING: tuple[Row, ...] = (
         "time every collective. auto does so on CPU; on a GPU it undoes their overlap",
     ),
     ("--check", None, False, "check everything that can be checked without starting, then stop"),
-    ("--explain", None, False, "with --check: show the groups of ranks and the choice of exchange"),
+    (
+        "--explain",
+        None,
+        False,
+        "like --check, and show the groups of ranks and the choice of exchange",
+    ),
 )
 
 GROUPS = {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from helix_megatron.errors import exit_on_error
+from helix_megatron.exchanges.choice import MACHINES, Machine
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.validate import (
     attention_shape,
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     with exit_on_error(PROGRAM):
         validate(args, ranks_of_environment(args))
-        if args.check:
+        if args.check or args.explain:
             print(description_of(args))
             return
         if args.nproc_per_node is not None:
@@ -97,13 +98,9 @@ def description_of(args: argparse.Namespace) -> str:
                 f"{layout.kv_heads(rank).start}-{layout.kv_heads(rank).stop - 1}"
             )
         if args.helix.attention == "exact":
-            import torch
-
             from helix_megatron.exchanges import explain
-            from helix_megatron.exchanges.choice import CPU, GPU
 
-            machine = GPU if torch.cuda.is_available() else CPU
-            lines.append(explain(attention_shape(args), args.helix.exchange, machine))
+            lines.append(explain(attention_shape(args), args.helix.exchange, _machine()))
     return "\n".join(lines)
 
 
@@ -230,13 +227,16 @@ def run_description(args: argparse.Namespace) -> dict[str, Any]:
 def _exchange_name(args: argparse.Namespace) -> str:
     if not args.helix.active or args.helix.attention == "segment-local":
         return "none"
+    from helix_megatron.exchanges import choose
+
+    return choose(attention_shape(args), args.helix.exchange, _machine()).name
+
+
+def _machine() -> Machine:
+    """What the cost model takes this machine for, as attention does from the tensors' device."""
     import torch
 
-    from helix_megatron.exchanges import choose
-    from helix_megatron.exchanges.choice import CPU, GPU
-
-    machine = GPU if torch.cuda.is_available() else CPU
-    return choose(attention_shape(args), args.helix.exchange, machine).name
+    return MACHINES["cuda" if torch.cuda.is_available() else "cpu"]
 
 
 def _data(args: argparse.Namespace) -> tuple[Iterator[Any], Callable[[], Iterator[Any]] | None]:

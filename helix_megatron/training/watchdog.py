@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from helix_megatron.observe import Call, observing
@@ -186,17 +187,10 @@ def watching() -> Iterator[None]:
 def _lives(pid: int) -> bool:
     """Whether a process of this machine runs; a zombie does not."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except FileNotFoundError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except OSError:  # no /proc: ask the system
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
+    except psutil.AccessDenied:
         return True
 
 
