@@ -17,6 +17,7 @@ group of one rank is the identity and runs nothing. Each takes the `purpose` und
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,16 +110,18 @@ class _Swap(torch.autograd.Function):
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup, purpose: str):
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, purpose: str, handle: _Handle | None):
         ctx.group, ctx.purpose = group, purpose
         y = x.clone(memory_format=torch.contiguous_format)
         with purpose_of(purpose):
-            dist.all_reduce(y, group=group)
+            work = dist.all_reduce(y, group=group, async_op=handle is not None)
+        if handle is not None:
+            handle.work = work
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        return _AllReduce.apply(grad, ctx.group, ctx.purpose), None, None
+        return _AllReduce.apply(grad, ctx.group, ctx.purpose, None), None, None, None
 
 
 # ----------------------------------------------------------------- on a leading axis
@@ -133,12 +136,17 @@ class Pending:
 
     _buffer: Tensor
     _handle: _Handle
+    _finish: Callable[[Tensor], Tensor] = lambda buffer: buffer
 
     def wait(self) -> Tensor:
         if self._handle.work is not None:
             self._handle.work.wait()
             self._handle.work = None
-        return self._buffer
+        return self._finish(self._buffer)
+
+    def then(self, finish: Callable[[Tensor], Tensor]) -> Pending:
+        """The same collective, its result reshaped when it is there."""
+        return Pending(self._buffer, self._handle, lambda buffer: finish(self._finish(buffer)))
 
 
 def gather(x: Tensor, group: ProcessGroup, *, purpose: str) -> Tensor:
@@ -164,6 +172,13 @@ def scatter_sum(x: Tensor, group: ProcessGroup, *, purpose: str) -> Tensor:
     return _ScatterSum.apply(x, group, purpose)
 
 
+def scatter_sum_async(x: Tensor, group: ProcessGroup, *, purpose: str) -> Pending:
+    """`scatter_sum` that returns at once: an all-to-all under way, summed here when it is waited for."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    swapped = swap_async(x, group, purpose=purpose)
+    return swapped.then(lambda parts: parts.sum(0, dtype=wide).to(x.dtype))
+
+
 def swap(x: Tensor, group: ProcessGroup, *, purpose: str) -> Tensor:
     """[k, ...] → [k, ...]: entry t goes to rank t, and rank t's entry for this rank comes in its place."""
     _check_leading(x, group, "swap")
@@ -185,7 +200,15 @@ def all_reduce(x: Tensor, group: ProcessGroup, *, purpose: str) -> Tensor:
     """[...] → [...]: the sum over ranks. The input is left as it is."""
     if group.size() == 1:
         return x
-    return _AllReduce.apply(x, group, purpose)
+    return _AllReduce.apply(x, group, purpose, None)
+
+
+def all_reduce_async(x: Tensor, group: ProcessGroup, *, purpose: str) -> Pending:
+    """`all_reduce` that returns at once."""
+    if group.size() == 1:
+        return Pending(x, _Handle())
+    handle = _Handle()
+    return Pending(_AllReduce.apply(x, group, purpose, handle), handle)
 
 
 # ------------------------------------------------------------------------ on a dimension
@@ -193,8 +216,13 @@ def all_reduce(x: Tensor, group: ProcessGroup, *, purpose: str) -> Tensor:
 
 def all_gather(x: Tensor, group: ProcessGroup, *, dim: int, purpose: str) -> Tensor:
     """Concatenate every rank's tensor along `dim`: [.., a, ..] → [.., k·a, ..]."""
+    return _joined(gather(x, group, purpose=purpose), dim % x.dim())
+
+
+def all_gather_async(x: Tensor, group: ProcessGroup, *, dim: int, purpose: str) -> Pending:
+    """`all_gather` that returns at once."""
     dim %= x.dim()
-    return gather(x, group, purpose=purpose).movedim(0, dim).flatten(dim, dim + 1)
+    return gather_async(x, group, purpose=purpose).then(lambda stacked: _joined(stacked, dim))
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup, *, dim: int, purpose: str) -> Tensor:
@@ -206,6 +234,11 @@ def reduce_scatter(x: Tensor, group: ProcessGroup, *, dim: int, purpose: str) ->
     return scatter_sum(_leading(x, group, dim), group, purpose=purpose)
 
 
+def reduce_scatter_async(x: Tensor, group: ProcessGroup, *, dim: int, purpose: str) -> Pending:
+    """`reduce_scatter` that returns at once."""
+    return scatter_sum_async(_leading(x, group, dim), group, purpose=purpose)
+
+
 def all_to_all(
     x: Tensor, group: ProcessGroup, *, split_dim: int, concat_dim: int, purpose: str
 ) -> Tensor:
@@ -214,9 +247,22 @@ def all_to_all(
     Raises:
         HelixError: `split_dim` does not divide by the number of ranks.
     """
-    concat_dim %= x.dim()
     swapped = swap(_leading(x, group, split_dim), group, purpose=purpose)
-    return swapped.movedim(0, concat_dim).flatten(concat_dim, concat_dim + 1)
+    return _joined(swapped, concat_dim % x.dim())
+
+
+def all_to_all_async(
+    x: Tensor, group: ProcessGroup, *, split_dim: int, concat_dim: int, purpose: str
+) -> Pending:
+    """`all_to_all` that returns at once."""
+    concat_dim %= x.dim()
+    swapped = swap_async(_leading(x, group, split_dim), group, purpose=purpose)
+    return swapped.then(lambda stacked: _joined(stacked, concat_dim))
+
+
+def _joined(stacked: Tensor, dim: int) -> Tensor:
+    """[k, .., a, ..] → [.., k·a, ..]"""
+    return stacked.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _leading(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:

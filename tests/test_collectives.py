@@ -92,6 +92,27 @@ CASES: dict[str, tuple[Callable[[int], tuple[int, ...]], Local, Whole]] = {
         lambda xs: [torch.cat([x.chunk(len(xs), 1)[t] for x in xs], 1) for t in range(len(xs))],
     ),
 }
+
+
+def _asynchronous(name: str, **settings: Any) -> Local:
+    form = getattr(collectives, name)
+    return lambda x, group: form(x, group, purpose="test", **settings).wait()
+
+
+# Each asynchronous form is held to what its synchronous one is held to.
+for _of, _form, _settings in (
+    ("scatter_sum", "scatter_sum_async", {}),
+    ("all_reduce", "all_reduce_async", {}),
+    ("all_gather -1", "all_gather_async", {"dim": -1}),
+    ("reduce_scatter -2", "reduce_scatter_async", {"dim": -2}),
+    ("all_to_all -1 to 0", "all_to_all_async", {"split_dim": -1, "concat_dim": 0}),
+):
+    CASES[f"{_of}, asynchronous"] = (
+        CASES[_of][0],
+        _asynchronous(_form, **_settings),
+        CASES[_of][2],
+    )
+
 RESULTS = ("output", "gradient", "gradient of a sum", "second derivative")
 
 
