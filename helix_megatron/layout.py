@@ -301,6 +301,14 @@ class HeadLayout:
         return f"No number of segments makes {ranks} ranks fit; change the tensor parallel size."
 
 
+def rotary_of(head_dim: int, percent: float, interleaved: bool) -> tuple[RotaryStyle, int]:
+    """(rotary, rotary_dim) of a layout from Megatron's settings; `percent` is 0 without rotary embedding."""
+    rotated = int(head_dim * percent)
+    if rotated == 0:
+        return "none", 0
+    return ("interleaved" if interleaved else "half"), rotated
+
+
 def contiguous_runs(index: np.ndarray) -> list[tuple[int, int]]:
     """(start, length) of the maximal ascending runs of an index, in its order: [4, 5, 0] → (4, 2), (0, 1)."""
     if index.size == 0:

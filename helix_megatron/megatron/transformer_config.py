@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.layout import HeadLayout, RotaryStyle
+from helix_megatron.layout import HeadLayout, rotary_of
 from helix_megatron.megatron.support import check_supported
 
 
@@ -67,10 +67,8 @@ def attention_layout(config: TransformerConfig) -> HeadLayout:
 def _layout(config: TransformerConfig, helix: HelixConfig) -> HeadLayout:
     heads = config.num_attention_heads
     head_dim = config.kv_channels or config.hidden_size // heads
-    rotary: RotaryStyle = "interleaved" if config.rotary_interleaved else "half"
-    rotary_dim = int(head_dim * getattr(config, "rotary_percent", 1.0))
-    if rotary_dim == 0:
-        rotary = "none"
+    percent = getattr(config, "rotary_percent", 1.0)
+    rotary, rotary_dim = rotary_of(head_dim, percent, config.rotary_interleaved)
     return helix.layout(
         num_heads=heads,
         num_kv_heads=config.num_query_groups or heads,

@@ -21,6 +21,7 @@ from helix_megatron.megatron.norms import use_available_norms
 from helix_megatron.megatron.optional import available_backends
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
+from helix_megatron.training.validate import rotary_percent
 
 # Flags that are fields of TransformerConfig under the same name.
 SAME_NAME = (
@@ -76,7 +77,7 @@ def transformer_config(args: argparse.Namespace) -> HelixTransformerConfig:
     return HelixTransformerConfig(
         **settings,
         helix=args.helix,
-        rotary_percent=args.rotary_percent if args.position_embedding_type == "rope" else 0.0,
+        rotary_percent=rotary_percent(args),
         layernorm_epsilon=args.norm_epsilon,
         add_bias_linear=not args.disable_bias_linear,
         gated_linear_unit=args.swiglu,

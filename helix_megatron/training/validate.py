@@ -18,7 +18,7 @@ from helix_megatron.data.text import (
 )
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.exchanges import AttentionShape, choose
-from helix_megatron.layout import HeadLayout
+from helix_megatron.layout import HeadLayout, rotary_of
 
 
 def validate(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
@@ -56,6 +56,11 @@ def attention_shape(args: argparse.Namespace) -> AttentionShape:
         causal=True,
         window=(args.window_size, 0) if args.window_size is not None else None,
     )
+
+
+def rotary_percent(args: argparse.Namespace) -> float:
+    """Share of a head's dimensions that is rotated; 0 without rotary embedding."""
+    return args.rotary_percent if args.position_embedding_type == "rope" else 0.0
 
 
 def ranks_of_environment(args: argparse.Namespace) -> int:
@@ -126,17 +131,16 @@ def _check_ranks(args: argparse.Namespace) -> None:
 
 
 def _layout(args: argparse.Namespace) -> HeadLayout:
-    rotated = int(args.kv_channels * args.rotary_percent)
-    has_rotary = args.position_embedding_type == "rope" and rotated > 0
-    rotary = "interleaved" if args.rotary_interleaved else "half"
     if args.helix.active:
+        percent = rotary_percent(args)
+        rotary, rotary_dim = rotary_of(args.kv_channels, percent, args.rotary_interleaved)
         return args.helix.layout(
             num_heads=args.num_attention_heads,
             num_kv_heads=args.num_query_groups,
             head_dim=args.kv_channels,
             tensor_parallel_size=args.tensor_model_parallel_size,
-            rotary=rotary if has_rotary else "none",
-            rotary_dim=rotated if has_rotary else None,
+            rotary=rotary,
+            rotary_dim=rotary_dim,
             output_gate=args.attention_output_gate,
         )
     heads, tensor = args.num_attention_heads, args.tensor_model_parallel_size
