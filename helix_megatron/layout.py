@@ -204,6 +204,19 @@ class HeadLayout:
         columns_GRD = columns_HD.reshape(self.num_kv_heads, self.queries_per_kv_head, self.head_dim)
         return self._query_slots(columns_GRD, rank).reshape(-1)
 
+    def query_rows(self, rank: int) -> np.ndarray:
+        """Rows of a separate query projection [h, d], int64 [h·d/p], in the order in which `rank` holds them.
+
+        They are the heads and dimensions of `proj_columns`: a rank projects back what it has queried for.
+        """
+        return self.proj_columns(rank)
+
+    def kv_rows(self, rank: int) -> np.ndarray:
+        """Rows of a separate key or value projection [g, d], int64 [g·d/p], in the order of `rank`."""
+        _, j = self.partition(rank)
+        rows_GD = np.arange(self.num_kv_heads * self.head_dim).reshape(self.num_kv_heads, -1)
+        return rows_GD[np.asarray(self.kv_heads(rank))][:, self.segment_dims(j)].reshape(-1)
+
     def qkv_owner(self) -> tuple[np.ndarray, np.ndarray]:
         """For each canonical row of `linear_qkv`: the rank that holds it, and its local row there."""
         return _inverse([self.qkv_rows(rank) for rank in range(self.num_ranks)])

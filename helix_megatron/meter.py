@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -33,43 +33,56 @@ class Traffic:
     seconds: float = 0.0
 
 
+Timing = Literal["off", "total", "exposed"]
+
+
 class Meter:
     """Observer that adds up traffic by (purpose, collective).
 
     Args:
-        time: also measure seconds. A collective on CPU is then awaited where it is issued, so asynchronous
-            ones lose their overlap; on a GPU events on the current stream bracket it.
+        timing: which seconds to measure besides.
+
+            `total`: from the start of a collective to its completion. One on the CPU is awaited where it is
+            issued, so that asynchronous ones lose their overlap; on a GPU events on the current stream
+            bracket it.
+
+            `exposed`: while this rank's computation stands still: in the call itself and in waiting for it.
+            Overlap stays. Where ranks arrive at different times, as pipeline stages do, waiting for the
+            others is part of it.
+
+    `timing` may be changed between collectives.
     """
 
-    def __init__(self, *, time: bool = False) -> None:
+    def __init__(self, timing: Timing = "off") -> None:
         self.traffic: dict[tuple[str, str], Traffic] = {}
-        self._time = time
+        self.timing = timing
         self._pending: list[tuple[Traffic, torch.cuda.Event, torch.cuda.Event]] = []
 
     def around(self, call: Call, run: Callable[[], Any]) -> Any:
         traffic = self.traffic.setdefault((call.purpose, call.collective), Traffic())
         traffic.calls += 1
         traffic.bytes += call.sent_bytes
-        if not self._time:
+        if self.timing == "off":
             return run()
-        if call.device is not None and call.device.type == "cuda":
-            return self._run_on_gpu(traffic, run)
-        start = time.perf_counter()
-        work = run()
-        if work is not None and call.collective not in ("send", "receive"):
-            work.wait()
-        traffic.seconds += time.perf_counter() - start
-        return work
+        on_gpu = call.device is not None and call.device.type == "cuda"
+        if self.timing == "exposed":
+            # The kernel of a collective runs on a stream of its own: issuing it keeps nobody waiting.
+            work = run() if on_gpu else self._timed(traffic, run, on_gpu)
+            return None if work is None else _Awaited(work, self, traffic, on_gpu)
+        return self._timed(traffic, lambda: _completed(call, run(), on_gpu), on_gpu)
 
-    def _run_on_gpu(self, traffic: Traffic, run: Callable[[], Any]) -> Any:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work = run()
-        if work is not None:
-            work.wait()  # the current stream waits; the host does not
-        end.record()
-        self._pending.append((traffic, begin, end))
-        return work
+    def _timed(self, traffic: Traffic, run: Callable[[], Any], on_gpu: bool) -> Any:
+        if on_gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = run()
+            end.record()
+            self._pending.append((traffic, begin, end))
+            return result
+        start = time.perf_counter()
+        result = run()
+        traffic.seconds += time.perf_counter() - start
+        return result
 
     # ------------------------------------------------------------------- queries
 
@@ -100,9 +113,30 @@ class Meter:
                 yield traffic
 
 
+def _completed(call: Call, work: Any, on_gpu: bool) -> Any:
+    """The work, done; on a GPU the current stream waits for it, and the host does not."""
+    # A send or receive may be completed by one that follows.
+    if work is not None and (on_gpu or call.collective not in ("send", "receive")):
+        work.wait()
+    return work
+
+
+class _Awaited:
+    """A `torch.distributed.Work` whose waiting is timed."""
+
+    def __init__(self, work: Any, meter: Meter, traffic: Traffic, on_gpu: bool) -> None:
+        self._work, self._meter, self._traffic, self._on_gpu = work, meter, traffic, on_gpu
+
+    def wait(self, *args: Any) -> Any:
+        return self._meter._timed(self._traffic, lambda: self._work.wait(*args), self._on_gpu)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
 @contextlib.contextmanager
-def measure(*, time: bool = False) -> Iterator[Meter]:
+def measure(timing: Timing = "off") -> Iterator[Meter]:
     """Meter every collective that runs inside the block, in forward and in backward."""
-    meter = Meter(time=time)
+    meter = Meter(timing)
     with observing(meter):
         yield meter

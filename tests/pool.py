@@ -8,7 +8,7 @@ them once, and live until the test session ends. One run goes like this:
     function, arguments, store      --->    init_process_group, call the function
                                     <---    what it returned, or its traceback
     release (all have answered)     --->    destroy the groups, restore the state of the process
-                                    <---    clean
+                                    <---    clean; or, with threads left over, replaced
 
 Ranks that returned wait for the release, so that nobody closes a connection that a slower rank
 still uses. A rank that raised does not wait: closing its connections wakes the ranks blocked on it.
@@ -37,13 +37,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed
 
 MAX_WORLD_SIZE = 16
 START_SECONDS = 120.0  # the first process imports torch and megatron-core; the machine may be busy
 GRACE_SECONDS = 5.0  # for the ranks whose peer has failed
-CLEAN_UP_SECONDS = 30.0
+CLEAN_UP_SECONDS = 60.0
+STACK_SECONDS = 2.0  # for a process to write where it is
+# What keeps a destroyed group alive (DeepSpeed, a reference cycle) keeps its gloo threads, each of which
+# wakes up 100 times a second: some hundred of them slow all later tests down several times.
+MAX_IDLE_THREADS = 40
 READY = b"ready"
 PRELOAD = [
     "torch",
@@ -121,11 +126,20 @@ class Worker:
         if not ready:
             raise RankError(f"The process {self.process.name} does not start.")
 
+    def children(self) -> list[psutil.Process]:
+        """What a test left behind in it: writers of checkpoints, servers of queues."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
     def stack(self) -> str:
         """Where the process is now; faulthandler can tell even if it is blocked in a collective."""
         if self.process.is_alive() and self.process.pid:
             os.kill(self.process.pid, signal.SIGUSR1)
-            time.sleep(0.1)
+            deadline = time.monotonic() + STACK_SECONDS
+            while not self.stack_file.stat().st_size and time.monotonic() < deadline:
+                time.sleep(0.05)
         return self.stack_file.read_text() or "(no stack)"
 
 
@@ -221,9 +235,12 @@ class RankPool:
         return Worker(process, ours, stack_file)
 
     def _discard(self, rank: int) -> None:
-        """Kill the process of this rank, if there is one; the next run starts another."""
+        """Kill the process of this rank, if there is one, and what it started; the next run starts another."""
         worker = self._workers.pop(rank, None)
         if worker is not None:
+            for child in worker.children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
             worker.process.kill()
             worker.process.join()
             worker.connection.close()
@@ -261,7 +278,7 @@ class RankPool:
         return results, failures, lost
 
     def _clean_up(self, answered: list[int], released: Iterable[int]) -> list[Failure]:
-        """Wait until the ranks that answered are clean; those that fail to be are replaced."""
+        """Wait until the ranks that answered are clean; those that are not then are replaced."""
         for rank in released:
             with contextlib.suppress(ConnectionError):
                 self._workers[rank].connection.send_bytes(b"release")
@@ -269,15 +286,17 @@ class RankPool:
         deadline = time.monotonic() + CLEAN_UP_SECONDS
         for rank in answered:
             connection = self._workers[rank].connection
+            threads = 0
             try:
                 if connection.poll(max(0.0, deadline - time.monotonic())):
-                    problem = pickle.loads(connection.recv_bytes())
+                    problem, threads = pickle.loads(connection.recv_bytes())
                 else:
                     problem = f"The clean-up hangs at\n{self._workers[rank].stack()}"
             except (EOFError, ConnectionError):
                 problem = "The process died in the clean-up."
             if problem is not None:
                 failures.append(Failure(rank, time.monotonic(), problem))
+            if problem is not None or threads > MAX_IDLE_THREADS:
                 self._discard(rank)
         return failures
 
@@ -320,7 +339,7 @@ def _serve(connection: multiprocessing.connection.Connection, stack_file: str) -
 
 
 def _run_job(connection: multiprocessing.connection.Connection, job: Job) -> None:
-    """Answer one job: the result or a `Failure`, then, when clean, None or what kept it from it."""
+    """Answer one job: the result or a `Failure`; then (None or what keeps it from being clean, threads)."""
     # Before the call is unpickled: its function may live in a module of a test directory.
     sys.path.extend(entry for entry in job.path if entry not in sys.path)
     environment = dict(os.environ)
@@ -351,7 +370,7 @@ def _run_job(connection: multiprocessing.connection.Connection, job: Job) -> Non
         problem = traceback.format_exc()
     os.environ.clear()
     os.environ.update(environment)
-    connection.send_bytes(pickle.dumps(problem))
+    connection.send_bytes(pickle.dumps((problem, psutil.Process().num_threads())))
 
 
 def _tear_down() -> None:

@@ -111,6 +111,25 @@ def test_rows_and_columns_are_in_the_order_of_stocks_virtual_heads(layout):
 
 @quick
 @given(layouts())
+def test_separate_projections_have_the_rows_of_the_fused_one(layout):
+    """Hosts that keep query, key and value apart must hold what the fused projection of the same rank holds."""
+    g, r, d = layout.num_kv_heads, layout.num_heads // layout.num_kv_heads, layout.head_dim
+    blocks = r * (2 if layout.output_gate else 1) + 2
+    kind = np.empty(
+        (g, blocks, d), dtype=int
+    )  # row of the projection that each fused row comes from
+    kind[:, :r] = np.arange(g * r * d).reshape(g, r, d)
+    kind[:, -2:] = np.arange(g * d).reshape(g, 1, d)
+    for rank in range(layout.num_ranks):
+        held = layout.qkv_rows(rank)
+        block = held // d % blocks
+        assert np.array_equal(kind.reshape(-1)[held[block < r]], layout.query_rows(rank))
+        for fused in (blocks - 2, blocks - 1):
+            assert np.array_equal(kind.reshape(-1)[held[block == fused]], layout.kv_rows(rank))
+
+
+@quick
+@given(layouts())
 def test_owners_are_the_inverse(layout):
     """Checkpoints ask who holds a row; the answer must agree with what that rank says it holds."""
     for owner, held in (

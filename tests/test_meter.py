@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from helix_megatron import collectives
-from helix_megatron.meter import Meter, measure
+from helix_megatron.meter import Meter, Timing, measure
 from helix_megatron.observe import METHODS, Call, add_observer, observing, purpose, remove_observer
 
 
@@ -94,26 +95,27 @@ def everything() -> dict[str, tuple[Callable[[], Any], tuple[str, int, int]]]:
     }
 
 
-def run_everything(time: bool) -> list[str]:
+def run_everything(timing: Timing) -> list[str]:
     wrong = []
     for name, (call, (collective, calls, sent)) in everything().items():
-        with measure(time=time) as meter:
+        with measure(timing) as meter:
             call()
         traffic = {key[1]: value for key, value in meter.traffic.items()}
         got = traffic[collective]
         others = set(traffic) - {collective, *(["receive"] if "batch" in name else [])}
         if (got.calls, got.bytes) != (calls, sent) or others or meter.bytes() != sent:
             wrong.append(f"{name}: {meter.traffic}")
-        if (got.seconds > 0) != time or (meter.seconds() > 0) != time:
+        timed = timing != "off"
+        if (got.seconds > 0) != timed or (meter.seconds() > 0) != timed:
             wrong.append(f"{name} took {got.seconds} s")
     return wrong
 
 
-@pytest.mark.parametrize("time", [False, True], ids=["counted", "timed"])
-def test_the_meter_sees_every_collective_of_torch(pool, time):
+@pytest.mark.parametrize("timing", get_args(Timing))
+def test_the_meter_sees_every_collective_of_torch(pool, timing):
     """Reports, cost formulas and the graph rest on these counts: each collective once, with the bytes that
     this rank sends, whichever function of torch.distributed was called; and seconds if asked for."""
-    assert pool.run(run_everything, time, world_size=2) == [[], []]
+    assert pool.run(run_everything, timing, world_size=2) == [[], []]
 
 
 def run_megatron() -> dict[tuple[str, str], tuple[int, int]]:
@@ -231,10 +233,32 @@ def run_nested() -> list[Any]:
         with measure() as inner:
             dist.all_reduce(torch.ones(2))
         dist.all_reduce(torch.ones(2))
-    with measure(time=True):
+    with measure("total"):
         work = dist.all_reduce(torch.ones(2), async_op=True)
         done = work.is_completed()
     return [log, outer.calls(), inner.calls(), done]
+
+
+def run_late(delay: float) -> list[float]:
+    """Seconds of an all-reduce for which rank 1 comes `delay` late: hidden, exposed and in total."""
+    seconds = []
+    for hidden, timing in ((True, "exposed"), (False, "exposed"), (False, "total")):
+        dist.barrier()
+        with measure(timing) as meter:
+            if dist.get_rank() == 1:
+                time.sleep(delay)
+            work = dist.all_reduce(torch.ones(2), async_op=True)
+            while hidden and not work.is_completed():
+                time.sleep(0.01)  # for work of this rank's own
+            work.wait()
+        seconds.append(meter.seconds())
+    return seconds
+
+
+def test_exposed_is_what_no_work_hides(pool):
+    """An all-reduce that is over before anybody waits for it costs next to nothing."""
+    hidden, exposed, total = pool.run(run_late, 0.5, world_size=2)[0]
+    assert hidden < min(exposed, total) / 2
 
 
 def test_observers_nest(pool):

@@ -88,16 +88,20 @@ def test_a_line_is_complete_while_the_run_goes_on(tmp_path):
 
 
 def test_a_new_run_starts_the_file_again_and_a_resumed_one_goes_on(tmp_path):
-    """A line that was cut off when the run was killed would spoil the one after it."""
+    """Iterations after the checkpoint are run again; a line cut off by a kill would spoil the one after it."""
     path = tmp_path / "metrics.jsonl"
     for _ in range(2):
         with MetricsWriters(jsonl=path) as writers:
-            writers.write(example(1))
+            for iteration in (1, 2, 3):
+                writers.write(example(iteration))
     with path.open("a") as file:
-        file.write('{"iteration": 2, "lm_l')
-    with MetricsWriters(jsonl=path, resume=True) as writers:
-        writers.write(example(2))
-    assert [record["iteration"] for record in json_lines(path)] == [1, 2]
+        file.write('{"iteration": 4, "lm_l')
+    with MetricsWriters(jsonl=path, resume=3) as writers:
+        writers.write(example(4))
+    assert [record["iteration"] for record in json_lines(path)] == [1, 2, 3, 4]
+    with MetricsWriters(jsonl=path, resume=2) as writers:
+        writers.write(example(3))
+    assert [record["iteration"] for record in json_lines(path)] == [1, 2, 3]
 
 
 def test_no_destination_writes_nothing(tmp_path, monkeypatch):

@@ -309,9 +309,13 @@ def test_an_interrupted_run_leaves_nothing(corpus, monkeypatch, number, raised, 
     monkeypatch.setattr(module, "add_documents", interrupted)
     monkeypatch.setattr(module, "BATCH_BYTES", 500)
     handler = signal.getsignal(signal.SIGTERM)
+    of_shell = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # shells ignore it in the background
     flags = ("--input", corpus, "--output-prefix", "out", "--overwrite")
     with pytest.raises(raised):
         main([*flags, "--workers", str(workers)])
+    signal.signal(signal.SIGINT, of_shell)
     assert {name: Path(name).read_bytes() for name in listing()} == before
     assert signal.getsignal(signal.SIGTERM) is handler
 

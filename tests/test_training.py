@@ -212,7 +212,7 @@ def test_metrics_tell_the_traffic(pool):
     from helix_megatron.exchanges.choice import CPU
     from helix_megatron.training.validate import attention_shape
 
-    flags = f"{SIZE} --train-iters 2 {TP} 4 {HELIX} 2 --log-communication-time on"
+    flags = f"{SIZE} --train-iters 2 {TP} 4 {HELIX} 2 --log-communication-time total"
     args = validate(parse_args(flags.split()), 4)
     shape = attention_shape(args)
     exchange = choose(shape, machine=CPU)

@@ -17,6 +17,10 @@ FOUR = "--nproc-per-node 4 --tensor-model-parallel-size 4"
 HELIX = "--intra-head-parallel-size"
 
 WRONG = {
+    "warm-up as long as the run": (
+        "--train-iters 10 --lr-warmup-iters 10",
+        "--lr-warmup-iters 10 must be at least 0 and less than --lr-decay-iters, which is 10",
+    ),
     "heads not divisible by n": (
         f"{FOUR} {HELIX} 2 --num-attention-heads 5 --hidden-size 80",
         "5 heads cannot form 2 head groups. Valid numbers of groups: 1, 5. "

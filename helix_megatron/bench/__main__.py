@@ -1,7 +1,8 @@
 """`python -m helix_megatron.bench MEASUREMENT`: one measurement each, as a table and as JSON.
 
-A measurement is a module with NAME, HELP, add_arguments(parser) and run(args) -> exit status. It imports torch
-and megatron-core where it runs, so that `--help` answers at once.
+A measurement is a module with NAME, HELP, add_arguments(parser) and run(args) -> exit status; with
+PASSES_FLAGS_ON it is run(args, flags that are not its own). It imports torch and megatron-core where it runs,
+so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -10,27 +11,30 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from helix_megatron.bench import attention, traffic
+from helix_megatron.bench import attention, convert, layouts, traffic
 from helix_megatron.bench.report import PROGRAM, check_json_path
 from helix_megatron.errors import exit_on_error
 
-SUBCOMMANDS = (attention, traffic)
+SUBCOMMANDS = (layouts, attention, convert, traffic)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the measurement that `argv` names; its exit status, 2 for what the user can put right."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(argv)
+    parser = _parser(program)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.passes_flags_on:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.argv = argv
-    with exit_on_error(f"{PROGRAM} {args.subcommand}"):
+    with exit_on_error(f"{program} {args.subcommand}"):
         check_json_path(args.json)
-        return args.run(args)
+        return args.run(args, rest) if args.passes_flags_on else args.run(args)
     raise AssertionError("exit_on_error leaves by itself")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Measure what partitioned attention costs and saves."
+        prog=program, description="Measure what partitioned attention costs and saves."
     )
     subcommands = parser.add_subparsers(
         dest="subcommand", required=True, metavar="MEASUREMENT", title="measurements"
@@ -39,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
         assert module.__doc__ is not None
         description = module.__doc__.partition(": ")[2]
         subparser = subcommands.add_parser(
-            module.NAME, help=module.HELP, description=description[0].upper() + description[1:]
+            module.NAME,
+            help=module.HELP,
+            description=description[0].upper() + description[1:],
+            allow_abbrev=False,
         )
         module.add_arguments(subparser)
         subparser.add_argument(
@@ -47,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PATH",
             help="write the results there, with versions, date and command",
         )
-        subparser.set_defaults(run=module.run)
+        passes_flags_on = getattr(module, "PASSES_FLAGS_ON", False)
+        subparser.set_defaults(run=module.run, passes_flags_on=passes_flags_on)
     return parser
 
 

@@ -57,7 +57,31 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
     return function(*args)
 
 
-def _run_in_processes(function: Callable[..., Any], args: tuple[Any, ...], ranks: int) -> Any:
+def launch_on_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
+    """As `run_on_ranks`, in new processes with a launcher's environment; `function` makes its process group.
+
+    Raises:
+        HelixError: raised by a rank; or torchrun has started this process.
+    """
+    if launched_ranks() is not None:
+        raise HelixError("this starts its ranks by itself. Run it without torchrun.")
+    return _run_in_processes(_with_port, (_free_port(), function, args), ranks, group=False)
+
+
+def _with_port(port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return function(*args)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _run_in_processes(
+    function: Callable[..., Any], args: tuple[Any, ...], ranks: int, *, group: bool = True
+) -> Any:
     import torch.multiprocessing
     from torch.multiprocessing.spawn import ProcessException
 
@@ -71,7 +95,10 @@ def _run_in_processes(function: Callable[..., Any], args: tuple[Any, ...], ranks
         directory = Path(name)
         try:
             torch.multiprocessing.start_processes(
-                _rank, (function, args, ranks, directory), nprocs=ranks, start_method="forkserver"
+                _rank,
+                (function, args, ranks, directory, group),
+                nprocs=ranks,
+                start_method="forkserver",
             )
         except ProcessException:
             for error in sorted(directory.glob("error-*")):
@@ -81,15 +108,23 @@ def _run_in_processes(function: Callable[..., Any], args: tuple[Any, ...], ranks
 
 
 def _rank(
-    rank: int, function: Callable[..., Any], args: tuple[Any, ...], ranks: int, directory: Path
+    rank: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    ranks: int,
+    directory: Path,
+    group: bool,
 ) -> None:
     import torch
     import torch.distributed as dist
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    store = dist.FileStore(str(directory / "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    if group:
+        store = dist.FileStore(str(directory / "store"), ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    else:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     try:
         result = function(*args)
     except HelixError as error:
@@ -97,4 +132,5 @@ def _rank(
         raise
     if rank == 0:
         (directory / "result").write_bytes(pickle.dumps(result))
-    dist.destroy_process_group()
+    if group:
+        dist.destroy_process_group()

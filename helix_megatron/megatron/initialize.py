@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron.checkpoint import PermutedFactory
+from helix_megatron.megatron.fill import own_part, sharded_weights
 from helix_megatron.megatron.random import derive_seed, seeded
 
 INIT_METHODS = ("init_method", "output_layer_init_method", "embedding_init_method")
@@ -51,12 +49,11 @@ def initialize_weights(model: Any, config: Any, seed: int) -> None:
     Raises:
         HelixError: a weight whose place in the global tensor is unknown.
     """
-    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     draw = _Draw(config, seed)
     drawn = set()
-    for item in _leaves(model.sharded_state_dict(metadata=groups)):
-        if item.data is not None and item.data.dim() > 1:
-            item.data.copy_(_value(item, draw))
+    for item in sharded_weights(model):
+        if item.data.dim() > 1:
+            item.data.copy_(own_part(item, draw))
             drawn.add(item.data.data_ptr())
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -91,30 +88,3 @@ class _Draw:
         if "embedding" in key:
             return getattr(self.config, "embedding_init_method", None) or self.config.init_method
         return self.config.init_method
-
-
-def _value(item: Any, draw: _Draw) -> Tensor:
-    """This rank's part of what `draw` gives for a sharded tensor or a factory of them."""
-    if isinstance(item, PermutedFactory):
-        assert item.index is not None
-        whole = draw(item.key, item.leading_offset, item.global_shape)
-        return whole.index_select(item.axis, torch.as_tensor(item.index))
-    if isinstance(item, ShardedTensorFactory):
-        return item.merge_fn([_part(part, draw) for part in item.build()])
-    return _part(item, draw)
-
-
-def _part(sharded: ShardedTensor, draw: _Draw) -> Tensor:
-    leading = sharded.prepend_axis_num
-    shape, offset = sharded.global_shape[leading:], sharded.global_offset[leading:]
-    whole = draw(sharded.key, tuple(sharded.global_offset[:leading]), tuple(shape))
-    for axis, (start, length) in enumerate(zip(offset, sharded.local_shape, strict=True)):
-        whole = whole.narrow(axis, start, length)
-    return whole
-
-
-def _leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, (ShardedTensor, ShardedTensorFactory)):
-        return [tree]
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return [leaf for child in children for leaf in _leaves(child)]

@@ -16,11 +16,10 @@ from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from helix_megatron.collectives import all_reduce
 from helix_megatron.errors import HelixError
+from helix_megatron.head_norm import head_mean
 from helix_megatron.layout import HeadLayout
 
-PURPOSE = "exchange/qk-norm"
 KINDS = ("LayerNorm", "RMSNorm", "L2Norm")
 
 
@@ -79,10 +78,7 @@ class PartitionedNorm(nn.Module):
         return x.to(dtype).reshape(shape)
 
     def _mean(self, x: Tensor) -> Tensor:
-        total = x.sum(-1, keepdim=True)
-        if not self.whole:
-            total = all_reduce(total, self.group, purpose=PURPOSE)
-        return total / self.head_dim
+        return head_mean(x, self.head_dim, None if self.whole else self.group)
 
     def _own(self, weight: Tensor) -> Tensor:
         return weight if self.whole else weight[self.dims]

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,27 @@ def seed_model_parallel(seed: int) -> None:
     stage = megatron_state.get_pipeline_model_parallel_rank()
     tracker.add(HEAD_GROUP_STATE, derive_seed(seed, HEAD_GROUP_STATE, stage, head_group))
     tracker.add(MICRO_BATCH_STATE, derive_seed(seed, MICRO_BATCH_STATE))
+
+
+def random_states() -> dict[str, Any]:
+    """All random states of this rank, under the names that Megatron-LM's checkpoints have."""
+    return {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Put back what `random_states` gave. Tracked states that it lacks (Megatron's lacks ours) stay."""
+    random.setstate(states["random_rng_state"])
+    np.random.set_state(states["np_rng_state"])
+    torch.set_rng_state(states["torch_rng_state"])
+    torch.cuda.set_rng_state(states["cuda_rng_state"])
+    tracker = get_cuda_rng_tracker()
+    tracker.set_states(tracker.get_states() | states["rng_tracker_states"])
 
 
 def fork_head_group_state() -> contextlib.AbstractContextManager[None]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from helix_megatron.arguments import add_helix_arguments
+from helix_megatron.training.checkpoint_flags import checkpoint_defaults, find_checkpoint
+from helix_megatron.training.layer_patterns import layer_pattern
 from helix_megatron.training.presets import PRESETS
 
 Row = tuple[str, Any, Any, str]
@@ -33,15 +35,43 @@ MODEL: tuple[Row, ...] = (
     ("--rotary-base", int, 10000, "base period of rotary embedding"),
     ("--rotary-percent", float, 1.0, "share of a head's dimensions that is rotated"),
     ("--rotary-interleaved", None, False, "rotate pairs (2k, 2k+1) instead of (k, k + d/2)"),
+    (
+        "--rotary-seq-len-interpolation-factor",
+        float,
+        None,
+        "divide positions by this before rotation (linear scaling of rotary embedding)",
+    ),
+    ("--use-rope-scaling", None, False, "scale rotary frequencies as Llama 3.1 and later do"),
+    ("--rope-scaling-factor", float, 8.0, "factor of the lowest frequencies, with the former"),
+    (
+        "--embedding-multiplier",
+        float,
+        1.0,
+        "multiply word embeddings by this, rounded to their dtype (Gemma: square root of the hidden size)",
+    ),
     ("--normalization", ("LayerNorm", "RMSNorm"), "LayerNorm", "norm of the hidden states"),
     ("--norm-epsilon", float, 1e-5, "epsilon of the norms"),
+    ("--apply-layernorm-1p", None, False, "store weights of norms minus 1, as Gemma does"),
     ("--swiglu", None, False, "gated MLP with SiLU instead of GELU"),
+    ("--geglu", None, False, "gated MLP with tanh-approximated GELU, as Gemma has"),
+    (
+        "--openai-gelu",
+        None,
+        False,
+        "tanh-approximated GELU, as GPT-2 has, instead of the exact one",
+    ),
     ("--disable-bias-linear", None, False, "no biases in linear layers"),
     ("--add-qkv-bias", None, False, "biases in linear_qkv even so"),
     ("--qk-layernorm", None, False, "normalise queries and keys of each head"),
     ("--qk-l2-norm", None, False, "normalise queries and keys by their L2 norm"),
     ("--attention-output-gate", None, False, "gate the attention output"),
     ("--window-size", int, None, "sliding window: keys before the query that it sees"),
+    (
+        "--window-attn-skip-freq",
+        layer_pattern,
+        None,
+        "every n-th layer has no window; or a list with 1 for each layer that has, such as [0,1,1]",
+    ),
     (
         "--untie-embeddings-and-output-weights",
         None,
@@ -69,7 +99,12 @@ MODEL: tuple[Row, ...] = (
 
 EXPERTS: tuple[Row, ...] = (
     ("--num-experts", int, None, "experts of every MoE layer; none makes a dense model"),
-    ("--moe-layer-freq", int, 1, "every n-th layer is an MoE layer"),
+    (
+        "--moe-layer-freq",
+        layer_pattern,
+        1,
+        "every n-th layer is an MoE layer; or a list with 1 for each that is, such as [0,1,1] or [0]+[1]*2",
+    ),
     (
         "--moe-ffn-hidden-size",
         int,
@@ -77,6 +112,12 @@ EXPERTS: tuple[Row, ...] = (
         "hidden size of an expert; --ffn-hidden-size when not given",
     ),
     ("--moe-router-topk", int, 2, "experts of a token"),
+    (
+        "--moe-router-pre-softmax",
+        None,
+        False,
+        "weigh a token's experts by the softmax over all experts instead of over its own",
+    ),
     (
         "--moe-router-load-balancing-type",
         ("aux_loss", "seq_aux_loss", "none"),
@@ -96,6 +137,7 @@ EXPERTS: tuple[Row, ...] = (
         None,
         "hidden size of experts that all tokens share",
     ),
+    ("--moe-shared-expert-gate", None, False, "a gate of its own for the shared experts' output"),
 )
 
 PARALLEL: tuple[Row, ...] = (
@@ -204,6 +246,65 @@ DATA: tuple[Row, ...] = (
     ("--split", str, "969,30,1", "shares for training, validation and test"),
 )
 
+CHECKPOINTING: tuple[Row, ...] = (
+    ("--save", str, None, "directory for checkpoints; one is also saved after the last iteration"),
+    ("--save-interval", int, None, "save every so many iterations"),
+    ("--keep", int, None, "keep the newest so many checkpoints; all of them when not given"),
+    (
+        "--async-save",
+        None,
+        False,
+        "write in the background while training goes on; a checkpoint is complete some iterations later",
+    ),
+    ("--no-save-optim", None, False, "save no optimizer state"),
+    ("--no-save-rng", None, False, "save no random states"),
+    (
+        "--load",
+        str,
+        None,
+        "directory of checkpoints to go on from: of this script, of stock Megatron, or converted; saved at any "
+        "layout. With the directory of --save a first start finds nothing and begins anew",
+    ),
+    ("--ckpt-step", int, None, "load the checkpoint of this iteration; the newest when not given"),
+    (
+        "--exit-on-missing-checkpoint",
+        None,
+        False,
+        "do not begin anew where --load finds nothing",
+    ),
+    ("--no-load-optim", None, False, "load no optimizer state"),
+    ("--no-load-rng", None, False, "load no random states"),
+    ("--finetune", None, False, "load weights only, and begin at iteration 0"),
+    ("--use-checkpoint-args", None, False, "take the model's flags from the checkpoint"),
+    (
+        "--override-opt-param-scheduler",
+        None,
+        False,
+        "take learning rate and weight decay of this command, not the checkpoint's",
+    ),
+    (
+        "--use-checkpoint-opt-param-scheduler",
+        None,
+        False,
+        "take learning rate and weight decay of the checkpoint, not this command's",
+    ),
+    (
+        "--trust-checkpoint",
+        None,
+        False,
+        "read pickles that could run code of whoever wrote them; only for files that are your own",
+    ),
+    (
+        "--allow-quality-loss",
+        None,
+        False,
+        "load ordinary weights into segment-local attention, which is another architecture",
+    ),
+    ("--exit-interval", int, None, "end after an iteration that is a multiple of this"),
+    ("--exit-duration-in-mins", float, None, "save and end after so many minutes"),
+    ("--exit-signal-handler", None, False, "save and end on SIGTERM; a second one ends at once"),
+)
+
 LOGGING: tuple[Row, ...] = (
     ("--log-interval", int, 10, "print every so many iterations where a line cannot be rewritten"),
     ("--eval-interval", int, 0, "validate every so many iterations, and after the last; 0 never"),
@@ -214,9 +315,10 @@ LOGGING: tuple[Row, ...] = (
     ("--run-name", str, None, "name of the run in tables and reports"),
     (
         "--log-communication-time",
-        ("auto", "on", "off"),
+        ("auto", "total", "exposed", "off"),
         "auto",
-        "time every collective. auto does so on CPU; on a GPU it undoes their overlap",
+        "time collectives: total, each one, without overlap; exposed, only while computation waits for it; "
+        "auto is total on CPU and off on a GPU",
     ),
     ("--check", None, False, "check everything that can be checked without starting, then stop"),
     (
@@ -233,6 +335,7 @@ GROUPS = {
     "parallelism": PARALLEL,
     "training": TRAINING,
     "data": DATA,
+    "checkpoints": CHECKPOINTING,
     "logging": LOGGING,
 }
 SEVERAL = ("--text", "--data-path")
@@ -261,12 +364,19 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse; `helix_megatron.training.validate.validate` checks what the values mean together.
 
-    A preset gives other defaults; flags given beside it win.
+    A preset, or the checkpoint with `--use-checkpoint-args`, gives other defaults; flags given beside it win.
+
+    Raises:
+        HelixError: `--use-checkpoint-args` and no checkpoint that can be read.
     """
     parser = build_parser()
-    preset = parser.parse_known_args(argv)[0].preset
-    if preset is not None:
-        parser.set_defaults(**PRESETS[preset])
+    first = parser.parse_known_args(argv)[0]
+    if first.preset is not None:
+        parser.set_defaults(**PRESETS[first.preset])
+    if first.use_checkpoint_args:
+        path = find_checkpoint(first)
+        if path is not None:
+            parser.set_defaults(**checkpoint_defaults(path, first))
     return parser.parse_args(argv)
 
 

@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
+from helix_megatron.checkpoint.families.flags import expert_layers
 from helix_megatron.megatron.random import enter_micro_batch
 from helix_megatron.meter import EXCHANGE, Meter
 from helix_megatron.training.metrics import GpuUtilization, IterationMetrics, memory_bytes
@@ -46,16 +47,24 @@ class Trainer:
         self._gpu = GpuUtilization()
 
     def train(
-        self, batches: Iterator[Batch], validation: Any | None = None
+        self,
+        batches: Iterator[Batch],
+        validation: Any | None = None,
+        *,
+        iteration: int = 0,
+        consumed_samples: int = 0,
     ) -> Iterator[IterationMetrics]:
-        """Run `--train-iters` iterations.
+        """Run the iterations up to `--train-iters`.
 
         Args:
             batches: this data parallel rank's micro-batches, without end.
             validation: a function that returns a fresh iterator of validation micro-batches, or None.
+            iteration, consumed_samples: where a resumed run has stopped.
         """
         args, start = self.args, time.perf_counter()
-        for iteration in range(1, args.train_iters + 1):
+        while iteration < args.train_iters:
+            iteration += 1
+            consumed_samples += args.global_batch_size
             began = time.perf_counter()
             self.meter.reset()
             loss, norm, updated = self._step(batches, iteration)
@@ -75,8 +84,8 @@ class Trainer:
                 loss_scale=float(self.optimizer.get_loss_scale().item()),
                 skipped=not updated,
                 memory_bytes=memory_bytes(),
-                consumed_samples=iteration * args.global_batch_size,
-                consumed_tokens=iteration * self._tokens,
+                consumed_samples=consumed_samples,
+                consumed_tokens=consumed_samples * args.seq_length,
                 elapsed_seconds=time.perf_counter() - start,
                 validation_loss=validation_loss,
                 gpu_utilization=self._gpu.read(),
@@ -163,7 +172,7 @@ class Trainer:
             return {}
         moe_utils.reduce_aux_losses_tracker_across_ranks()
         tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-        layers = len(range(0, self.args.num_layers, self.args.moe_layer_freq))
+        layers = sum(expert_layers(vars(self.args)))
         scale = self.args.num_micro_batches * layers
         losses = {name: float(entry["values"].sum()) / scale for name, entry in tracker.items()}
         moe_utils.clear_aux_losses_tracker()

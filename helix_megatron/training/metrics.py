@@ -146,7 +146,8 @@ class MetricsWriters:
         wandb_project: Weights & Biases project.
         run_name: name of the run in Weights & Biases.
         config: the run's description, shown by Weights & Biases.
-        resume: continue an existing JSON-lines file instead of starting it again.
+        resume: the last iteration of the run that this one continues: what an existing JSON-lines file holds
+            up to there stays, what it holds of later iterations will be written again. 0 starts it afresh.
 
     Raises:
         HelixError: a destination cannot be opened; those opened before it are closed.
@@ -160,7 +161,7 @@ class MetricsWriters:
         wandb_project: str | None = None,
         run_name: str | None = None,
         config: Mapping[str, Any] | None = None,
-        resume: bool = False,
+        resume: int = 0,
     ) -> None:
         self._sinks: list[Callable[[dict[str, Any]], None]] = []
         with contextlib.ExitStack() as opened:
@@ -191,12 +192,12 @@ class MetricsWriters:
 
 
 def _json_lines(
-    opened: contextlib.ExitStack, path: Path, resume: bool
+    opened: contextlib.ExitStack, path: Path, resume: int
 ) -> Callable[[dict[str, Any]], None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume and path.exists():
-            _drop_torn_line(path)
+            _keep_until(path, resume)
         mode = "a" if resume else "w"
         file = opened.enter_context(path.open(mode, buffering=1, encoding="utf-8"))
     except OSError as error:
@@ -211,10 +212,15 @@ def _write_line(file: Any, record: dict[str, Any]) -> None:
     file.write(json.dumps(json_safe(record), allow_nan=False) + "\n")
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut a last line without its end: the process that wrote it was killed in the middle."""
+def _keep_until(path: Path, iteration: int) -> None:
+    """Cut what follows the line of an iteration: later ones, and what a killed process left of a line."""
     with path.open("r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+        kept = 0
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["iteration"] > iteration:
+                break
+            kept += len(line)
+        file.truncate(kept)
 
 
 def _tensorboard(opened: contextlib.ExitStack, directory: str) -> Callable[[dict[str, Any]], None]:

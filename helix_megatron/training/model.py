@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -21,6 +20,7 @@ from helix_megatron.megatron.norms import use_available_norms
 from helix_megatron.megatron.optional import available_backends
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
+from helix_megatron.training.model_options import activation, can_fuse_activation, scale_embeddings
 from helix_megatron.training.validate import rotary_percent
 
 # Flags that are fields of TransformerConfig under the same name.
@@ -52,10 +52,12 @@ SAME_NAME_EXPERTS = (
     "moe_layer_freq",
     "moe_ffn_hidden_size",
     "moe_router_topk",
+    "moe_router_pre_softmax",
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",
     "moe_token_dispatcher_type",
     "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
 )
 
 
@@ -70,6 +72,7 @@ def transformer_config(args: argparse.Namespace) -> HelixTransformerConfig:
         settings["recompute_num_layers"] = args.recompute_num_layers
     if args.window_size is not None:
         settings["window_size"] = (args.window_size, 0)
+        settings["window_attn_skip_freq"] = args.window_attn_skip_freq
     if args.virtual_pipeline_model_parallel_size:
         # The batched form pairs messages wrongly with two stages and changes the loss silently.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -79,16 +82,17 @@ def transformer_config(args: argparse.Namespace) -> HelixTransformerConfig:
         helix=args.helix,
         rotary_percent=rotary_percent(args),
         layernorm_epsilon=args.norm_epsilon,
+        layernorm_zero_centered_gamma=args.apply_layernorm_1p,
         add_bias_linear=not args.disable_bias_linear,
-        gated_linear_unit=args.swiglu,
-        activation_func=F.silu if args.swiglu else F.gelu,
+        gated_linear_unit=args.swiglu or args.geglu,
+        activation_func=activation(args),
         qk_layernorm=args.qk_layernorm or args.qk_l2_norm,
         params_dtype=parameter_dtype(args),
         pipeline_dtype=parameter_dtype(args),
         use_cpu_initialization=not on_gpu,
         batch_p2p_sync=on_gpu,
         bias_dropout_fusion=on_gpu,
-        bias_activation_fusion=on_gpu and (args.swiglu or not args.disable_bias_linear),
+        bias_activation_fusion=on_gpu and can_fuse_activation(args),
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
     )
@@ -141,7 +145,7 @@ def build_chunk(
     )
     spec = helix_spec(spec if use_engine else use_available_norms(spec), config.helix)
     place = {"ignore_virtual": False, "vp_stage": virtual_stage}
-    return GPTModel(
+    model = GPTModel(
         config,
         spec,
         vocab_size=args.padded_vocab_size,
@@ -152,8 +156,13 @@ def build_chunk(
         position_embedding_type=args.position_embedding_type,
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         vp_stage=virtual_stage,
     )
+    scale_embeddings(model, args.embedding_multiplier)
+    return model
 
 
 def uses_transformer_engine(args: argparse.Namespace) -> bool:
@@ -198,5 +207,7 @@ def build_optimizer(
         end_wd=args.weight_decay,
         wd_incr_steps=args.train_iters * batch,
         wd_incr_style="constant",
+        override_opt_param_scheduler=args.override_opt_param_scheduler,
+        use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
     )
     return optimizer, scheduler

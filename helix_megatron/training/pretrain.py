@@ -8,7 +8,7 @@ import datetime
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helix_megatron.errors import exit_on_error
 from helix_megatron.exchanges.choice import MACHINES, Machine
@@ -21,7 +21,11 @@ from helix_megatron.training.validate import (
     validate,
 )
 
+if TYPE_CHECKING:
+    from helix_megatron.meter import Meter
+
 PROGRAM = "pretrain_gpt.py"
+LEAVE_SECONDS = 60.0
 # Whatever decides the losses: runs that agree in these train the same model.
 MODEL_FLAGS = (
     "num_layers",
@@ -34,16 +38,31 @@ MODEL_FLAGS = (
     "position_embedding_type",
     "rotary_percent",
     "rotary_interleaved",
+    "rotary_base",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "embedding_multiplier",
     "normalization",
+    "norm_epsilon",
+    "apply_layernorm_1p",
     "swiglu",
+    "geglu",
+    "openai_gelu",
     "disable_bias_linear",
+    "add_qkv_bias",
     "qk_layernorm",
     "qk_l2_norm",
     "window_size",
+    "window_attn_skip_freq",
     "padded_vocab_size",
     "num_experts",
     "moe_ffn_hidden_size",
     "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_layer_freq",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
     "global_batch_size",
     "optimizer",
     "lr",
@@ -57,8 +76,8 @@ MODEL_FLAGS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `scripts/pretrain_gpt.py`. Wrong input prints one paragraph and exits with 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = parse_args(arguments)
     with exit_on_error(PROGRAM):
+        args = parse_args(arguments)
         validate(args, ranks_of_environment(args))
         if args.check or args.explain:
             print(description_of(args))
@@ -106,33 +125,75 @@ def description_of(args: argparse.Namespace) -> str:
 
 def pretrain(args: argparse.Namespace) -> None:
     """Train on this rank. The environment is a launcher's, or that of a single process."""
+    import threading
+
     import torch.distributed as dist
 
     from helix_megatron import parallel_state
     from helix_megatron.training.watchdog import watching
 
-    with _process_group(args), watching():
-        with _reporting(args) as report:
-            for metrics in training(args):
+    asked_to_end = threading.Event() if args.exit_signal_handler else None
+    with process_group(args), watching(asked_to_end):
+        with _reporting(args) as (report, note):
+            for metrics in training(args, asked_to_end, note):
                 report(metrics)
         dist.barrier()
         parallel_state.destroy_model_parallel()
 
 
-def training(args: argparse.Namespace) -> Iterator[Any]:
+def training(
+    args: argparse.Namespace,
+    asked_to_end: Any = None,
+    note: Callable[[str], None] = lambda text: None,
+    meter: Meter | None = None,
+) -> Iterator[Any]:
     """Build everything on this rank of an existing process group, and train: `IterationMetrics`, one by one.
 
     Args:
         args: validated flags.
+        asked_to_end: a `threading.Event`; when it is set on any rank, the run saves and ends.
+        note: where to say what was loaded and saved.
+        meter: counts and times the collectives; as --log-communication-time says when not given.
     """
     import torch
 
+    from helix_megatron.meter import Meter
+    from helix_megatron.observe import observing
+    from helix_megatron.training.checkpointing import Checkpointing, Progress
+    from helix_megatron.training.loop import Trainer
+    from helix_megatron.training.model import build_optimizer
+
+    config, chunks = build(args)
+    optimizer, scheduler = build_optimizer(args, chunks)
+    checkpoints = Checkpointing(args, chunks, optimizer, scheduler, note)
+    progress = checkpoints.load()
+    batches, validation = _data(args, progress.consumed_samples)
+    if meter is None:
+        timing = args.log_communication_time
+        if timing == "auto":
+            timing = "off" if torch.cuda.is_available() else "total"
+        meter = Meter(timing)
+    with observing(meter):
+        trainer = Trainer(args, config, chunks, optimizer, scheduler, meter)
+        for metrics in trainer.train(batches, validation, **vars(progress)):
+            yield metrics
+            progress = Progress(metrics.iteration, metrics.consumed_samples)
+            if checkpoints.after_iteration(progress, asked_to_end):
+                break
+    checkpoints.save(progress)
+    checkpoints.close()
+
+
+def build(args: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """Groups, random states and the model of this rank: its configuration and its chunks, in DDP.
+
+    Args:
+        args: validated flags. torch.distributed is initialised.
+    """
     from helix_megatron import parallel_state
     from helix_megatron.megatron.optional import available_backends, describe
     from helix_megatron.megatron.random import seed_model_parallel
-    from helix_megatron.meter import measure
-    from helix_megatron.training.loop import Trainer
-    from helix_megatron.training.model import build_model, build_optimizer, transformer_config
+    from helix_megatron.training.model import build_model, transformer_config
 
     available_backends().check()
     parallel_state.initialize_model_parallel(
@@ -147,27 +208,21 @@ def training(args: argparse.Namespace) -> Iterator[Any]:
     seed_model_parallel(args.seed)
     describe()
     config = transformer_config(args)
-    chunks = build_model(args, config)
-    optimizer, scheduler = build_optimizer(args, chunks)
-    batches, validation = _data(args)
-    timed = args.log_communication_time == "on" or (
-        args.log_communication_time == "auto" and not torch.cuda.is_available()
-    )
-    with measure(time=timed) as meter:
-        trainer = Trainer(args, config, chunks, optimizer, scheduler, meter)
-        yield from trainer.train(batches, validation)
+    return config, build_model(args, config)
 
 
 @contextlib.contextmanager
-def _reporting(args: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
-    """Where an iteration's metrics go: files, services and the terminal on rank 0, nowhere on others."""
+def _reporting(
+    args: argparse.Namespace,
+) -> Iterator[tuple[Callable[[Any], None], Callable[[str], None]]]:
+    """Where metrics and notes go: files, services and the terminal on rank 0, nowhere on others."""
     import torch.distributed as dist
 
     from helix_megatron.training.metrics import MetricsWriters, write_run_description
     from helix_megatron.training.progress import ProgressLine
 
     if dist.get_rank() != 0:
-        yield lambda metrics: None
+        yield lambda metrics: None, lambda text: None
         return
     description = run_description(args)
     if args.metrics_jsonl:
@@ -179,6 +234,7 @@ def _reporting(args: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
         wandb_project=args.wandb_project,
         run_name=args.run_name,
         config=description,
+        resume=args.load_iteration,
     )
     label = args.run_name or ""
     with (
@@ -190,7 +246,7 @@ def _reporting(args: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
             writers.write(metrics)
             line.update(metrics)
 
-        yield report
+        yield report, line.note
 
 
 def run_description(args: argparse.Namespace) -> dict[str, Any]:
@@ -239,8 +295,10 @@ def _machine() -> Machine:
     return MACHINES["cuda" if torch.cuda.is_available() else "cpu"]
 
 
-def _data(args: argparse.Namespace) -> tuple[Iterator[Any], Callable[[], Iterator[Any]] | None]:
-    """Training micro-batches of this data parallel rank, and a maker of validation ones."""
+def _data(
+    args: argparse.Namespace, consumed_samples: int
+) -> tuple[Iterator[Any], Callable[[], Iterator[Any]] | None]:
+    """This rank's training micro-batches from where it stopped, and a maker of validation ones."""
     from megatron.core import parallel_state as megatron_state
 
     from helix_megatron.data.batches import micro_batches
@@ -262,20 +320,21 @@ def _data(args: argparse.Namespace) -> tuple[Iterator[Any], Callable[[], Iterato
     else:
         train, valid = byte_datasets(args)
 
-    def batches_of(dataset: Any) -> Iterator[Any]:
+    def batches_of(dataset: Any, consumed: int = 0) -> Iterator[Any]:
         return micro_batches(
             dataset,
             args.micro_batch_size,
             args.global_batch_size,
             megatron_state.get_data_parallel_rank(),
             megatron_state.get_data_parallel_world_size(),
+            consumed_samples=consumed,
         )
 
-    return batches_of(train), None if valid is None else lambda: batches_of(valid)
+    return batches_of(train, consumed_samples), None if valid is None else lambda: batches_of(valid)
 
 
 @contextlib.contextmanager
-def _process_group(args: argparse.Namespace) -> Iterator[None]:
+def process_group(args: argparse.Namespace) -> Iterator[None]:
     """torch.distributed for the run, with its timeout on every group."""
     import torch
     import torch.distributed as dist
@@ -299,8 +358,26 @@ def _process_group(args: argparse.Namespace) -> Iterator[None]:
     dist.init_process_group(backend, timeout=timeout, **arguments)
     try:
         yield
+        _leave_together(dist)
     finally:
         dist.destroy_process_group()
+
+
+def _leave_together(dist: Any) -> None:
+    """Wait until all ranks are here: who closes its connections first fails a barrier that others are still in.
+
+    Through the store, which has no such connections. The first rank may keep it, and goes last.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    rank, ranks = dist.get_rank(), range(1, dist.get_world_size())
+    timeout = datetime.timedelta(seconds=LEAVE_SECONDS)
+    with contextlib.suppress(RuntimeError):  # somebody else has failed: its message is enough
+        store.set(f"helix/done/{rank}", "")
+        store.wait([f"helix/done/{other}" for other in (0, *ranks)], timeout)
+        if rank == 0 and ranks:
+            store.wait([f"helix/left/{other}" for other in ranks], timeout)
+        else:
+            store.set(f"helix/left/{rank}", "")
 
 
 def _prepare_environment() -> None:

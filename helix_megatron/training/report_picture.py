@@ -36,7 +36,7 @@ def draw_losses(comparison: Comparison, theme: dict[str, str] = LIGHT) -> bytes:
     colours = {run.label: PALETTE[k % len(PALETTE)] for k, run in enumerate(comparison.runs)}
     heights = [2.4, 1] if gaps else [1]
     file = io.BytesIO()
-    with matplotlib.rc_context(_style(theme)):
+    with matplotlib.rc_context(style(theme)):
         # A Figure of its own draws with Agg and leaves pyplot's windows alone.
         figure = Figure(figsize=(8, 5.6 if gaps else 4), dpi=160, layout="constrained")
         panels = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[
@@ -101,7 +101,8 @@ def _draw_gaps(axes: Any, gaps: dict[str, Any], colours: dict[str, str], text: s
         axes.set_title(f"equal losses are drawn at {bottom:.0e}", loc="left", fontsize="small")
 
 
-def _style(theme: dict[str, str]) -> Any:
+def style(theme: dict[str, str]) -> Any:
+    """matplotlib's settings for a theme."""
     text = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
     background = ("figure.facecolor", "savefig.facecolor", "axes.facecolor")
     return {

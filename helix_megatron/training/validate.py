@@ -19,6 +19,8 @@ from helix_megatron.data.text import (
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.exchanges import AttentionShape, choose
 from helix_megatron.layout import HeadLayout, rotary_of
+from helix_megatron.training.checkpoint_flags import check_flags
+from helix_megatron.training.layer_patterns import check_options
 
 
 def validate(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
@@ -29,9 +31,27 @@ def validate(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     Raises:
         HelixError: with the values, the valid values and what to try.
     """
+    check_model(args, world_size)
+    _check_data(args)
+    pad_vocabulary(args)
+    check_flags(args)
+    if args.helix.active and args.helix.attention == "exact":
+        choose(attention_shape(args), args.helix.exchange)
+    return args
+
+
+def check_model(args: argparse.Namespace, world_size: int) -> None:
+    """The part of `validate` that needs no data and no checkpoint: model, parallelism, batch, precision.
+
+    Adds all that `validate` adds except `padded_vocab_size`; `pad_vocabulary` adds that.
+
+    Raises:
+        HelixError: with the values, the valid values and what to try.
+    """
     args.world_size = world_size
     _fill_defaults(args)
     _check_ranks(args)
+    check_options(args)
     args.helix = HelixConfig.from_args(args)
     args.layout = _layout(args)
     _check_sequence(args)
@@ -39,10 +59,6 @@ def validate(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
     _check_pipeline(args)
     _check_experts(args)
     _check_precision(args)
-    _check_data(args)
-    if args.helix.active and args.helix.attention == "exact":
-        choose(attention_shape(args), args.helix.exchange)
-    return args
 
 
 def attention_shape(args: argparse.Namespace) -> AttentionShape:
@@ -102,6 +118,11 @@ def _fill_defaults(args: argparse.Namespace) -> None:
         )
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.train_iters
+    if not 0 <= args.lr_warmup_iters < args.lr_decay_iters:
+        raise HelixError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be at least 0 and less than --lr-decay-iters, which "
+            f"is {args.lr_decay_iters} (--train-iters when not given). Lower it."
+        )
     if args.seed < 1:
         raise HelixError(f"--seed {args.seed}: Megatron needs a positive whole number. Try 1234.")
 
@@ -293,6 +314,10 @@ def _check_data(args: argparse.Namespace) -> None:
             "out, or raise it."
         )
     args.vocab_size = args.vocab_size or vocabulary
+
+
+def pad_vocabulary(args: argparse.Namespace) -> None:
+    """Set `padded_vocab_size`: the vocabulary, rounded up so that tensor parallel ranks share it evenly."""
     unit = args.make_vocab_size_divisible_by
     if unit < 1:
         raise HelixError(f"--make-vocab-size-divisible-by {unit}: at least 1.")

@@ -27,10 +27,14 @@ import torch.distributed as dist
 from helix_megatron.observe import Call, observing
 
 BEAT_SECONDS = 1.0
+FIRST_BEATS_SECONDS = 0.05  # until every rank has been heard once
+DYING_SECONDS = 3.0  # a process closes its connections a little before it is gone
+QUIET_SECONDS = 5.0  # a rank that says nothing for so long is stopped, or its machine is overloaded
 SILENCE_SECONDS = 30.0  # a rank on another host that says nothing for so long is gone
 COLLECTIVE_FAILURE = re.compile(
     r"gloo|Connection|closed by peer|[Tt]imed? ?out|NCCL|ProcessGroup|Broken pipe", re.ASCII
 )
+TIMEOUT = re.compile(r"[Tt]imed? ?out")
 
 
 class Watchdog:
@@ -39,14 +43,23 @@ class Watchdog:
     Args:
         store: a rendezvous store that this thread may use beside the main one.
         rank, world_size: of this process.
+        asked_to_end: set when a launcher asks to terminate; then the run has to end by itself. None: this
+            process is ended at once.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        asked_to_end: threading.Event | None = None,
+    ) -> None:
         self._store, self._rank, self._world = store, rank, world_size
+        self._asked_to_end = asked_to_end
         self._last = "no collective yet"
         self._since = time.time()
         self._ended = threading.Event()
-        self._seen: dict[int, tuple[str, float]] = {}
+        self._heard: dict[int, tuple[dict[str, Any], float]] = {}
         self._lock = threading.Lock()
         self._reader, self._writer = socket.socketpair()
         self._thread = threading.Thread(target=self._watch, name="helix-watchdog", daemon=True)
@@ -80,6 +93,16 @@ class Watchdog:
         signal.set_wakeup_fd(self._old_wakeup)
         signal.signal(signal.SIGTERM, self._old_handler)
 
+    def await_gone(self, seconds: float) -> None:
+        """Wait, not longer than so many seconds, until the end of some other rank can be seen."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._gone():
+            with contextlib.suppress(Exception):
+                self._listen()
+            if any(word["state"] != "alive" for word, _ in list(self._heard.values())):
+                return
+            time.sleep(0.05)
+
     def fail(self, reason: str, status: int = 1) -> None:
         """Say why, and end this process without waiting for anybody."""
         with self._lock:
@@ -93,13 +116,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.is_set():
-            ready, _, _ = select.select([self._reader], [], [], BEAT_SECONDS)
+            beat = BEAT_SECONDS if len(self._heard) == self._world else FIRST_BEATS_SECONDS
+            ready, _, _ = select.select([self._reader], [], [], beat)
             if ready and signal.SIGTERM in self._reader.recv(64):
-                self.fail("it was asked to terminate", 128 + signal.SIGTERM)
+                asked = self._asked_to_end
+                if asked is None or asked.is_set():  # or asked again
+                    self.fail("it was asked to terminate", 128 + signal.SIGTERM)
+                else:
+                    asked.set()
             try:
                 self._say({"state": "alive"})
+                self._listen()
                 gone = self._gone()
             except Exception as error:
+                self.await_gone(DYING_SECONDS)  # who kept it, most likely
                 if not self._ended.is_set():
                     self.fail(f"the rendezvous store does not answer ({type(error).__name__})")
                 return
@@ -112,76 +142,95 @@ class Watchdog:
         word |= {"in": self._last, "since": self._since}
         self._store.set(f"helix/watchdog/{self._rank}", json.dumps(word))
 
-    def _words(self) -> dict[int, dict[str, Any]]:
-        """The last word of every rank that has spoken."""
-        keys = [f"helix/watchdog/{rank}" for rank in range(self._world)]
-        return {
-            rank: json.loads(self._store.get(key))
-            for rank, key in enumerate(keys)
-            if self._store.check([key])
-        }
+    def _listen(self) -> None:
+        """Hear the last word of every rank that has spoken, and note when it was new (on this host's clock)."""
+        for rank in range(self._world):
+            key = f"helix/watchdog/{rank}"
+            if not self._store.check([key]):
+                continue
+            word = json.loads(self._store.get(key))
+            before, _ = self._heard.get(rank, ({}, 0.0))
+            if word["beat"] != before.get("beat"):
+                self._heard[rank] = word, time.monotonic()
+
+    def _others(self) -> Iterator[tuple[int, dict[str, Any], float]]:
+        """(rank, last word, seconds since it) of the ranks that have not taken leave."""
+        for rank, (word, when) in sorted(self._heard.items()):
+            if rank != self._rank and word["state"] == "alive":
+                yield rank, word, time.monotonic() - when
 
     def _gone(self) -> list[int]:
-        """Ranks that ended without a word."""
-        gone = []
-        for rank, word in self._words().items():
-            if rank == self._rank or word["state"] != "alive":
-                continue
-            if word["host"] == socket.gethostname():
-                ended = not _lives(word["pid"])
-            else:
-                beat, when = self._seen.get(rank, ("", 0.0))
-                if beat != word["beat"]:
-                    self._seen[rank] = (word["beat"], time.monotonic())
-                    continue
-                ended = time.monotonic() - when > SILENCE_SECONDS
-            if ended:
-                gone.append(rank)
-        return gone
+        """Ranks that ended without a word, as far as has been heard."""
+        here = socket.gethostname()
+        return [
+            rank
+            for rank, word, silence in self._others()
+            if (not _lives(word["pid"]) if word["host"] == here else silence > SILENCE_SECONDS)
+        ]
 
     def _message(self, reason: str) -> str:
-        here = f"rank {self._rank}"
-        text = f"{here} ends: {reason}. Its last collective: {self._last}, {_ago(self._since)}."
+        text = f"rank {self._rank} ends: {reason}. Its last collective: {self._last}, {_ago(self._since)}."
         try:
-            gone, words = self._gone(), self._words()
+            self._listen()
         except Exception:
-            return text + " The rendezvous store cannot be asked about the other ranks."
-        for rank in gone:
-            word = words[rank]
-            text += (
-                f" Rank {rank} (process {word['pid']} on {word['host']}) ended without a word; its last "
-                f"collective: {word['in']}."
-            )
-        if not gone:
-            elsewhere = {
-                rank: word
-                for rank, word in words.items()
-                if rank != self._rank and word["in"] != self._last and word["state"] == "alive"
-            }
-            for rank, word in elsewhere.items():
+            text += " The rendezvous store does not answer any more; what it last said:"
+        gone = self._gone()
+        for rank, word, silence in self._others():
+            name = f" Rank {rank} (process {word['pid']} on {word['host']})"
+            if rank in gone:
+                text += f"{name} ended without a word; its last collective: {word['in']}."
+            elif silence > QUIET_SECONDS:
+                text += f"{name} has been silent for {silence:.0f} s; its last collective: {word['in']}."
+            elif not gone and word["in"] != self._last:
                 text += f" Rank {rank} is elsewhere: {word['in']}, {_ago(word['since'])}."
         return text
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[None]:
-    """Watch the other ranks inside the block. A single process has nobody to watch."""
+def watching(asked_to_end: threading.Event | None = None) -> Iterator[None]:
+    """Watch the other ranks inside the block. A single process has nobody to watch.
+
+    Args:
+        asked_to_end: set by SIGTERM, which otherwise ends the process. A second SIGTERM ends it anyway.
+    """
     if dist.get_world_size() == 1:
-        yield
+        with _setting(asked_to_end):
+            yield
         return
     store: Any = dist.distributed_c10d._get_default_store()
     store = store.clone()  # its own connection: the main one may be blocked
-    watchdog = Watchdog(store, dist.get_rank(), dist.get_world_size())
+    watchdog = Watchdog(store, dist.get_rank(), dist.get_world_size(), asked_to_end)
     with observing(watchdog):
         watchdog.start()
         try:
             yield
         except RuntimeError as error:
             if COLLECTIVE_FAILURE.search(str(error)):
+                if not TIMEOUT.search(str(error)):
+                    watchdog.await_gone(DYING_SECONDS)
                 first_line = str(error).strip().splitlines()[0]
                 watchdog.fail(f"a collective failed ({first_line})")
             raise
         watchdog.stop()
+
+
+@contextlib.contextmanager
+def _setting(asked_to_end: threading.Event | None) -> Iterator[None]:
+    """SIGTERM sets the event inside the block; a second one ends the process, as without the block."""
+    if asked_to_end is None:
+        yield
+        return
+    event = asked_to_end
+
+    def handle(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _lives(pid: int) -> bool:

@@ -1,0 +1,232 @@
+"""`bench convert`: memory and speed of converting a model from Hugging Face files to canonical ones and back.
+
+A random Llama of the size asked for is written as safetensors, converted there and back, each time in a
+process of its own, and the files are compared with the originals. Between the conversions the same files are
+plainly copied, and synced to the disk as the converter's are. The exit status is 1 if the files differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.bench.report import table, write_json
+from helix_megatron.checkpoint.command import parse_size
+from helix_megatron.errors import HelixError
+
+NAME = "convert"
+HELP = "memory and speed of converting Hugging Face files to canonical ones and back"
+# What a process of its own runs: memory is its high-water mark, so nothing else may have run in it.
+PROGRAM = """
+import io, json, sys, time
+from pathlib import Path
+from helix_megatron.bench.convert import peak_memory
+from helix_megatron.checkpoint.convert import convert
+source, target, kind = sys.argv[1:]
+imported = peak_memory()
+began, worked = time.perf_counter(), time.process_time()
+convert(source, target, kind, out=io.StringIO())
+print(json.dumps([time.perf_counter() - began, time.process_time() - worked, imported, peak_memory()]))
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversion, or a copy; bytes and seconds. Memory of a copy is not measured.
+
+    `cpu_seconds` of all threads tell what a machine that is busy with other things hides.
+    """
+
+    name: str
+    bytes: int
+    seconds: float
+    cpu_seconds: float
+    imported_memory: int | None = None
+    peak_memory: int | None = None
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second."""
+        return self.bytes / self.seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", default="1GB", help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--directory", help="where to write, some four times the size (default: a temporary one)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; exit status 0 if the files came back identical."""
+    size = parse_size(args.size)
+    if args.directory is not None and not Path(args.directory).is_dir():
+        raise HelixError(f"--directory {args.directory} is no directory. Give one that exists.")
+    with tempfile.TemporaryDirectory(prefix="helix-convert-", dir=args.directory) as folder:
+        root = Path(folder)
+        largest = write_model(root / "model", size)
+        rows = [_copied(root)]
+        rows.append(
+            _converted("Hugging Face → canonical", root / "model", root / "store", "canonical")
+        )
+        rows.append(_copied(root))
+        rows.append(
+            _converted("canonical → Hugging Face", root / "store", root / "back", "huggingface")
+        )
+        rows.append(_copied(root))
+        names = sorted(path.name for path in (root / "model").iterdir())
+        _, different, missing = filecmp.cmpfiles(
+            root / "model", root / "back", names, shallow=False
+        )
+    identical = not different and not missing
+    copy_rate = statistics.median(row.rate for row in rows if row.peak_memory is None)
+    _print(rows, largest, copy_rate, identical)
+    conversions = [row for row in rows if row.peak_memory is not None]
+    write_json(
+        args.json,
+        args.argv,
+        {
+            "rows": [asdict(row) for row in rows],
+            "largest_tensor_bytes": largest,
+            "median_copy_bytes_per_second": copy_rate,
+            "throughput_relative_to_copy": [row.rate / copy_rate for row in conversions],
+            "peak_memory_beyond_imports": [_memory(row) for row in conversions],
+            "peak_memory_beyond_imports_and_largest_tensor": [
+                _memory(row) - largest for row in conversions
+            ],
+            "files_identical": identical,
+        },
+    )
+    return 0 if identical else 1
+
+
+def _memory(row: Row) -> int:
+    assert row.peak_memory is not None
+    assert row.imported_memory is not None
+    return row.peak_memory - row.imported_memory
+
+
+def _print(rows: list[Row], largest: int, copy_rate: float, identical: bool) -> None:
+    lines = []
+    for row in rows:
+        memory = ["", "", ""]
+        if row.peak_memory is not None:
+            beyond = _memory(row)
+            memory = [
+                f"{bytes_ / 1e6:.0f}" for bytes_ in (row.peak_memory, beyond, beyond - largest)
+            ]
+        figures = (row.seconds, row.cpu_seconds, row.rate / 1e9, row.rate / copy_rate)
+        speed = [f"{figure:.2f}" for figure in figures]
+        lines.append([row.name, *speed, *memory])
+    header = ["", "s", "CPU s", "GB/s", "of a copy", "peak MB", "- imports", "- largest tensor"]
+    print(f"{rows[0].bytes / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB\n")
+    print(table(header, lines))
+    print(f"\nFiles that came back are {'identical' if identical else 'DIFFERENT'}.")
+
+
+def write_model(folder: Path, size: int) -> int:
+    """A Llama of about `size` bytes with random weights in bf16; the bytes of its largest tensor."""
+    import torch
+
+    from helix_megatron.checkpoint.families import FAMILIES
+    from helix_megatron.checkpoint.huggingface_io import (
+        Entry,
+        SafetensorsFile,
+        make_header,
+        make_index,
+        shards,
+    )
+
+    family = FAMILIES["llama"]
+    config = _config(size)
+    rules = family.rules(family.model_flags(config))
+    pairs = [pair for rule in rules for pair in zip(rule.sources, rule.shapes, strict=True)]
+    entries = [Entry(name, torch.bfloat16, tuple(shape)) for name, shape in pairs]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    files = shards(entries, 5 * 10**9)
+    for name, part in files.items():
+        with SafetensorsFile(folder / name, make_header(part, {"format": "pt"})) as file:
+            for entry in file.missing:
+                bits = torch.empty(entry.shape, dtype=torch.int16).random_()
+                file.add(bits.view(torch.bfloat16))
+            file.close()
+    if len(files) > 1:
+        (folder / "model.safetensors.index.json").write_bytes(make_index(files))
+    return max(entry.nbytes for entry in entries)
+
+
+def _config(size: int) -> dict[str, Any]:
+    """Layers of a 1-billion-parameter Llama, as many as make up the size; narrower ones below 500 MB."""
+    hidden, vocabulary = (2048, 32000) if size >= 5 * 10**8 else (256, 4000)
+    ffn, heads, groups = 4 * hidden, hidden // 128, hidden // 256
+    per_layer = 2 * hidden * (hidden + 128 * groups + 1) + 3 * hidden * ffn
+    layers = max(1, round((size / 2 - 2 * vocabulary * hidden) / per_layer))
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": 128,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def _copied(root: Path) -> Row:
+    target = root / "copy"
+    target.mkdir()
+    began, worked = time.perf_counter(), time.process_time()
+    for path in sorted((root / "model").iterdir()):
+        shutil.copyfile(path, target / path.name)
+        descriptor = os.open(target / path.name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+    shutil.rmtree(target)
+    return Row("plain copy", _size(root / "model"), seconds, cpu_seconds)
+
+
+def _converted(name: str, source: Path, target: Path, kind: str) -> Row:
+    command = [sys.executable, "-c", PROGRAM, str(source), str(target), kind]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Row(name, _size(source.parent / "model"), *json.loads(answer.stdout))
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has had at most, pages of mapped files included."""
+    try:
+        # Unlike getrusage's figure it does not begin with the memory of the process that started this one.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

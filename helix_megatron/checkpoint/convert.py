@@ -1,0 +1,357 @@
+"""Convert a checkpoint: Hugging Face, canonical, or one file per rank, in any direction.
+
+One tensor is in memory at a time. The result is written beside the target and renamed into place when it is
+complete; an interrupted conversion goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from helix_megatron.checkpoint import manifest as manifests
+from helix_megatron.checkpoint.durable import sync_directories, writing_errors
+from helix_megatron.checkpoint.huggingface_io import same_bits
+from helix_megatron.checkpoint.huggingface_target import HuggingFaceTarget
+from helix_megatron.checkpoint.manifest import FileEntry
+from helix_megatron.checkpoint.partition import RankLayout
+from helix_megatron.checkpoint.progress import Progress
+from helix_megatron.checkpoint.sources import SegmentLocalSource, Source, open_source
+from helix_megatron.checkpoint.staging import Staging, check_target
+from helix_megatron.checkpoint.targets import CanonicalTarget, RankTarget, Row, Target, Tensors
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError, listed
+
+KINDS = ("canonical", "huggingface", "ranks")
+SHARD_SIZE = 5 * 10**9
+CANONICAL_SHARD_SIZE = 250 * 10**6  # smaller: they are hashed in parallel before they are read
+FORMAT = 1  # of the conversion's own output; work that another version began starts afresh
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+QUALITY = (
+    "segment-local attention is another architecture: h·m heads of d/m dimensions. Ordinary weights lose "
+    "quality in it, and how much is not known for your model. The nearest published method lost this: "
+    "DeepSeek-V2-Lite, perplexity 6.31 → 7.24 without alignment (TPLA, arXiv 2508.15881)"
+)
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """Of files per rank: the layout, by the names of `RankLayout`, and the name of the directory."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    helix: HelixConfig = field(default_factory=HelixConfig)
+    vocabulary_multiple: int = 1
+    tag: str = "global_step0"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a conversion.
+
+    Args:
+        ranks: layout, for files per rank.
+        dtype: `fp32`, `fp16` or `bf16` for all weights; None leaves them as they are.
+        shard_size: largest size of a file in bytes, one tensor excepted. None makes Hugging Face files again
+            as the weights came from them, and otherwise takes 5 GB; canonical files then have 250 MB.
+        segments: convert ordinary weights to `segment-local` attention of so many segments.
+        allow_quality_loss: the user knows what `segments` does.
+        verify: read the result back, and compare it with the source bit for bit.
+        verify_source: check the source's files against its manifest first.
+        trust: read pickles that could run code.
+        overwrite: replace the target once the new one is complete.
+        resume: go on with what an interrupted conversion has finished.
+        like: see `sources.open_source`.
+    """
+
+    ranks: RankOptions = field(default_factory=RankOptions)
+    dtype: str | None = None
+    shard_size: int | None = None
+    segments: int | None = None
+    allow_quality_loss: bool = False
+    verify: bool = False
+    verify_source: bool = True
+    trust: bool = False
+    overwrite: bool = False
+    resume: bool = True
+    like: Path | None = None
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    to: str,
+    options: Options | None = None,
+    *,
+    dry_run: bool = False,
+    out: TextIO | None = None,
+) -> Path | None:
+    """Convert the checkpoint in `source` to one in `target`.
+
+    A canonical target is a store with its one checkpoint in `TARGET/release`, which `--load TARGET` of the
+    training script and of stock Megatron-LM loads (weights only; training begins at iteration 0).
+
+    Args:
+        source: any kind of checkpoint, see `sources.open_source`.
+        target: a directory that does not exist.
+        to: `canonical`, `huggingface` or `ranks`.
+        options: see `Options`.
+        dry_run: print what would be written, and write nothing.
+        out: where the table, progress and warnings go; standard output when None.
+
+    Returns:
+        The target; None of a dry run.
+
+    Raises:
+        HelixError: settings that do not fit, a damaged source, a target that exists, a full disk. The target
+            is as before.
+    """
+    options, out = options or Options(), out or sys.stdout
+    if to not in KINDS:
+        raise HelixError(f"a checkpoint cannot be converted to {to!r}. Valid: {listed(KINDS)}.")
+    target_path = Path(target)
+    _check_paths(Path(source), target_path)
+    if not dry_run:
+        check_target(target_path, options.overwrite)
+    opened = open_source(
+        source, trust=options.trust, verify=options.verify_source, like=options.like
+    )
+    try:
+        return _convert(opened, target_path, to, options, dry_run, out)
+    finally:
+        opened.close()
+
+
+def _convert(
+    source: Source, target: Path, to: str, options: Options, dry_run: bool, out: TextIO
+) -> Path | None:
+    def say(text: str) -> None:
+        print(text, file=out, flush=True)
+
+    if options.segments is not None:
+        source = _segment_local(source, options)
+        say(f"Warning: {QUALITY}.")
+    made = make_target(source, to, options)
+    if dry_run:
+        source.finish()
+        say(table(made.rows()))
+        return None
+    staging = Staging(
+        target,
+        _identity(source, made, to, options),
+        overwrite=options.overwrite,
+        resume=options.resume,
+        say=say,
+    )
+    try:
+        with writing_errors(target):
+            _write(made, staging, out)
+            source.finish()
+            if options.verify:
+                _verify(made, staging.content, out)
+                say("Verified: what was written equals the source, bit for bit.")
+            return staging.publish()
+    finally:
+        staging.close()
+
+
+def make_target(source: Source, to: str, options: Options) -> Target:
+    """What `convert` writes to, before anything is written.
+
+    Raises:
+        HelixError: settings that do not fit the model.
+    """
+    tensors = Tensors(source, _dtype(options.dtype))
+    if options.shard_size is not None and options.shard_size < 1:
+        raise HelixError(f"files of {options.shard_size} bytes hold nothing. Try --shard-size 5GB.")
+    if to == "canonical":
+        return CanonicalTarget(tensors, options.shard_size or CANONICAL_SHARD_SIZE)
+    if to == "huggingface":
+        return HuggingFaceTarget(tensors, options.shard_size, SHARD_SIZE)
+    ranks = options.ranks
+    helix = ranks.helix
+    if source.attention == "segment-local":
+        m = helix.intra_head_parallel_size
+        if m not in (1, source.segments):
+            raise HelixError(
+                f"the checkpoint has segment-local attention of {source.segments} segments, which cannot "
+                f"become {m}. Give --intra-head-parallel-size {source.segments}."
+            )
+        helix = HelixConfig(source.segments, "segment-local")
+    layout = RankLayout(
+        source.flags,
+        ranks.tensor,
+        ranks.pipeline,
+        ranks.expert,
+        ranks.expert_tensor,
+        helix,
+        ranks.vocabulary_multiple,
+    )
+    if source.attention == "segment-local":
+        helix.head_groups(ranks.tensor)  # raises where m does not divide the ranks
+    return RankTarget(tensors, layout, ranks.tag)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Every tensor of a result with shape, dtype, origin and file, and the totals."""
+    rows = list(rows)
+    lines = [("tensor", "shape", "dtype", "from", "file")]
+    lines += [
+        (
+            row.name,
+            "×".join(map(str, row.shape)) or "scalar",
+            str(row.dtype).removeprefix("torch."),
+            row.origin,
+            row.file,
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    files = {row.file for row in rows}
+    total = sum(row.nbytes for row in rows)
+    largest = max(row.nbytes for row in rows)
+    text.append(
+        f"{len(rows)} tensors in {len(files)} files, {total:,} bytes; the largest tensor has {largest:,}."
+    )
+    return "\n".join(text)
+
+
+# ------------------------------------------------------------------------- steps
+
+
+def _check_paths(source: Path, target: Path) -> None:
+    inside, outside = target.resolve(), source.resolve()
+    if inside == outside or outside in inside.parents or inside in outside.parents:
+        raise HelixError(
+            f"the target {target} and the source {source} lie in each other. Give another target."
+        )
+
+
+def _segment_local(source: Source, options: Options) -> Source:
+    if source.attention == "segment-local":
+        raise HelixError(
+            f"the source is segment-local already, with {source.segments} segments. Leave --attention out."
+        )
+    if not options.allow_quality_loss:
+        raise HelixError(f"{QUALITY}. To convert all the same, add --allow-quality-loss.")
+    assert options.segments is not None
+    if options.segments < 2:
+        raise HelixError(
+            f"--segments {options.segments} cuts no head. Give at least 2, or leave --attention out."
+        )
+    return SegmentLocalSource(source, options.segments)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise HelixError(f"dtype {name!r} is unknown. Valid: {listed(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _identity(source: Source, target: Target, to: str, options: Options) -> dict[str, Any]:
+    """What the result depends on: source files by name, size and time, and settings."""
+    files = [
+        [
+            path.relative_to(source.directory).as_posix(),
+            path.stat().st_size,
+            path.stat().st_mtime_ns,
+        ]
+        for path in sorted(source.directory.rglob("*"))
+        if path.is_file()
+    ]
+    settings = replace(options, verify=False, verify_source=True, overwrite=False, resume=True)
+    plan = [repr(row) for row in target.rows()]
+    return {
+        "format": FORMAT,
+        "source": str(source.directory.resolve()),
+        "to": to,
+        "settings": repr(settings),
+        "files": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+        "plan": hashlib.sha256("\n".join(plan).encode()).hexdigest(),
+    }
+
+
+def _write(target: Target, staging: Staging, out: TextIO) -> None:
+    rows = list(target.rows())
+    progress = Progress("converting", sum(row.nbytes for row in rows), out)
+    records: dict[str, dict[str, Any]] = {}
+    for unit in target.units:
+        record = staging.finished(unit)
+        if record is None:
+            begun = staging.records.get(f"{unit} begun")  # type: ignore[union-attr]
+            record = target.write(
+                unit,
+                staging.content,
+                progress.add,
+                lambda facts, unit=unit: staging.record(f"{unit} begun", **facts),  # type: ignore[misc]
+                begun,
+            )
+            staging.record(unit, **record)
+        else:
+            progress.skip(sum(row.nbytes for row in rows if row.file in record["files"]))
+        records[unit] = record
+    progress.close()
+    _complete(target, staging.content, records)
+
+
+def _complete(target: Target, content: Path, records: Mapping[str, dict[str, Any]]) -> None:
+    """Small files, then the manifest."""
+    manifest = target.finish(content, records)
+    main = content / target.main
+    known = {
+        (content / name).relative_to(main).as_posix(): FileEntry(**entry)
+        for record in records.values()
+        for name, entry in record["files"].items()
+    }
+    for path in sorted(main.rglob("*")):
+        name = path.relative_to(main).as_posix()
+        own = (manifests.MANIFEST_NAME, manifests.CHECKSUM_NAME)
+        if path.is_file() and name not in known and name not in own:
+            known[name] = manifests.digest(path)
+    for path in content.iterdir():
+        if path.is_file() and main != content:
+            manifests.digest(path)  # synced
+    sync_directories(content)
+    manifests.write_manifest(main, replace(manifest, files=known))
+
+
+def _verify(target: Any, content: Path, out: TextIO) -> None:
+    """Read the result back and compare it with the source.
+
+    Raises:
+        HelixError: a tensor differs; it is named.
+    """
+    written = open_source(content, verify=True)
+    tensors: Tensors = target.tensors
+    sizes = {name: torch.Size(written.shape(name)).numel() for name in written.names}
+    total = sum(count * tensors.dtypes[name].itemsize for name, count in sizes.items())
+    progress = Progress("verifying", total, out)
+    if set(written.names) != set(tensors.dtypes):
+        raise HelixError(
+            "the result holds other tensors than the source. This is a fault of the converter."
+        )
+    for name in written.names:
+        value = written.read(name)
+        if not same_bits(value, tensors.read(name)):
+            raise HelixError(
+                f"{name} differs between what was written and the source. Either a disk or memory is faulty, "
+                "or the source has changed meanwhile. Nothing was put in place; convert again."
+            )
+        progress.add(value.nbytes)
+    written.finish()
+    progress.close()

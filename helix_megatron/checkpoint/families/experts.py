@@ -1,0 +1,111 @@
+"""Mixture of experts in `config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from helix_megatron.checkpoint.families.flags import expert_layers
+from helix_megatron.checkpoint.families.pieces import Config, Flags, needed
+from helix_megatron.errors import HelixError
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Number and size of experts, how a token chooses them, and which layers have them.
+
+    Args:
+        number: keys of the number of experts; the first is written.
+        size: key of an expert's hidden size.
+        default_number, default_topk: when the keys are absent.
+        dense_layers: the family may have layers without experts, and says whether the weights of a token's
+            experts are normalised (norm_topk_prob). Without it all layers have experts, and they are.
+        shared_size: hidden size of the shared expert when its key is absent; None for a family without one.
+
+    Softmax over all experts, of which the best k are taken and normalised, is Megatron's softmax over the
+    best k; without normalisation it is `--moe-router-pre-softmax`.
+    """
+
+    number: tuple[str, ...]
+    size: str
+    default_number: int
+    default_topk: int
+    dense_layers: bool = True
+    shared_size: int | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        own = (*self.number, self.size, "num_experts_per_tok")
+        if self.dense_layers:
+            own += ("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+        return own + (("shared_expert_intermediate_size",) if self.shared_size is not None else ())
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        number = next((config[key] for key in self.number if config.get(key)), None)
+        if number is None and any(key in config for key in self.number):
+            raise HelixError(
+                f"config.json has {self.number[0]} = 0: a model without experts is of the dense family."
+            )
+        topk = needed(config, "num_experts_per_tok", self.default_topk)
+        normalised = not self.dense_layers or config.get("norm_topk_prob", False)
+        if normalised and topk == 1:
+            raise HelixError(
+                "config.json has num_experts_per_tok = 1 with normalised weights, which are then always 1; "
+                "Megatron's router does not have this."
+            )
+        flags = {
+            "num_experts": number or self.default_number,
+            "moe_ffn_hidden_size": needed(config, self.size),
+            "moe_router_topk": topk,
+            "moe_router_pre_softmax": not normalised,
+            "moe_layer_freq": self._layers(config),
+            "moe_shared_expert_intermediate_size": None,
+            "moe_shared_expert_gate": False,
+        }
+        if not self.dense_layers:
+            flags["ffn_hidden_size"] = flags["moe_ffn_hidden_size"]
+        if self.shared_size is not None:
+            flags["moe_shared_expert_gate"] = True
+            flags["moe_shared_expert_intermediate_size"] = needed(
+                config, "shared_expert_intermediate_size", self.shared_size
+            )
+        return flags
+
+    def _layers(self, config: Config) -> int | list[int]:
+        """Hugging Face gives experts to every n-th layer, counted from one; Megatron counts from zero."""
+        if not self.dense_layers:
+            return 1
+        step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+        layers = range(needed(config, "num_hidden_layers"))
+        chosen = [int(k not in dense and (k + 1) % step == 0) for k in layers]
+        if not any(chosen):
+            raise HelixError(
+                f"config.json gives experts to none of {len(layers)} layers (decoder_sparse_step = {step}, "
+                f"mlp_only_layers = {list(dense)}): a model without experts is of the dense family."
+            )
+        return 1 if all(chosen) else chosen
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        if flags["num_experts"] is None:  # a dense model: valid, and then found to differ from it
+            flags = {
+                **flags,
+                "num_experts": self.default_number,
+                "moe_ffn_hidden_size": flags["ffn_hidden_size"],
+                "moe_router_topk": self.default_topk,
+            }
+        written = {
+            self.number[0]: flags["num_experts"],
+            self.size: flags["moe_ffn_hidden_size"],
+            "num_experts_per_tok": flags["moe_router_topk"],
+        }
+        if self.dense_layers:
+            dense = [k for k, experts in enumerate(expert_layers(flags)) if not experts]
+            written |= {
+                "norm_topk_prob": not flags["moe_router_pre_softmax"],
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": dense,
+            }
+        if self.shared_size is not None:
+            shared = flags["moe_shared_expert_intermediate_size"]
+            written["shared_expert_intermediate_size"] = shared
+        return written

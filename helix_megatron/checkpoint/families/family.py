@@ -1,0 +1,295 @@
+"""A family of Hugging Face models: pieces of its `config.json`, and a table of its tensors."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from helix_megatron.checkpoint.families.flags import (
+    FUNCTION_FLAGS,
+    complete,
+    expert_layers,
+    function_of,
+)
+from helix_megatron.checkpoint.families.pieces import HARMLESS, HARMLESS_PREFIXES, Piece
+from helix_megatron.checkpoint.families.rules import (
+    Copies,
+    FusedQueryKeyValue,
+    QueryKeyValue,
+    Rule,
+    Same,
+    Stacked,
+    Transform,
+    Transposed,
+)
+from helix_megatron.errors import HelixError, listed
+
+# Tensors of old files that hold constants: rotary frequencies and GPT-2's causal masks.
+CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a family's table of tensors.
+
+    Args:
+        name: canonical, below `decoder.layers.N.` for a layer's; `{expert}` is an expert's number.
+        sources: Hugging Face names with the letters of their shapes: `self_attn.q_proj.weight[Q,D]`.
+        join: `same`, `transposed`, `stacked`, `qkv` or `fused-qkv`.
+        when: what a model (a layer) must have for the row to count; see `_features`.
+    """
+
+    name: str
+    sources: str
+    join: str = "same"
+    when: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family; `name` is its `model_type`.
+
+    Args:
+        name: `model_type` of its config.json.
+        architecture: the class that config.json names.
+        prefix: what names of all tensors but the output layer's begin with; may be missing in files that
+            were saved without the output layer.
+        layer: what a layer's names begin with, after the prefix.
+        pieces: of its config.json.
+        rows: of a layer's tensors; `outer` of the others.
+    """
+
+    name: str
+    architecture: str
+    prefix: str
+    layer: str
+    pieces: tuple[Piece, ...]
+    rows: tuple[Row, ...]
+    outer: tuple[Row, ...]
+
+    # ---------------------------------------------------------------- configuration
+
+    def model_flags(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json → model flags.
+
+        Raises:
+            HelixError: a key is missing, or has a value that changes what the model computes and that
+                Megatron's GPT does not have; the text names key and value.
+        """
+        known = {key for piece in self.pieces for key in piece.keys}
+        for key, value in config.items():
+            if key in known or key in HARMLESS or key.startswith(HARMLESS_PREFIXES):
+                continue
+            if value not in (None, False) and value not in ("", [], {}):
+                raise HelixError(
+                    f"config.json sets {key} = {_short(value)}, which {self.name} models do not have here. "
+                    "If it does not change what the model computes, delete it from config.json."
+                )
+        flags: dict[str, Any] = {}
+        for piece in self.pieces:
+            flags |= piece.flags(config)
+        return complete(flags)
+
+    def config(
+        self, flags: Mapping[str, Any], original: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Model flags → config.json.
+
+        Args:
+            flags: of a model that this family can express.
+            original: config.json that the weights once had. It is kept, except where flags have changed
+                since; what flags do not determine (token ids, dtype) is always its.
+
+        Raises:
+            HelixError: a flag has a value that this family cannot express.
+        """
+        differences = self.differences(flags)
+        if differences:
+            raise HelixError(f"{self.name} models of Hugging Face cannot have {differences[0]}.")
+        fresh = self._config(complete(flags))
+        if original is None:
+            return fresh
+        before = self._config(complete(self.model_flags(original)))
+        changed = {key: value for key, value in fresh.items() if before.get(key) != value}
+        if "rope_parameters" in changed:  # it would lose against the older keys
+            original = {
+                k: v for k, v in original.items() if k not in ("rope_theta", "rope_scaling")
+            }
+        return {**original, **changed}
+
+    def differences(self, flags: Mapping[str, Any]) -> list[str]:
+        """Flags that this family cannot express: `--flag = value (here: the nearest value)`."""
+        wanted = function_of(flags)
+        try:
+            given = function_of(self.model_flags(self._config(complete(flags))))
+        except HelixError as error:
+            return [f"these flags: {error}"]
+        return [
+            f"--{name.replace('_', '-')} = {_short(wanted[name])} (here: {_short(given[name])})"
+            for name in FUNCTION_FLAGS
+            if wanted[name] != given[name]
+        ]
+
+    def _config(self, full: Mapping[str, Any]) -> dict[str, Any]:
+        config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
+        for piece in self.pieces:
+            config |= piece.config(full)
+        return config
+
+    # ---------------------------------------------------------------------- tensors
+
+    def rules(self, flags: Mapping[str, Any], names: Collection[str] | None = None) -> list[Rule]:
+        """One rule per canonical tensor: embeddings, layers in order, final norm, output layer.
+
+        Args:
+            flags: model flags.
+            names: those of the tensors of a checkpoint directory, all of them. They decide the spelling
+                where there are several: without the prefix, or with a copy of a tied embedding.
+
+        Raises:
+            HelixError: names are missing, or unknown.
+        """
+        full = complete(flags)
+        prefix = self._prefix(names)
+        rules = list(self._rules(full, prefix))
+        if not full["untie_embeddings_and_output_weights"] and names and "lm_head.weight" in names:
+            rules[0] = _with_copy(rules[0], "lm_head.weight")
+        if names is not None:
+            self._check_names(rules, names)
+        return rules
+
+    def _prefix(self, names: Collection[str] | None) -> str:
+        if names and not any(name.startswith(self.prefix) for name in names):
+            return ""
+        return self.prefix
+
+    def _rules(self, full: Mapping[str, Any], prefix: str) -> Iterator[Rule]:
+        """Outer rows up to the embeddings, then layers, then the other outer rows."""
+        sizes, present = _sizes(full), _features(full, experts=False)
+        outer = [row for row in self.outer if set(row.when.split()) <= present]
+        before = [row for row in outer if row.name.startswith("embedding.")]
+        for row in before:
+            yield _rule(row, "", prefix, sizes, full)
+        for number, experts in enumerate(expert_layers(full)):
+            yield from self._layer(full, number, experts, prefix, sizes)
+        for row in outer[len(before) :]:
+            own = "" if row.name.startswith("output_layer.") else prefix
+            yield _rule(row, "", own, sizes, full)
+
+    def _layer(
+        self,
+        full: Mapping[str, Any],
+        number: int,
+        experts: bool,
+        prefix: str,
+        sizes: Mapping[str, int],
+    ) -> Iterator[Rule]:
+        present = _features(full, experts=experts)
+        where, source = f"decoder.layers.{number}.", f"{prefix}{self.layer}.{number}."
+        for row in self.rows:
+            if set(row.when.split()) <= present:
+                copies = full["num_experts"] if "{expert}" in row.name else 1
+                for expert in range(copies):
+                    yield _rule(row, where, source, sizes, full, expert)
+
+    def _check_names(self, rules: list[Rule], names: Collection[str]) -> None:
+        expected = {source for rule in rules for source in rule.sources}
+        missing = sorted(expected - set(names))
+        unknown = sorted(n for n in set(names) - expected if not CONSTANTS.search(n))
+        if missing:
+            close = difflib.get_close_matches(missing[0], unknown, n=1)
+            hint = f" There is {close[0]}, which is not expected." if close else ""
+            raise HelixError(
+                f"{len(missing)} tensors of a {self.name} model with this configuration are missing: "
+                f"{_some(missing)}.{hint} Check that all files of the model are there."
+            )
+        if unknown:
+            raise HelixError(
+                f"{len(unknown)} tensors do not belong to a {self.name} model with this configuration: "
+                f"{_some(unknown)}. Check that config.json is this model's."
+            )
+
+
+def _features(full: Mapping[str, Any], *, experts: bool) -> set[str]:
+    """What rows of tables ask for."""
+    biases = not full["disable_bias_linear"]
+    found = {
+        "norm-bias": full["normalization"] == "LayerNorm",
+        "bias": biases,
+        "qkv-bias": biases or full["add_qkv_bias"],
+        "qk-norm": full["qk_layernorm"],
+        "positions": full["position_embedding_type"] == "learned_absolute",
+        "untied": full["untie_embeddings_and_output_weights"],
+        "experts": experts,
+        "dense": not experts,
+        "shared": experts and full["moe_shared_expert_intermediate_size"] is not None,
+        "shared-gate": experts and full["moe_shared_expert_gate"],
+    }
+    return {name for name, there in found.items() if there}
+
+
+def _sizes(full: Mapping[str, Any]) -> dict[str, int]:
+    """What the letters in shapes stand for."""
+    d = full["kv_channels"]
+    return {
+        "V": full["padded_vocab_size"],
+        "P": full["max_position_embeddings"],
+        "D": full["hidden_size"],
+        "H": d,  # of one head
+        "Q": full["num_attention_heads"] * d,
+        "K": full["num_query_groups"] * d,
+        "F": full["ffn_hidden_size"],
+        "E": full["num_experts"],
+        "M": full["moe_ffn_hidden_size"],
+        "S": full["moe_shared_expert_intermediate_size"],
+        "1": 1,
+        "3D": 3 * full["hidden_size"],
+    }
+
+
+def _rule(
+    row: Row,
+    where: str,
+    prefix: str,
+    sizes: Mapping[str, int],
+    full: Mapping[str, Any],
+    expert: int = 0,
+) -> Rule:
+    sources, shapes = [], []
+    for source in row.sources.split():
+        name, _, letters = source.rstrip("]").partition("[")
+        sources.append(prefix + name.format(expert=expert))
+        shapes.append(tuple(sizes[letter] for letter in letters.split(",")))
+    name = where + row.name.format(expert=expert)
+    return Rule(name, tuple(sources), tuple(shapes), _transform(row.join, full))
+
+
+def _transform(join: str, full: Mapping[str, Any]) -> Transform:
+    heads = QueryKeyValue(full["num_query_groups"], full["kv_channels"])
+    transforms: dict[str, Transform] = {
+        "same": Same(),
+        "transposed": Transposed(),
+        "stacked": Stacked(),
+        "qkv": heads,
+        "fused-qkv": FusedQueryKeyValue(heads),
+    }
+    return transforms[join]
+
+
+def _with_copy(rule: Rule, name: str) -> Rule:
+    names = (*rule.sources, name)
+    return Rule(rule.name, names, (*rule.shapes, rule.shape), Copies(names))
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return listed(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,258 @@
+"""Parts of a `config.json` and the model flags that they stand for, each in both directions.
+
+A family is a tuple of these pieces. `keys` are what a piece understands; a key that no piece of a family
+understands is refused unless it is known to change nothing (`HARMLESS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from helix_megatron.errors import HelixError, listed
+
+Config = Mapping[str, Any]
+Flags = Mapping[str, Any]
+
+# Keys that decide nothing between tokens and logits of a model in evaluation.
+NAMES_OF_HARMLESS = """
+    architectures model_type dtype torch_dtype transformers_version use_cache tokenizer_class
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id
+    output_attentions output_hidden_states output_router_logits router_aux_loss_coef return_dict
+    pretraining_tp gradient_checkpointing attn_implementation task_specific_params
+    id2label label2id num_labels problem_type finetuning_task max_length min_length do_sample temperature
+    top_k top_p typical_p repetition_penalty length_penalty num_beams num_return_sequences
+    chunk_size_feed_forward prefix n_ctx reorder_and_upcast_attn
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+"""
+HARMLESS = frozenset(NAMES_OF_HARMLESS.split())
+HARMLESS_PREFIXES = ("_", "unsloth")
+
+
+class Piece(Protocol):
+    """Some keys of a `config.json` and the flags they stand for."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that this piece understands."""
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        """Model flags; HelixError for what Megatron's GPT cannot do."""
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        """The inverse, from completed flags (`flags.complete`)."""
+
+
+class Values:
+    """Keys that are flags under another name. A default of `...` means that the key must be there."""
+
+    def __init__(self, **keys: tuple[str, Any]) -> None:
+        self.rows = keys
+        self.keys = tuple(keys)
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        first: dict[str, str] = {}
+        for key, (flag, default) in self.rows.items():
+            value = needed(config, key, default)
+            if found.setdefault(flag, value) != value:
+                raise HelixError(
+                    f"config.json sets {first[flag]} = {found[flag]!r} and {key} = {value!r}, and Megatron "
+                    f"has one setting for both, --{flag.replace('_', '-')}. Give them one value."
+                )
+            first.setdefault(flag, key)
+        return found
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        return {key: flags[flag] for key, (flag, _) in self.rows.items() if flag in flags}
+
+
+class Only:
+    """Keys of which only some values can be expressed. The first is written."""
+
+    def __init__(self, **valid: tuple[Any, ...]) -> None:
+        self.valid = valid
+        self.keys = tuple(valid)
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        for key, valid in self.valid.items():
+            value = config.get(key, valid[0])
+            if value not in valid:
+                raise HelixError(
+                    f"config.json sets {key} = {value!r}, which Megatron's GPT cannot compute. Valid: "
+                    f"{listed(map(repr, valid))}."
+                )
+        return {}
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        return {}
+
+
+class Always:
+    """Flags that every model of a family has."""
+
+    keys: tuple[str, ...] = ()
+
+    def __init__(self, **fixed: Any) -> None:
+        self.fixed = fixed
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        return dict(self.fixed)
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Rows of the word embedding. All are kept, so padding of a model trained here is kept, too."""
+
+    keys: tuple[str, ...] = ("vocab_size",)
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        size = needed(config, "vocab_size")
+        return {"vocab_size": size, "padded_vocab_size": size, "make_vocab_size_divisible_by": 1}
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        return {"vocab_size": flags["padded_vocab_size"]}
+
+
+@dataclass(frozen=True)
+class Tied:
+    """Whether output weights are the word embedding's; `default` is the family's."""
+
+    default: bool
+    keys: tuple[str, ...] = ("tie_word_embeddings",)
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        tied = needed(config, "tie_word_embeddings", self.default)
+        return {"untie_embeddings_and_output_weights": not tied}
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        return {"tie_word_embeddings": not flags["untie_embeddings_and_output_weights"]}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, key-value heads (`kv_heads` when the key is absent) and dimensions of a head."""
+
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    keys: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "head_dim")
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        heads = needed(config, "num_attention_heads")
+        kv_heads = config.get("num_key_value_heads", self.kv_heads) or heads
+        if heads % kv_heads:
+            raise HelixError(
+                f"config.json has num_attention_heads = {heads} and num_key_value_heads = {kv_heads}: the "
+                "first must be a multiple of the second."
+            )
+        head_dim = config.get("head_dim", self.head_dim)
+        return {
+            "num_attention_heads": heads,
+            "group_query_attention": kv_heads != heads,
+            "num_query_groups": kv_heads,
+            "kv_channels": head_dim or needed(config, "hidden_size") // heads,
+        }
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        heads, head_dim = flags["num_attention_heads"], flags["kv_channels"]
+        written = {"num_attention_heads": heads, "num_key_value_heads": flags["num_query_groups"]}
+        if self.head_dim is not None or head_dim * heads != flags["hidden_size"]:
+            written["head_dim"] = head_dim
+        return written
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Which flags an activation's name stands for. The first name of equal flags is written."""
+
+    key: str
+    default: str
+    names: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        name = needed(config, self.key, self.default)
+        if name not in self.names:
+            raise HelixError(
+                f"config.json sets {self.key} = {name!r}, which Megatron's GPT does not have in this "
+                f"family. Valid: {listed(self.names)}."
+            )
+        return {"swiglu": False, "geglu": False, "openai_gelu": False} | dict(self.names[name])
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        for name, meaning in self.names.items():
+            if all(flags[flag] == value for flag, value in meaning.items()):
+                return {self.key: name}
+        return {self.key: self.default}
+
+
+def needed(config: Config, key: str, default: Any = ...) -> Any:
+    """A value of `config.json`, or the family's default.
+
+    Raises:
+        HelixError: it is missing and has no default.
+    """
+    value = config.get(key, default)
+    if value is ... or (value is None and default is not None):
+        if default is not ... and value is None:
+            return default
+        raise HelixError(
+            f"config.json has no {key}. Take it from the model that the weights are of."
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class LinearBiases:
+    """Biases of linear layers.
+
+    Megatron has them in all linear layers, in `linear_qkv` alone, or in none. With `qkv` that key decides
+    the second; without it `attention_bias` and `mlp_bias` must agree.
+    """
+
+    qkv: str | None = None
+    default: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return ("attention_bias", "mlp_bias") if self.qkv is None else (self.qkv,)
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        if self.qkv is not None:
+            return {
+                "disable_bias_linear": True,
+                "add_qkv_bias": config.get(self.qkv, self.default),
+            }
+        attention, mlp = config.get("attention_bias", False), config.get("mlp_bias", False)
+        if attention != mlp:
+            raise HelixError(
+                f"config.json sets attention_bias = {attention} and mlp_bias = {mlp}. Megatron's GPT has "
+                "biases in all linear layers, in none, or in queries, keys and values alone."
+            )
+        return {"disable_bias_linear": not attention, "add_qkv_bias": False}
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        if self.qkv is not None:
+            return {self.qkv: flags["add_qkv_bias"]}
+        biases = not flags["disable_bias_linear"]
+        return {"attention_bias": biases, "mlp_bias": biases}
+
+
+@dataclass(frozen=True)
+class EmbeddingScale:
+    """Gemma multiplies the word embedding by the square root of the hidden size."""
+
+    keys: tuple[str, ...] = ()
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        return {"embedding_multiplier": needed(config, "hidden_size") ** 0.5}
+
+    def config(self, flags: Flags) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,203 @@
+"""From the tensors of a Hugging Face checkpoint to those of a canonical one, and back.
+
+One `Rule` per canonical tensor, so that a conversion holds one of them at a time. Every transform is a
+permutation of elements: going there and back gives the same bits in every dtype.
+
+Letters, as in `helix_megatron.layout`: h query heads, g key-value heads, r = h/g, d dimensions of a head,
+D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from helix_megatron.errors import HelixError, listed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Transform(Protocol):
+    """How the tensors of a rule become one, and one becomes them."""
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """Shape of the canonical tensor."""
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The canonical tensor."""
+
+    def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        """Its inverse."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one canonical tensor is made of Hugging Face tensors.
+
+    Args:
+        name: canonical name, such as `decoder.layers.3.self_attention.linear_qkv.weight`.
+        sources: names of the Hugging Face tensors.
+        shapes: their shapes.
+        transform: what joins them.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    transform: Transform
+
+    @property
+    def shape(self) -> Shape:
+        """Of the canonical tensor."""
+        return self.transform.shape(self.shapes)
+
+    def to_canonical(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The canonical tensor, of the dtype of its sources.
+
+        Raises:
+            HelixError: a source has another shape than the configuration says, or another dtype than its
+                neighbours.
+        """
+        for source, expected, tensor in zip(self.sources, self.shapes, tensors, strict=True):
+            _check_shape(source, expected, tensor)
+            if tensor.dtype != tensors[0].dtype:
+                raise HelixError(
+                    f"tensor {source} is {tensor.dtype} and {self.sources[0]} is {tensors[0].dtype}, but "
+                    f"both become parts of {self.name}. Store them in one dtype."
+                )
+        return self.transform.join(tensors)
+
+    def from_canonical(self, tensor: Tensor) -> list[Tensor]:
+        """The sources, contiguous; the inverse of `to_canonical`, bit for bit.
+
+        Raises:
+            HelixError: the tensor has another shape than the model flags say.
+        """
+        _check_shape(self.name, self.shape, tensor)
+        return [part.contiguous() for part in self.transform.split(tensor, self.shapes)]
+
+
+class Same:
+    """One source, as it is."""
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return shapes[0]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0]
+
+    def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        return [tensor]
+
+
+class Copies:
+    """Several names of one tensor, as of tied embeddings."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return shapes[0]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        for name, tensor in zip(self.names, tensors, strict=True):
+            if not tensor.equal(tensors[0]):
+                raise HelixError(
+                    f"tensor {name} differs from {self.names[0]}, but config.json says that they are tied "
+                    "(tie_word_embeddings). Set it to false if they are not."
+                )
+        return tensors[0]
+
+    def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        # Copies: a file format may refuse, or write only once, tensors that share their memory.
+        return [tensor, *(tensor.clone() for _ in shapes[1:])]
+
+
+class Transposed:
+    """One matrix that the source stores as [in, out] (GPT-2's Conv1D) and Megatron as [out, in]."""
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return shapes[0][1], shapes[0][0]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].t().contiguous()
+
+    def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        return [tensor.t()]
+
+
+class Stacked:
+    """Rows of all sources, one after another: [gate; up]."""
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        return torch.cat(list(tensors))
+
+    def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        return list(tensor.split([shape[0] for shape in shapes]))
+
+
+@dataclass(frozen=True)
+class QueryKeyValue:
+    """Queries [h·d, ..], keys and values [g·d, ..] → rows of `linear_qkv` [g, r queries | key | value, d].
+
+    Weights and biases alike. Hugging Face's Llama-like models pair rotated dimensions k and k + d/2, as
+    Megatron does by default, so no dimension moves inside a head.
+    """
+
+    kv_heads: int
+    head_dim: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        rest = tensors[0].shape[1:]
+        heads = [part.reshape(self.kv_heads, -1, self.head_dim, *rest) for part in tensors]
+        return torch.cat(heads, 1).reshape(-1, *rest)
+
+    def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        rest = tensor.shape[1:]
+        blocks = tensor.reshape(self.kv_heads, -1, self.head_dim, *rest)
+        parts = blocks.split([blocks.shape[1] - 2, 1, 1], 1)
+        return [part.reshape(-1, *rest) for part in parts]
+
+
+@dataclass(frozen=True)
+class FusedQueryKeyValue:
+    """GPT-2's one matrix [D, 3·D], or bias [3·D], of all queries, all keys, all values → as `QueryKeyValue`."""
+
+    heads: QueryKeyValue
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return tuple(reversed(shapes[0]))
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        return self.heads.join(_rows_first(tensors[0]).chunk(3))
+
+    def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        import torch
+
+        return [_rows_first(torch.cat(self.heads.split(tensor, shapes)))]
+
+
+def _rows_first(tensor: Tensor) -> Tensor:
+    return tensor.t() if tensor.dim() == 2 else tensor
+
+
+def _check_shape(name: str, expected: Shape, tensor: Tensor) -> None:
+    if tuple(tensor.shape) != expected:
+        raise HelixError(
+            f"tensor {name} has shape [{listed(tensor.shape)}], and the configuration makes it "
+            f"[{listed(expected)}]. The configuration is another model's, or the file is damaged."
+        )

@@ -1,0 +1,390 @@
+"""What a conversion reads: any kind of checkpoint as canonical tensors, one at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from helix_megatron.checkpoint import manifest as manifests
+from helix_megatron.checkpoint.canonical_io import METADATA_NAME, CanonicalReader
+from helix_megatron.checkpoint.catalog import (
+    Cut,
+    ModelSizes,
+    catalog,
+    segment_local_flags,
+    segment_local_permutation,
+)
+from helix_megatron.checkpoint.families import Rule, family_of
+from helix_megatron.checkpoint.families.flags import FUNCTION_FLAGS, complete
+from helix_megatron.checkpoint.huggingface_io import INDEX, WEIGHTS, HuggingFaceReader, read_json
+from helix_megatron.checkpoint.manifest import Manifest
+from helix_megatron.checkpoint.partition import RankLayout
+from helix_megatron.checkpoint.rank_io import LATEST, RankReader, rank_directory
+from helix_megatron.checkpoint.store import Store
+from helix_megatron.checkpoint.torch_files import load_pt
+from helix_megatron.checkpoint.verified import VerifiedFiles
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError
+
+DATA = ".distcp"  # ending of files with tensors
+SIDECARS = "huggingface"  # folder of the other kinds of checkpoints, for what came with a Hugging Face model
+HEADER = ".header"  # ending of a copy of a safetensors file's header
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
+OTHER_FLAGS = (
+    "group_query_attention",
+    "vocab_size",
+    "padded_vocab_size",
+    "seq_length",
+    "make_vocab_size_divisible_by",
+)
+
+
+class Source(Protocol):
+    """A checkpoint as canonical tensors.
+
+    Attributes:
+        kind: `canonical`, `huggingface` or `ranks`.
+        directory: of the files.
+        flags: model flags of the tensors.
+        attention, segments, iteration: as in a manifest.
+    """
+
+    kind: str
+    directory: Path
+    flags: dict[str, Any]
+    attention: str
+    segments: int
+    iteration: int | None
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names, in the order of the layers."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """A tensor; not to be written to."""
+
+    def origin(self, name: str) -> str:
+        """What a tensor is made of, for people."""
+
+    def finish(self) -> None:
+        """Verify what has not been verified yet. Raises HelixError that names a damaged file."""
+
+    def close(self) -> None:
+        """Stop what goes on in the background."""
+
+    def sidecars(self) -> dict[str, bytes | Path]:
+        """What came with a Hugging Face model, by file name: content, or the file that has it."""
+
+
+class _Base:
+    kind = ""
+
+    def __init__(
+        self, directory: Path, flags: Mapping[str, Any], manifest: Manifest | None
+    ) -> None:
+        self.directory = directory
+        self.flags = dict(flags)
+        self.attention = manifest.attention if manifest else "exact"
+        self.segments = manifest.segments if manifest else 1
+        self.iteration = manifest.iteration if manifest else None
+
+    def finish(self) -> None:
+        """Everything was verified when it was opened."""
+
+    def close(self) -> None:
+        """Nothing goes on in the background."""
+
+    def sidecars(self) -> dict[str, bytes | Path]:
+        folder = self.directory / SIDECARS
+        return {path.name: path for path in sorted(folder.glob("*")) if path.is_file()}
+
+
+class CanonicalSource(_Base):
+    """A distributed checkpoint, of this package or of stock megatron-core."""
+
+    kind = "canonical"
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest | None,
+        *,
+        trust: bool = False,
+        verify: bool = False,
+    ) -> None:
+        flags = manifest.model if manifest is not None else stock_flags(directory, trust=trust)
+        super().__init__(directory, flags, manifest)
+        self._reader = CanonicalReader(directory, flags, trust=trust, before_reading=self._verified)
+        self._files: VerifiedFiles | None = None
+        if verify and manifest is not None:
+            used = self._reader.files
+            others = [n for n in manifest.files if n.endswith(DATA) and n not in used]
+            self._files = VerifiedFiles(directory, [*used, *others])
+        self.names, self.shape = self._reader.names, self._reader.shape
+        self.dtype, self.read = self._reader.dtype, self._reader.read
+
+    def origin(self, name: str) -> str:
+        return name
+
+    def finish(self) -> None:
+        if self._files is not None:
+            self._files.wait_for_all()
+
+    def close(self) -> None:
+        if self._files is not None:
+            self._files.cancel()
+
+    def _verified(self, file: str) -> None:
+        if self._files is not None:
+            self._files.wait(file)
+
+
+class HuggingFaceSource(_Base):
+    """A directory as transformers' `save_pretrained` writes it."""
+
+    kind = "huggingface"
+
+    def __init__(self, directory: Path, manifest: Manifest | None) -> None:
+        config = read_json(directory / "config.json")
+        self._reader = HuggingFaceReader(directory)
+        self.family = family_of(config)
+        super().__init__(directory, self.family.model_flags(config), manifest)
+        rules = self.family.rules(self.flags, self._reader.names)
+        self._rules: dict[str, Rule] = {rule.name: rule for rule in rules}
+        self.names = [tensor.name for tensor in catalog(self.flags)]
+        assert set(self.names) == set(self._rules), (
+            "the family's rules are not the catalog's tensors"
+        )
+        for rule in rules:
+            self._check(rule)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._rules[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._reader.entry(self._rules[name].sources[0]).dtype
+
+    def read(self, name: str) -> Tensor:
+        rule = self._rules[name]
+        return rule.to_canonical([self._reader.read(source) for source in rule.sources])
+
+    def origin(self, name: str) -> str:
+        return ", ".join(self._rules[name].sources)
+
+    def sidecars(self) -> dict[str, bytes | Path]:
+        """Configuration and tokenizer; and headers of the files, from which they can be made again exactly."""
+        found: dict[str, bytes | Path] = {}
+        for pattern in COPIED:
+            for path in sorted(self.directory.glob(pattern)):
+                if path.is_file() and path.name != manifests.MANIFEST_NAME:
+                    found[path.name] = path
+        for file, header in self._reader.headers.items():
+            found[file + HEADER] = header
+        return found
+
+    def _check(self, rule: Rule) -> None:
+        """Wrong shapes are told before the first tensor is converted, not hours later."""
+        for source, shape in zip(rule.sources, rule.shapes, strict=True):
+            actual = self._reader.entry(source).shape
+            if actual != tuple(shape):
+                raise HelixError(
+                    f"tensor {source} of {self.directory / self._reader.file(source)} has shape "
+                    f"{list(actual)}, and config.json makes it {list(shape)}. Check that config.json is "
+                    "this model's."
+                )
+
+
+class RankSource(_Base):
+    """A directory with one file per rank."""
+
+    kind = "ranks"
+
+    def __init__(self, directory: Path, manifest: Manifest, *, trust: bool = False) -> None:
+        super().__init__(directory, manifest.model, manifest)
+        self._reader = RankReader(directory, layout_of(manifest), trust=trust)
+        self.names, self.shape = self._reader.names, self._reader.shape
+        self.dtype, self.read = self._reader.dtype, self._reader.read
+
+    def origin(self, name: str) -> str:
+        return name
+
+
+class SegmentLocalSource:
+    """An ordinary model as one with `segment-local` attention: its attention's rows and columns permuted."""
+
+    def __init__(self, source: Source, segments: int) -> None:
+        self._source = source
+        self.kind, self.directory, self.iteration = source.kind, source.directory, source.iteration
+        self.flags = segment_local_flags(source.flags, segments)
+        self.attention, self.segments = "segment-local", segments
+        self.names, self.shape, self.dtype = source.names, source.shape, source.dtype
+        self.finish, self.close = source.finish, source.close
+        sizes = ModelSizes.of(source.flags)
+        rows, columns = segment_local_permutation(
+            sizes.num_heads,
+            sizes.num_kv_heads,
+            sizes.head_dim,
+            segments,
+            sizes.rotary,
+            sizes.rotary_dim,
+            sizes.output_gate,
+        )
+        self._order = {
+            Cut.QKV_ROWS: (0, torch.from_numpy(rows)),
+            Cut.PROJ_COLUMNS: (1, torch.from_numpy(columns)),
+        }
+        self._cuts = {tensor.name: tensor.cut for tensor in catalog(source.flags)}
+
+    def read(self, name: str) -> Tensor:
+        value, order = self._source.read(name), self._order.get(self._cuts[name])
+        return value if order is None else value.index_select(*order)
+
+    def origin(self, name: str) -> str:
+        permuted = " (permuted)" if self._cuts[name] in self._order else ""
+        return self._source.origin(name) + permuted
+
+    def sidecars(self) -> dict[str, bytes | Path]:
+        """Without headers: no Hugging Face file holds these tensors."""
+        found = self._source.sidecars()
+        return {name: content for name, content in found.items() if not name.endswith(HEADER)}
+
+
+# ------------------------------------------------------------------------- opening
+
+
+def open_source(
+    path: Path | str, *, trust: bool = False, verify: bool = True, like: Path | str | None = None
+) -> Source:
+    """Find out what a directory holds, check its files against its manifest, and open it.
+
+    Args:
+        path: a store (`DIR/iter_0000010`, …, of which the newest is taken), one checkpoint of it, a Hugging
+            Face model, or a directory with one file per rank.
+        trust: read pickles that could run code.
+        verify: compare every file with its size and hash in the manifest, where there is one, before a tensor
+            of it is used; `finish` completes that.
+        like: for rank files without a manifest, as a DeepSpeed run leaves them: a directory of rank files with
+            a manifest, whose model and layout they have.
+
+    Raises:
+        HelixError: no checkpoint, or a damaged one; names the file.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        problem = "is a file" if directory.exists() else "does not exist"
+        raise HelixError(f"{directory} {problem}. Give the directory of a checkpoint.")
+    kind = kind_of(directory)
+    if kind == "canonical":
+        directory = Store(directory).resolve()
+    manifest = None
+    if manifests.has_manifest(directory):
+        manifest = manifests.read_manifest(directory)
+        kind = manifest.kind
+        if verify:
+            # Canonical files of tensors are verified just before they are read.
+            later = DATA if kind == "canonical" else ()
+            manifests.verify(directory, only=lambda name: not name.endswith(later))
+    if kind == "canonical":
+        return CanonicalSource(directory, manifest, trust=trust, verify=verify)
+    if kind == "huggingface":
+        return HuggingFaceSource(directory, manifest)
+    if manifest is None:
+        if like is None:
+            raise HelixError(
+                f"{directory} has one file per rank and no manifest ({manifests.MANIFEST_NAME}), so its model "
+                "and layout are not known. Give --like DIR, a directory that this converter wrote for the same "
+                "layout."
+            )
+        manifest = manifests.read_manifest(like)
+    return RankSource(directory, manifest, trust=trust)
+
+
+def kind_of(directory: Path) -> str:
+    """`canonical`, `huggingface` or `ranks`, by the names of the files.
+
+    Raises:
+        HelixError: neither.
+    """
+    if any((directory / name).exists() for name in (METADATA_NAME, "common.pt")):
+        return "canonical"
+    if any(directory.glob("iter_*")) or (directory / "release").is_dir():
+        return "canonical"
+    if any(rank_directory(directory).glob("mp_rank_*_model_states.pt")):
+        return "ranks"
+    weights = (INDEX, WEIGHTS, "config.json")
+    if any((directory / name).exists() for name in weights) or any(directory.glob("*.safetensors")):
+        return "huggingface"
+    if manifests.has_manifest(directory):
+        return manifests.read_manifest(directory).kind
+    if (directory / LATEST).exists():
+        raise HelixError(f"{directory / LATEST} names a directory without rank files.")
+    raise HelixError(
+        f"{directory} is no checkpoint that can be converted. Valid: a directory of Megatron checkpoints "
+        "(iter_0000010, …), one of them, a Hugging Face model (config.json and safetensors files), or files "
+        "per rank (latest, mp_rank_00_model_states.pt)."
+    )
+
+
+def layout_of(manifest: Manifest) -> RankLayout:
+    """The layout of rank files.
+
+    Raises:
+        HelixError: the manifest is of another kind of checkpoint, or has no such layout.
+    """
+    layout = manifest.layout
+    if manifest.kind != "ranks":
+        raise HelixError(f"the manifest is of a {manifest.kind} checkpoint, not of files per rank.")
+    helix = HelixConfig(layout["m"], manifest.attention, query_layout=layout["query_layout"])
+    return RankLayout(
+        manifest.model,
+        layout["tp"],
+        layout["pp"],
+        layout["ep"],
+        layout["etp"],
+        helix,
+        layout["vocabulary_multiple"],
+    )
+
+
+def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
+    """Model flags of a checkpoint that Megatron-LM wrote, from the arguments that it keeps in `common.pt`.
+
+    Raises:
+        HelixError: there are none.
+    """
+    path = directory / "common.pt"
+    common = load_pt(path, trust=trust)
+    arguments = vars(common["args"]) if isinstance(common, dict) and "args" in common else {}
+    if "num_layers" not in arguments:
+        raise HelixError(
+            f"{path} has no arguments of Megatron-LM, so the model's sizes are not known. Save the checkpoint "
+            "with Megatron-LM or with this package's training script."
+        )
+    names = (*FUNCTION_FLAGS, *OTHER_FLAGS)
+    flags = {name: arguments[name] for name in names if name in arguments}
+    if "add_bias_linear" in arguments:
+        flags["disable_bias_linear"] = not arguments["add_bias_linear"]
+    if isinstance(flags.get("window_size"), tuple | list):
+        flags["window_size"] = flags["window_size"][0]
+    return complete(flags)
+
+
+def copy_sidecars(files: Mapping[str, bytes | Path], folder: Path) -> None:
+    """Write what came with a Hugging Face model into a folder."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, folder / name)

@@ -1,0 +1,87 @@
+"""`helix SUBCOMMAND`: one command line for everything. Subcommands are imported when they are called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import cast
+
+PROGRAM = "helix"
+# Subcommand → (module, function(argv, program) -> exit status, help).
+SUBCOMMANDS = {
+    "plan": (
+        "helix_megatron.plan.command",
+        "plan_main",
+        "rank the layouts of a model on a cluster by predicted time (simulated)",
+    ),
+    "simulate": (
+        "helix_megatron.plan.command",
+        "simulate_main",
+        "show one layout operator by operator, and write its pipeline's trace (simulated)",
+    ),
+    "graph": (
+        "helix_megatron.graph.command",
+        "main",
+        "trace the operator graph of a run, check it, and draw it",
+    ),
+    "bench": (
+        "helix_megatron.bench.__main__",
+        "main",
+        "measure layouts side by side on this machine",
+    ),
+    "convert": (
+        "helix_megatron.checkpoint.command",
+        "main",
+        "convert checkpoints between Hugging Face, Megatron and files per rank",
+    ),
+    "doctor": (
+        "helix_megatron.megatron_lm.doctor",
+        "main",
+        "tell whether Helix fits a Megatron-LM checkout",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that `argv` names; its exit status, 2 for what the user can put right."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from helix_megatron import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    name = argv[0]
+    if name not in SUBCOMMANDS:
+        close = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        valid = ", ".join(SUBCOMMANDS)
+        print(
+            f"{PROGRAM}: error: unknown subcommand {name!r}. Valid: {valid}.{hint}", file=sys.stderr
+        )
+        return 2
+    module, function, _ = SUBCOMMANDS[name]
+    run = getattr(importlib.import_module(module), function)
+    try:
+        return cast(Callable[[Sequence[str], str], int], run)(argv[1:], f"{PROGRAM} {name}")
+    except BrokenPipeError:  # `helix … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def usage() -> str:
+    """What `helix --help` prints."""
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"usage: {PROGRAM} SUBCOMMAND …", "", "subcommands:"]
+    lines += [f"  {name:<{width}}  {text}" for name, (_, _, text) in SUBCOMMANDS.items()]
+    lines += ["", f"{PROGRAM} SUBCOMMAND --help explains each."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""`deepspeed.initialize` with the block `"helix"`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from helix_megatron.deepspeed.config import KEY, HelixBlock, in_words_of_the_block, read_block
+from helix_megatron.errors import HelixError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DISTRIBUTED_PORT = 29500  # DeepSpeed's default
+
+
+def initialize(
+    args: Any = None,
+    model: Any = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = DISTRIBUTED_PORT,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Cut a model as the block `"helix"` of its DeepSpeed configuration says, and give it to DeepSpeed.
+
+    The arguments and the result are those of `deepspeed.initialize`: `config` (or its older names) is a
+    dictionary or the path of a JSON file. Without the block, or with one that cuts nothing, they are handed on
+    as they are.
+
+    The model is changed in place, and its parameters stay the same objects, so an optimizer may have been made
+    of them before. It must be the same on all ranks: equal seeds or files. Each tensor parallel rank must be
+    given the same batches; loaders made by DeepSpeed (`training_data`) see to that, a sampler of one's own
+    asks `engine.mpu.get_data_parallel_rank()`.
+
+    Args:
+        model: of a Hugging Face family that `helix_megatron.huggingface` can cut, alone or inside a module; or
+            a megatron-core model that was built with `HelixTransformerConfig`, which is cut already.
+        mpu: None, or an object with `get_tensor_model_parallel_group` (or `get_model_parallel_group`) and
+            `get_data_parallel_group`, whose groups are then used.
+
+    Raises:
+        HelixError: the block is wrong, does not fit the model or the world, or does not go together with
+            another DeepSpeed setting.
+    """
+    import deepspeed
+
+    call = {
+        "args": args,
+        "model": model,
+        "optimizer": optimizer,
+        "model_parameters": model_parameters,
+        "training_data": training_data,
+        "lr_scheduler": lr_scheduler,
+        "distributed_port": distributed_port,
+        "mpu": mpu,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+        "config": config,
+        "mesh_param": mesh_param,
+        "config_params": config_params,
+    }
+    settings = _settings(args, config, config_params)
+    block = None if settings is None else read_block(settings)
+    if block is None or not block.active:
+        return deepspeed.initialize(**call)
+
+    assert settings is not None
+    from helix_megatron.deepspeed.support import check_call, check_settings
+
+    check_settings(settings)
+    check_call(call)
+    deepspeed.init_distributed(
+        dist_backend=deepspeed.get_accelerator().communication_backend_name(),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
+    with _block_words():
+        return _initialize(block, settings, call)
+
+
+def _initialize(
+    block: HelixBlock, settings: Mapping[str, Any], call: dict[str, Any]
+) -> tuple[Any, Any, Any, Any]:
+    import deepspeed
+    import torch.distributed as dist
+
+    from helix_megatron.deepspeed.checkpoints import guard_checkpoints
+    from helix_megatron.deepspeed.models import cut_model
+    from helix_megatron.deepspeed.support import check_zero_3, prepare_upstream
+
+    model: nn.Module = call["model"]
+    prepare_upstream(settings, model)
+    block, mpu, cut = cut_model(model, block, call["mpu"], dist.get_world_size())
+    check_zero_3(settings, cut.host)
+    # The block stays in the configuration, which DeepSpeed saves with every checkpoint.
+    call |= {
+        "config": {**settings, KEY: block.to_dict()},
+        "config_params": None,
+        "mpu": mpu,
+    }
+    with _without_config_file(call["args"]):
+        engine, *rest = deepspeed.initialize(**call)
+    cut.attach(engine)
+    guard_checkpoints(engine, cut)
+    deepspeed.utils.log_dist(f"Helix: {cut.summary}", ranks=[0])
+    return (engine, *rest)
+
+
+def _settings(args: Any, config: Any, config_params: Any) -> dict[str, Any] | None:
+    """The configuration as a dictionary of its own; None when there is none, which DeepSpeed will say."""
+    given = config if config is not None else config_params
+    for name in ("deepspeed_config", "deepscale_config"):
+        if given is None:
+            given = getattr(args, name, None)
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return dict(given)
+    if not isinstance(given, str):
+        return None
+    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+
+    try:
+        return dict(load_ds_config(given))
+    except (ValueError, OSError) as error:
+        raise HelixError(
+            f"the DeepSpeed configuration {given!r} cannot be read: {error} Give a dictionary or the path of "
+            "a JSON file."
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_config_file(args: Any) -> Iterator[None]:
+    """Inside, `args` names no configuration file: DeepSpeed refuses two configurations."""
+    names = [n for n in ("deepspeed_config", "deepscale_config") if getattr(args, n, None)]
+    kept = {name: getattr(args, name) for name in names}
+    for name in names:
+        setattr(args, name, None)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
+
+
+@contextlib.contextmanager
+def _block_words() -> Iterator[None]:
+    """Errors from inside speak of the block's keys, not of command-line flags."""
+    try:
+        yield
+    except HelixError as error:
+        raise in_words_of_the_block(error) from error

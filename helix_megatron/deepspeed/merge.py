@@ -1,0 +1,133 @@
+"""Whole Hugging Face weights from a DeepSpeed checkpoint of a cut model.
+
+    python -m helix_megatron.deepspeed.merge CHECKPOINT_DIR model.safetensors [--tag TAG] [--prefix PREFIX]
+
+Neither ranks nor the model are needed: `helix_parts.json` in the checkpoint says where each part belongs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.deepspeed.checkpoints import find_checkpoint, indices_of, read_manifest
+from helix_megatron.errors import HelixError, exit_on_error
+
+PROGRAM = "helix_megatron.deepspeed.merge"
+
+
+def merge_checkpoint(
+    directory: str | os.PathLike[str], tag: str | None = None, *, prefix: str = ""
+) -> dict[str, Any]:
+    """The whole model's state dictionary, in the dtype of training (bf16, fp16 or fp32), on the CPU.
+
+    Parameters and buffers, tied weights under all their names, as `model.state_dict()` has them: plain
+    `transformers` loads it.
+
+    Args:
+        directory: as passed to `engine.save_checkpoint`.
+        tag: which checkpoint; the one that `latest` names when None.
+        prefix: keep only names that begin with it, and take it away: of the model inside a module of one's own.
+
+    Raises:
+        HelixError: no checkpoint of a Hugging Face model that is cut, or one of ZeRO 3, whose model files hold
+            no weights.
+    """
+    import torch
+
+    from helix_megatron.huggingface import Cut
+
+    checkpoint = find_checkpoint(directory, tag)
+    manifest = read_manifest(checkpoint)
+    if manifest["host"] != "Hugging Face":
+        raise HelixError(
+            f"{checkpoint} is of a {manifest['host']} model, which this does not merge. Convert it with "
+            "scripts/convert_checkpoint.py."
+        )
+    if any(checkpoint.glob("layer_*_expert_*_model_states.pt")):
+        raise HelixError(
+            f"{checkpoint} has experts of DeepSpeed's own MoE layer, which no Hugging Face model has. "
+            "Load it into an engine with the same block."
+        )
+    ranks = manifest["block"]["tensor_parallel_size"]
+    states = [_module_state(checkpoint, rank) for rank in range(ranks)]
+    cuts = [Cut(cut["dim"], indices_of(cut)) for cut in manifest["cuts"]]
+    whole: dict[str, Any] = {}
+    joined: dict[tuple[int, ...], Any] = {}  # tied weights stay one tensor
+    for name, first in states[0].items():
+        if not name.startswith(prefix) or not isinstance(first, torch.Tensor):
+            continue
+        number = manifest["parameters"].get(name)
+        if number is None:
+            whole[name.removeprefix(prefix)] = first
+            continue
+        parts = [state[name] for state in states]
+        key = (number, *(part.data_ptr() for part in parts))
+        if key not in joined:
+            joined[key] = cuts[number].join(parts)
+        whole[name.removeprefix(prefix)] = joined[key]
+    if not whole:
+        raise HelixError(f"{checkpoint} has no weight whose name begins with {prefix!r}.")
+    return whole
+
+
+def _module_state(checkpoint: Path, rank: int) -> dict[str, Any]:
+    import torch
+
+    path = checkpoint / f"mp_rank_{rank:02d}_model_states.pt"
+    if not path.is_file():
+        if any(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
+            raise HelixError(
+                f"{checkpoint} was saved with ZeRO 3, whose model files hold no whole parts. Load it into the "
+                "engine and call helix_megatron.huggingface.save_pretrained inside "
+                "deepspeed.zero.GatheredParameters, or save with ZeRO 0, 1 or 2."
+            )
+        raise HelixError(f"{checkpoint} lacks {path.name}: the checkpoint is incomplete.")
+    # DeepSpeed keeps its own objects beside the weights, so the file is a pickle; trust it as DeepSpeed does.
+    state = torch.load(path, map_location="cpu", weights_only=False)
+    return state["module"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line. Wrong input prints one paragraph and exits with 2."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}",
+        description="Whole Hugging Face weights from a DeepSpeed checkpoint of a cut model.",
+    )
+    parser.add_argument("directory", help="what was passed to engine.save_checkpoint")
+    parser.add_argument("output", help="the safetensors file to write")
+    parser.add_argument(
+        "--tag", help="which checkpoint (default: the one that DIRECTORY/latest names)"
+    )
+    parser.add_argument(
+        "--prefix", default="", help="of the model's names inside a module of your own"
+    )
+    args = parser.parse_args(argv)
+    with exit_on_error(PROGRAM):
+        whole = merge_checkpoint(args.directory, args.tag, prefix=args.prefix)
+        _write(whole, args.output)
+    print(f"{len(whole)} tensors written to {args.output}")
+
+
+def _write(whole: dict[str, Any], output: str) -> None:
+    """safetensors takes no tensor twice: a tied weight is written under its first name, as the library does."""
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in whole.items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            seen.add(tensor.data_ptr())
+            kept[name] = tensor.contiguous()
+    try:
+        save_file(kept, output, metadata={"format": "pt"})
+    except OSError as error:
+        raise HelixError(f"cannot write {output}: {error}. Check the directory.") from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

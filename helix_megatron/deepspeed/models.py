@@ -1,0 +1,184 @@
+"""Find out what a model is and have its own host cut it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from helix_megatron.deepspeed.config import KEY, HelixBlock
+from helix_megatron.deepspeed.mpu import ModelParallelUnit
+from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.layout import HeadLayout
+
+
+@dataclass
+class CutModel:
+    """A model whose ranks hold parts.
+
+    layout: of its attention layers.
+    parameters: of each cut parameter, by its name in the state dictionary, the dimension and the index of it
+        that each rank holds (`huggingface.Cut`); empty where the host's own checkpoints know.
+    attached: what remains to be done when the engine is there.
+    """
+
+    block: HelixBlock
+    host: str
+    layout: HeadLayout
+    parameters: dict[str, Any] = field(default_factory=dict)
+    attached: list[Callable[[Any], None]] = field(default_factory=list)
+
+    def attach(self, engine: Any) -> None:
+        """Do to the engine what the model needs."""
+        for function in self.attached:
+            function(engine)
+
+    @property
+    def summary(self) -> str:
+        """For the log."""
+        layout = self.layout
+        return (
+            f"{self.host} model on {layout.num_ranks} tensor parallel ranks, {layout.head_groups} head groups "
+            f"of {layout.segments} segments, query layout {layout.query_layout}, attention "
+            f"{self.block.helix.attention}."
+        )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What must be known to read a checkpoint of it: plain, for JSON."""
+        return {
+            "host": self.host,
+            "block": self.block.to_dict(),
+            "layout": dataclasses.asdict(self.layout),
+        }
+
+
+def cut_model(
+    model: nn.Module, block: HelixBlock, mpu: Any, ranks: int
+) -> tuple[HelixBlock, Any, CutModel]:
+    """Cut a model in place.
+
+    Args:
+        mpu: the caller's, or None to make groups.
+        ranks: of the world.
+
+    Returns:
+        The block with its sizes filled in, the `mpu` for DeepSpeed, and what was cut.
+
+    Raises:
+        HelixError: the model is none that can be cut, or something does not fit.
+    """
+    found = huggingface_models(model)
+    if found:
+        from helix_megatron.deepspeed.huggingface_models import cut_huggingface_models
+
+        return cut_huggingface_models(model, found, block, mpu, ranks)
+    if megatron_config(model) is not None:
+        from helix_megatron.deepspeed.megatron_models import cut_megatron_model
+
+        return cut_megatron_model(model, block, mpu)
+    raise HelixError(
+        f'the block "{KEY}" cannot cut a {type(model).__name__}. Valid: a transformers model of a family that '
+        "helix_megatron.huggingface knows, alone or inside a module, or a megatron-core model whose "
+        "configuration is a HelixTransformerConfig. Leave the block out for DeepSpeed without Helix."
+    )
+
+
+def huggingface_models(model: nn.Module) -> dict[str, Any]:
+    """The `transformers` models in a module that are in no other such model: by path, `""` for itself."""
+    import sys
+
+    library = sys.modules.get("transformers")
+    if library is None:  # then none of its models can be here
+        return {}
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}." if outer else "") for outer in found)
+        if isinstance(module, library.PreTrainedModel) and not inside:
+            found[path] = module
+    return found
+
+
+def megatron_config(model: nn.Module) -> Any:
+    """The configuration of a megatron-core model; None of others."""
+    import sys
+
+    module = sys.modules.get("megatron.core.transformer.transformer_config")
+    if module is None:
+        return None
+    configs = (getattr(part, "config", None) for part in model.modules())
+    return next((c for c in configs if isinstance(c, module.TransformerConfig)), None)
+
+
+# ----------------------------------------------------------------------------- groups
+
+
+def tensor_group_of(mpu: Any) -> ProcessGroup:
+    """The tensor parallel group of a caller's `mpu`.
+
+    Raises:
+        HelixError: it has none.
+    """
+    for name in ("get_tensor_model_parallel_group", "get_model_parallel_group"):
+        if hasattr(mpu, name):
+            return getattr(mpu, name)()
+    raise HelixError(
+        f"the mpu that was passed, of type {type(mpu).__name__}, has no get_tensor_model_parallel_group and no "
+        f'get_model_parallel_group. Leave mpu out: the block "{KEY}" makes the groups.'
+    )
+
+
+def unit_of(mpu: Any) -> ModelParallelUnit:
+    """The groups of a caller's `mpu` in the shape that DeepSpeed takes.
+
+    Raises:
+        HelixError: it lacks one.
+    """
+    if isinstance(mpu, ModelParallelUnit):
+        return mpu
+    tensor = tensor_group_of(mpu)
+    if not hasattr(mpu, "get_data_parallel_group"):
+        raise HelixError(
+            f"the mpu that was passed, of type {type(mpu).__name__}, has no get_data_parallel_group. "
+            f'Leave mpu out: the block "{KEY}" makes the groups.'
+        )
+    return ModelParallelUnit(tensor, mpu.get_data_parallel_group())
+
+
+def unit_beside(tensor_group: ProcessGroup) -> ModelParallelUnit:
+    """The unit of a tensor parallel group, with new data parallel groups. Every rank of the world calls it."""
+    own = dist.get_process_group_ranks(tensor_group)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    replicas = sorted({tuple(ranks) for ranks in everyone})
+    data_group = None
+    for ranks in zip(*replicas, strict=True):
+        group = dist.new_group(list(ranks), group_desc="DATA_PARALLEL_GROUP")
+        data_group = group if dist.get_rank() in ranks else data_group
+    assert data_group is not None
+    return ModelParallelUnit(tensor_group, data_group)
+
+
+def with_size(block: HelixBlock, size: int, whose: str) -> HelixBlock:
+    """The block with the tensor parallel size that `whose` groups have.
+
+    Raises:
+        HelixError: it says another, or m does not divide it.
+    """
+    m = block.helix.intra_head_parallel_size
+    if block.tensor_parallel_size not in (None, size):
+        raise HelixError(
+            f'"tensor_parallel_size" {block.tensor_parallel_size} in the block "{KEY}" is not that of '
+            f"{whose}, {size}. Leave it out, or make them equal."
+        )
+    if size % m:
+        raise HelixError(
+            f'"intra_head_parallel_size" {m} in the block "{KEY}" does not divide the tensor parallel size '
+            f"{size} of {whose}. Valid: {listed(divisors(size))}."
+        )
+    return dataclasses.replace(block, tensor_parallel_size=size)

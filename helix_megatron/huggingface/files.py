@@ -1,0 +1,175 @@
+"""Reading parts of the weights in a directory of safetensors files, as `transformers` writes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from helix_megatron.errors import HelixError, listed
+from helix_megatron.huggingface.cuts import Cut, block_cut
+from helix_megatron.huggingface.families import ExpertFiles
+from helix_megatron.layout import contiguous_runs
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank wants of a parameter: `cut` for rank `rank`, or all of it where `cut` is None."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    cut: Cut | None
+    rank: int
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        return self.shape if self.cut is None else self.cut.whole_shape(self.shape)
+
+
+class WeightFiles:
+    """The tensors of a checkpoint directory, by name. Only what is asked for is read.
+
+    Raises:
+        HelixError: there are no safetensors files, or one is missing or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._file_of = self._index()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor that has floating-point elements; fp32 if there is none."""
+        for name in sorted(self.names):
+            with self._open(name) as file:
+                found = file.get_slice(name)[:0].dtype
+            if found.is_floating_point:
+                return found
+        return torch.float32
+
+    def read(self, name: str, part: Part) -> Tensor:
+        """A rank's part of the tensor called `name`."""
+        out = part.empty()
+        self._read_into(out, name, part.whole_shape, part.cut, part.rank)
+        return out
+
+    def read_experts(self, names: ExpertNames, part: Part) -> Tensor:
+        """A rank's part of stacked experts [E, rows, columns] from files that hold each expert by itself.
+
+        `part.cut` is of the stacked parameter: two blocks of rows (gate, up), or columns (down).
+        """
+        out = part.empty()
+        for expert in range(out.size(0)):
+            matrices = [template.format(expert) for template in names.templates]
+            rows, columns = part.whole_shape[1] // len(matrices), part.whole_shape[2]
+            cut = None
+            if part.cut is not None:
+                dim = part.cut.dim - 1
+                cut = block_cut(dim, (rows, columns)[dim], len(part.cut.indices))
+            for matrix, piece in zip(matrices, out[expert].chunk(len(matrices)), strict=True):
+                self._read_into(piece, matrix, (rows, columns), cut, part.rank)
+        return out
+
+    # ------------------------------------------------------------------------- files
+
+    def _read_into(
+        self, out: Tensor, name: str, whole_shape: tuple[int, ...], cut: Cut | None, rank: int
+    ) -> None:
+        """Copy a rank's part into `out`, run by run.
+
+        The file is opened anew for every tensor: pages of a mapped file count as this process's memory while
+        the mapping lasts, and columns touch all pages of a tensor.
+        """
+        with self._open(name) as file:
+            stored = file.get_slice(name)
+            found = tuple(stored.get_shape())
+            if found != whole_shape:
+                raise HelixError(
+                    f"{name} in {self.directory} has shape {found}, and the configuration asks for "
+                    f"{whole_shape}. Take config.json and weights of one model."
+                )
+            if cut is None:
+                out.copy_(stored[:])
+                return
+            before: tuple[slice, ...] = (slice(None),) * cut.dim
+            start = 0
+            for first, length in contiguous_runs(cut.indices[rank]):
+                read = stored[(*before, slice(first, first + length))]
+                out.narrow(cut.dim, start, length).copy_(read)
+                start += length
+
+    def _open(self, name: str) -> safe_open:
+        path = self.directory / self._file_of[name]
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise HelixError(f"{path} cannot be read: {error}. Copy the model again.") from error
+
+    def _index(self) -> dict[str, str]:
+        """Tensor name → file name."""
+        index, weights = self.directory / INDEX, self.directory / WEIGHTS
+        if index.exists():
+            try:
+                return dict(json.loads(index.read_bytes())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise HelixError(
+                    f"{index} is damaged: no valid JSON, or no 'weight_map'. Copy the model again."
+                ) from error
+        if not weights.exists():
+            raise HelixError(
+                f"{self.directory} has neither {INDEX} nor {WEIGHTS}; only safetensors can be read in parts. "
+                "Load the model with transformers and save it with model.save_pretrained(directory) first."
+            )
+        try:
+            with safe_open(weights, framework="pt") as file:
+                return dict.fromkeys(file.keys(), WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise HelixError(f"{weights} cannot be read: {error}. Copy the model again.") from error
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """The names in files of one stacked parameter's matrices, with `{}` for the number of the expert."""
+
+    templates: tuple[str, ...]
+
+    def of(self, expert: int) -> list[str]:
+        return [template.format(expert) for template in self.templates]
+
+
+def file_name(name: str, experts: ExpertFiles | None) -> str:
+    """The name in files of a parameter that is not stacked."""
+    return name if experts is None else name.replace(".mlp.", experts.block)
+
+
+def expert_names(name: str, experts: ExpertFiles | None) -> ExpertNames | None:
+    """The names in files of a stacked parameter; None for any other."""
+    if experts is None:
+        return None
+    path, _, last = file_name(name, experts).rpartition(".")
+    if not path.endswith(".experts"):
+        return None
+    matrices = {"gate_up_proj": (experts.gate, experts.up), "down_proj": (experts.down,)}
+    return ExpertNames(tuple(f"{path}.{{}}.{matrix}.weight" for matrix in matrices[last]))
+
+
+def missing_names(missing: list[str], directory: Path) -> HelixError:
+    """The error of weights that a model needs and files do not have."""
+    more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+    return HelixError(
+        f"{directory} lacks {listed(missing[:4])}{more}, which its config.json asks for. Take config.json and "
+        "weights of one model."
+    )

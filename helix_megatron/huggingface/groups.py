@@ -1,0 +1,89 @@
+"""The process groups that a sharded model needs, as values."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError, divisors, listed
+
+TIMEOUT_MINUTES = 30.0
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's groups.
+
+    tensor: the p ranks that hold one model together, in order of i·m + j.
+    intra_head: the m neighbours among them that hold the segments of one head group, in order of j.
+    data: the ranks that hold the same part of other replicas of the model.
+    """
+
+    tensor: ProcessGroup
+    intra_head: ProcessGroup
+    data: ProcessGroup
+
+
+def make_groups(
+    tensor_parallel_size: int,
+    intra_head_parallel_size: int,
+    *,
+    timeout_minutes: float = TIMEOUT_MINUTES,
+) -> Groups:
+    """Groups of consecutive ranks. Every rank of the world must call it, with the same arguments.
+
+    Raises:
+        HelixError: torch.distributed is not initialised, or the sizes do not divide.
+    """
+    if not dist.is_initialized():
+        raise HelixError(
+            "process groups need torch.distributed. Call torch.distributed.init_process_group first, in a "
+            "process that torchrun started."
+        )
+    p, m, world = tensor_parallel_size, intra_head_parallel_size, dist.get_world_size()
+    if not isinstance(p, int) or p < 1 or world % p:
+        raise HelixError(
+            f"tensor parallel size {p!r} does not divide the {world} ranks of the world. "
+            f"Valid: {listed(divisors(world))}."
+        )
+    HelixConfig(m).head_groups(p)
+    replicas = [list(range(start, start + p)) for start in range(0, world, p)]
+    return Groups(
+        tensor=_own(replicas, "TENSOR_PARALLEL_GROUP", timeout_minutes),
+        intra_head=_own(
+            [ranks[start : start + m] for ranks in replicas for start in range(0, p, m)],
+            "INTRA_HEAD_PARALLEL_GROUP",
+            timeout_minutes,
+        ),
+        data=_own(
+            [list(ranks) for ranks in zip(*replicas, strict=True)],
+            "DATA_PARALLEL_GROUP",
+            timeout_minutes,
+        ),
+    )
+
+
+def intra_head_group_of(tensor_group: ProcessGroup, intra_head_parallel_size: int) -> ProcessGroup:
+    """The intra-head group of this rank, from its tensor group. Only the ranks of the tensor group call it."""
+    m = intra_head_parallel_size
+    if m == tensor_group.size():
+        return tensor_group
+    first = tensor_group.rank() // m * m
+    ranks = dist.get_process_group_ranks(tensor_group)[first : first + m]
+    return dist.new_group(
+        ranks, group_desc="INTRA_HEAD_PARALLEL_GROUP", use_local_synchronization=True
+    )
+
+
+def _own(groups: list[list[int]], description: str, minutes: float) -> ProcessGroup:
+    """Make all groups; the one that holds this rank."""
+    rank, timeout, own = dist.get_rank(), datetime.timedelta(minutes=minutes), None
+    for ranks in groups:
+        group = dist.new_group(ranks, timeout=timeout, group_desc=description)
+        own = group if rank in ranks else own
+    assert own is not None
+    return own

@@ -1,0 +1,199 @@
+"""A sharded model straight from safetensors: no rank ever holds the whole of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError
+from helix_megatron.huggingface.families import ExpertFiles, family_of
+from helix_megatron.huggingface.files import (
+    Part,
+    WeightFiles,
+    expert_names,
+    file_name,
+    missing_names,
+)
+from helix_megatron.huggingface.shard import shard, sharding_of
+from helix_megatron.kernels import AttentionKernel
+from helix_megatron.kernels.sdpa import sdpa
+
+# Old files keep these tables, which models compute.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+def from_pretrained(
+    directory: str | Path,
+    helix: HelixConfig | Mapping[str, Any] | int,
+    *,
+    tensor_group: ProcessGroup,
+    intra_head_group: ProcessGroup | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    embeddings: bool = True,
+    mlp: bool = True,
+    kernel: AttentionKernel = sdpa,
+) -> Any:
+    """A causal language model from a directory that `save_pretrained` wrote, sharded as by `shard`.
+
+    The model is built on the meta device; each rank then reads its own part of every weight. A rank needs its
+    part of the model and, while it is read, one weight of the files.
+
+    Args:
+        directory: with config.json and safetensors.
+        dtype: of the weights; the configuration's when None, or else the files'.
+        device: where the weights go; the CPU when None.
+        others: see `shard`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        HelixError: the directory has no such model, files and configuration disagree, or see `shard`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    directory = Path(directory)
+    config = _config(directory)
+    files = WeightFiles(directory)
+    dtype = _dtype(dtype) or getattr(config, "dtype", None) or files.dtype()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = shard(
+        model,
+        helix,
+        tensor_group=tensor_group,
+        intra_head_group=intra_head_group,
+        embeddings=embeddings,
+        mlp=mlp,
+        kernel=kernel,
+    )
+    _fill_parameters(
+        model, files, family_of(config.model_type).experts, torch.device(device or "cpu")
+    )
+    _fill_buffers(model, torch.device(device or "cpu"))
+    _load_generation_config(model, directory)
+    model.config._name_or_path = str(directory)
+    return model.eval()
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, str) or dtype == "auto":
+        return None if isinstance(dtype, str) else dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise HelixError(
+            f"dtype {dtype!r} is unknown. Valid: auto, bfloat16, float16, float32, float64, or a torch.dtype."
+        )
+    return found
+
+
+def _config(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (directory / "config.json").exists():
+        raise HelixError(
+            f"{directory} is no directory of a Hugging Face model: it has no config.json. Give the path of "
+            "one; `hf download NAME --local-dir PATH` fetches a model from the Hub."
+        )
+    config = AutoConfig.from_pretrained(directory)
+    family_of(config.model_type)
+    if getattr(config, "quantization_config", None) is not None:
+        raise HelixError(
+            f"the weights in {directory} are quantized, and quantized weights cannot be cut. Take the model in "
+            "bfloat16, float16 or float32."
+        )
+    return config
+
+
+def _fill_parameters(
+    model: Any, files: WeightFiles, experts: ExpertFiles | None, device: torch.device
+) -> None:
+    """Put real parameters in the place of the empty ones; tied ones stay tied."""
+    sharding = sharding_of(model)
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for last, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, last))
+
+    wanted = dict(model.named_parameters())  # of tied ones the first name, as in files
+    names_of = {
+        name: _names_in_files(name, experts, files.names, empty.size(0) if empty.dim() else 0)
+        for name, empty in wanted.items()
+    }
+    missing = [n for names in names_of.values() for n in names if n not in files.names]
+    if missing:
+        raise missing_names(missing, files.directory)
+    _warn_of_unused(model, files, {n for names in names_of.values() for n in names})
+
+    for name, empty in wanted.items():
+        cut = sharding.plan.cuts.get(name) if sharding is not None else None
+        rank = sharding.rank if sharding is not None else 0
+        part = Part(tuple(empty.shape), empty.dtype, device, cut, rank)
+        stacked, names = expert_names(name, experts), names_of[name]
+        if stacked is not None and names[0] in stacked.of(0):
+            data = files.read_experts(stacked, part)
+        else:
+            data = files.read(names[0], part)
+        parameter = nn.Parameter(data, requires_grad=empty.requires_grad)
+        vars(parameter).update(vars(empty))  # the marks of a cut parameter
+        for module, last in owners[id(empty)]:
+            setattr(module, last, parameter)
+
+
+def _names_in_files(
+    name: str, experts: ExpertFiles | None, stored: set[str], num_experts: int
+) -> list[str]:
+    """The tensors in files that make up a parameter.
+
+    Experts are one by one in files of the Hub; files that keep them stacked are read as well.
+    """
+    stacked = expert_names(name, experts)
+    if stacked is None:
+        return [name if name in stored else file_name(name, experts)]
+    for plain in (name, file_name(name, experts)):
+        if plain in stored:
+            return [plain]
+    return [n for expert in range(num_experts) for n in stacked.of(expert)]
+
+
+def _warn_of_unused(model: nn.Module, files: WeightFiles, used: set[str]) -> None:
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    unused = sorted(
+        name for name in files.names - used - tied if not name.endswith(IGNORED_SUFFIXES)
+    )
+    if unused:
+        warnings.warn(
+            f"{files.directory} has weights that {type(model).__name__} has no use for: "
+            f"{', '.join(unused[:4])}{', ...' if len(unused) > 4 else ''}.",
+            stacklevel=4,
+        )
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Compute the tables that files do not keep, such as rotary frequencies, as the library does itself."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    # The library initialises what is not marked as loaded.
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    with torch.device(device):
+        model.initialize_weights()
+    for parameter in model.parameters():
+        del parameter._is_hf_initialized
+
+
+def _load_generation_config(model: Any, directory: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)

@@ -1,0 +1,297 @@
+"""Saving and resuming a training run: weights, optimizer, schedule, random states, place in the data.
+
+The state dictionary has the entries that Megatron-LM's own checkpoints have, so each loads the other's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as megatron_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.utils import unwrap_model
+
+from helix_megatron.checkpoint.manifest import Manifest
+from helix_megatron.checkpoint.store import Store
+from helix_megatron.errors import HelixError
+from helix_megatron.megatron import dist_checkpoint, torch_adam
+from helix_megatron.megatron.optimizer_state import PARTS, load_optimizer, optimizers_of
+from helix_megatron.megatron.random import random_states, restore_random_states
+from helix_megatron.megatron.segment_local import as_segment_local
+from helix_megatron.training.checkpoint_flags import (
+    QUALITY,
+    converts_to_segment_local,
+    model_flags,
+    stored_arguments,
+)
+from helix_megatron.training.metrics import software_versions
+
+CHECKPOINT_VERSION = 3.0  # Megatron-LM's number for the order of rows that megatron-core has
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+class Checkpointing:
+    """Loads where `--load` says, saves where `--save` says, and knows when to stop early.
+
+    Args:
+        args: validated flags.
+        chunks: the model's chunks of this rank, in DDP.
+        optimizer, scheduler: of `build_optimizer`.
+        note: where to say what was loaded and saved.
+
+    Raises:
+        HelixError: `--save` cannot be written to.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        chunks: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.args, self.optimizer, self.scheduler = args, optimizer, scheduler
+        self._note = note
+        self.chunks = unwrap_model(chunks)
+        self._began = time.monotonic()
+        self._saver: dist_checkpoint.CheckpointSaver | None = None
+        if args.save:
+            store = Store(args.save)
+            dist_checkpoint.on_first_rank(store.prepare)  # now, not after hours of training
+            self._saver = dist_checkpoint.CheckpointSaver(
+                store,
+                asynchronous=args.async_save,
+                keep=args.keep,
+                saved=lambda path: note(f"saved {path}"),
+            )
+        self._saved = 0
+        torch_adam.install()  # loading the distributed optimizer's state needs it, on GPUs too
+        for part in optimizers_of(optimizer):
+            if (
+                part.init_state_fn is None
+            ):  # megatron-core has none for SGD, and calls it when loading
+                part.init_state_fn = _allocate_momentum
+
+    # ------------------------------------------------------------------- resume
+
+    def load(self) -> Progress:
+        """Restore from `--load`; where a run starts anew, nothing happens. Collective.
+
+        Raises:
+            HelixError: a damaged checkpoint, or one of another model; the weights are as before.
+        """
+        args = self.args
+        if args.load_path is None:
+            return Progress()
+        path = Path(args.load_path)
+        manifest = dist_checkpoint.verify(path, trust=args.trust_checkpoint)
+        saved = dist_checkpoint.on_first_rank(
+            lambda: stored_arguments(path, manifest, trust=args.trust_checkpoint)
+        )
+        with_optimizer = not (args.no_load_optim or args.finetune)
+        with_random = not (args.no_load_rng or args.finetune)
+        state = self._state(
+            Progress(), optimizer=with_optimizer, random=with_random, is_loading=True
+        )
+        if converts_to_segment_local(args, saved):
+            if with_optimizer:
+                raise HelixError(
+                    "the optimizer's state of ordinary weights has no meaning for segment-local attention. "
+                    "Add --finetune."
+                )
+            self._note(f"Warning: {QUALITY}.")
+            state = as_segment_local(state, args.layout)
+        loaded = dist_checkpoint.load(path, state, trust=args.trust_checkpoint)
+        for chunk, name in zip(self.chunks, self._model_keys, strict=True):
+            chunk.load_state_dict(loaded[name])
+        if with_optimizer:
+            load_optimizer(self.optimizer, loaded[PARTS], loaded["optimizer"])
+            self._load_schedule(loaded["opt_param_scheduler"])
+        elif args.fp16 or args.bf16:
+            self.optimizer.reload_model_params()  # the fp32 copies are still those of the start
+        if with_random:
+            self._load_random_states(loaded.get("rng_state"))
+        if args.finetune:
+            self._note(f"loaded the weights of {path}")
+            return Progress()
+        iteration = int(loaded.get("iteration", 0))
+        samples = saved.get("consumed_train_samples", iteration * args.global_batch_size)
+        self._note(f"loaded {path}: iteration {iteration}")
+        if iteration >= args.train_iters:
+            self._note(f"nothing to train: --train-iters is {args.train_iters}")
+        if args.save and Path(args.save).absolute() in path.absolute().parents:
+            self._saved = iteration
+        return Progress(iteration, int(samples))
+
+    def _load_schedule(self, state: dict[str, Any]) -> None:
+        try:
+            self.scheduler.load_state_dict(state)
+        except AssertionError as error:
+            raise HelixError(
+                f"the learning-rate schedule differs from the checkpoint's ({str(error).strip()}). Give the "
+                "same --lr, --min-lr, --train-iters, --lr-warmup-iters, --lr-decay-iters and "
+                "--lr-decay-style, or --override-opt-param-scheduler to take this command's, or "
+                "--use-checkpoint-opt-param-scheduler to take the checkpoint's."
+            ) from error
+
+    def _load_random_states(self, states: Any) -> None:
+        fresh = random_states()
+        if states and states[0]["cuda_rng_state"].shape == fresh["cuda_rng_state"].shape:
+            restore_random_states(states[0])
+        elif self.args.attention_dropout:
+            self._note(
+                "The checkpoint has no random states of this layout: attention dropout begins with those of "
+                f"--seed {self.args.seed}."
+            )
+
+    # --------------------------------------------------------------------- save
+
+    def after_iteration(self, progress: Progress, asked_to_end: Any = None) -> bool:
+        """Save if it is time; whether the run should end now. Collective.
+
+        Args:
+            asked_to_end: an event that says so when any rank has it set.
+        """
+        args, iteration = self.args, progress.iteration
+        if self._saver is not None:
+            self._saver.poll()
+        leave = bool(args.exit_interval) and iteration % args.exit_interval == 0
+        if args.exit_duration_in_mins:
+            minutes = (time.monotonic() - self._began) / 60
+            leave |= self._any_rank(minutes >= args.exit_duration_in_mins)
+        if asked_to_end is not None:
+            leave |= self._any_rank(asked_to_end.is_set())
+        if args.save_interval and iteration % args.save_interval == 0:
+            self.save(progress)
+        return leave
+
+    def save(self, progress: Progress) -> None:
+        """Save now, unless this iteration is saved already. Collective."""
+        if self._saver is None or self._saved == progress.iteration:
+            return
+        args = self.args
+        state = self._state(progress, optimizer=not args.no_save_optim, random=not args.no_save_rng)
+        self._saver.save(progress.iteration, state, self._manifest(progress))
+        self._saved = progress.iteration
+
+    def close(self) -> None:
+        """Complete a save that runs in the background. Collective."""
+        if self._saver is not None:
+            self._saver.close()
+
+    @staticmethod
+    def _any_rank(here: bool) -> bool:
+        flag = torch.tensor([int(here)], dtype=torch.int, device=torch.cuda.current_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    # -------------------------------------------------------------------- state
+
+    @property
+    def _model_keys(self) -> list[str]:
+        if len(self.chunks) == 1:
+            return ["model"]
+        return [f"model{index}" for index in range(len(self.chunks))]
+
+    def _state(
+        self, progress: Progress, *, optimizer: bool, random: bool, is_loading: bool = False
+    ) -> dict[str, Any]:
+        metadata = dist_checkpoint.sharding_metadata()
+        state: dict[str, Any] = {
+            name: chunk.sharded_state_dict(metadata=metadata)
+            for name, chunk in zip(self._model_keys, self.chunks, strict=True)
+        }
+        if optimizer:
+            state[PARTS if is_loading else "optimizer"] = self.optimizer.sharded_state_dict(
+                dict(state), is_loading=is_loading, metadata=metadata
+            )
+        if random:
+            state["rng_state"] = _sharded_random_states()
+        if is_loading:
+            return state
+        if optimizer:
+            state["opt_param_scheduler"] = self.scheduler.state_dict()
+        return state | {
+            "args": self._arguments(progress),
+            "checkpoint_version": CHECKPOINT_VERSION,
+            "iteration": progress.iteration,
+        }
+
+    def _arguments(self, progress: Progress) -> argparse.Namespace:
+        """The arguments that Megatron-LM looks for, equal on all ranks."""
+        args = self.args
+        return argparse.Namespace(
+            **model_flags(args),
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            world_size=args.world_size,
+            global_batch_size=args.global_batch_size,
+            consumed_train_samples=progress.consumed_samples,
+            consumed_valid_samples=0,
+            skipped_train_samples=0,
+        )
+
+    def _manifest(self, progress: Progress) -> Manifest:
+        args = self.args
+        local = args.helix.active and args.helix.attention == "segment-local"
+        return Manifest(
+            kind="canonical",
+            model=model_flags(args),
+            attention="segment-local" if local else "exact",
+            segments=args.intra_head_parallel_size if local else 1,
+            iteration=progress.iteration,
+            layout={
+                "tp": args.tensor_model_parallel_size,
+                "pp": args.pipeline_model_parallel_size,
+                "dp": args.data_parallel_size,
+                "ep": args.expert_model_parallel_size,
+                "m": args.intra_head_parallel_size,
+                "n": args.tensor_model_parallel_size // args.intra_head_parallel_size,
+                "optimizer": None
+                if args.no_save_optim
+                else "distributed"
+                if args.use_distributed_optimizer
+                else "plain",
+            },
+            versions=software_versions(),
+            extra={"consumed_train_samples": progress.consumed_samples},
+        )
+
+
+def _allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Give a fresh SGD the buffers that its first step would create."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["momentum"] and not optimizer.state[parameter]:
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+
+
+def _sharded_random_states() -> ShardedObject:
+    """This rank's random states, placed as Megatron-LM does: by stage and tensor parallel rank."""
+    group = megatron_state
+    place = [
+        (group.get_pipeline_model_parallel_world_size(), group.get_pipeline_model_parallel_rank()),
+        (group.get_tensor_model_parallel_world_size(), group.get_tensor_model_parallel_rank()),
+    ]
+    replica = group.get_data_parallel_rank(with_context_parallel=True)
+    if group.get_expert_model_parallel_world_size() > 1:
+        place.append((group.get_data_parallel_world_size(with_context_parallel=True), replica))
+        replica = 0
+    shape, offset = zip(*place, strict=True)
+    return ShardedObject("rng_state", [random_states()], shape, offset, replica_id=replica)

@@ -1,0 +1,121 @@
+"""Tiny random models of every Hugging Face family, made by `transformers` itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 91,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+# name: (model_type, settings of its configuration)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama 2": ("llama", SIZE | {"num_key_value_heads": 4}),
+    "llama 3": ("llama", SIZE | {"rope_parameters": LLAMA3_ROPE, "rms_norm_eps": 1e-5}),
+    "llama with linear scaling": (
+        "llama",
+        SIZE | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "llama with biases, tied": (
+        "llama",
+        SIZE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "mistral": ("mistral", SIZE | {"sliding_window": 7}),
+    "qwen2": ("qwen2", SIZE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2 with windows in some layers": (
+        "qwen2",
+        SIZE | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", SIZE | {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma": ("gemma", SIZE | {"head_dim": 16, "num_key_value_heads": 1, "pad_token_id": 0}),
+    "gpt2": (
+        "gpt2",
+        {
+            "vocab_size": 91,
+            "n_positions": 64,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "mixtral": ("mixtral", SIZE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2 moe": ("qwen2_moe", SIZE | EXPERTS | {"shared_expert_intermediate_size": 40}),
+    "qwen2 moe with dense layers": (
+        "qwen2_moe",
+        SIZE
+        | EXPERTS
+        | {
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "qkv_bias": False,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3 moe": ("qwen3_moe", SIZE | EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "qwen3 moe with a dense layer": (
+        "qwen3_moe",
+        SIZE | EXPERTS | {"num_hidden_layers": 3, "head_dim": 16, "mlp_only_layers": [1]},
+    ),
+}
+
+
+def tokens(sequence: int = 24) -> torch.Tensor:
+    """Token ids int64 [2, sequence]."""
+    return torch.randint(91, (2, sequence), generator=torch.Generator().manual_seed(5))
+
+
+def save(name: str, directory: Path) -> torch.Tensor:
+    """Write model `name` as `save_pretrained` does, no weight 0 or 1; its logits [2, s, V] of `tokens()`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    kind, settings = MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+        for parameter in model.parameters():
+            start = parameter.detach().clone() if parameter.dim() == 1 else 0
+            parameter.data.normal_(std=0.2).add_(start)
+    model.eval()
+    model.save_pretrained(directory)
+    with torch.no_grad():
+        return model(tokens(), use_cache=False).logits
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json."""
+    return json.loads((directory / "config.json").read_text())
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """What config.json of model `name` holds, without making the model."""
+    from transformers import AutoConfig
+
+    kind, settings = MODELS[name]
+    return AutoConfig.for_model(kind, **settings).to_dict()

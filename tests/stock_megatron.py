@@ -1,0 +1,98 @@
+"""Stock megatron-core alone: loads or saves a checkpoint and prints losses. helix_megatron cannot be imported.
+
+    python tests/stock_megatron.py load|save DIRECTORY MODEL.json
+
+What CUDA would do is stood in for by a few lines here, for one process on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import json
+import os
+import sys
+from typing import Any
+
+
+class NoHelix(importlib.abc.MetaPathFinder):
+    """Refuses to find the package whose absence is the point."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".", maxsplit=1)[0] == "helix_megatron":
+            raise ImportError(f"{name} must not be imported here")
+
+
+sys.meta_path.insert(0, NoHelix())
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.tensor_parallel.random import initialize_rng_tracker  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
+
+
+def build(model: dict[str, Any]) -> GPTModel:
+    """A GPT of one process from `{"config": …, "spec": …, "gpt": …}`."""
+    settings = model["config"]
+    if settings.get("gated_linear_unit"):
+        settings = settings | {"activation_func": torch.nn.functional.silu}
+    config = TransformerConfig(
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        **settings,
+    )
+    return GPTModel(config, get_gpt_layer_local_spec(**model["spec"]), **model["gpt"]).eval()
+
+
+def loss_of(model: GPTModel, tokens: torch.Tensor) -> list[float]:
+    """Loss of every sample, [batch]."""
+    inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
+    positions = torch.arange(inputs.size(1)).expand_as(inputs)
+    mask = torch.ones(1, 1, inputs.size(1), inputs.size(1)).triu(1).bool()
+    with torch.no_grad():
+        return model(inputs, positions, mask, labels=labels).mean(1).tolist()
+
+
+def main() -> None:
+    action, directory, path = sys.argv[1:]
+    with open(path) as file:
+        model = json.load(file)
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    moe_utils.te_general_gemm = None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    initialize_rng_tracker(inference_rng_tracker=True)  # nothing is dropped
+    torch.manual_seed(7)
+    gpt = build(model)
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    sharded = {"model": gpt.sharded_state_dict(metadata=metadata)}
+    tokens = torch.tensor(model["tokens"])
+    if action == "save":
+        generator = torch.Generator().manual_seed(11)
+        for parameter in gpt.parameters():  # norms and biases too
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        os.makedirs(directory)
+        dist_checkpointing.save(sharded, directory)
+    else:
+        before = loss_of(gpt, tokens)
+        loaded, unused, absent = dist_checkpointing.load(
+            sharded, directory, strict=dist_checkpointing.validation.StrictHandling.RETURN_ALL
+        )
+        gpt.load_state_dict(loaded["model"])
+        weights = [key for key in unused if not key.startswith(("optimizer", "rng_state"))]
+        assert not absent and not weights, (absent, weights)
+        assert before != loss_of(gpt, tokens)
+    assert not [name for name in sys.modules if name.startswith("helix")]
+    print(json.dumps(loss_of(gpt, tokens)))
+
+
+if __name__ == "__main__":
+    main()

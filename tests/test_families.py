@@ -1,0 +1,290 @@
+"""Hugging Face models become canonical tensors that give the same logits at every layout, and back, exactly.
+
+The oracle is `transformers`: it makes the models, saves them, computes the logits and reads config.json.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import MODELS, read_config, save, tokens
+from safetensors.torch import load_file, save_file
+
+from helix_megatron.checkpoint.families import family_for_flags, family_of
+from helix_megatron.checkpoint.families.flags import function_of
+from helix_megatron.errors import HelixError
+
+TOLERANCE = 1e-5
+LAYOUTS = {
+    "1 rank": {},
+    "2 ranks, m 2": {"tensor_model_parallel_size": 2, "intra_head_parallel_size": 2},
+    "4 ranks, m 2": {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 2},
+}
+QUARTERED = {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 4}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """`models(name)`: (directory, logits of transformers), made once."""
+
+    @functools.cache
+    def make(name: str) -> tuple[Path, torch.Tensor]:
+        directory = tmp_path_factory.mktemp("model")
+        return directory, save(name, directory)
+
+    return make
+
+
+def canonical(directory: Path, changed: dict[str, Any] | None = None) -> tuple[dict, dict]:
+    """(model flags, canonical tensors) of a directory."""
+    config, tensors = read_config(directory), load_file(directory / "model.safetensors")
+    family = family_of(config)
+    flags = family.model_flags(config)
+    rules = family.rules(flags, tensors)
+    made = {rule.name: rule.to_canonical([tensors[s] for s in rule.sources]) for rule in rules}
+    return flags | (changed or {}), made
+
+
+def logits_of_rank(
+    directory: str, changed: dict[str, Any], parallel: dict[str, Any]
+) -> torch.Tensor | None:
+    """Logits [2, s, V] of the model in `directory` on these ranks; None on all but the last stage."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state as megatron_state
+
+    from helix_megatron import parallel_state
+    from helix_megatron.megatron import cpu_runtime
+    from helix_megatron.megatron.fill import fill_weights
+    from helix_megatron.megatron.initialize import weights_not_drawn
+    from helix_megatron.megatron.random import seed_model_parallel
+    from helix_megatron.training.model import build_chunk, transformer_config
+    from helix_megatron.training.model_options import args_from_model_flags
+
+    cpu_runtime.install()
+    flags, tensors = canonical(Path(directory), changed)
+    size = parallel.get("tensor_model_parallel_size", 1)
+    sequence_parallel = flags["num_experts"] is not None and size > 1
+    settings = {"seq_length": 24, "sequence_parallel": sequence_parallel} | parallel
+    args = args_from_model_flags(flags, world_size=dist.get_world_size(), **settings)
+    parallel_state.initialize_model_parallel(
+        size,
+        args.pipeline_model_parallel_size,
+        intra_head_parallel_size=args.intra_head_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        distributed_timeout_minutes=1,
+    )
+    seed_model_parallel(1)
+    config = transformer_config(args)
+    with weights_not_drawn(config):
+        model = build_chunk(args, config)
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))  # what is not filled shows
+    asked = set()
+
+    def source(canonical_name: str) -> torch.Tensor:
+        asked.add(canonical_name)
+        return tensors[canonical_name]
+
+    fill_weights(model, source)
+    assert dist.get_world_size() > 1 or asked == tensors.keys(), (
+        "a tensor has no place in the model"
+    )
+    model.eval()
+    ids = tokens()
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    stages, stage = (
+        args.pipeline_model_parallel_size,
+        megatron_state.get_pipeline_model_parallel_rank(),
+    )
+    with torch.no_grad():
+        if stage > 0:
+            rows = ids.shape[1] // (size if args.sequence_parallel else 1)
+            hidden = torch.empty(rows, ids.shape[0], args.hidden_size)
+            dist.recv(hidden, megatron_state.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(hidden)
+        output = model(ids, positions, None, runtime_gather_output=True)
+        if stage < stages - 1:
+            dist.send(output, megatron_state.get_pipeline_model_parallel_next_rank())
+            return None
+    return output[..., : flags["vocab_size"]]
+
+
+def relative_error(
+    pool, models, name: str, parallel: dict[str, Any], changed: dict[str, Any] | None = None
+) -> float:
+    """Largest difference of logits over the largest logit, of all ranks that have logits."""
+    directory, expected = models(name)
+    ranks = parallel.get("tensor_model_parallel_size", 1)
+    ranks *= parallel.get("pipeline_model_parallel_size", 1)
+    found = pool.run(
+        logits_of_rank, str(directory), changed or {}, parallel, world_size=ranks, timeout=60
+    )
+    have = [logits for logits in found if logits is not None]
+    assert have and all(logits.shape == expected.shape for logits in have)
+    assert expected.abs().max() > 1 and expected.isfinite().all()
+    worst = max((logits - expected).abs().max() for logits in have) / expected.abs().max()
+    assert worst.isfinite()
+    print(f"{name}, {parallel}: {worst:.1e}")
+    return worst.item()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        (name, layout)
+        for name in MODELS
+        for layout in LAYOUTS
+        if " with " not in name or layout == "4 ranks, m 2"  # variants of a family
+    ],
+)
+def test_logits_are_those_of_transformers(pool, models, name, layout):
+    """A converted model that computes something else is worse than none."""
+    parallel = LAYOUTS[layout]
+    if name == "gemma" and layout == "4 ranks, m 2":
+        parallel = QUARTERED  # it has one key-value head, so one head group
+    assert relative_error(pool, models, name, parallel) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("llama 3", QUARTERED),
+        ("gemma", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
+        (
+            "gemma",
+            {
+                **LAYOUTS["2 ranks, m 2"],
+                "pipeline_model_parallel_size": 2,
+                "sequence_parallel": True,
+            },
+        ),
+        ("gpt2", {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
+        ("qwen3 moe", {**LAYOUTS["4 ranks, m 2"], "expert_model_parallel_size": 2}),
+    ],
+)
+def test_logits_with_other_parallelism(pool, models, name, parallel):
+    """Options such as the embedding multiplier must know nothing of stages, sequence parts or expert ranks."""
+    assert relative_error(pool, models, name, parallel) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped"),
+    [
+        ("mistral", {"window_size": None}),
+        ("mistral", {"window_size": 7}),  # Megatron does not count the query itself
+        ("qwen2 with windows in some layers", {"window_attn_skip_freq": None}),
+        ("llama 3", {"use_rope_scaling": False}),
+        ("llama 3", {"rope_scaling_factor": 4.0}),
+        ("llama with linear scaling", {"rotary_seq_len_interpolation_factor": None}),
+        ("gemma", {"embedding_multiplier": 1.0}),
+        ("gemma", {"apply_layernorm_1p": False}),
+        ("gemma", {"geglu": False, "swiglu": True}),
+        ("gpt2", {"openai_gelu": False}),
+        ("qwen2 moe", {"moe_router_pre_softmax": False}),
+        ("qwen2", {"rotary_base": 10000}),
+    ],
+)
+def test_every_option_matters(pool, models, name, dropped):
+    """Were an option without effect on these models, the agreement above would not show that it is right."""
+    assert relative_error(pool, models, name, {}, dropped) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_is_bit_exact(models, name, dtype):
+    """Same names, shapes, dtypes and bits: a checkpoint loses nothing by passing through."""
+    directory, _ = models(name)
+    tensors = {k: t.to(dtype) for k, t in load_file(directory / "model.safetensors").items()}
+    config = read_config(directory)
+    family = family_of(config)
+    flags = family.model_flags(config)
+    back: dict[str, torch.Tensor] = {}
+    moved = 0
+    for rule in family.rules(flags, tensors):
+        whole = rule.to_canonical([tensors[source] for source in rule.sources])
+        assert tuple(whole.shape) == rule.shape and whole.dtype == dtype
+        moved += not torch.equal(whole, tensors[rule.sources[0]])
+        parts = rule.from_canonical(whole)
+        assert not back.keys() & set(rule.sources), "a tensor is written twice"
+        back |= zip(rule.sources, parts, strict=True)
+    assert moved >= flags["num_layers"], "linear_qkv at least is no plain copy"
+    assert back.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert back[key].is_contiguous() and back[key].dtype == dtype
+        assert torch.equal(back[key], tensor), key
+    assert family.config(flags, config) == config
+    assert json.loads(json.dumps(flags)) == flags
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_reads_a_fresh_configuration(models, name, tmp_path):
+    """A model that was trained here has no original config.json; the one made from its flags must do."""
+    from transformers import AutoModelForCausalLM
+
+    directory, expected = models(name)
+    config = read_config(directory)
+    flags, tensors = canonical(directory)
+    family = family_of(config)
+    fresh = family.config(flags)
+    (tmp_path / "config.json").write_text(json.dumps(fresh | {"dtype": "float32"}))
+    made: dict[str, torch.Tensor] = {}
+    for rule in family.rules(flags):
+        made |= zip(rule.sources, rule.from_canonical(tensors[rule.name]), strict=True)
+    save_file(made, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(model(tokens(), use_cache=False).logits, expected)
+    assert family_of(fresh) is family
+    assert function_of(family.model_flags(fresh)) == function_of(flags)
+    assert family_for_flags(flags).differences(flags) == []
+
+
+def test_names_in_a_directory(models):
+    """Old spellings are read, and written again; missing or foreign tensors are named."""
+    directory, _ = models("gpt2")
+    config, tensors = read_config(directory), load_file(directory / "model.safetensors")
+    family = family_of(config)
+    flags = family.model_flags(config)
+    bare = {name.removeprefix("transformer.") for name in tensors}
+    rules = family.rules(flags, bare | {"h.0.attn.bias", "h.0.attn.masked_bias"})
+    assert {source for rule in rules for source in rule.sources} == bare
+
+    tied = family.rules(flags, [*tensors, "lm_head.weight"])[0]
+    assert tied.sources == ("transformer.wte.weight", "lm_head.weight")
+    words = tensors["transformer.wte.weight"]
+    assert torch.equal(tied.to_canonical([words, words.clone()]), words)
+    assert all(torch.equal(part, words) for part in tied.from_canonical(words))
+    with pytest.raises(HelixError, match=r"lm_head.weight differs from transformer.wte.weight"):
+        tied.to_canonical([words, words + 1])
+
+    less = set(tensors) - {"transformer.h.1.ln_1.weight"}
+    with pytest.raises(HelixError, match=r"1 tensors .* missing: transformer.h.1.ln_1.weight."):
+        family.rules(flags, less)
+    with pytest.raises(HelixError, match=r"There is transformer.h.1.ln_1.weight_new"):
+        family.rules(flags, less | {"transformer.h.1.ln_1.weight_new"})
+    with pytest.raises(HelixError, match=r"1 tensors do not belong to a gpt2 .*: score.weight."):
+        family.rules(flags, {*tensors, "score.weight"})
+
+
+def test_tensors_of_another_shape_are_named(models):
+    """A configuration of another size must be found out before anything is written."""
+    directory, _ = models("llama 2")
+    config, tensors = read_config(directory), load_file(directory / "model.safetensors")
+    family = family_of(config)
+    flags = family.model_flags(config)
+    rule = next(r for r in family.rules(flags) if r.name.endswith("0.mlp.linear_fc1.weight"))
+    gate, up = (tensors[source] for source in rule.sources)
+    with pytest.raises(
+        HelixError, match=r"up_proj.weight has shape \[47, 32\].*makes it \[48, 32\]"
+    ):
+        rule.to_canonical([gate, up[1:]])
+    with pytest.raises(HelixError, match=r"up_proj.weight is torch.bfloat16 and .*gate_proj"):
+        rule.to_canonical([gate, up.bfloat16()])
+    with pytest.raises(HelixError, match=r"linear_fc1.weight has shape \[48, 32\].*\[96, 32\]"):
+        rule.from_canonical(gate)

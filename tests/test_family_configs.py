@@ -1,0 +1,382 @@
+"""config.json ⇄ model flags: what can be expressed, what is refused, and with which words.
+
+The oracle is `transformers`, which has the classes that these files are of.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hf_models import MODELS, config_of
+
+from helix_megatron.checkpoint.families import (
+    FAMILIES,
+    family_for_flags,
+    family_named,
+    family_of,
+)
+from helix_megatron.checkpoint.families.flags import FUNCTION_FLAGS
+from helix_megatron.errors import HelixError
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_defaults_are_those_of_transformers(name):
+    """Published config.json files leave keys out, and mean the default of the model's class."""
+    from transformers import AutoConfig
+
+    sizes = (
+        {"n_layer": 3, "n_embd": 64, "n_head": 4, "vocab_size": 99}
+        if name == "gpt2"
+        else {
+            "num_hidden_layers": 3,
+            "hidden_size": 512,
+            "num_attention_heads": 32,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 48,
+            "vocab_size": 99,
+        }
+    )
+    if not name.endswith("_moe"):
+        sizes.pop("moe_intermediate_size", None)
+    family = family_named(name)
+    whole = AutoConfig.for_model(name, **sizes).to_dict()
+    assert family.model_flags(sizes) == family.model_flags(whole)
+    for key in sizes.keys() - {"moe_intermediate_size"}:
+        with pytest.raises(HelixError, match=f"config.json has no {key}"):
+            family.model_flags({k: v for k, v in sizes.items() if k != key})
+
+
+@pytest.mark.parametrize("name", ["qwen2 with windows in some layers", "qwen2 moe"])
+def test_layers_with_windows_without_a_list_of_them(name):
+    """Older files have max_window_layers only, and the two families read it in opposite ways."""
+    from transformers import AutoConfig
+
+    kind, settings = MODELS[name]
+    settings = settings | {"num_hidden_layers": 6, "max_window_layers": 3}
+    settings |= {"use_sliding_window": True, "sliding_window": 5}
+    listed = AutoConfig.for_model(kind, **settings).to_dict()
+    family = family_named(kind)
+    flags = family.model_flags({k: v for k, v in listed.items() if k != "layer_types"})
+    assert flags == family.model_flags(listed)
+    assert flags["window_size"] == 4
+    expected = [1, 0, 1, 0, 0, 0] if kind == "qwen2_moe" else [0, 0, 0, 1, 1, 1]
+    assert flags["window_attn_skip_freq"] == expected
+
+
+def test_older_spellings_of_config():
+    """Before transformers 5 files say rope_theta and rope_scaling; early Gemma says gelu and means tanh."""
+    config = config_of("llama 3")
+    rope = config.pop("rope_parameters")
+    old = config | {
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": {("type" if key == "rope_type" else key): v for key, v in rope.items()},
+        "torch_dtype": "float16",
+    }
+    llama = family_named("llama")
+    flags = llama.model_flags(old)
+    assert flags == llama.model_flags(config_of("llama 3"))
+    assert llama.config(flags, old) == old
+    moved = llama.config(flags | {"rotary_base": 20000}, old)
+    assert "rope_theta" not in moved and "rope_scaling" not in moved
+    assert moved["rope_parameters"]["rope_theta"] == 20000.0
+    assert moved["torch_dtype"] == "float16"
+
+    gemma = config_of("gemma") | {"hidden_act": "gelu", "hidden_activation": None}
+    assert family_of(gemma).model_flags(gemma)["geglu"]
+
+
+def test_original_configuration_is_kept_where_flags_do_not_speak():
+    """Token ids and the like must survive; what training changed must not be lost."""
+    config = config_of("qwen2") | {"eos_token_id": 7, "_name_or_path": "somewhere"}
+    family = family_of(config)
+    flags = family.model_flags(config)
+    assert family.config(flags, config) == config
+    longer = family.config(flags | {"max_position_embeddings": 128}, config)
+    assert longer == config | {"max_position_embeddings": 128}
+    padded = family.config(flags | {"padded_vocab_size": 128}, config)
+    assert padded == config | {"vocab_size": 128}
+
+
+UNSUPPORTED = {
+    "yarn": (
+        "llama 2",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+        "rotary embedding of type 'yarn'",
+    ),
+    "dynamic": (
+        "llama 2",
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "type 'dynamic' (rope_parameters or rope_scaling), which Megatron's GPT does not have. Valid: "
+        "default, linear, llama3.",
+    ),
+    "other llama3 constants": (
+        "llama 3",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 2.0,
+            }
+        },
+        "low_freq_factor = 2.0 of llama3 rotary embedding. Megatron's GPT has 1.0 only.",
+    ),
+    "fraction of a theta": (
+        "llama 2",
+        {"rope_parameters": {"rope_theta": 10000.5}},
+        "rope_theta = 10000.5",
+    ),
+    "partial rotary": (
+        "llama 2",
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor = 0.5",
+    ),
+    "unknown rotary key": (
+        "llama 2",
+        {"rope_parameters": {"rope_theta": 1e4, "beta_fast": 32}},
+        "beta_fast",
+    ),
+    "unknown activation": (
+        "llama 2",
+        {"hidden_act": "relu"},
+        "hidden_act = 'relu', which Megatron's GPT does not have in this family. Valid: silu, swish.",
+    ),
+    "attention biases alone": (
+        "llama 2",
+        {"attention_bias": True},
+        "attention_bias = True and mlp_bias = False",
+    ),
+    "biases of Qwen 3": ("qwen3", {"attention_bias": True}, "attention_bias = True"),
+    "quantized": (
+        "mistral",
+        {"quantization_config": {"bits": 4}},
+        "quantization_config = {'bits': 4}, which mistral models do not have here",
+    ),
+    "soft caps": ("gemma", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    "own code": ("qwen2", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+    "both directions": (
+        "gemma",
+        {"use_bidirectional_attention": True},
+        "use_bidirectional_attention = True, which Megatron's GPT cannot compute",
+    ),
+    "scale by layer": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True},
+        "scale_attn_by_inverse_layer_idx = True",
+    ),
+    "two dropouts": (
+        "gpt2",
+        {"embd_pdrop": 0.0},
+        "resid_pdrop = 0.1 and embd_pdrop = 0.0, and Megatron has one setting for both, --hidden-dropout",
+    ),
+    "heads": ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+    "one expert": (
+        "mixtral",
+        {"num_experts_per_tok": 1},
+        "num_experts_per_tok = 1 with normalised weights",
+    ),
+    "router noise": ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+    "no experts": ("qwen3 moe", {"mlp_only_layers": [0, 1]}, "gives experts to none of 2 layers"),
+    "experts 0": ("qwen2 moe", {"num_experts": 0}, "num_experts = 0"),
+    "layer types": (
+        "qwen2",
+        {"layer_types": ["full_attention", "chunked_attention"]},
+        "chunked_attention",
+    ),
+    "windows without a size": (
+        "qwen2",
+        {"layer_types": ["sliding_attention"] * 2},
+        "use_sliding_window is not set or sliding_window is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_cannot_be_expressed_is_refused(case):
+    """Ignored silently, each of these would give a model that computes something else."""
+    name, changed, text = UNSUPPORTED[case]
+    config = config_of(name) | changed
+    with pytest.raises(HelixError) as error:
+        family_of(config).model_flags(config)
+    assert text in str(error.value)
+
+
+def test_unknown_families_are_listed():
+    """A user with another model learns which ones there are."""
+    with pytest.raises(HelixError, match=r"'gemma2' is unknown. Valid: llama, .*mean gemma?"):
+        family_of({"model_type": "gemma2"})
+    with pytest.raises(HelixError, match=r"has no model_type.*LlamaForCausalLM"):
+        family_of({})
+    assert family_of({"architectures": ["MixtralForCausalLM"]}).name == "mixtral"
+
+
+def test_a_family_for_a_model_trained_here():
+    """The way back needs no config.json where a family fits, and says what is in the way where none does."""
+    llama = family_named("llama").model_flags(config_of("llama 2"))
+    assert family_for_flags(llama).name == "llama"
+    assert family_for_flags(llama | {"window_size": 10}).name == "mistral"
+    assert family_for_flags(llama | {"add_qkv_bias": True}).name == "qwen2"
+    assert family_for_flags(llama | {"qk_layernorm": True}).name == "qwen3"
+    trained = llama | {"seq_length": 16, "attention_dropout": 0.1, "moe_aux_loss_coeff": 0.5}
+    assert family_for_flags(trained).name == "llama"
+    with pytest.raises(HelixError) as error:
+        family_for_flags(llama | {"rotary_interleaved": True, "qk_l2_norm": True})
+    assert (
+        "Nearest is llama, which cannot have --rotary-interleaved = True (here: False), --qk-l2-norm = True "
+        "(here: False)." in str(error.value)
+    )
+    with pytest.raises(HelixError, match=r"gpt2 models .* cannot have --position-embedding-type"):
+        family_named("gpt2").config(llama)
+
+
+def test_flags_are_those_of_the_training_script():
+    """A flag that is added to the script and decides the function must be weighed here, too."""
+    from helix_megatron.training.arguments import EXPERTS, MODEL, build_parser
+    from helix_megatron.training.checkpoint_flags import FREE
+
+    defaults = vars(build_parser().parse_args([]))
+    names = {row[0].removeprefix("--").replace("-", "_") for row in (*MODEL, *EXPERTS)}
+    assert FUNCTION_FLAGS.keys() - names == {"padded_vocab_size"}
+    assert names - FUNCTION_FLAGS.keys() - FREE == set()
+    given = {"num_layers", "hidden_size", "num_attention_heads", "num_query_groups"}
+    for name in FUNCTION_FLAGS.keys() - given - {"padded_vocab_size"}:
+        assert FUNCTION_FLAGS[name] == defaults[name], name
+
+
+def test_maps_are_made_without_heavy_imports():
+    """A dry run of a conversion must answer at once, and needs no package that made the model."""
+    program = (
+        "import sys; from helix_megatron.checkpoint.families import FAMILIES\n"
+        "config = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=8, "
+        "vocab_size=9)\n"
+        "family = FAMILIES['llama']; print(len(family.rules(family.model_flags(config))))\n"
+        "print(sorted({'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        timeout=60,
+        check=False,
+    )
+    assert run.stdout.split("\n")[:2] == ["15", "[]"], run.stderr
+
+
+LLAMA_KEYS = {"hidden_act": "silu", "use_cache": True, "torch_dtype": "bfloat16"}
+# Of the sizes of published models, with the keys that their files have: (config.json, parameters in millions).
+PUBLISHED = {
+    "Llama 3.2 1B": (
+        LLAMA_KEYS
+        | {
+            "model_type": "llama",
+            "attention_bias": False,
+            "head_dim": 64,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "eos_token_id": [128001, 128008],
+            "vocab_size": 128256,
+        },
+        1236,
+    ),
+    "Qwen3 30B-A3B": (
+        LLAMA_KEYS
+        | {
+            "model_type": "qwen3_moe",
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "head_dim": 128,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 48,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        30532,
+    ),
+    "Gemma 2B": (
+        {
+            "model_type": "gemma",
+            "attention_bias": False,
+            "head_dim": 256,
+            "hidden_act": "gelu",
+            "hidden_activation": None,
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 18,
+            "num_key_value_heads": 1,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "vocab_size": 256000,
+        },
+        2506,
+    ),
+    "GPT-2": (
+        {
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "attn_pdrop": 0.1,
+            "embd_pdrop": 0.1,
+            "layer_norm_epsilon": 1e-05,
+            "n_ctx": 1024,
+            "n_embd": 768,
+            "n_head": 12,
+            "n_layer": 12,
+            "n_positions": 1024,
+            "resid_pdrop": 0.1,
+            "summary_type": "cls_index",
+            "task_specific_params": {"text-generation": {"do_sample": True}},
+            "vocab_size": 50257,
+        },
+        124,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    """Real files must not stumble over keys that mean nothing, and give as many parameters as is known."""
+    config, millions = PUBLISHED[name]
+    family = family_of(config)
+    flags = family.model_flags(config)
+    assert round(sum(math.prod(rule.shape) for rule in family.rules(flags)) / 1e6) == millions
+    assert family.config(flags, config) == config
+    assert family_for_flags(flags) is family
