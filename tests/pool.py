@@ -48,7 +48,7 @@ CLEAN_UP_SECONDS = 60.0
 STACK_SECONDS = 2.0  # for a process to write where it is
 # What keeps a destroyed group alive (DeepSpeed, a reference cycle) keeps its gloo threads, each of which
 # wakes up 100 times a second: some hundred of them slow all later tests down several times.
-MAX_IDLE_THREADS = 40
+MAX_IDLE_THREADS = 60
 READY = b"ready"
 PRELOAD = [
     "torch",
@@ -61,6 +61,11 @@ PRELOAD = [
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "megatron.core.transformer.moe.moe_layer",
+    "helix_megatron.training.loop",
+    "helix_megatron.training.model",
+    "helix_megatron.training.checkpointing",
+    "helix_megatron.training.arguments",
+    "helix_megatron.megatron.dist_checkpoint",
 ]
 # (module, function without arguments): what ends the global state that a test may have created.
 TEAR_DOWN = [
@@ -390,6 +395,9 @@ def _tear_down() -> None:
     moe = sys.modules.get("megatron.core.transformer.moe.moe_utils")
     if moe is not None:
         moe.get_moe_layer_wise_logging_tracker().clear()
+    rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
+    if rotary is not None:
+        rotary.RotaryEmbedding.forward.cache_clear()  # it keeps models, and they their groups
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     torch.set_default_dtype(torch.float32)

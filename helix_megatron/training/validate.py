@@ -120,8 +120,8 @@ def _fill_defaults(args: argparse.Namespace) -> None:
         args.lr_decay_iters = args.train_iters
     if not 0 <= args.lr_warmup_iters < args.lr_decay_iters:
         raise HelixError(
-            f"--lr-warmup-iters {args.lr_warmup_iters} must be at least 0 and less than --lr-decay-iters, which "
-            f"is {args.lr_decay_iters} (--train-iters when not given). Lower it."
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be at least 0 and less than --lr-decay-iters, "
+            f"which is {args.lr_decay_iters} (--train-iters when not given). Lower it."
         )
     if args.seed < 1:
         raise HelixError(f"--seed {args.seed}: Megatron needs a positive whole number. Try 1234.")
