@@ -1,0 +1,115 @@
+"""What the ranks of `bench layouts` do: train some iterations, timed, and say what they measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+PRODUCT_REPEATS = 5
+# A matrix product that keeps a device busy without keeping the user waiting: rows, columns, inner.
+PRODUCT_SIZES = {"cpu": 768, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One launch of one layout.
+
+    seconds: of each timed iteration, from the first rank's start to the last one's end. exposed, total:
+    seconds of an iteration in which a rank's computation waits for communication, and in which a collective
+    of it runs, means over the ranks; the latter come from iterations of their own, because timing takes away
+    overlap. sent_bytes: of one rank per iteration, attention's exchange first. memory_bytes: of the fullest
+    rank; on a GPU the peak of its tensors, on the CPU what the process grew by. loss: of the last iteration.
+    product_flops: of all ranks in large matrix products at the same time, FLOP per second.
+    """
+
+    seconds: list[float]
+    exposed: list[float]
+    total: list[float]
+    sent_bytes: tuple[float, float]
+    memory_bytes: int
+    loss: float
+    product_flops: float
+    device: str
+
+
+def measure_layout(args: argparse.Namespace, warm_up: int, iterations: int) -> Measured:
+    """Train on this rank; the measurements of all ranks together. The environment is a launcher's."""
+    import torch.distributed as dist
+
+    from helix_megatron import parallel_state
+    from helix_megatron.meter import Meter
+    from helix_megatron.training.metrics import memory_bytes
+    from helix_megatron.training.pretrain import process_group, training
+
+    # Each launch would print the optional packages again.
+    with contextlib.redirect_stdout(io.StringIO()), process_group(args):
+        flops, device = _product_flops(args)
+        before = memory_bytes() if device.endswith("CPU") else 0
+        meter = Meter("exposed")
+        records: list[Any] = []
+        for metrics in training(args, meter=meter):
+            records.append(metrics)
+            if len(records) == warm_up + iterations:
+                meter.timing = "total"
+            dist.barrier()
+        timed = records[warm_up:]
+        own = {
+            "seconds": [record.iteration_ms / 1e3 for record in timed],
+            "waits": [record.comm_ms_per_token * _tokens(args) / 1e3 for record in timed],
+            "memory": max(record.memory_bytes for record in records) - before,
+            "flops": flops,
+        }
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+    waits = [
+        statistics.fmean(of_ranks) for of_ranks in zip(*(r["waits"] for r in ranks), strict=True)
+    ]
+    last = timed[0]
+    return Measured(
+        seconds=[max(of) for of in zip(*(r["seconds"] for r in ranks), strict=True)][:iterations],
+        exposed=waits[:iterations],
+        total=waits[iterations:],
+        sent_bytes=(
+            last.attention_bytes_per_token * _tokens(args),
+            last.other_bytes_per_token * _tokens(args),
+        ),
+        memory_bytes=max(r["memory"] for r in ranks),
+        loss=records[-1].lm_loss,
+        product_flops=sum(r["flops"] for r in ranks),
+        device=device,
+    )
+
+
+def _tokens(args: argparse.Namespace) -> int:
+    return args.global_batch_size * args.seq_length
+
+
+def _product_flops(args: argparse.Namespace) -> tuple[float, str]:
+    """FLOP per second of this rank in a large product, while all ranks compute one; the device's name."""
+    import platform
+
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available() and args.distributed_backend != "gloo"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    size = PRODUCT_SIZES[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a @ b
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(PRODUCT_REPEATS):
+        a @ b
+    if on_gpu:
+        torch.cuda.synchronize()
+    flops = PRODUCT_REPEATS * 2 * size**3 / (time.perf_counter() - start)
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.machine() + " CPU"
+    return flops, name

@@ -1,0 +1,245 @@
+"""What `bench layouts` found: a table, a line on the losses, JSON records, a picture."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.bench.layout_ranks import Measured
+from helix_megatron.bench.report import table
+from helix_megatron.bench.timing import Spread
+from helix_megatron.training import units
+
+
+@dataclass(frozen=True)
+class Result:
+    """One layout on so many ranks.
+
+    tokens_per_second: of all ranks together, over the timed iterations of all rounds; rounds: its median in
+    each. comm_ms_per_token: a rank's time inside collectives, the paper's TPOT; exposed_ms_per_token: the part
+    that its computation waits for. sent_bytes_per_token: of one rank, for attention's exchange and for all
+    else. flop_utilisation: the model's FLOPs against `product_flops`, what the same ranks reach together in
+    large matrix products, measured in the same launches.
+    """
+
+    layout: str
+    ranks: int
+    device: str
+    model: str
+    tokens_per_second: Spread
+    rounds: tuple[float, ...]
+    comm_ms_per_token: Spread
+    exposed_ms_per_token: Spread
+    sent_bytes_per_token: tuple[float, float]
+    memory_bytes: int
+    flop_utilisation: float
+    product_flops: float
+    loss: float
+
+    @classmethod
+    def of(
+        cls, layout: str, ranks: int, args: argparse.Namespace, launches: Sequence[Measured]
+    ) -> Result:
+        """From the launches of a layout, one per round."""
+        from helix_megatron.plan.models import spec_of_flags
+
+        tokens = args.global_batch_size * args.seq_length
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        model = spec_of_flags("benchmark", given, "flags")
+        throughput = Spread.of([tokens / s for launch in launches for s in launch.seconds])
+        product = statistics.median(launch.product_flops for launch in launches)
+        flops = model.flops_per_token(args.seq_length) * throughput.median
+        return cls(
+            layout=layout,
+            ranks=ranks,
+            device=launches[0].device,
+            model=_model_name(args),
+            tokens_per_second=throughput,
+            rounds=tuple(tokens / statistics.median(launch.seconds) for launch in launches),
+            comm_ms_per_token=_per_token([s for launch in launches for s in launch.total], tokens),
+            exposed_ms_per_token=_per_token(
+                [s for launch in launches for s in launch.exposed], tokens
+            ),
+            sent_bytes_per_token=(
+                launches[0].sent_bytes[0] / tokens,
+                launches[0].sent_bytes[1] / tokens,
+            ),
+            memory_bytes=max(launch.memory_bytes for launch in launches),
+            flop_utilisation=flops / product,
+            product_flops=product,
+            loss=launches[-1].loss,
+        )
+
+    def against(self, other: Result) -> Spread:
+        """Throughput relative to another layout's, round by round."""
+        return Spread.of([a / b for a, b in zip(self.rounds, other.rounds, strict=True)])
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def table_text(results: Sequence[Result]) -> str:
+    """One row per layout on the same number of ranks; the first is what the others are compared with."""
+    first = results[0]
+    rows = []
+    for result in results:
+        speed, ratio = result.tokens_per_second, result.against(first)
+        attention, other = result.sent_bytes_per_token
+        rows.append(
+            [
+                result.layout,
+                f"{units.count(speed.median)} ({units.count(speed.low)}–{units.count(speed.high)})",
+                "1"
+                if result is first
+                else f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})",
+                f"{result.comm_ms_per_token.median:.3g}",
+                f"{result.exposed_ms_per_token.median:.3g}",
+                f"{attention:,.0f}",
+                f"{other:,.0f}",
+                units.size(result.memory_bytes),
+                f"{result.flop_utilisation:.1%}",
+            ]
+        )
+    header = [
+        "layout",
+        "tokens/s",
+        "× first",
+        "comm",
+        "exposed",
+        "attn B",
+        "other B",
+        "memory",
+        "FLOPs",
+    ]
+    return "\n".join(
+        [
+            f"{first.model} on {first.ranks} ranks, {first.device}",
+            table(header, rows),
+            "",
+            "  tokens/s, × first: median (quartiles). comm: ms per token that a rank spends in collectives,",
+            "  the paper's TPOT; exposed: that its computation waits, for other stages, too. B: bytes that a",
+            "  rank sends per token, in attention's exchange and elsewhere. memory: of the fullest rank.",
+            f"  FLOPs: the model's, against {units.count(first.product_flops)}FLOP/s, which these ranks reach "
+            "together in large matrix",
+            "  products.",
+            "",
+        ]
+    )
+
+
+def losses_text(results: Sequence[Result]) -> str:
+    """Whether they trained the same model: a comparison of speed says nothing otherwise."""
+    by_ranks: dict[int, list[Result]] = {}
+    for result in results:
+        by_ranks.setdefault(result.ranks, []).append(result)
+    gap, layout = max(
+        (abs(result.loss - own[0].loss), result.layout)
+        for own in by_ranks.values()
+        for result in own
+    )
+    if gap == 0:
+        return "The layouts reach equal losses."
+    return (
+        f"The layouts' losses after the last iteration differ by at most {gap:.1e} nats per token "
+        f"({layout})."
+    )
+
+
+def scaling_text(results: Sequence[Result], kind: str) -> str:
+    """Throughput of each layout over the ranks, and its efficiency: per rank, against its smallest number."""
+    layouts = list(dict.fromkeys(result.layout for result in results))
+    numbers = sorted({result.ranks for result in results})
+    rows = []
+    for layout in layouts:
+        own = {result.ranks: result for result in results if result.layout == layout}
+        base = own[min(own)]
+        cells = [layout]
+        for ranks in numbers:
+            if ranks not in own:
+                cells.append("–")
+                continue
+            speed = own[ranks].tokens_per_second.median
+            share = speed / ranks / (base.tokens_per_second.median / base.ranks)
+            cells.append(f"{units.count(speed)} ({share:.0%})")
+        rows.append(cells)
+    title = f"{kind} scaling, tokens/s (efficiency per rank)"
+    return table([title, *(f"{ranks} ranks" for ranks in numbers)], rows) + "\n"
+
+
+def draw(results: Sequence[Result], path: Path, *, scaling: str | None) -> None:
+    """Bars of throughput, communication and memory; with scaling, throughput over ranks."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from helix_megatron.training.report_picture import LIGHT, PALETTE, style
+
+    with matplotlib.rc_context(style(LIGHT)):
+        if scaling:
+            figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
+            _draw_scaling(figure.subplots(), results, scaling, PALETTE)
+        else:
+            figure = Figure(figsize=(11, 1.4 + 0.42 * len(results)), dpi=160, layout="constrained")
+            _draw_bars(figure.subplots(1, 3, sharey=True), results, PALETTE)
+        figure.suptitle(f"{results[0].model}, {results[0].device}", fontsize="medium")
+        figure.savefig(path)
+
+
+def _draw_bars(panels: Any, results: Sequence[Result], palette: Sequence[str]) -> None:
+    names = [result.layout for result in results]
+    speeds = [result.tokens_per_second for result in results]
+    errors = [[s.median - s.low for s in speeds], [s.high - s.median for s in speeds]]
+    panels[0].barh(names, [s.median for s in speeds], xerr=errors, color=palette[0], height=0.6)
+    panels[0].set_xlabel("tokens/s (whiskers: quartiles)")
+    panels[0].invert_yaxis()
+    comm = [result.comm_ms_per_token.median for result in results]
+    exposed = [result.exposed_ms_per_token.median for result in results]
+    panels[1].barh(names, comm, color=palette[0], height=0.6, label="in collectives")
+    panels[1].barh(names, exposed, color=palette[1], height=0.25, label="exposed")
+    panels[1].set_xlabel("communication of a rank, ms/token")
+    panels[1].legend(fontsize="small")
+    panels[2].barh(
+        names, [result.memory_bytes / 2**20 for result in results], color=palette[2], height=0.6
+    )
+    panels[2].set_xlabel("memory of the fullest rank, MiB")
+
+
+def _draw_scaling(
+    axes: Any, results: Sequence[Result], scaling: str, palette: Sequence[str]
+) -> None:
+    for index, layout in enumerate(dict.fromkeys(result.layout for result in results)):
+        own = sorted((r for r in results if r.layout == layout), key=lambda r: r.ranks)
+        ranks = [result.ranks for result in own]
+        speeds = [result.tokens_per_second for result in own]
+        colour = palette[index % len(palette)]
+        axes.plot(ranks, [s.median for s in speeds], marker="o", color=colour, label=layout)
+        axes.fill_between(
+            ranks, [s.low for s in speeds], [s.high for s in speeds], color=colour, alpha=0.2
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(
+        sorted({r.ranks for r in results}), [str(n) for n in sorted({r.ranks for r in results})]
+    )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("ranks")
+    axes.set_ylabel(f"tokens/s, {scaling} scaling (band: quartiles)")
+    axes.legend(fontsize="small")
+
+
+def _per_token(seconds: Sequence[float], tokens: int) -> Spread:
+    return Spread.of([s * 1e3 / tokens for s in seconds])
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    heads = f"{args.num_attention_heads} heads"
+    if args.num_query_groups != args.num_attention_heads:
+        heads += f", {args.num_query_groups} key-value heads"
+    experts = f", {args.num_experts} experts" if args.num_experts else ""
+    return (
+        f"{args.num_layers} layers of {args.hidden_size}, {heads} of {args.kv_channels}{experts}, sequences of "
+        f"{args.seq_length}, global batch {args.global_batch_size}"
+    )

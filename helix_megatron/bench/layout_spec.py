@@ -1,0 +1,149 @@
+"""A layout of `bench layouts` as the user writes it, `tp=4,m=2`, and as flags of the training script."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from helix_megatron.errors import HelixError, listed
+
+# Key → flag. A switch is `on` or `off`; other values pass to the flag as they are.
+FLAGS = {
+    "tp": "--tensor-model-parallel-size",
+    "pp": "--pipeline-model-parallel-size",
+    "vpp": "--num-layers-per-virtual-pipeline-stage",
+    "ep": "--expert-model-parallel-size",
+    "etp": "--expert-tensor-parallel-size",
+    "m": "--intra-head-parallel-size",
+    "mb": "--micro-batch-size",
+    "exchange": "--helix-exchange",
+    "query": "--helix-query-layout",
+    "attention": "--helix-attention",
+    "sp": "--sequence-parallel",
+    "zero1": "--use-distributed-optimizer",
+}
+SWITCHES = ("sp", "zero1")
+NUMBERS = ("tp", "pp", "vpp", "ep", "etp", "m", "mb")
+EXPRESSION = re.compile(r"(\d+|N)(?:/(\d+))?")
+
+
+@dataclass(frozen=True)
+class LayoutSpec:
+    """One layout, for any number of ranks N.
+
+    Args:
+        text: as it was written, its name in tables.
+        settings: keys of `FLAGS` and their values; numbers may be `N` or `N/2`.
+    """
+
+    text: str
+    settings: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> LayoutSpec:
+        """Read `tp=N,m=N/2,exchange=gather-kv`.
+
+        Raises:
+            HelixError: an unknown key, a key twice, or a value that the key does not take.
+        """
+        settings: dict[str, str] = {}
+        for part in filter(None, (word.strip() for word in re.split(r"[,\s]+", text))):
+            key, equals, value = part.partition("=")
+            if key not in FLAGS:
+                close = difflib.get_close_matches(key, FLAGS, n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise HelixError(
+                    f"--layout {text}: unknown key {key!r}. Valid: {listed(FLAGS)}.{hint}"
+                )
+            if not equals or not value:
+                raise HelixError(f"--layout {text}: {key} has no value. Write {key}=….")
+            if key in settings:
+                raise HelixError(f"--layout {text}: {key} stands there twice.")
+            if key in SWITCHES and value not in ("on", "off"):
+                raise HelixError(f"--layout {text}: {key} is on or off, not {value}.")
+            if key in NUMBERS and not EXPRESSION.fullmatch(value):
+                raise HelixError(
+                    f"--layout {text}: {key}={value} is neither a number nor N, N/2, … (N: the ranks)."
+                )
+            settings[key] = value
+        if not settings:
+            raise HelixError("--layout is empty. Write, for one, tp=4,m=2.")
+        return cls(text, settings)
+
+    def flags(self, ranks: int, common: Sequence[str]) -> list[str]:
+        """`common` with this layout's flags after them, which win.
+
+        Raises:
+            HelixError: N/k is not a whole number.
+        """
+        flags = [flag for flag in common if flag not in self._switched_off]
+        for key, value in self.settings.items():
+            if key in SWITCHES:
+                flags += [FLAGS[key]] if value == "on" else []
+            else:
+                flags += [FLAGS[key], self._value(key, value, ranks)]
+        # Sequence parallelism is not for one rank, and a set of rivals has common flags.
+        if self.settings.get("tp") is not None and "sp" not in self.settings:
+            tensor_parallel = int(self._value("tp", self.settings["tp"], ranks))
+            if tensor_parallel == 1:
+                flags = [flag for flag in flags if flag != FLAGS["sp"]]
+        return flags
+
+    @property
+    def _switched_off(self) -> set[str]:
+        return {FLAGS[key] for key in SWITCHES if self.settings.get(key) == "off"}
+
+    def _value(self, key: str, value: str, ranks: int) -> str:
+        if key not in NUMBERS:
+            return value
+        match = EXPRESSION.fullmatch(value)
+        assert match is not None
+        number = ranks if match[1] == "N" else int(match[1])
+        divisor = int(match[2] or 1)
+        if divisor == 0 or number % divisor or number < divisor:
+            raise HelixError(
+                f"--layout {self.text}: {key}={value} is no whole number at {ranks} ranks. Leave out that "
+                "number of ranks, or divide by another."
+            )
+        return str(number // divisor)
+
+
+def rivals(ranks: int, common: Sequence[str]) -> tuple[list[LayoutSpec], dict[str, str]]:
+    """What to measure when nobody says: stock data, tensor and pipeline parallelism, and every m.
+
+    Returns:
+        The layouts that fit the model, and the others with the reason why not.
+    """
+    texts = ["tp=1", f"tp={ranks}"]
+    texts += [f"tp={ranks // 2},pp=2"] if ranks % 2 == 0 else []
+    texts += [f"tp={ranks},m={m}" for m in range(2, ranks + 1) if ranks % m == 0]
+    fitting, others = [], {}
+    for text in dict.fromkeys(texts):
+        spec = LayoutSpec.parse(text)
+        try:
+            validated(spec, ranks, common)
+        except HelixError as error:
+            others[text] = str(error)
+        else:
+            fitting.append(spec)
+    return fitting, others
+
+
+def validated(spec: LayoutSpec, ranks: int, common: Sequence[str]) -> Any:
+    """The training script's arguments for a layout, checked.
+
+    Raises:
+        HelixError: they do not fit together, or a flag that makes no sense here.
+    """
+    from helix_megatron.training.arguments import parse_args
+    from helix_megatron.training.validate import validate
+
+    args = parse_args(spec.flags(ranks, common))
+    for name in ("save", "load", "nproc_per_node", "eval_interval"):
+        if getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            raise HelixError(f"{flag} has no place in a benchmark of layouts. Leave it out.")
+    return validate(args, ranks)

@@ -1,0 +1,255 @@
+"""Clusters: what a GPU can do, how many share a domain of fast links, and the network between domains."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.errors import HelixError, listed
+from helix_megatron.plan.constants import (
+    CHIPS,
+    HDR,
+    HDR_HALF,
+    NDR,
+    NDR_HALF,
+    NVLINK3,
+    NVLINK4,
+    NVLINK5,
+    PCIE5,
+    Chip,
+)
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity, thousands of times
+class Cluster:
+    """Domains of GPUs joined by a network.
+
+    domain: GPUs that share fast links (a node, or an NVLink domain of several). domain_bandwidth and
+    network_bandwidth: byte/s of one GPU in one direction. gpus: how many there are; None for as many as are
+    asked for.
+    """
+
+    name: str
+    chip: Chip
+    domain: int
+    domain_link: str
+    domain_bandwidth: float
+    network_link: str
+    network_bandwidth: float
+    source: str
+    gpus: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.domain < 1:
+            raise HelixError(f"cluster {self.name}: domain {self.domain} must be at least 1 GPU.")
+        for name in ("domain_bandwidth", "network_bandwidth"):
+            if not getattr(self, name) > 0:
+                raise HelixError(
+                    f"cluster {self.name}: {name} is {getattr(self, name)!r}. It must be above 0, in bytes "
+                    "per second of one GPU, such as 50e9."
+                )
+
+
+H100, H200, A100 = CHIPS["h100"], CHIPS["h200"], CHIPS["a100"]
+
+CLUSTERS = {
+    cluster.name: cluster
+    for cluster in (
+        Cluster("dgx-h100", H100, 8, *NVLINK4, *NDR, "DGX H100: 8 GPUs, 8 NICs of 400 Gbit/s"),
+        Cluster("dgx-h200", H200, 8, *NVLINK4, *NDR, "DGX H200: 8 GPUs, 8 NICs of 400 Gbit/s"),
+        Cluster(
+            "dgx-a100",
+            A100,
+            8,
+            *NVLINK3,
+            *HDR,
+            "DGX A100 80GB: 8 GPUs, 8 NICs of 200 Gbit/s",
+        ),
+        Cluster(
+            "a100-4-nics",
+            A100,
+            8,
+            *NVLINK3,
+            *HDR_HALF,
+            "8 A100 and 800 Gbit/s a node, as in vTrain (arXiv 2312.12391)",
+        ),
+        Cluster("nvlink-16", H100, 16, *NVLINK4, *NDR, "16 H100 in one NVLink Switch domain"),
+        Cluster("nvlink-32", H100, 32, *NVLINK4, *NDR, "32 H100 in one NVLink Switch domain"),
+        Cluster("nvlink-72", CHIPS["gb200"], 72, *NVLINK5, *NDR, "GB200 NVL72: 72 GPUs a rack"),
+        Cluster(
+            "h100-pcie",
+            CHIPS["h100-pcie"],
+            8,
+            *PCIE5,
+            *NDR_HALF,
+            "8 H100 PCIe without bridges, 4 NICs of 400 Gbit/s",
+        ),
+    )
+}
+LOCAL = "this-machine"
+
+FIELDS = {
+    "name": str,
+    "chip": (str, dict),
+    "gpus_per_domain": int,
+    "domain_link": str,
+    "domain_bandwidth": (int, float, str),
+    "network_link": str,
+    "network_bandwidth": (int, float, str),
+    "gpus": int,
+}
+CHIP_FIELDS = ("name", "flops", "memory", "memory_bandwidth", "units", "sustained")
+OPTIONAL = {"name", "domain_link", "network_link", "gpus"}
+EXAMPLE = (
+    "chip: h100, gpus_per_domain: 8, domain_bandwidth: 450e9, network_bandwidth: 50e9 "
+    "(bytes per second of one GPU, in one direction)"
+)
+
+
+def cluster_of(text: str) -> Cluster:
+    """A preset, `this-machine`, or a YAML file.
+
+    Raises:
+        HelixError: neither; or a file with unknown, missing or impossible entries.
+    """
+    if text in CLUSTERS:
+        return CLUSTERS[text]
+    if text == LOCAL:
+        return local_cluster()
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml", ".json") or path.exists():
+        return read_cluster(path)
+    names = [*CLUSTERS, LOCAL]
+    close = difflib.get_close_matches(text, names, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise HelixError(
+        f"cluster {text!r} is no preset and no YAML file. Presets: {listed(names)}.{hint} A file holds "
+        f"{EXAMPLE}."
+    )
+
+
+def read_cluster(path: Path) -> Cluster:
+    """A cluster from a YAML file.
+
+    Raises:
+        HelixError: it cannot be read, or has an entry that does not fit; names the nearest valid one.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise HelixError(f"cannot read cluster file {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise HelixError(f"cluster file {path} is not YAML: {line}.") from error
+    if not isinstance(content, Mapping):
+        raise HelixError(f"cluster file {path} must be a mapping such as {EXAMPLE}.")
+    _check_keys(path, content, tuple(FIELDS), OPTIONAL)
+    for key, value in content.items():
+        if not isinstance(value, FIELDS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
+            raise HelixError(f"{path}: {key} is {value!r}. A valid file: {EXAMPLE}.")
+    gpus, domain = content.get("gpus"), content["gpus_per_domain"]
+    for key, number in (("gpus", gpus), ("gpus_per_domain", domain)):
+        if number is not None and number < 1:
+            raise HelixError(f"{path}: {key} is {number}. It must be a whole number of at least 1.")
+    return Cluster(
+        name=content.get("name", path.stem),
+        chip=_chip(path, content["chip"]),
+        domain=domain,
+        domain_link=content.get("domain_link", "domain link"),
+        domain_bandwidth=_positive(path, "domain_bandwidth", content["domain_bandwidth"]),
+        network_link=content.get("network_link", "network"),
+        network_bandwidth=_positive(path, "network_bandwidth", content["network_bandwidth"]),
+        source=str(path),
+        gpus=gpus,
+    )
+
+
+def _chip(path: Path, value: Any) -> Chip:
+    if isinstance(value, str):
+        if value not in CHIPS:
+            close = difflib.get_close_matches(value, CHIPS, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise HelixError(
+                f"{path}: chip {value!r} is unknown. Valid: {listed(CHIPS)}, or a mapping of "
+                f"{listed(CHIP_FIELDS)}.{hint}"
+            )
+        return CHIPS[value]
+    _check_keys(path, value, CHIP_FIELDS, {"name", "sustained"}, "chip.")
+    flops = _rates(path, "chip.flops", value["flops"])
+    sustained = _rates(path, "chip.sustained", value.get("sustained", dict.fromkeys(flops, 0.85)))
+    if max(sustained.values()) > 1:
+        raise HelixError(f"{path}: chip.sustained is a share of the peak, from 0 to 1.")
+    return Chip(
+        name=value.get("name", "custom"),
+        flops=flops,
+        memory=_positive(path, "chip.memory", value["memory"]),
+        memory_bandwidth=_positive(path, "chip.memory_bandwidth", value["memory_bandwidth"]),
+        units=int(_positive(path, "chip.units", value["units"])),
+        source=str(path),
+        sustained={**dict.fromkeys(flops, 0.85), **sustained},
+    )
+
+
+def _rates(path: Path, key: str, value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping) or not value or not set(value) <= {"bf16", "fp8", "fp32"}:
+        raise HelixError(
+            f"{path}: {key} is {value!r}. It must be a mapping from bf16, fp8 or fp32 to a number."
+        )
+    return {name: _positive(path, f"{key}.{name}", number) for name, number in value.items()}
+
+
+def _positive(path: Path, key: str, value: Any) -> float:
+    try:  # YAML 1.1 reads 450e9 as text
+        number = float(value) if not isinstance(value, bool) else 0.0
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise HelixError(f"{path}: {key} is {value!r}. It must be a number above 0.")
+    return number
+
+
+def _check_keys(
+    path: Path, content: Mapping[Any, Any], valid: tuple[str, ...], optional: set[str], at: str = ""
+) -> None:
+    for key in content:
+        if key not in valid:
+            close = difflib.get_close_matches(str(key), valid, n=1)
+            hint = f" Did you mean {at}{close[0]}?" if close else ""
+            raise HelixError(f"{path}: unknown entry {at}{key}. Valid: {listed(valid)}.{hint}")
+    missing = [key for key in valid if key not in optional and key not in content]
+    if missing:
+        raise HelixError(f"{path}: {at}{missing[0]} is missing. A valid file: {EXAMPLE}.")
+
+
+def local_cluster() -> Cluster:
+    """This machine: its GPUs by nvidia-smi where there is one, else its CPU cores as ranks over loopback."""
+    found = _nvidia_smi()
+    for name, memory in found[:1]:
+        keys = [key for key in CHIPS if key.replace("-", " ") in name.lower().replace("-", " ")]
+        if keys:
+            chip = dataclasses.replace(CHIPS[max(keys, key=len)], memory=memory)
+            link = PCIE5 if "pcie" in name.lower() else NVLINK4
+            return Cluster(LOCAL, chip, len(found), *link, *NDR, "nvidia-smi", gpus=len(found))
+    cores = os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    chip = dataclasses.replace(CHIPS["cpu"], memory=memory / cores)
+    return Cluster(LOCAL, chip, cores, "loopback", 1e9, "loopback", 1e9, chip.source, gpus=None)
+
+
+def _nvidia_smi() -> list[tuple[str, float]]:
+    """(name, bytes of memory) of every GPU here; nothing without the program."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.rsplit(",", 1) for line in run.stdout.splitlines() if "," in line]
+    return [(name.strip(), float(memory) * 2**20) for name, memory in rows]

@@ -1,0 +1,325 @@
+"""`helix plan` and `helix simulate`: flags, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError, divisors, exit_on_error, listed
+from helix_megatron.exchanges.choice import EXACT
+from helix_megatron.plan.clusters import CLUSTERS, LOCAL, cluster_of
+from helix_megatron.plan.inference import CACHES
+from helix_megatron.plan.memory import RECOMPUTE
+from helix_megatron.plan.models import ModelSpec, model_of, model_of_arguments
+from helix_megatron.plan.presets import PRESETS
+from helix_megatron.plan.results import Limits, Plan
+from helix_megatron.plan.search import search
+from helix_megatron.plan.settings import PRECISIONS, TASKS, Job, Software
+
+DESCRIPTION = """\
+Rank every layout of a model on a cluster by predicted time: tensor parallel m × n, context, pipeline, data and
+expert parallel, exchange, micro-batch, recomputation. All figures are simulated; docs/planner.md says how well.
+A model is a preset, a Hugging Face config.json, or Megatron's model flags given to this command."""
+SIMULATE = """\
+Print one layout in full, operator by operator, and write a trace of its pipeline for ui.perfetto.dev. The
+layout is the fastest that the flags leave; fix all of it with --tensor-model-parallel-size and the others."""
+
+
+def build_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The flags that both commands have."""
+    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="MODEL",
+        help=f"a preset ({listed(PRESETS)}), a config.json, or Megatron flags in one string",
+    )
+    add("--gpus", type=int, required=True, metavar="N", help="GPUs to use, all of them")
+    add(
+        "--cluster",
+        default="dgx-h100",
+        metavar="CLUSTER",
+        help=f"a preset ({listed([*CLUSTERS, LOCAL])}) or a YAML file (default: %(default)s)",
+    )
+    add("--task", choices=TASKS, default="train", help="what is timed (default: %(default)s)")
+    add(
+        "--sequence-length",
+        type=int,
+        default=4096,
+        metavar="L",
+        help="tokens of a sequence; for decode, positions in the cache (default: %(default)s)",
+    )
+    add(
+        "--global-batch",
+        type=int,
+        metavar="B",
+        help="sequences of a step over all GPUs (default: 4 for each GPU, 1 in inference)",
+    )
+    add("--precision", choices=PRECISIONS, default="bf16", help="(default: %(default)s)")
+    fixed = parser.add_argument_group("fix a part of the layout")
+    add = fixed.add_argument
+    add("--tensor-model-parallel-size", type=int, metavar="P", help="tensor parallel ranks p = m·n")
+    add("--intra-head-parallel-size", type=int, metavar="M", help="segments m of a head")
+    add("--pipeline-model-parallel-size", type=int, metavar="PP", help="pipeline stages")
+    add("--virtual-pipeline-model-parallel-size", type=int, metavar="VP", help="chunks of a stage")
+    add("--context-parallel-size", type=int, metavar="CP", help="context parallel ranks")
+    add("--expert-model-parallel-size", type=int, metavar="EP", help="ranks for experts")
+    add("--expert-tensor-parallel-size", type=int, metavar="ETP", help="ranks for one expert")
+    add("--sequence-parallel", choices=("on", "off"), help="sequence parallelism of norms")
+    add("--micro-batch", type=int, metavar="b", help="sequences of a micro-batch")
+    add("--helix-exchange", choices=[e.name for e in EXACT], help="the exchange")
+    add("--helix-query-layout", choices=("heads", "segments"), help="the query layout")
+    add("--recompute-granularity", choices=RECOMPUTE, help="recomputation")
+    add("--cache", choices=CACHES, help="decode: where a head group keeps keys and values")
+    add("--max-tensor-parallel", type=int, metavar="P", help="widest TP (default: four domains)")
+    return parser
+
+
+def plan_of(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
+    """The search that the flags ask for.
+
+    Raises:
+        HelixError: flags that do not fit together.
+    """
+    model = _model(args, rest)
+    cluster = cluster_of(args.cluster)
+    batch = args.global_batch
+    if batch is None:
+        batch = max(1, args.gpus) * (4 if args.task == "train" else 1)
+    precision = args.precision
+    if precision not in cluster.chip.flops and "fp32" in cluster.chip.flops:
+        precision = "fp32"
+    _check_sizes(args, batch)
+    tp, m = args.tensor_model_parallel_size, args.intra_head_parallel_size
+    if tp is not None and m is not None:
+        HelixConfig(m).head_groups(tp)
+    exchange = next((e for e in EXACT if e.name == args.helix_exchange), None)
+    if exchange is not None and args.helix_query_layout not in (None, exchange.query_layout):
+        raise HelixError(
+            f"--helix-exchange {exchange.name} needs --helix-query-layout {exchange.query_layout}. Valid with "
+            f"{args.helix_query_layout}: "
+            f"{listed(e.name for e in EXACT if e.query_layout == args.helix_query_layout)}."
+        )
+    limits = Limits(
+        tp=tp,
+        pp=args.pipeline_model_parallel_size,
+        cp=args.context_parallel_size,
+        vp=args.virtual_pipeline_model_parallel_size,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
+        segments=m,
+        micro_batch=args.micro_batch,
+        exchange=args.helix_exchange,
+        query_layout=args.helix_query_layout,
+        recompute=args.recompute_granularity,
+        sequence_parallel={"on": True, "off": False}.get(args.sequence_parallel),
+        cache=args.cache,
+        max_tp=args.max_tensor_parallel,
+    )
+    job = Job(args.task, args.sequence_length, batch)
+    return search(model, args.gpus, cluster, job, Software(precision=precision), limits)
+
+
+# Flags of a part of the layout, and whether they divide the number of GPUs.
+SIZES = {
+    "tensor_model_parallel_size": True,
+    "intra_head_parallel_size": True,
+    "pipeline_model_parallel_size": True,
+    "virtual_pipeline_model_parallel_size": False,
+    "context_parallel_size": True,
+    "expert_model_parallel_size": True,
+    "expert_tensor_parallel_size": True,
+    "micro_batch": False,
+    "max_tensor_parallel": False,
+}
+
+
+def _check_sizes(args: argparse.Namespace, batch: int) -> None:
+    """Sizes that no model could make possible."""
+    for name, parts in SIZES.items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and value < 1:
+            raise HelixError(f"{flag} {value} must be at least 1.")
+        if value is not None and parts and args.gpus > 0 and args.gpus % value:
+            raise HelixError(
+                f"{flag} {value} does not divide --gpus {args.gpus}. Valid: {listed(divisors(args.gpus))}."
+            )
+    size = args.micro_batch
+    if size is not None and batch > 0 and batch % size:
+        raise HelixError(
+            f"--micro-batch {size} does not divide --global-batch {batch}. Valid: {listed(divisors(batch))}; "
+            f"or try --global-batch {-(-batch // size) * size}."
+        )
+
+
+def _model(args: argparse.Namespace, rest: Sequence[str]) -> ModelSpec:
+    if args.model is not None and rest:
+        raise HelixError(
+            f"unknown flag {rest[0]!r}. Model flags are for a model without --model; --help lists the others."
+        )
+    if args.model is None and not rest:
+        raise HelixError(
+            f"no model: give --model ({listed(list(PRESETS)[:4])}, … or a config.json), or Megatron's model "
+            "flags (--num-layers, --hidden-size, --num-attention-heads, …)."
+        )
+    return model_of(args.model) if args.model is not None else model_of_arguments(rest)
+
+
+def plan_main(argv: Sequence[str] | None = None, program: str = "helix plan") -> int:
+    """Rank layouts; exit status, 2 for what the user can put right."""
+    parser = build_parser(program, DESCRIPTION)
+    add = parser.add_argument
+    add(
+        "--rows", type=int, default=10, metavar="K", help="rows of the table (default: %(default)s)"
+    )
+    add("--rejected", action="store_true", help="show every rejected layout with its reason")
+    add("--explain", type=int, metavar="ROW", help="the arithmetic of a row, term by term")
+    add("--json", metavar="PATH", help="write everything there; - for standard output")
+    add("--plot", type=Path, metavar="PATH", help="draw throughput and memory (.png or .svg)")
+    add("--write", type=Path, metavar="DIR", help="write a deployment plan, Markdown and JSON")
+    add(
+        "--row",
+        type=int,
+        metavar="ROW",
+        help="the row for the command and --write (default: the one that the verdict speaks for)",
+    )
+    args, rest = parser.parse_known_args(argv)
+    with exit_on_error(program):
+        _check_outputs(args)
+        plan = plan_of(args, rest)
+        return _show(plan, args)
+    raise AssertionError("exit_on_error leaves by itself")
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
+        raise HelixError(f"--plot {args.plot}: the name must end in .png or .svg.")
+    for path in (args.plot, None if args.json in (None, "-") else Path(args.json)):
+        if path is not None and not path.parent.is_dir():
+            raise HelixError(f"{path} cannot be written: there is no directory {path.parent}.")
+
+
+def _show(plan: Plan, args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from helix_megatron.plan.report import plan_json, print_plan
+
+    if args.json == "-":
+        print(json.dumps(plan_json(plan, args.rows), indent=1))
+        return 0 if plan.rows else 1
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    print_plan(plan, console, count=args.rows, all_rejected=args.rejected)
+    if args.json:
+        _write(Path(args.json), json.dumps(plan_json(plan, args.rows), indent=1) + "\n")
+    if not plan.rows:
+        return _nothing(plan, args)
+    from helix_megatron.plan.verdict import recommended
+
+    number = recommended(plan) if args.row is None else args.row
+    row = _row(plan, number, "--row")
+    if args.explain is not None:
+        from helix_megatron.plan.explain import explain
+
+        print()
+        print(explain(plan, _row(plan, args.explain, "--explain")))
+    if args.plot is not None:
+        from helix_megatron.plan.plot import plot
+
+        plot(plan, args.plot)
+        print(f"\nwritten: {args.plot}")
+    if args.write is not None:
+        from helix_megatron.plan.write import write
+
+        for path in write(plan, row, args.write):
+            print(f"written: {path}")
+    print(command_text(plan, row, number))
+    return 0
+
+
+def _nothing(plan: Plan, args: argparse.Namespace) -> int:
+    """Nothing is left: because of the flags, which is an error that says why, or because nothing fits."""
+    asked = {
+        "TP": args.tensor_model_parallel_size,
+        "m": args.intra_head_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "CP": args.context_parallel_size,
+        "micro-batch": args.micro_batch,
+    }
+    wanted = [re.compile(rf"\b{k} {v}\b") for k, v in asked.items() if v is not None]
+    if args.helix_exchange:
+        wanted.append(re.compile(re.escape(args.helix_exchange)))
+    causes = [r for r in plan.rejected if "slower" not in r.reason]
+    hits = [(sum(bool(w.search(r.what)) for w in wanted), r) for r in causes]
+    most = max((count for count, _ in hits), default=0)
+    if plan.everything or most:
+        near = [f"{r.what}: {r.reason}" for count, r in hits if count == most][:3]
+        raise HelixError(
+            f"no layout is what the flags ask for; {len(plan.everything)} others fit. Fix less, or change what "
+            f"these name: {'; '.join(near) or 'nothing was rejected'}."
+        )
+    return 1
+
+
+def _row(plan: Plan, number: int, flag: str) -> Any:
+    if not 1 <= number <= len(plan.rows):
+        raise HelixError(f"{flag} {number}: there are rows 1 to {len(plan.rows)}.")
+    return plan.rows[number - 1].layout
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise HelixError(f"cannot write {path}: {error.strerror}.") from error
+
+
+def command_text(plan: Plan, layout: Any, number: int) -> str:
+    """What to paste for a row."""
+    from helix_megatron.plan.launch_commands import caveats, deepspeed_config, launch_text
+
+    parts = (plan.model, layout, plan.job)
+    lines = [f"\nRow {number}:\n", launch_text(*parts, plan.cluster, plan.software), ""]
+    if plan.job.task == "train":
+        config, reason = deepspeed_config(*parts, plan.software)
+        text = json.dumps(config) if config else f"not for this row, {reason}."
+        lines.append(f"DeepSpeed: {text}")
+    return "\n".join([*lines, *caveats(layout, plan.job, plan.software)])
+
+
+def simulate_main(argv: Sequence[str] | None = None, program: str = "helix simulate") -> int:
+    """Print one layout in full, and write its trace."""
+    parser = build_parser(program, SIMULATE)
+    parser.add_argument("--trace", type=Path, metavar="PATH", help="write a Chrome/Perfetto trace")
+    args, rest = parser.parse_known_args(argv)
+    with exit_on_error(program):
+        if args.trace is not None and not args.trace.parent.is_dir():
+            raise HelixError(
+                f"{args.trace} cannot be written: there is no directory {args.trace.parent}."
+            )
+        plan = plan_of(args, rest)
+        if not plan.rows:
+            from helix_megatron.plan.verdict import nothing_fits
+
+            _nothing(plan, args)
+            raise HelixError(nothing_fits(plan))
+        from helix_megatron.plan.explain import explain
+        from helix_megatron.plan.perfetto import pipeline_text, trace_json
+        from helix_megatron.plan.report import header
+
+        layout = plan.rows[0].layout
+        print(header(plan))
+        print()
+        print(explain(plan, layout))
+        print(pipeline_text(plan, layout))
+        if args.trace is not None:
+            _write(args.trace, json.dumps(trace_json(plan, layout)))
+            print(f"written: {args.trace} (open it at https://ui.perfetto.dev)")
+        print(command_text(plan, layout, 1))
+        return 0
+    raise AssertionError("exit_on_error leaves by itself")

@@ -1,0 +1,279 @@
+"""A deployment plan as data: what every rank holds and computes, whom it talks to, and what can be checked.
+
+What each rank holds is asked of `HeadLayout`, and what it computes of the cost model, so that the plan says
+what would run. Bytes, seconds and FLOP/s are simulated. `write` makes it a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from helix_megatron.errors import divisors
+from helix_megatron.layout import HeadLayout, contiguous_runs
+from helix_megatron.plan.collective_time import Group
+from helix_megatron.plan.explain import kinds_of_layers
+from helix_megatron.plan.launch_commands import caveats, launch_text
+from helix_megatron.plan.layouts import Layout, head_layout
+from helix_megatron.plan.report import prediction_json
+from helix_megatron.plan.results import Plan
+from helix_megatron.plan.score import Prediction
+from helix_megatron.plan.steps import BACKWARD, FORWARD, in_order
+from helix_megatron.plan.verdict import verdict
+
+FORMAT = 1
+
+
+def deployment(plan: Plan, p: Prediction) -> dict[str, Any]:
+    """The plan of one row. Bytes and seconds are of one rank and one step unless a key says otherwise."""
+    layout = p.layout
+    heads = partition_of(plan, layout)
+    operators = [
+        {
+            "layers": name,
+            "count": count,
+            "steps": [_step(s) for phase in (FORWARD, BACKWARD) for s in in_order(steps, phase)],
+        }
+        for name, count, steps in kinds_of_layers(plan, layout)
+    ]
+    return {
+        "format": FORMAT,
+        "simulated": True,
+        "prediction": prediction_json(plan, p),
+        "verdict": verdict(plan)[1],
+        "batch": batch_sizes(plan, p),
+        "cuts": list(cuts(plan, layout)),
+        "ranks": [_rank(plan, layout, heads, rank) for rank in range(layout.gpus)],
+        "weights_of_a_rank": list(weights(plan, layout, heads)),
+        "operators_per_micro_batch": operators,
+        "groups": list(groups(plan, layout)),
+        "checks": checks(plan, p, heads),
+        "command": launch_text(plan.model, layout, plan.job, plan.cluster, plan.software),
+        "caveats": caveats(layout, plan.job, plan.software),
+    }
+
+
+def partition_of(plan: Plan, layout: Layout) -> HeadLayout:
+    """The heads of one layer over TP ranks; with whole heads n = TP, and key-value heads kept in several copies
+    where TP exceeds them."""
+    if layout.segments > 1:
+        return head_layout(plan.model, layout.tp, layout.segments, layout.query_layout)
+    kv_heads = max(plan.model.num_kv_heads, layout.tp)
+    return HeadLayout(
+        plan.model.num_heads, kv_heads, plan.model.head_dim, head_groups=layout.tp, rotary="none"
+    )
+
+
+def batch_sizes(plan: Plan, p: Prediction) -> dict[str, Any]:
+    """Bytes of one activation tensor [batch, sequence, hidden]: of everything, and of what a rank works on."""
+    job, layout = plan.job, p.layout
+    length = 1 if job.task == "decode" else job.sequence
+    row = length * plan.model.hidden_size * plan.software.element
+    cut = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    return {
+        "global_batch": job.global_batch,
+        "micro_batch": layout.micro_batch,
+        "micro_batches": p.micro_batches,
+        "replicas": layout.dp,
+        "activation_bytes_of_the_global_batch": job.global_batch * row,
+        "activation_bytes_of_a_rank": layout.micro_batch * row / cut,
+    }
+
+
+def cuts(plan: Plan, layout: Layout) -> Iterator[dict[str, Any]]:
+    """Every m × n of this TP, with the other degrees as they are: its best row, or why there is none."""
+    for m in divisors(layout.tp):
+        row = plan.best(
+            lambda x, m=m: (  # type: ignore[misc]
+                (x.tp, x.segments, x.pp, x.cp, x.dp)
+                == (layout.tp, m, layout.pp, layout.cp, layout.dp)
+            )
+        )
+        found: dict[str, Any] = {"m": m, "n": layout.tp // m, "chosen": m == layout.segments}
+        if row is not None:
+            best = row.layout
+            found |= {
+                "queries": best.query_layout if m > 1 else "whole heads",
+                "exchange": best.cache if plan.job.task == "decode" else best.exchange,
+                "simulated_seconds": row.seconds,
+                "memory_bytes": row.memory,
+            }
+        else:
+            found["reason"] = _refusal(plan, layout, m)
+        yield found
+
+
+def _refusal(plan: Plan, layout: Layout, m: int) -> str:
+    what = f"TP {layout.tp}, m {m}"
+    fitting = f"{layout._replace(segments=m, vp=1).describe()}, "
+    for rejected in plan.rejected:
+        if rejected.what == what or rejected.what.startswith(f"{what}, queries"):
+            return rejected.reason
+        if rejected.what.startswith(fitting) and rejected.kind == "does not fit":
+            return rejected.reason
+    return "not tried: the flags leave it out"
+
+
+# ------------------------------------------------------------------------------ ranks
+
+
+def _rank(plan: Plan, layout: Layout, heads: HeadLayout, rank: int) -> dict[str, Any]:
+    tp_rank, rest = rank % layout.tp, rank // layout.tp
+    cp_rank, rest = rest % layout.cp, rest // layout.cp
+    dp_rank, stage = rest % layout.dp, rest // layout.dp
+    group, segment = heads.partition(tp_rank)
+    kv = heads.kv_heads(tp_rank)
+    if layout.segments == 1 and layout.tp > plan.model.num_kv_heads:
+        shared = layout.tp // plan.model.num_kv_heads
+        kv = range(tp_rank // shared, tp_rank // shared + 1)
+    whole = layout.query_layout == "heads" and layout.segments > 1
+    return {
+        "rank": rank,
+        "node": rank // plan.cluster.domain,
+        "device": rank % plan.cluster.domain,
+        "partition": [group, segment],
+        "tensor_parallel_rank": tp_rank,
+        "context_parallel_rank": cp_rank,
+        "data_parallel_rank": dp_rank,
+        "pipeline_stage": stage,
+        "layers": _layers(plan, layout, stage),
+        "query_heads": [*heads.query_heads(tp_rank)],
+        "query_dimensions": [[0, heads.head_dim]] if whole else _dims(heads, segment),
+        "key_value_heads": [*kv],
+        "key_value_dimensions": _dims(heads, segment),
+    }
+
+
+def _dims(heads: HeadLayout, segment: int) -> list[list[int]]:
+    """[first, end) of the runs of dimensions that a segment holds."""
+    return [
+        [start, start + length] for start, length in contiguous_runs(heads.segment_dims(segment))
+    ]
+
+
+def _layers(plan: Plan, layout: Layout, stage: int) -> list[list[int]]:
+    """[first, end) of the layers of a stage, one run for each chunk."""
+    each = plan.model.num_layers // layout.pp // layout.vp
+    starts = [(chunk * layout.pp + stage) * each for chunk in range(layout.vp)]
+    return [[start, start + each] for start in starts]
+
+
+def weights(plan: Plan, layout: Layout, heads: HeadLayout) -> Iterator[dict[str, Any]]:
+    """Matrices of one rank [rows, columns], as megatron-core stores them, with the whole one beside."""
+    model, tp = plan.model, layout.tp
+    hidden, width = model.hidden_size, model.num_heads * model.head_dim
+    rows = len(heads.qkv_rows(0)) if layout.segments > 1 else model.qkv_rows // tp
+    columns = len(heads.proj_columns(0))
+
+    def matrix(name: str, part: tuple[int, int], whole: tuple[int, int], count: int = 1) -> Any:
+        return {"name": name, "shape": [*part], "of": [*whole], "count": count}
+
+    yield matrix("linear_qkv", (rows, hidden), (model.qkv_rows, hidden))
+    yield matrix("linear_proj", (hidden, columns), (hidden, width))
+    if model.dense_layers:
+        ffn = model.ffn_hidden_size
+        fc1 = ffn * model.fc1_factor
+        yield matrix("linear_fc1", (fc1 // tp, hidden), (fc1, hidden))
+        yield matrix("linear_fc2", (hidden, ffn // tp), (hidden, ffn))
+    if model.experts:
+        ffn, here = model.moe_ffn, model.experts // layout.ep
+        fc1 = ffn * model.fc1_factor
+        yield matrix("router", (model.experts, hidden), (model.experts, hidden))
+        yield matrix("expert fc1", (fc1 // layout.etp, hidden), (fc1, hidden), here)
+        yield matrix("expert fc2", (hidden, ffn // layout.etp), (hidden, ffn), here)
+    vocab = model.padded_vocab(tp)
+    yield matrix("embedding, output layer", (vocab // tp, hidden), (vocab, hidden))
+
+
+def groups(plan: Plan, layout: Layout) -> Iterator[dict[str, Any]]:
+    """Every kind of process group, with the ranks of each."""
+    kinds = {
+        "tensor parallel": layout.tp_group,
+        "head group (exchange)": layout.head_group,
+        "context parallel": layout.cp_group,
+        "data parallel": layout.dp_group,
+        "pipeline parallel": layout.pp_group,
+    }
+    if plan.model.experts:
+        kinds |= {"expert parallel": layout.ep_group, "expert tensor parallel": Group(layout.etp)}
+    for name, group in kinds.items():
+        if group.ranks == 1:
+            continue
+        firsts = [r for r in range(layout.gpus) if r // group.stride % group.ranks == 0]
+        yield {
+            "axis": name,
+            "ranks": group.ranks,
+            "slowest_link": group.link(plan.cluster),
+            "groups": [[f + k * group.stride for k in range(group.ranks)] for f in firsts],
+        }
+
+
+def _step(step: Any) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "phase": step.phase,
+        "kind": step.kind,
+        "shape": step.shape,
+        "flops": step.flops,
+        "bytes": step.moved,
+        "bytes_sent": step.sent,
+        "simulated_seconds": step.seconds,
+        "hidden_seconds": step.hidden,
+    }
+
+
+# ----------------------------------------------------------------------------- checks
+
+
+def checks(plan: Plan, p: Prediction, heads: HeadLayout) -> list[dict[str, Any]]:
+    """What can be checked of the plan, with its figure."""
+    layout, model = p.layout, plan.model
+    total = layout.tp * layout.cp * layout.dp * layout.pp
+    per_stage = model.num_layers // layout.pp
+    columns = sorted(c for rank in range(layout.tp) for c in heads.proj_columns(rank).tolist())
+    if layout.segments > 1:
+        rows = sorted(row for rank in range(layout.tp) for row in heads.qkv_rows(rank).tolist())
+        dealt = rows == list(range(model.qkv_rows))
+    else:
+        dealt = model.qkv_rows % layout.tp == 0
+    found = [
+        ("ranks = TP × CP × DP × PP", total == plan.gpus, f"{total} = {plan.gpus}"),
+        (
+            "every row of linear_qkv is on exactly one TP rank",
+            dealt,
+            f"{model.qkv_rows} rows"
+            + ("" if layout.segments > 1 else ", as stock Megatron deals them"),
+        ),
+        (
+            "every column of linear_proj is on exactly one TP rank",
+            columns == list(range(model.num_heads * model.head_dim)),
+            f"{len(columns)} columns",
+        ),
+        (
+            "layers of all stages add up",
+            per_stage * layout.pp == model.num_layers,
+            f"{per_stage} × {layout.pp} = {model.num_layers}",
+        ),
+        (
+            "batch = micro-batch × micro-batches × DP",
+            layout.micro_batch * p.micro_batches * layout.dp == plan.job.global_batch,
+            f"{layout.micro_batch} × {p.micro_batches} × {layout.dp} = {plan.job.global_batch}",
+        ),
+        (
+            "memory fits (simulated)",
+            p.memory.total <= plan.cluster.chip.memory,
+            f"{p.memory.total / 1e9:.1f} of {plan.cluster.chip.memory / 1e9:.0f} GB",
+        ),
+        (
+            "a head group stays inside a domain",
+            layout.segments == 1 or plan.cluster.domain % layout.segments == 0,
+            f"m {layout.segments}, domain of {plan.cluster.domain}",
+        ),
+        (
+            "TP stays inside a domain",
+            plan.cluster.domain % layout.tp == 0,
+            f"TP {layout.tp}, domain of {plan.cluster.domain}, else every layer crosses "
+            f"{plan.cluster.network_link}",
+        ),
+    ]
+    return [{"check": name, "passed": bool(ok), "figure": figure} for name, ok, figure in found]

@@ -1,0 +1,299 @@
+"""Prefill and decode: seconds until the first token, seconds of a token, and the key-value cache.
+
+Cache layouts over the m ranks of a head group, in decode: `batch` keeps whole heads of 1/m of the sequences
+(Pope et al., arXiv 2211.05102), `sequence` whole heads of 1/m of the positions (Helix parallelism, arXiv
+2507.07120), `segment` segments of all. None of them stores a head twice; stock megatron-core with more ranks
+than key-value heads does (`heads`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from helix_megatron.plan.clusters import Cluster
+from helix_megatron.plan.collective_time import collective_seconds, point_to_point_seconds
+from helix_megatron.plan.constants import ATTENTION_CURVE, WEIGHT_BYTES
+from helix_megatron.plan.layouts import Layout, strip
+from helix_megatron.plan.memory import Memory, expert_weights, rank_weights
+from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.operators import layer_kinds
+from helix_megatron.plan.roofline import decode_seconds, stream_seconds
+from helix_megatron.plan.schedule import pipeline_seconds
+from helix_megatron.plan.score import Prediction, layers_cost
+from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.steps import FORWARD, Recorder, Step
+from helix_megatron.plan.traffic import Traffic, layer_traffic
+
+CACHES = ("batch", "sequence", "segment")
+
+
+@functools.lru_cache(maxsize=64)
+def inference_software(software: Software) -> Software:
+    """The same with the widest head of attention_prefill_h100_sxm, whose kernels only go forward."""
+    return dataclasses.replace(software, fused_head_dim=max(ATTENTION_CURVE), dropout=False)
+
+
+def cache_refusal(layout: Layout) -> str:
+    """Why a cache layout does not fit; empty if it does."""
+    if layout.cache == "batch" and layout.micro_batch % layout.segments:
+        return (
+            f"cache layout batch deals {layout.micro_batch} sequences to {layout.segments} ranks; they must "
+            "be a multiple"
+        )
+    return ""
+
+
+def cache_bytes(
+    model: ModelSpec, layout: Layout, sequences: float, context: int, element: int
+) -> float:
+    """Bytes of keys and values of one layer on one rank."""
+    heads = model.num_kv_heads / layout.tp
+    if layout.segments == 1:
+        heads = max(1.0, heads)  # stock: a copy on every rank that has query heads of it
+    return 2 * sequences * context * heads * model.head_dim * element
+
+
+def inference_memory(model: ModelSpec, layout: Layout, job: Job, software: Software) -> Memory:
+    """Weights, the cache of all sequences of a replica, and the work space of a micro-batch."""
+    weights = (rank_weights(model, layout) + expert_weights(model, layout)) * WEIGHT_BYTES
+    layers = model.num_layers / layout.pp
+    sequences = job.global_batch / layout.dp
+    cache = layers * cache_bytes(model, layout, sequences, job.sequence, software.element)
+    cache /= layout.cp
+    tokens = layout.micro_batch * (job.sequence / layout.cp if job.task == "prefill" else 1)
+    inner = model.fc1_factor * model.ffn_hidden_size / layout.tp + model.qkv_rows / layout.tp
+    work = tokens * (4 * model.hidden_size + 2 * inner) * software.element
+    if job.task == "prefill" and model.head_dim > inference_software(software).widest:
+        work += 6 * tokens * model.num_heads / layout.tp * job.sequence
+    return Memory(weights=weights, activations=work, cache=cache)
+
+
+def predict_prefill(
+    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
+) -> Prediction:
+    """A batch of prompts through the pipeline, micro-batch after micro-batch, until the last has its token."""
+    batches = layout.micro_batches(job.global_batch)
+    software = inference_software(software)
+    cost = layers_cost(model, strip(layout), job.sequence, cluster, software)
+    forward = cost.forward / layout.pp
+    output = _output_seconds(model, layout, layout.micro_batch, cluster, software)
+    rows = layout.micro_batch * job.sequence / layout.cp
+    first = stream_seconds(cluster.chip, 2 * rows * model.hidden_size * software.element)
+    hop = _hop(model, layout, rows, cluster, software)
+    per_stage = [forward + (hop if layout.pp > 1 else 0.0)] * layout.pp
+    per_stage[0] += first
+    per_stage[-1] += output
+    seconds = pipeline_seconds(per_stage, batches)
+    busy = max(per_stage) * batches
+    terms = {
+        "layers": batches * forward,
+        "embedding and output": busy - batches * (forward + (hop if layout.pp > 1 else 0.0)),
+        "pipeline messages, exposed": batches * hop if layout.pp > 1 else 0.0,
+        "pipeline bubble": seconds - busy,
+    }
+    traffic = layer_traffic(model, layout, job.sequence, cluster, software, batches, (FORWARD,))
+    traffic += _messages(model, layout, rows, batches, hop, cluster, software)
+    tokens = job.global_batch * job.sequence
+    return Prediction(
+        layout=layout,
+        seconds=seconds,
+        tokens=tokens,
+        memory=inference_memory(model, layout, job, software),
+        terms=terms,
+        traffic=traffic,
+        bubble=(seconds - busy) / seconds,
+        model_flops=model.flops_per_token(job.sequence) / 3 * tokens,
+        micro_batches=batches,
+    )
+
+
+def predict_decode(
+    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
+) -> Prediction:
+    """One token for every sequence; `job.sequence` positions are in the cache already."""
+    batches = layout.micro_batches(job.global_batch)
+    layers = 0.0
+    traffic: dict[tuple[str, str, str], list[float]] = {}
+    for experts, windowed, count in layer_kinds(model):
+        context = min(job.sequence, model.window or job.sequence) if windowed else job.sequence
+        for step in decode_steps(model, strip(layout), context, cluster, software, experts):
+            layers += count * step.exposed
+            if step.axis:
+                row = traffic.setdefault((step.axis, step.kind, step.link), [0.0, 0.0, 0.0])
+                for i, value in enumerate((step.sent, step.seconds, step.exposed)):
+                    row[i] += value * count / layout.pp * batches
+    output = _output_seconds(model, layout, layout.micro_batch, cluster, software)
+    hop = _hop(model, layout, layout.micro_batch, cluster, software)
+    stage = layers / layout.pp
+    # A token goes through all stages before the next of its sequence can start; more micro-batches than
+    # stages wait for each other.
+    through = layers + output + layout.pp * hop * (layout.pp > 1)
+    queue = batches * (max(stage + output, stage) + hop * (layout.pp > 1))
+    seconds = max(through, queue)
+    terms = {
+        "layers": layers,
+        "output": output,
+        "pipeline messages": layout.pp * hop if layout.pp > 1 else 0.0,
+        "waiting for other micro-batches": seconds - through,
+    }
+    flops = 2 * model.active_parameters * job.global_batch
+    flops += (
+        4 * model.num_layers * model.num_heads * model.head_dim * job.sequence * job.global_batch
+    )
+    return Prediction(
+        layout=layout,
+        seconds=seconds,
+        tokens=job.global_batch,
+        memory=inference_memory(model, layout, job, software),
+        terms=terms,
+        traffic=(
+            *(Traffic(*key, *values) for key, values in traffic.items()),
+            *_messages(model, layout, layout.micro_batch, batches, hop, cluster, software),
+        ),
+        bubble=max(0.0, 1 - batches * (stage + output) / seconds) if layout.pp > 1 else 0.0,
+        model_flops=flops,
+        micro_batches=batches,
+    )
+
+
+def _output_seconds(
+    model: ModelSpec, layout: Layout, rows: float, cluster: Cluster, software: Software
+) -> float:
+    record = Recorder(cluster, "bf16" if software.precision == "fp8" else software.precision, 2)
+    vocab = model.padded_vocab(layout.tp) / layout.tp
+    record.gemm("output_layer", rows, vocab, model.hidden_size, phases=(FORWARD,))
+    record.collective(
+        "logits", FORWARD, "all-gather", rows * vocab * layout.tp * 2, layout.tp_group, "tp"
+    )
+    return sum(step.seconds for step in record.steps)
+
+
+def _hop(
+    model: ModelSpec, layout: Layout, tokens: float, cluster: Cluster, software: Software
+) -> float:
+    cut = layout.tp if layout.sequence_parallel else 1
+    size = tokens * model.hidden_size * software.element / cut
+    return point_to_point_seconds(cluster, size, layout.pp_group)
+
+
+def _messages(
+    model: ModelSpec,
+    layout: Layout,
+    tokens: float,
+    batches: int,
+    hop: float,
+    cluster: Cluster,
+    software: Software,
+) -> tuple[Traffic, ...]:
+    """What a rank of the first stage sends to the next, of every micro-batch."""
+    if layout.pp == 1:
+        return ()
+    cut = layout.tp if layout.sequence_parallel else 1
+    size = batches * tokens * model.hidden_size * software.element / cut
+    link = layout.pp_group.link(cluster)
+    return (Traffic("pp", "send", link, size, batches * hop, batches * hop),)
+
+
+@functools.lru_cache(maxsize=8192)
+def decode_steps(
+    model: ModelSpec,
+    layout: Layout,
+    context: int,
+    cluster: Cluster,
+    software: Software,
+    experts: bool,
+) -> tuple[Step, ...]:
+    """One layer, one new token for each of `layout.micro_batch` sequences."""
+    record = Recorder(cluster, software.precision, software.element)
+    rows, hidden, element = layout.micro_batch, model.hidden_size, record.element
+    width = model.num_heads * model.head_dim
+    size = rows * hidden * element
+
+    def summed(name: str) -> None:
+        record.collective(name, FORWARD, "all-reduce", size, layout.tp_group, "tp")
+
+    def gemm(
+        name: str, columns: float, inner: float, count: float = rows, batch: float = 1
+    ) -> None:
+        record.gemm(name, count, columns, inner, batch=batch, phases=(FORWARD,))
+
+    record.stream("input norm", rows * hidden, 2, 0)
+    gemm("linear_qkv", model.qkv_rows / layout.tp, hidden)
+    if layout.segments == 1 and layout.tp > model.num_kv_heads:
+        whole = rows * model.qkv_rows * element
+        record.collective(
+            "stock QKV gather", FORWARD, "all-gather", whole, layout.tp_group, "exchange"
+        )
+    record.stream("rotary embedding and cache", 3 * rows * model.qkv_rows / layout.tp, 2, 0)
+    _decode_attention(record, model, layout, context)
+    gemm("linear_proj", hidden, width / layout.tp)
+    summed("linear_proj output")
+    record.stream("MLP norm and residual", rows * hidden, 5, 0)
+    if experts:
+        _decode_experts(record, model, layout, gemm)
+    else:
+        ffn = model.ffn_hidden_size / layout.tp
+        gemm("linear_fc1", ffn * model.fc1_factor, hidden)
+        record.stream("activation", rows * ffn, model.fc1_factor + 1, 0)
+        gemm("linear_fc2", hidden, ffn)
+    summed("MLP output")
+    return tuple(record.steps)
+
+
+def _decode_attention(record: Recorder, model: ModelSpec, layout: Layout, context: int) -> None:
+    element, m, n = record.element, layout.segments, layout.head_groups
+    rows, group = layout.micro_batch, layout.head_group
+    # Bytes of a segment of one head, divided by n: all heads are n times those of this group.
+    segment = rows * model.head_dim / m * element / n
+    queries, keys = segment * model.num_heads, segment * model.num_kv_heads
+    read = cache_bytes(model, layout, rows, context, element)
+    scores = 0.0
+
+    def swap(name: str, size: float) -> None:
+        """Every rank gets its part of `size` bytes of each: all-to-all, or all-gather and a slice, which sends
+        m times as much and is the faster of the two while messages are small."""
+        ways = {"all-to-all": size, "all-gather": m * size}
+        kind = min(ways, key=lambda k: collective_seconds(record.cluster, k, ways[k], group))
+        record.collective(name, FORWARD, kind, ways[kind], group, "exchange")
+
+    if m > 1 and layout.cache == "batch":
+        swap("segments to sequences", queries + 2 * keys)
+        swap("sequences to segments", queries)
+    elif m > 1 and layout.cache == "sequence":
+        size = m * (queries + 2 * keys)
+        record.collective(
+            "whole queries, new keys, values", FORWARD, "all-gather", size, group, "exchange"
+        )
+        swap("partial outputs", m * queries * 4 / element)
+    elif m > 1:
+        scores = rows * model.num_heads / n * context * 4
+        record.collective("partial scores", FORWARD, "all-reduce", scores, group, "exchange")
+    seconds = decode_seconds(record.chip, read, scores)
+    flops = 4.0 * rows * model.num_heads * model.head_dim * context / layout.tp
+    text = f"{rows} sequences, cache {layout.cache}, {read / 1e6:.1f} MB"
+    record.steps.append(Step("core attention", FORWARD, "attention", text, flops, read, seconds))
+
+
+def _decode_experts(record: Recorder, model: ModelSpec, layout: Layout, gemm: Any) -> None:
+    """Only experts that some token chose are read."""
+    rows, hidden = layout.micro_batch, model.hidden_size
+    gemm("router", model.experts, hidden)
+    copies = rows * model.topk
+    record.collective(
+        "dispatch", FORWARD, "all-to-all", copies * hidden * record.element, layout.ep_group, "ep"
+    )
+    here = model.experts / layout.ep
+    touched = here * (1 - (1 - 1 / model.experts) ** (copies * layout.ep))
+    each = max(1.0, copies / max(touched, 1.0))
+    ffn = model.moe_ffn / layout.etp
+    gemm("experts fc1", ffn * model.fc1_factor, hidden, each, max(1.0, touched))
+    gemm("experts fc2", hidden, ffn, each, max(1.0, touched))
+    record.collective(
+        "combine", FORWARD, "all-to-all", copies * hidden * record.element, layout.ep_group, "ep"
+    )
+    if model.shared_ffn:
+        ffn = model.shared_ffn / layout.tp
+        gemm("shared fc1", ffn * model.fc1_factor, hidden)
+        gemm("shared fc2", hidden, ffn)

@@ -1,0 +1,161 @@
+"""One way to lay a model out on GPUs."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.exchanges import AttentionShape
+from helix_megatron.layout import HeadLayout
+from helix_megatron.plan.collective_time import Group
+from helix_megatron.plan.models import ModelSpec
+
+# What no fused kernel computes: torch's needs values as wide as keys (gather-qk), and none can stop before its
+# softmax (score-reduce).
+UNFUSED_EXCHANGES = ("gather-qk", "score-reduce")
+
+
+class Layout(NamedTuple):
+    """Degrees of parallelism. Ranks are numbered as Megatron does: TP, CP, DP, PP from the fastest.
+
+    tp = m·n; segments is m. exchange is `none` where m is 1. ep deals experts to ranks of CP × DP × TP, each
+    expert cut over etp. vp: chunks of layers that a pipeline stage holds. recompute: none, selective, full.
+    cache: where decode keeps keys and values (`inference`).
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    vp: int = 1
+    segments: int = 1
+    query_layout: str = "segments"
+    exchange: str = "none"
+    micro_batch: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    cache: str = "heads"
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def head_groups(self) -> int:
+        """n."""
+        return self.tp // self.segments
+
+    def micro_batches(self, global_batch: int) -> int:
+        return global_batch // (self.dp * self.micro_batch)
+
+    # ------------------------------------------------------------------ groups
+
+    @property
+    def tp_group(self) -> Group:
+        return Group(self.tp)
+
+    @property
+    def head_group(self) -> Group:
+        return Group(self.segments)
+
+    @property
+    def cp_group(self) -> Group:
+        return Group(self.cp, self.tp)
+
+    @property
+    def dp_group(self) -> Group:
+        """Ranks that hold the same weights: context and data parallel ones."""
+        return Group(self.dp * self.cp, self.tp)
+
+    @property
+    def pp_group(self) -> Group:
+        return Group(self.pp, self.tp * self.cp * self.dp)
+
+    @property
+    def ep_group(self) -> Group:
+        return Group(self.ep, self.etp)
+
+    @property
+    def expert_dp_group(self) -> Group:
+        ranks = self.tp * self.cp * self.dp // (self.etp * self.ep)
+        return Group(ranks, self.etp * self.ep)
+
+    # --------------------------------------------------------------- attention
+
+    def helix(self) -> HelixConfig:
+        """The configuration that runs it."""
+        if self.segments == 1:
+            return HelixConfig()
+        if self.exchange == "none":  # decode: the caches decide
+            return HelixConfig(self.segments)
+        return HelixConfig(self.segments, exchange=self.exchange, query_layout=self.query_layout)
+
+    def describe(self) -> str:
+        """`TP 16 = 4 × 4 · PP 2 · DP 4 …`, as a row of a table names it."""
+        parts = [f"TP {self.tp}"]
+        if self.segments > 1:
+            parts[0] += f" = m {self.segments} × n {self.head_groups}"
+        for name in ("cp", "pp", "vp", "ep", "dp"):
+            if getattr(self, name) > 1:
+                parts.append(f"{name.upper()} {getattr(self, name)}")
+        return " · ".join(parts)
+
+
+@functools.lru_cache(maxsize=65536)
+def strip(layout: Layout) -> Layout:
+    """The layout without what the steps of a layer do not depend on."""
+    return layout._replace(pp=1, dp=1, vp=1, recompute="none")
+
+
+@functools.lru_cache(maxsize=4096)
+def head_layout(model: ModelSpec, tp: int, segments: int, query_layout: str) -> HeadLayout:
+    """The layout of an attention layer.
+
+    Raises:
+        HelixError: the heads do not fit.
+    """
+    return HeadLayout(
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        head_groups=tp // segments,
+        segments=segments,
+        query_layout=query_layout,  # type: ignore[arg-type]
+        rotary=model.rotary,
+        rotary_dim=model.rotary_dim or None,
+        output_gate=model.output_gate,
+    )
+
+
+@functools.lru_cache(maxsize=16384)
+def attention_shape(
+    model: ModelSpec,
+    tp: int,
+    segments: int,
+    query_layout: str,
+    batch: int,
+    queries: int,
+    keys: int,
+    element: int,
+    window: int | None,
+) -> AttentionShape:
+    """What an attention layer works on. Without Helix a rank is a model of its own heads (`segments` 1)."""
+    if segments == 1:
+        heads = model.num_heads // tp
+        kv_heads = max(1, model.num_kv_heads // tp)
+        kv_heads = kv_heads if heads % kv_heads == 0 else 1
+        layout = HeadLayout(heads, kv_heads, model.head_dim, rotary="none")
+    else:
+        layout = head_layout(model, tp, segments, query_layout)
+    return AttentionShape(
+        layout=layout,
+        batch=batch,
+        query_length=queries,
+        key_length=keys,
+        element_size=element,
+        causal=model.causal,
+        window=(window, 0) if window is not None else None,
+    )

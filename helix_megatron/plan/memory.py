@@ -1,0 +1,305 @@
+"""Bytes on the fullest GPU, as megatron-core allocates them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from helix_megatron.plan.constants import (
+    FRAMEWORK_BYTES,
+    GRADIENT_BYTES,
+    OPTIMIZER_BYTES,
+    WEIGHT_BYTES,
+)
+from helix_megatron.plan.layouts import UNFUSED_EXCHANGES, Layout, strip
+from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.settings import Job, Software
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU."""
+
+    weights: float
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    cache: float = 0.0
+    framework: float = FRAMEWORK_BYTES
+
+    @functools.cached_property
+    def total(self) -> float:
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + self.cache + self.framework
+
+
+def layer_weights(model: ModelSpec, layout: Layout) -> float:
+    """Parameters of one rank in an average layer, without experts."""
+    dense = model.attention_parameters(layout.tp) + model.mlp_parameters(layout.tp)
+    if not model.expert_layers:
+        return dense
+    outside = model.attention_parameters(layout.tp) + model.router_parameters(layout.tp)
+    shares = model.dense_layers * dense + model.expert_layers * outside
+    return shares / model.num_layers
+
+
+def outer_weights(model: ModelSpec, layout: Layout, stage: int) -> float:
+    """Parameters of a pipeline stage beside its layers: embeddings on the first, output on the last."""
+    embedding = model.padded_vocab(layout.tp) / layout.tp * model.hidden_size
+    held = 0.0
+    if stage == 0:
+        held += embedding + model.learned_positions * model.hidden_size
+    if stage == layout.pp - 1:
+        held += model.norm_parameters
+        held += 0.0 if model.tied and layout.pp == 1 else embedding
+    return held
+
+
+def rank_weights(model: ModelSpec, layout: Layout, stage: int | None = None) -> float:
+    """Parameters of a rank without experts; of the fullest stage, unless one is named."""
+    return _rank_weights(model, layout.tp, layout.pp, stage)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rank_weights(model: ModelSpec, tp: int, pp: int, stage: int | None) -> float:
+    layout = Layout(tp=tp, pp=pp)
+    stages = (0, pp - 1) if stage is None else (stage,)
+    outer = max(outer_weights(model, layout, s) for s in stages)
+    return model.num_layers / pp * layer_weights(model, layout) + outer
+
+
+def expert_weights(model: ModelSpec, layout: Layout) -> float:
+    """Parameters of experts on one rank."""
+    if not model.experts:
+        return 0.0
+    here = model.experts / layout.ep * model.expert_parameters() / layout.etp
+    return model.expert_layers / layout.pp * here
+
+
+def training_states(
+    model: ModelSpec, layout: Layout, software: Software, stage: int | None = None
+) -> Memory:
+    """Weights, gradients and Adam's states in mixed precision, without activations."""
+    shards = (layout.dp * layout.cp, layout.tp * layout.cp * layout.dp // (layout.etp * layout.ep))
+    return _states(model, layout.tp, layout.pp, layout.ep, layout.etp, shards, software, stage)
+
+
+@functools.lru_cache(maxsize=16384)
+def _states(
+    model: ModelSpec,
+    tp: int,
+    pp: int,
+    ep: int,
+    etp: int,
+    shards: tuple[int, int],
+    software: Software,
+    stage: int | None,
+) -> Memory:
+    layout = Layout(tp=tp, pp=pp, ep=ep, etp=etp)
+    dense, experts = rank_weights(model, layout, stage), expert_weights(model, layout)
+    if not software.distributed_optimizer:
+        shards = (1, 1)
+    wide = software.precision == "fp32"
+    optimizer = OPTIMIZER_BYTES - (4 if wide else 0)
+    return Memory(
+        weights=(dense + experts) * (4 if wide else WEIGHT_BYTES),
+        gradients=(dense + experts) * GRADIENT_BYTES,
+        optimizer=optimizer * (dense / shards[0] + experts / max(shards[1], 1)),
+    )
+
+
+def training_memory(
+    model: ModelSpec, layout: Layout, job: Job, software: Software, stage: int | None = None
+) -> Memory:
+    """Everything, with micro-batches in flight as the schedule holds them, on the ranks of a pipeline stage.
+
+    Without one: the most weights and the most activations of the first stage, which holds most micro-batches,
+    and the last, which computes the loss.
+    """
+    states = training_states(model, layout, software, stage)
+    activations = _most_activations(model, layout, job, software, stage)
+    return dataclasses.replace(states, activations=activations)
+
+
+def training_bytes(
+    model: ModelSpec, layout: Layout, job: Job, software: Software
+) -> tuple[float, ...]:
+    """Totals of `training_memory` with each of `RECOMPUTE`, for searches."""
+    states = training_states(model, layout, software).total
+    found = [_activations(model, layout, job, software, s) for s in {0, layout.pp - 1}]
+    return tuple(states + max(of_stage) for of_stage in zip(*found, strict=True))
+
+
+def _most_activations(
+    model: ModelSpec, layout: Layout, job: Job, software: Software, stage: int | None
+) -> float:
+    stages = {0, layout.pp - 1} if stage is None else {stage}
+    which = RECOMPUTE.index(layout.recompute)
+    return max(_activations(model, layout, job, software, s)[which] for s in stages)
+
+
+def layers_in_flight(layout: Layout, model: ModelSpec, batches: int, stage: int = 0) -> float:
+    """Layers whose activations a stage holds at once, over all micro-batches (`schedule.order_of`)."""
+    per_stage = model.num_layers / layout.pp
+    if layout.pp == 1:
+        return per_stage
+    if layout.vp == 1:
+        return per_stage * min(layout.pp - stage, batches)
+    chunks = 2 * (layout.pp - stage - 1) + (layout.vp - 1) * layout.pp + 1
+    return per_stage / layout.vp * min(chunks, batches * layout.vp)
+
+
+def _activations(
+    model: ModelSpec, layout: Layout, job: Job, software: Software, stage: int
+) -> tuple[float, ...]:
+    """Bytes alive beside weights and states when most are, with each of `RECOMPUTE`: what backward needs, and
+    work space."""
+    batches = max(1, layout.micro_batches(job.global_batch))
+    stripped = strip(layout)
+    layer = layer_activations(model, stripped, job, software)
+    flight = layers_in_flight(layout, model, batches, stage)
+    own = _tokens(layout, job) / (layout.tp if layout.sequence_parallel else 1)
+    hidden = own * model.hidden_size * software.element
+    held, output = 0.0, 0.0
+    if stage == layout.pp - 1:  # input and output of the final norm
+        held, output = 2 * hidden, output_work(model, stripped, job, software)
+    if layout.pp > 1:
+        # The gradient that was received or sent last, and the input before, are still held; Megatron frees what
+        # it has sent forward (deallocate_pipeline_outputs), the CPU's loop does not.
+        held += hidden * (1 if stage == 0 else 2)
+        if software.local_modules and stage < layout.pp - 1:
+            held += hidden * flight * layout.pp * layout.vp / model.num_layers
+    return (
+        held + flight * layer.kept + max(output, layer.work),
+        held + flight * (layer.kept - layer.core) + max(output, layer.core + layer.work),
+        held + flight * hidden + max(output, layer.kept + layer.work),
+    )
+
+
+class LayerActivations(NamedTuple):
+    """Bytes of one layer and micro-batch: kept for the backward pass; the part of them that belongs to core
+    attention, which selective recomputation frees; and work space of the backward pass."""
+
+    kept: float
+    core: float
+    work: float
+
+
+def _tokens(layout: Layout, job: Job) -> float:
+    return layout.micro_batch * job.sequence / layout.cp
+
+
+@functools.lru_cache(maxsize=16384)
+def layer_activations(
+    model: ModelSpec, layout: Layout, job: Job, software: Software
+) -> LayerActivations:
+    """What autograd keeps of one layer, average over dense and MoE layers.
+
+    fp8 keeps the inputs of its matrix products in one byte.
+    """
+    element, hidden = software.element, model.hidden_size
+    product = 1 if software.precision == "fp8" else element  # of a saved input of a matrix product
+    tokens = _tokens(layout, job)
+    own = tokens / layout.tp if layout.sequence_parallel else tokens
+    mask = 2 * own * hidden if software.dropout else 0.0
+    norms = 2 * own * hidden * (element + product) + mask
+    if software.local_modules and model.rms_norm:
+        norms += 2 * own * hidden * 6  # two fp32 tensors in place of its input
+    core, scores = _core_attention(model, layout, job, software, tokens)
+    if model.qk_norm:
+        wide = 10 if software.local_modules and model.rms_norm else element
+        norms += tokens * (model.num_heads + model.num_kv_heads) * model.head_dim / layout.tp * wide
+    width = tokens * model.num_heads * model.head_dim / layout.tp
+    inner = tokens * model.ffn_hidden_size / layout.tp * (model.fc1_factor * element + product)
+    if software.local_modules and model.gated:
+        inner += 2 * tokens * model.ffn_hidden_size / layout.tp * element
+    if model.expert_layers:
+        experts = _experts(model, layout, software, own, product)
+        experts += tokens * model.shared_ffn / layout.tp * (model.fc1_factor + 1) * element
+        share = model.expert_layers / model.num_layers
+        inner = share * experts + (1 - share) * inner
+    gathered = tokens * hidden * element if layout.tp > 1 else 0.0
+    # Backward, the MLP comes first: it is gone when attention needs its work space.
+    work = gathered * (2 if layout.sequence_parallel else 1) + inner / 2
+    if software.local_modules:  # gradients of weights are computed, then added
+        work += hidden * model.ffn_hidden_size / layout.tp * element
+    work = max(work, scores - inner)
+    # The kernel's output for one sequence is already in the order that linear_proj reads.
+    in_order = layout.exchange in ("none", "gather-kv") and layout.micro_batch == 1
+    copied = 0.0 if in_order else width * product
+    return LayerActivations(norms + core + copied + inner, core, work)
+
+
+def _experts(
+    model: ModelSpec, layout: Layout, software: Software, own: float, product: int
+) -> float:
+    """Bytes that routed experts keep: inner activations, also weighted before the second product; their
+    gathered input; and the tokens on their way there and back."""
+    copies = own * model.topk
+    rows = copies * layout.etp
+    inner = rows * model.moe_ffn / layout.etp
+    kept = inner * ((model.fc1_factor + 1) * software.element + product)
+    kept += rows * model.hidden_size * product
+    return kept + 4 * copies * model.hidden_size * software.element
+
+
+def _core_attention(
+    model: ModelSpec, layout: Layout, job: Job, software: Software, tokens: float
+) -> tuple[float, float]:
+    """(bytes that core attention keeps, work space for its scores where they are written)."""
+    element, m = software.element, layout.segments
+    width = tokens * model.num_heads * model.head_dim / layout.tp  # query elements of one rank
+    groups = tokens * model.num_kv_heads * model.head_dim  # key elements of all heads
+    own_kv = groups / min(layout.tp, model.num_kv_heads if m == 1 else layout.tp)
+    times = {"all-to-all-sequence": m, "gather-kv": m, "all-to-all-heads": m}.get(
+        layout.exchange, 1
+    )
+    queries, keys, values = width, own_kv * times, own_kv * times
+    if layout.exchange in ("gather-kv", "all-to-all-heads"):
+        # A rank keeps the key-value heads that its own query heads need.
+        needed = max(1.0, model.num_heads / layout.tp * model.num_kv_heads / model.num_heads)
+        keys = values = tokens * needed * model.head_dim
+    if layout.exchange == "gather-qk":
+        queries, keys = m * queries, m * keys
+    size = (queries + keys + values + width) * element
+    if model.rotary != "none":  # tables of sine and cosine in the precision of queries and keys
+        dims = model.rotary_dim / (m if layout.query_layout == "segments" else 1)
+        size += 2 * job.sequence / layout.cp * (dims + model.rotary_dim / m) * element
+    heads = (
+        model.num_heads / layout.tp * (m if layout.exchange in ("gather-qk", "score-reduce") else 1)
+    )
+    pairs = layout.micro_batch * heads * job.sequence**2 / layout.cp
+    head_dim = model.head_dim / (m if layout.exchange == "none" else 1)
+    if model.rotary != "none" and m == 1:
+        size += (queries + keys) * element  # values are a view of all that linear_qkv has written
+    if head_dim <= software.widest and layout.exchange not in UNFUSED_EXCHANGES:
+        return size + 4 * tokens * heads, 0.0
+    dropped = pairs if software.dropout else 0.0
+    if layout.exchange == "gather-qk" or (m > 1 and layout.exchange != "score-reduce"):
+        # torch's own attention without a fused kernel: everything in fp32.
+        return size + pairs * 4 + (queries + keys + values) * (4 - element) + dropped, pairs * 8
+    # Probabilities in fp32 and in 16 bits, and the mask that hides the future, a byte for each pair.
+    size += pairs * (4 + element) + job.sequence**2 / layout.cp + dropped
+    if layout.exchange == "score-reduce":
+        return size + (queries + keys) * (4 - element), pairs * 14
+    return size, pairs * 8
+
+
+@functools.lru_cache(maxsize=4096)
+def output_work(model: ModelSpec, layout: Layout, job: Job, software: Software) -> float:
+    """Bytes at the loss: logits and their fp32 copy, which becomes the exponentials; or, backward, gradients of
+    logits, input and weight."""
+    tokens = _tokens(layout, job)
+    logits = tokens * model.padded_vocab(layout.tp) / layout.tp
+    gathered = tokens * model.hidden_size * software.element
+    buffer = gathered if layout.sequence_parallel else 0.0
+    weight = model.padded_vocab(layout.tp) / layout.tp * model.hidden_size * software.element
+    own = gathered / (layout.tp if layout.sequence_parallel else 1)
+    forward = buffer + logits * (software.element + 4)
+    backward = buffer + gathered + own + logits * software.element + weight
+    norm = 20 * own / software.element if software.local_modules and model.rms_norm else 0.0
+    return max(forward, backward, norm)  # the backward of an unfused RMSNorm: five tensors in fp32

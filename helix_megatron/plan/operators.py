@@ -1,0 +1,308 @@
+"""The operators of one transformer layer, of the embedding and of the output, on one rank, per micro-batch.
+
+They are those of megatron-core's GPT: column- and row-parallel linears, sequence parallel norms, all-to-all or
+replicated experts; and of Helix's attention, whose exchange states its own bytes and FLOPs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from helix_megatron.exchanges.base import AttentionShape, Exchange
+from helix_megatron.exchanges.choice import EXACT
+from helix_megatron.exchanges.none import NoExchange
+from helix_megatron.plan.clusters import Cluster
+from helix_megatron.plan.constants import ATTENTION_BACKWARD_FLOPS
+from helix_megatron.plan.layouts import UNFUSED_EXCHANGES, Layout, attention_shape, strip
+from helix_megatron.plan.linears import (
+    cast,
+    column_parallel,
+    experts_mlp,
+    mlp,
+    norm,
+    residual,
+    row_parallel,
+)
+from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.roofline import AttentionWork, attention_seconds
+from helix_megatron.plan.settings import Software
+from helix_megatron.plan.steps import BACKWARD, FORWARD, Recorder, Step
+
+EXCHANGES: dict[str, Exchange] = {e.name: e for e in (*EXACT, NoExchange())}
+# What each exchange's collectives are; all-to-all is what most of them move by.
+COLLECTIVE_OF = {"score-reduce": "all-reduce", "gather-qk": "all-gather", "gather-kv": "all-gather"}
+
+
+@functools.lru_cache(maxsize=65536)
+def exchange_costs(name: str, shape: AttentionShape) -> tuple[str, int, int, int, int]:
+    """(why it does not fit, bytes, FLOPs, messages, score bytes), as the exchange itself states them."""
+    exchange = EXCHANGES[name]
+    reason = exchange.supports(shape)
+    if reason:
+        return reason, 0, 0, 0, 0
+    return (
+        "",
+        exchange.bytes(shape),
+        exchange.flops(shape),
+        exchange.messages(shape),
+        exchange.score_bytes(shape),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def layer_kinds(model: ModelSpec) -> tuple[tuple[bool, bool, int], ...]:
+    """(experts, windowed, how many) of the model's layers; windows are taken to be spread evenly."""
+    kinds = []
+    for experts, count in ((False, model.dense_layers), (True, model.expert_layers)):
+        narrow = round(count * model.windowed / model.num_layers)
+        kinds += [(experts, True, narrow), (experts, False, count - narrow)]
+    return tuple(kind for kind in kinds if kind[2])
+
+
+def layer_steps(
+    model: ModelSpec,
+    layout: Layout,
+    sequence: int,
+    cluster: Cluster,
+    software: Software,
+    experts: bool = False,
+    windowed: bool = False,
+) -> tuple[Step, ...]:
+    """One layer, forward and backward, without recomputation."""
+    arguments = (sequence, cluster, software)
+    return (
+        *attention_steps(model, attention_part(layout), *arguments, windowed),
+        *mlp_steps(model, mlp_part(layout), *arguments, experts),
+    )
+
+
+@functools.lru_cache(maxsize=65536)
+def attention_part(layout: Layout) -> Layout:
+    """The layout without what attention does not depend on, so that its steps are found again."""
+    return strip(layout)._replace(ep=1, etp=1)
+
+
+@functools.lru_cache(maxsize=65536)
+def mlp_part(layout: Layout) -> Layout:
+    """The layout without what the MLP does not depend on."""
+    return strip(layout)._replace(segments=1, query_layout="segments", exchange="none")
+
+
+@functools.lru_cache(maxsize=8192)
+def attention_steps(
+    model: ModelSpec,
+    layout: Layout,
+    sequence: int,
+    cluster: Cluster,
+    software: Software,
+    windowed: bool,
+) -> tuple[Step, ...]:
+    """Norm, projections and core attention of one layer."""
+    record = Recorder(cluster, software.precision, software.element)
+    tokens = layout.micro_batch * sequence / layout.cp
+    own = tokens / layout.tp if layout.sequence_parallel else tokens  # outside attention and MLP
+    _attention(record, model, layout, sequence, software, tokens, own, windowed)
+    return tuple(record.steps)
+
+
+@functools.lru_cache(maxsize=8192)
+def mlp_steps(
+    model: ModelSpec,
+    layout: Layout,
+    sequence: int,
+    cluster: Cluster,
+    software: Software,
+    experts: bool,
+) -> tuple[Step, ...]:
+    """Norm and MLP, dense or of experts, of one layer."""
+    record = Recorder(cluster, software.precision, software.element)
+    tokens = layout.micro_batch * sequence / layout.cp
+    own = tokens / layout.tp if layout.sequence_parallel else tokens
+    if experts:
+        experts_mlp(record, model, layout, software, own)
+    else:
+        mlp(record, model, layout, software, tokens, own)
+    return tuple(record.steps)
+
+
+def _attention(
+    record: Recorder,
+    model: ModelSpec,
+    layout: Layout,
+    sequence: int,
+    software: Software,
+    tokens: float,
+    own: float,
+    windowed: bool,
+) -> None:
+    hidden, width = model.hidden_size, model.num_heads * model.head_dim
+    norm(record, "input norm", model, own, software)
+    column_parallel(
+        record, "linear_qkv", tokens, model.qkv_rows / layout.tp, hidden, layout, software
+    )
+    gathers_qkv = layout.segments == 1 and layout.tp > model.num_kv_heads
+    if gathers_qkv:
+        # Stock megatron-core with more ranks than key-value heads: everyone gets everything, keeps its part.
+        size = tokens * model.qkv_rows * record.element
+        for phase, kind in ((FORWARD, "all-gather"), (BACKWARD, "reduce-scatter")):
+            record.collective("stock QKV gather", phase, kind, size, layout.tp_group, "exchange")
+    heads = model.num_heads + model.num_kv_heads
+    turned = tokens * heads * model.head_dim / layout.tp
+    if model.rotary != "none":
+        record.stream(
+            "rotary embedding", turned, 2, 2, f"[{tokens:.0f}, {heads / layout.tp:g} heads]"
+        )
+    if model.qk_norm:
+        record.stream("QK norms", turned, 2, 4)
+        if layout.segments > 1:  # sums of squares (and sums) of heads that are cut
+            cut = model.num_kv_heads
+            cut += model.num_heads if layout.query_layout == "segments" else 0
+            size = 4 * tokens * cut / layout.head_groups * (1 if model.rms_norm else 2)
+            for phase in (FORWARD, BACKWARD):
+                record.collective(
+                    "QK norm statistics", phase, "all-reduce", size, layout.head_group, "exchange"
+                )
+    _core_attention(record, model, layout, sequence, software, windowed)
+    cast(record, "attention output", tokens * width / layout.tp, software)
+    row_parallel(record, "linear_proj", tokens, hidden, width / layout.tp, layout, software)
+    residual(record, "attention residual", model, own, software.dropout)
+
+
+def _core_attention(
+    record: Recorder,
+    model: ModelSpec,
+    layout: Layout,
+    sequence: int,
+    software: Software,
+    windowed: bool,
+) -> None:
+    window = model.window if windowed else None
+    shape = attention_shape(
+        model,
+        layout.tp,
+        layout.segments,
+        layout.query_layout,
+        layout.micro_batch,
+        sequence,
+        sequence,
+        record.element,
+        window,
+    )
+    reason, sent, flops, messages, scores = exchange_costs(layout.exchange, shape)
+    assert not reason, f"{layout.exchange}: {reason}"
+    work = attention_work(model, layout, shape, flops / layout.cp, scores)
+    forward, backward = attention_seconds(
+        record.chip, work, widest=software.widest, dropout=software.dropout
+    )
+    kind = COLLECTIVE_OF.get(layout.exchange, "all-to-all")
+    for phase in (FORWARD, BACKWARD):
+        size = sent * layout.segments / max(1, layout.segments - 1)
+        size /= 2 if kind == "all-reduce" else 1
+        record.collective(
+            f"exchange {layout.exchange}",
+            phase,
+            kind,
+            size,
+            layout.head_group,
+            "exchange",
+            sent=sent,
+            messages=messages,
+        )
+    if layout.cp > 1:
+        # Keys and values travel round a ring of context parallel ranks beside the computation, and every turn's
+        # partial output is merged in fp32.
+        merged = 2 * (layout.cp - 1) * work.batch_heads * work.queries * work.head_dim
+        record.stream("context parallel merge", merged, 3, 3)
+        kv = 2 * model.num_kv_heads * model.head_dim / min(layout.tp, model.num_kv_heads)
+        size = layout.micro_batch * sequence * kv * record.element
+        for phase, busy in ((FORWARD, forward), (BACKWARD, backward)):
+            record.collective(
+                "context parallel keys and values",
+                phase,
+                "all-gather",
+                size * (1 if phase == FORWARD else 2),
+                layout.cp_group,
+                "cp",
+                beside=busy * (layout.cp - 1) / layout.cp,
+            )
+    heads = work.batch_heads / layout.micro_batch
+    text = f"[{layout.micro_batch}, {heads:g} heads, {sequence}, {work.head_dim}]"
+    times = ATTENTION_BACKWARD_FLOPS if work.fused(software.widest) else 2.0
+    record.attention(
+        text, work.flops, _attention_bytes(work, model, software), forward, backward, times
+    )
+
+
+def _attention_bytes(work: AttentionWork, model: ModelSpec, software: Software) -> float:
+    """Bytes that core attention reads and writes forward: queries, keys, values and output once; and scores
+    where no fused kernel keeps them on the chip."""
+    shared = model.num_heads // model.num_kv_heads
+    kv_heads = max(1.0, work.batch_heads / shared)
+    ends = 2 * work.batch_heads * work.queries + 2 * kv_heads * work.keys
+    scores = work.score_bytes
+    if not work.fused(software.widest) and not scores:
+        scores = (
+            2 * 2.0 * work.batch_heads * work.queries * work.keys
+        )  # written and read in 16 bits
+    return ends * work.head_dim * software.element + scores
+
+
+def attention_work(
+    model: ModelSpec, layout: Layout, shape: AttentionShape, flops: float, scores: float
+) -> AttentionWork:
+    """What is left to compute on one rank; all exchanges but score-reduce and none have whole heads."""
+    local = layout.exchange in ("none", "score-reduce") and layout.segments > 1
+    head_dim = shape.layout.segment_dim if local else model.head_dim
+    pairs = max(shape.visible_pairs, 1)
+    per_head = 4.0 * head_dim * pairs
+    if layout.exchange == "gather-qk":
+        per_head = 2.0 * (head_dim + shape.layout.segment_dim) * pairs
+    if scores:
+        per_head = 4.0 * head_dim * shape.query_length * shape.key_length
+    window = shape.window[0] if shape.window is not None else shape.key_length
+    return AttentionWork(
+        flops=flops,
+        batch_heads=max(1.0, layout.cp * flops / per_head),
+        queries=shape.query_length / layout.cp,
+        keys=shape.key_length,
+        head_dim=head_dim,
+        grouped=model.num_kv_heads < model.num_heads,
+        positions=min(shape.key_length / layout.cp, max(window, 128)),
+        score_bytes=scores,
+        fusible=layout.exchange not in UNFUSED_EXCHANGES or layout.segments == 1,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def outer_steps(
+    model: ModelSpec,
+    layout: Layout,
+    sequence: int,
+    cluster: Cluster,
+    software: Software,
+    *,
+    first: bool,
+) -> tuple[Step, ...]:
+    """The embedding (`first`), or the final norm, the output layer and the loss, per micro-batch."""
+    record = Recorder(
+        cluster, "bf16" if software.precision == "fp8" else software.precision, software.element
+    )
+    tokens = layout.micro_batch * sequence / layout.cp
+    own = tokens / layout.tp if layout.sequence_parallel else tokens
+    hidden = model.hidden_size
+    group, size = layout.tp_group, tokens * hidden * record.element
+    if first:
+        record.stream("embedding", tokens * hidden, 2, 2, f"[{tokens:.0f}, {hidden}]")
+        if layout.sequence_parallel:
+            record.collective("embedding output", FORWARD, "reduce-scatter", size, group, "tp")
+            record.collective("embedding gradient", BACKWARD, "all-gather", size, group, "tp")
+        else:
+            record.collective("embedding output", FORWARD, "all-reduce", size, group, "tp")
+        return tuple(record.steps)
+    vocab = model.padded_vocab(layout.tp) / layout.tp
+    norm(record, "final norm", model, own, Software(precision=record.precision))
+    column_parallel(record, "output_layer", tokens, vocab, hidden, layout, software)
+    # Logits become fp32; maximum, exponential, sum and the gradient read and write them again.
+    record.stream("cross entropy", tokens * vocab, 10, 6, f"[{tokens:.0f}, {vocab:.0f}]")
+    record.collective("loss", FORWARD, "all-reduce", 3 * 4 * tokens, group, "tp", messages=3)
+    return tuple(record.steps)

@@ -1,0 +1,147 @@
+"""The pipeline of one layout in time: as text, and as a trace for chrome://tracing and ui.perfetto.dev."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from helix_megatron.plan.explain import kinds_of_layers
+from helix_megatron.plan.layouts import Layout, strip
+from helix_megatron.plan.results import Plan
+from helix_megatron.plan.schedule import Timeline, simulate
+from helix_megatron.plan.score import iteration, layers_cost, outer_cost
+from helix_megatron.plan.steps import BACKWARD, FORWARD, Step, in_order
+
+# Micro-batches that a trace holds at most: the schedule repeats, and browsers have limits.
+MOST_SLOTS = 20000
+MICROSECONDS = 1e6
+
+
+def timeline(plan: Plan, layout: Layout) -> Timeline:
+    """The pipeline, event by event."""
+    forward, backward, message = chunk_seconds(plan, layout)
+    batches = layout.micro_batches(plan.job.global_batch)
+    most = max(layout.pp, MOST_SLOTS // (2 * layout.pp * layout.vp) // layout.pp * layout.pp)
+    return simulate(forward, backward, min(batches, most), message)
+
+
+def chunk_seconds(plan: Plan, layout: Layout) -> tuple[list[list[float]], list[list[float]], float]:
+    """(forward, backward) seconds of [stage][chunk], and those of a message."""
+    model, job = plan.model, plan.job
+    if job.task == "decode":
+        layers = sum(
+            n * sum(s.exposed for s in steps) for _, n, steps in kinds_of_layers(plan, layout)
+        )
+        each = layers / layout.pp
+        return [[each]] * layout.pp, [[0.0]] * layout.pp, 0.0
+    arguments = (model, strip(layout), job.sequence, plan.cluster, plan.software)
+    cost = layers_cost(*arguments)
+    again = {"none": 0.0, "selective": cost.attention, "full": cost.forward}[layout.recompute]
+    chunks = layout.pp * layout.vp
+    forward = [[cost.forward / chunks] * layout.vp for _ in range(layout.pp)]
+    if job.task == "prefill":
+        return forward, [[0.0]] * layout.pp, 0.0
+    backward = [[(cost.backward + again) / chunks] * layout.vp for _ in range(layout.pp)]
+    first, last = outer_cost(*arguments, True), outer_cost(*arguments, False)
+    forward[0][0] += first.forward
+    backward[0][0] += first.backward
+    forward[-1][-1] += last.forward
+    backward[-1][-1] += last.backward
+    found = iteration(model, layout, job, plan.cluster, plan.software)
+    return forward, backward, found.hop
+
+
+def pipeline_text(plan: Plan, layout: Layout, width: int = 100) -> str:
+    """The pipeline drawn with letters: F forward, b backward, a dot where a stage waits."""
+    if layout.pp == 1:
+        return "\nNo pipeline: one stage.\n"
+    found = timeline(plan, layout)
+    lines = [
+        f"\nPipeline, event by event (simulated): {found.seconds:.3f} s, bubble {found.bubble:.1%}. "
+        "F forward, b backward, . waits"
+    ]
+    shown = range(layout.pp) if layout.pp <= 16 else [*range(8), *range(layout.pp - 8, layout.pp)]
+    for stage in shown:
+        row = ["."] * width
+        for slot in found.slots:
+            if slot.stage == stage:
+                low = int(slot.start / found.seconds * width)
+                high = max(low + 1, int(slot.end / found.seconds * width))
+                row[low:high] = ["b" if slot.backward else "F"] * (min(high, width) - low)
+        lines.append(f"  stage {stage:>3} {''.join(row[:width])}")
+    return "\n".join(lines) + "\n"
+
+
+def trace_json(plan: Plan, layout: Layout) -> dict[str, Any]:
+    """Chrome's trace format: a process for each pipeline stage; operators of the first forward and backward."""
+    found = timeline(plan, layout)
+    events: list[dict[str, Any]] = []
+    for stage in range(layout.pp):
+        events.append(_name("process_name", stage, f"pipeline stage {stage} (simulated)"))
+        for thread, name in ((0, "schedule"), (1, "operators"), (2, "communication")):
+            events.append(_name("thread_name", stage, name, thread))
+    detailed: set[tuple[int, bool]] = set()
+    for slot in found.slots:
+        phase = BACKWARD if slot.backward else FORWARD
+        events.append(
+            {
+                "name": f"{phase} {slot.micro_batch}"
+                + (f" chunk {slot.chunk}" if layout.vp > 1 else ""),
+                "cat": phase,
+                "ph": "X",
+                "pid": slot.stage,
+                "tid": 0,
+                "ts": slot.start * MICROSECONDS,
+                "dur": (slot.end - slot.start) * MICROSECONDS,
+                "args": {"micro_batch": slot.micro_batch, "chunk": slot.chunk},
+            }
+        )
+        if (slot.stage, slot.backward) not in detailed:
+            detailed.add((slot.stage, slot.backward))
+            events += _operators(plan, layout, slot.stage, phase, slot.start)
+    return {
+        "traceEvents": events,
+        "displayTimeUnit": "ms",
+        "otherData": {
+            "simulated": True,
+            "layout": layout.describe(),
+            "model": plan.model.name,
+            "cluster": plan.cluster.name,
+            "micro_batches_of_the_step": layout.micro_batches(plan.job.global_batch),
+        },
+    }
+
+
+def _operators(
+    plan: Plan, layout: Layout, stage: int, phase: str, start: float
+) -> list[dict[str, Any]]:
+    """The steps of one layer of each kind, one after the other; what is hidden runs beside."""
+    events, now = [], start
+    for name, _, steps in kinds_of_layers(plan, layout):
+        for step in in_order(steps, phase):
+            events.append(_event(step, name, stage, now - step.hidden))
+            now += step.exposed
+    return events
+
+
+def _event(step: Step, layer: str, stage: int, start: float) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "cat": step.kind,
+        "ph": "X",
+        "pid": stage,
+        "tid": 2 if step.axis else 1,
+        "ts": max(0.0, start) * MICROSECONDS,
+        "dur": step.seconds * MICROSECONDS,
+        "args": {
+            "layer": layer,
+            "shape": step.shape,
+            "flops": step.flops,
+            "bytes_sent": step.sent,
+            "axis": step.axis,
+            "link": step.link,
+        },
+    }
+
+
+def _name(kind: str, process: int, name: str, thread: int = 0) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}

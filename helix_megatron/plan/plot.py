@@ -1,0 +1,124 @@
+"""Throughput and memory over layouts, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from helix_megatron.errors import HelixError
+from helix_megatron.plan.results import Plan
+from helix_megatron.plan.verdict import RIVALS, rivals
+
+COLOURS = {
+    "Helix (m > 1)": "#d1495b",
+    "m = 1": "#8d99ae",
+    "TP × PP": "#2e86ab",
+    "context parallel": "#3b8e5a",
+}
+MOST_BARS = 16
+
+
+def plot(plan: Plan, path: Path) -> None:
+    """Left: every layout that fits, memory against tokens per second. Right: the best, with their memory.
+
+    Raises:
+        HelixError: the file cannot be written, or matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise HelixError("--plot needs matplotlib: pip install matplotlib.") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (cloud, bars) = plt.subplots(1, 2, figsize=(14, 6), width_ratios=(1, 1.15))
+    tokens = plan.job.global_batch * (1 if plan.job.task == "decode" else plan.job.sequence)
+    capacity = plan.cluster.chip.memory / 1e9
+    for name, wanted in RIVALS.items():
+        own = [row for row in plan.everything if wanted(row.layout)]
+        if name == "m = 1":
+            own = [r for r in own if r.layout.pp == 1 and r.layout.cp == 1]
+        if not own:
+            continue
+        cloud.scatter(
+            [row.memory / 1e9 for row in own],
+            [tokens / row.seconds for row in own],
+            s=14,
+            alpha=0.6,
+            label=f"{name} ({len(own)})",
+            color=COLOURS[name],
+        )
+    cloud.axvline(capacity, color="black", lw=0.8, ls=":")
+    cloud.annotate(
+        f" {capacity:.0f} GB",
+        (capacity, 0.02),
+        xycoords=("data", "axes fraction"),
+        fontsize=8,
+        ha="right",
+    )
+    cloud.set(
+        xlabel="simulated GB on the fullest GPU",
+        ylabel="simulated tokens per second",
+        xlim=(0, None),
+        ylim=(0, None),
+    )
+    cloud.yaxis.set_major_formatter("{x:,.0f}")
+    cloud.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False, fontsize=9)
+    cloud.set_title("every layout that fits", loc="left", fontsize=11)
+    _bars(plan, bars, tokens)
+    for axes in (cloud, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{plan.model.name} on {plan.gpus} GPUs, {plan.cluster.name}, {plan.job.task}: simulated",
+        x=0.01,
+        ha="left",
+    )
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise HelixError(f"cannot write {path}: {error.strerror}.") from error
+    finally:
+        plt.close(figure)
+
+
+def _bars(plan: Plan, axes: object, tokens: float) -> None:
+    """The fastest layouts that differ in their degrees of parallelism, and the best of each family."""
+    seen, rows = set(), []
+    best = list(rivals(plan).values())
+    for row in [*best, *plan.rows, *plan.everything]:
+        key = row.layout._replace(vp=1).describe()
+        if key not in seen:
+            seen.add(key)
+            rows.append(row)
+        if len(rows) == MOST_BARS:
+            break
+    rows.sort(key=lambda row: -row.seconds)
+    labels = [row.layout.describe().replace(" · ", "·") for row in rows]
+    colours = [
+        COLOURS[
+            next(
+                (
+                    n
+                    for n in ("Helix (m > 1)", "context parallel", "TP × PP")
+                    if RIVALS[n](r.layout)
+                ),
+                "m = 1",
+            )
+        ]
+        for r in rows
+    ]
+    places = range(len(rows))
+    axes.barh(places, [tokens / row.seconds for row in rows], color=colours, height=0.7)  # type: ignore[attr-defined]
+    for place, row in zip(places, rows, strict=True):
+        axes.annotate(  # type: ignore[attr-defined]
+            f" {tokens / row.seconds:,.0f} tokens/s, {row.memory / 1e9:.0f} GB",
+            (tokens / row.seconds, place),
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(places, labels, fontsize=8)  # type: ignore[attr-defined]
+    axes.set_xlim(0, 1.35 * max(tokens / row.seconds for row in rows))  # type: ignore[attr-defined]
+    axes.xaxis.set_major_formatter("{x:,.0f}")  # type: ignore[attr-defined]
+    axes.locator_params(axis="x", nbins=5)  # type: ignore[attr-defined]
+    axes.set_xlabel("simulated tokens per second")  # type: ignore[attr-defined]
+    axes.set_title("the best, and the best of each family", loc="left", fontsize=11)  # type: ignore[attr-defined]

@@ -1,0 +1,192 @@
+"""The plan as a table for the terminal and as JSON. Everything in it is simulated, and says so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from helix_megatron.plan.explain import attention_times
+from helix_megatron.plan.launch_commands import caveats, deepspeed_config, layout_words, model_words
+from helix_megatron.plan.results import Plan, Row
+from helix_megatron.plan.score import Prediction
+from helix_megatron.plan.verdict import missing_rival, rivals, verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+STEP = {"train": "s per step", "prefill": "s to first token", "decode": "ms per token"}
+EXAMPLES = 4
+
+
+def shown_rows(plan: Plan, count: int) -> list[tuple[int | None, Row]]:
+    """(number, row) of the table: the fastest, and the best of every rival family; rivals that were not asked
+    for have no number."""
+    numbers = {id(row): number for number, row in enumerate(plan.rows, start=1)}
+    wanted = {id(row): row for row in [*plan.rows[:count], *rivals(plan).values()]}
+    rows = sorted(wanted.values(), key=lambda row: (row.seconds, row.memory))
+    return [(numbers.get(id(row)), row) for row in rows]
+
+
+def print_plan(
+    plan: Plan, console: Console, *, count: int = 10, all_rejected: bool = False
+) -> None:
+    """Header, table, what was rejected, and the verdict."""
+    console.print(header(plan), highlight=False)
+    if plan.everything:
+        console.print(ranking_table(plan, count))
+    print_rejected(plan, console, everything=all_rejected)
+    helps, text = verdict(plan)
+    console.print()
+    if missing_rival(plan):
+        console.print(missing_rival(plan), highlight=False)
+    console.print(text, style="bold green" if helps else "bold", highlight=False)
+
+
+def header(plan: Plan) -> str:
+    """Model, cluster and job in two lines."""
+    model, job, cluster = plan.model, plan.job, plan.cluster
+    kind = f"{model.experts} experts, {model.topk} a token, " if model.experts else ""
+    return (
+        f"{model.name}: {model.parameters / 1e9:.1f} B parameters, {kind}{model.num_layers} layers, hidden "
+        f"{model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key-value heads of "
+        f"{model.head_dim}\n"
+        f"{plan.gpus} × {cluster.chip.name}, {cluster.name}: {cluster.domain} a domain of "
+        f"{cluster.domain_link}, {cluster.network_link} between. {job.task}, sequence {job.sequence}, batch "
+        f"{job.global_batch}, {plan.software.precision}. {len(plan.rows)} layouts fit, "
+        f"{len(plan.rejected)} do not. All figures are simulated."
+    )
+
+
+def ranking_table(plan: Plan, count: int) -> Table:
+    """The fastest layouts and their rivals."""
+    from rich.table import Table
+
+    names: dict[int, list[str]] = {}
+    for name, row in rivals(plan).items():
+        names.setdefault(id(row), []).append(name)
+    table = Table(title=f"Layouts of {plan.model.name} by {STEP[plan.job.task]} (simulated)")
+    table.add_column("#", justify="right")
+    table.add_column("layout", overflow="fold", min_width=18)
+    table.add_column("queries, exchange", overflow="fold")
+    for title in ("batch", "recompute"):
+        table.add_column(title)
+    for title in (STEP[plan.job.task], "tokens/s", "MFU", "GB", "exposed", "hidden", "bubble"):
+        table.add_column(title, justify="right")
+    table.add_column("best of", overflow="fold")
+    for number, row in shown_rows(plan, count):
+        p = plan.predict(row.layout)
+        table.add_row(*_cells(plan, number, p), ", ".join(names.get(id(row), ())))
+    return table
+
+
+def _cells(plan: Plan, number: int | None, p: Prediction) -> list[str]:
+    layout = p.layout
+    if layout.segments == 1:
+        exchange = "whole heads"
+    elif plan.job.task == "decode":
+        exchange = f"cache {layout.cache}"
+    else:
+        exchange = f"{layout.query_layout}, {layout.exchange}"
+    without = layout.tp > 1 and not layout.sequence_parallel and plan.job.task != "decode"
+    seconds = f"{p.seconds * 1e3:.2f}" if plan.job.task == "decode" else f"{p.seconds:.3f}"
+    peak = plan.cluster.chip.flops[
+        "bf16" if plan.software.precision == "fp8" else plan.software.precision
+    ]
+    return [
+        "–" if number is None else str(number),
+        layout.describe() + (" · no SP" if without else ""),
+        exchange,
+        f"{layout.micro_batch} × {p.micro_batches}",
+        layout.recompute,
+        seconds,
+        f"{p.tokens_per_second:,.0f}",
+        f"{p.flops_per_gpu / peak:.0%}",
+        f"{p.memory.total / 1e9:.1f}",
+        f"{p.exposed / p.seconds:.0%}",
+        f"{p.hidden / p.seconds:.0%}",
+        f"{p.bubble:.0%}",
+    ]
+
+
+def print_rejected(plan: Plan, console: Console, *, everything: bool = False) -> None:
+    """Why the others are not ranked: all of them, or a few of each kind."""
+    counts = Counter(rejected.kind for rejected in plan.rejected)
+    for kind, number in counts.most_common():
+        of_kind = [rejected for rejected in plan.rejected if rejected.kind == kind]
+        shown = of_kind if everything else of_kind[:EXAMPLES]
+        console.print(f"\nrejected, {kind}: {number}", style="bold", highlight=False)
+        for rejected in shown:
+            console.print(f"  {rejected.what}: {rejected.reason}", highlight=False)
+        if len(shown) < number:
+            console.print(
+                f"  … and {number - len(shown)} more (--rejected shows all)", highlight=False
+            )
+
+
+# -------------------------------------------------------------------------------- JSON
+
+
+def prediction_json(plan: Plan, p: Prediction) -> dict[str, Any]:
+    """One layout."""
+    memory = {name: getattr(p.memory, name) for name in p.memory.__dataclass_fields__}
+    core, exchange = attention_times(plan, p.layout)
+    return {
+        "simulated": True,
+        "layout": p.layout._asdict() | {"head_groups": p.layout.head_groups},
+        "description": p.layout.describe(),
+        "simulated_seconds": p.seconds,
+        "simulated_tokens_per_second": p.tokens_per_second,
+        "model_flops_per_second_per_gpu": p.flops_per_gpu,
+        "micro_batches": p.micro_batches,
+        "bubble": p.bubble,
+        "attention_seconds_per_layer": {"core": core, "exchange": exchange},
+        "seconds_of": p.terms,
+        "memory_bytes": memory | {"total": p.memory.total},
+        "communication": [traffic.__dict__ for traffic in p.traffic],
+        "exposed_communication_seconds": p.exposed,
+        "hidden_communication_seconds": p.hidden,
+        "megatron_flags": [
+            *model_words(plan.model),
+            *layout_words(plan.model, p.layout, plan.job, plan.software),
+        ],
+        "deepspeed": deepspeed_config(plan.model, p.layout, plan.job, plan.software)[0],
+        "caveats": caveats(p.layout, plan.job, plan.software),
+    }
+
+
+def plan_json(plan: Plan, count: int) -> dict[str, Any]:
+    """The plan: rows that the table shows in full, all rows in short, all that was rejected."""
+    helps, text = verdict(plan)
+    return {
+        "simulated": True,
+        "model": {
+            "name": plan.model.name,
+            "parameters": plan.model.parameters,
+            "active_parameters": plan.model.active_parameters,
+            "source": plan.model.source,
+        },
+        "cluster": {"name": plan.cluster.name, "source": plan.cluster.source, "gpus": plan.gpus},
+        "job": plan.job.__dict__,
+        "software": plan.software.__dict__,
+        "helix_helps": helps,
+        "verdict": text,
+        "rival_not_ranked": missing_rival(plan),
+        "rivals": {
+            name: prediction_json(plan, plan.predict(row.layout))
+            for name, row in rivals(plan).items()
+        },
+        "shown": {
+            str(number): prediction_json(plan, plan.predict(row.layout))
+            for number, row in enumerate(plan.rows[:count], start=1)
+        },
+        "rows": [
+            {
+                "layout": row.layout._asdict(),
+                "simulated_seconds": row.seconds,
+                "memory_bytes": row.memory,
+            }
+            for row in plan.rows
+        ],
+        "rejected": [rejected.__dict__ for rejected in plan.rejected],
+    }

@@ -1,0 +1,86 @@
+"""What a search is asked for and what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from helix_megatron.plan.clusters import Cluster
+from helix_megatron.plan.inference import predict_decode, predict_prefill
+from helix_megatron.plan.layouts import Layout
+from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.score import Prediction, predict_training
+from helix_megatron.plan.settings import Job, Software
+
+PREDICT: dict[str, Callable[..., Prediction]] = {
+    "train": predict_training,
+    "prefill": predict_prefill,
+    "decode": predict_decode,
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user has fixed; None leaves it free. Rivals are enumerated whatever is fixed."""
+
+    tp: int | None = None
+    pp: int | None = None
+    cp: int | None = None
+    vp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
+    segments: int | None = None
+    micro_batch: int | None = None
+    exchange: str | None = None
+    query_layout: str | None = None
+    recompute: str | None = None
+    sequence_parallel: bool | None = None
+    cache: str | None = None
+    max_tp: int | None = None
+
+    def allow(self, layout: Layout) -> bool:
+        """Whether a layout is what the user asked for."""
+        wanted = layout._asdict()
+        fixed = self.__dict__.items()
+        return all(value in (None, wanted[key]) for key, value in fixed if key != "max_tp")
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A layout, or all layouts that have something in common, and why it is not ranked."""
+
+    what: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout that fits: predicted seconds of a step and bytes of the fullest GPU."""
+
+    layout: Layout
+    seconds: float
+    memory: float
+
+
+@dataclass
+class Plan:
+    """The result. `rows`: what was asked for, from the fastest. `everything`: those and all rivals, likewise.
+    `rejected`: in the order of the search."""
+
+    model: ModelSpec
+    cluster: Cluster
+    job: Job
+    software: Software
+    gpus: int
+    rows: list[Row] = field(default_factory=list)
+    everything: list[Row] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+    def predict(self, layout: Layout) -> Prediction:
+        """Everything about one layout."""
+        return PREDICT[self.job.task](self.model, layout, self.job, self.cluster, self.software)
+
+    def best(self, wanted: Callable[[Layout], bool]) -> Row | None:
+        """The fastest row of a family, asked for or not."""
+        return next((row for row in self.everything if wanted(row.layout)), None)

@@ -1,0 +1,302 @@
+"""Predicted seconds, memory and communication of one training layout. All of it is simulated."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from helix_megatron.plan.clusters import Cluster
+from helix_megatron.plan.collective_time import (
+    Group,
+    collective_seconds,
+    point_to_point_seconds,
+    sent_bytes,
+)
+from helix_megatron.plan.constants import (
+    ITERATION_OVERHEAD,
+    MEMORY_EFFICIENCY,
+    OPTIMIZER_TRAFFIC,
+    OVERLAP_ROOM,
+    WEIGHT_BYTES,
+)
+from helix_megatron.plan.layouts import Layout, strip
+from helix_megatron.plan.memory import Memory, expert_weights, rank_weights, training_memory
+from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.operators import (
+    attention_part,
+    attention_steps,
+    layer_kinds,
+    mlp_part,
+    mlp_steps,
+    outer_steps,
+)
+from helix_megatron.plan.schedule import pipeline_seconds
+from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.steps import BACKWARD, Step
+from helix_megatron.plan.traffic import Traffic, final_reductions, message_bytes, stage_traffic
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One layout, predicted.
+
+    seconds: of a training iteration; until the first token of every prompt (prefill); of a token of each
+    sequence (decode). terms: named seconds that add up to it. bubble: share of the time in which the busiest
+    pipeline stage waits. traffic: of a rank of the last pipeline stage.
+    """
+
+    layout: Layout
+    seconds: float
+    tokens: int
+    memory: Memory
+    terms: dict[str, float]
+    traffic: tuple[Traffic, ...]
+    bubble: float
+    model_flops: float
+    micro_batches: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of communication that nothing hides."""
+        return sum(t.exposed for t in self.traffic)
+
+    @property
+    def hidden(self) -> float:
+        return sum(t.seconds - t.exposed for t in self.traffic)
+
+    @property
+    def flops_per_gpu(self) -> float:
+        """Model FLOP/s of one GPU."""
+        return self.model_flops / self.seconds / self.layout.gpus
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Exposed seconds of all layers of a model; attention: core attention and its exchange, forward."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    attention: float = 0.0
+
+
+@functools.lru_cache(maxsize=16384)
+def layers_cost(
+    model: ModelSpec, stripped: Layout, sequence: int, cluster: Cluster, software: Software
+) -> Cost:
+    """All layers of the model, one micro-batch."""
+    forward = backward = core = 0.0
+    arguments = (sequence, cluster, software)
+    for experts, windowed, count in layer_kinds(model):
+        attention = _attention_cost(model, attention_part(stripped), *arguments, windowed)
+        mlp = _mlp_cost(model, mlp_part(stripped), *arguments, experts)
+        forward += count * (attention.forward + mlp.forward)
+        backward += count * (attention.backward + mlp.backward)
+        core += count * attention.attention
+    return Cost(forward, backward, core)
+
+
+@functools.lru_cache(maxsize=16384)
+def _attention_cost(model: ModelSpec, part: Layout, *arguments: Any) -> Cost:
+    return _cost(attention_steps(model, part, *arguments))
+
+
+@functools.lru_cache(maxsize=16384)
+def _mlp_cost(model: ModelSpec, part: Layout, *arguments: Any) -> Cost:
+    return _cost(mlp_steps(model, part, *arguments))
+
+
+@functools.lru_cache(maxsize=16384)
+def outer_cost(
+    model: ModelSpec,
+    stripped: Layout,
+    sequence: int,
+    cluster: Cluster,
+    software: Software,
+    first: bool,
+) -> Cost:
+    """The embedding, or the output and the loss, one micro-batch."""
+    return _cost(outer_steps(model, stripped, sequence, cluster, software, first=first))
+
+
+def _cost(steps: Iterable[Step]) -> Cost:
+    forward = backward = attention = 0.0
+    for step in steps:
+        exposed = step.seconds - step.hidden
+        if step.phase == BACKWARD:
+            backward += exposed
+            continue
+        forward += exposed
+        if step.kind == "attention" or step.axis in ("exchange", "cp"):
+            attention += exposed
+    return Cost(forward, backward, attention)
+
+
+class Iteration(NamedTuple):
+    """What `predict_training` and the search share: seconds, and the parts that reports name."""
+
+    seconds: float
+    pipeline: float
+    busy: float
+    per_micro_batch: tuple[float, float, float, float]  # forward, backward, recomputed, message
+    hop: float
+    data_parallel: tuple[tuple[float, float, float], tuple[float, float, float]]
+    final: float
+    optimizer: float
+    batches: int
+
+
+def iteration(
+    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
+) -> Iteration:
+    """Seconds of one training iteration."""
+    stripped = strip(layout)
+    arguments = (model, stripped, job.sequence, cluster, software)
+    batches = layout.micro_batches(job.global_batch)
+    cost = layers_cost(*arguments)
+    first, last = outer_cost(*arguments, True), outer_cost(*arguments, False)
+    forward, backward = cost.forward / layout.pp, cost.backward / layout.pp
+    recomputed = {"none": 0.0, "selective": cost.attention, "full": cost.forward}[layout.recompute]
+    recomputed /= layout.pp
+    layers = forward + backward + recomputed
+    message, hop = messages(model, layout, job, cluster, software, layers)
+    per_stage = [layers + message] * layout.pp
+    per_stage[0] += first.forward + first.backward
+    per_stage[-1] += last.forward + last.backward
+    pipeline = pipeline_seconds(per_stage, batches, layout.vp, hop)
+    room = OVERLAP_ROOM * layout.vp if software.dp_overlap else 0.0
+    reduced, gathered = _data_parallel(
+        model, layout._replace(recompute="none", vp=1, micro_batch=1), cluster, software
+    )
+    data_parallel = (
+        (*reduced, max(0.0, reduced[1] - room * (backward + recomputed))),
+        (*gathered, max(0.0, gathered[1] - room * forward)),
+    )
+    optimizer = _optimizer_seconds(model, layout, cluster, software)
+    exposed = data_parallel[0][2] + data_parallel[1][2]
+    final = sum(
+        collective_seconds(cluster, "all-reduce", size, group)
+        for _, size, group in final_reductions(model, layout)
+    )
+    return Iteration(
+        seconds=pipeline + exposed + final + optimizer + ITERATION_OVERHEAD,
+        pipeline=pipeline,
+        busy=max(per_stage) * batches,
+        per_micro_batch=(forward, backward, recomputed, message),
+        hop=hop,
+        data_parallel=data_parallel,
+        final=final,
+        optimizer=optimizer,
+        batches=batches,
+    )
+
+
+def predict_training(
+    model: ModelSpec,
+    layout: Layout,
+    job: Job,
+    cluster: Cluster,
+    software: Software,
+    stage: int | None = None,
+) -> Prediction:
+    """One training iteration, with everything that reports show; traffic of a rank of the last stage, or of
+    the stage that is named."""
+    found = iteration(model, layout, job, cluster, software)
+    batches = found.batches
+    forward, backward, recomputed, message = found.per_micro_batch
+    terms = {
+        "layers, forward": batches * forward,
+        "layers, backward": batches * backward,
+        "recomputation": batches * recomputed,
+        "embedding, output and loss": found.busy - batches * sum(found.per_micro_batch),
+        "pipeline messages, exposed": batches * message,
+        "pipeline bubble": found.pipeline - found.busy,
+        "data parallel, exposed": sum(row[2] for row in found.data_parallel),
+        "gradients of norms and tied embeddings": found.final,
+        "optimizer": found.optimizer,
+        "host": ITERATION_OVERHEAD,
+    }
+    tokens = job.global_batch * job.sequence
+    return Prediction(
+        layout=layout,
+        seconds=found.seconds,
+        tokens=tokens,
+        memory=training_memory(model, layout, job, software),
+        terms=terms,
+        traffic=stage_traffic(
+            model,
+            layout,
+            job,
+            cluster,
+            software,
+            batches,
+            stage=layout.pp - 1 if stage is None else stage,
+            data_parallel=found.data_parallel,
+            hop=found.hop,
+            message=message,
+        ),
+        bubble=(found.pipeline - found.busy) / found.seconds,
+        model_flops=model.flops_per_token(job.sequence) * tokens,
+        micro_batches=batches,
+    )
+
+
+# ------------------------------------------------------------------------------ parts
+
+
+def messages(
+    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software, layers: float
+) -> tuple[float, float]:
+    """(seconds of messages that each micro-batch waits for on a stage, seconds of one message)."""
+    if layout.pp == 1:
+        return 0.0, 0.0
+    size = message_bytes(model, layout, job, software)
+    hop = point_to_point_seconds(cluster, size, layout.pp_group)
+    if software.scatter_gather and not layout.sequence_parallel:
+        hop += collective_seconds(cluster, "all-gather", size * layout.tp, layout.tp_group)
+    if layout.vp > 1:  # overlapped with the other chunks, as far as they last
+        return max(0.0, 2 * layout.vp * hop - layers), hop
+    return 2 * hop, hop
+
+
+@functools.lru_cache(maxsize=16384)
+def _data_parallel(
+    model: ModelSpec, layout: Layout, cluster: Cluster, software: Software
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(bytes, seconds) of reducing gradients, and of gathering weights, on the stage with most weights."""
+    kind = "reduce-scatter" if software.distributed_optimizer else "all-reduce"
+    wanted = [(kind, software.gradient_bytes)]
+    if software.distributed_optimizer:
+        wanted.append(("all-gather", WEIGHT_BYTES))
+    parts = [(rank_weights(model, layout), layout.dp_group)]
+    if model.experts:
+        parts.append((expert_weights(model, layout), layout.expert_dp_group))
+    found = []
+    for name, width in wanted:
+        size = sum(sent_bytes(name, n * width, group.ranks) for n, group in parts)
+        seconds = sum(_seconds(cluster, name, n * width, group) for n, group in parts)
+        found.append((size, seconds))
+    return found[0], found[1] if len(found) > 1 else (0.0, 0.0)
+
+
+def _seconds(cluster: Cluster, kind: str, size: float, group: Group) -> float:
+    return collective_seconds(cluster, kind, size, group) if group.ranks > 1 else 0.0
+
+
+def _optimizer_seconds(
+    model: ModelSpec, layout: Layout, cluster: Cluster, software: Software
+) -> float:
+    own = rank_weights(model, layout)
+    experts = expert_weights(model, layout)
+    if software.distributed_optimizer:
+        own = own / layout.dp_group.ranks + (
+            experts / layout.expert_dp_group.ranks if experts else 0.0
+        )
+    else:
+        own += experts
+    return own * OPTIMIZER_TRAFFIC / (cluster.chip.memory_bandwidth * MEMORY_EFFICIENCY)

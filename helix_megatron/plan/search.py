@@ -1,0 +1,428 @@
+"""All layouts of a model on a cluster: those that fit, ranked, and the others with the reason."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.plan.clusters import Cluster
+from helix_megatron.plan.inference import CACHES, cache_refusal, inference_memory
+from helix_megatron.plan.layouts import Layout, attention_shape, head_layout, strip
+from helix_megatron.plan.memory import RECOMPUTE, training_bytes, training_states
+from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.operators import EXCHANGES, exchange_costs
+from helix_megatron.plan.results import Limits, Plan, Rejected, Row
+from helix_megatron.plan.score import iteration, layers_cost
+from helix_megatron.plan.settings import Job, Software
+
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+LEAST_CHUNK = 256  # tokens of a sequence on a context parallel rank; fewer were never worth a ring
+
+
+def search(
+    model: ModelSpec,
+    gpus: int,
+    cluster: Cluster,
+    job: Job,
+    software: Software,
+    limits: Limits | None = None,
+) -> Plan:
+    """Enumerate, reject, predict and rank.
+
+    Raises:
+        HelixError: no GPUs, more than the cluster has, or a precision that its chip lacks.
+    """
+    if gpus < 1:
+        raise HelixError(f"--gpus {gpus} must be at least 1.")
+    if cluster.gpus is not None and gpus > cluster.gpus:
+        raise HelixError(f"--gpus {gpus}: cluster {cluster.name} has {cluster.gpus}.")
+    needed = {"fp8": ("fp8", "bf16")}.get(software.precision, (software.precision,))
+    lacking = [name for name in needed if name not in cluster.chip.flops]
+    if lacking:
+        raise HelixError(
+            f"chip {cluster.chip.name} has no {lacking[0]}. Valid precisions there: "
+            f"{listed(cluster.chip.flops)}."
+        )
+    plan = Plan(model, cluster, job, software, gpus)
+    limits = limits or Limits()
+    collecting = gc.isenabled()
+    gc.disable()  # a hundred thousand steps stay in caches: looking for garbage among them takes its time
+    try:
+        _Search(plan, limits).run()
+    finally:
+        if collecting:
+            gc.enable()
+    plan.everything.sort(key=lambda row: (row.seconds, row.memory))
+    plan.rows = [row for row in plan.everything if limits.allow(row.layout)]
+    return plan
+
+
+class _Search:
+    """The state of one enumeration."""
+
+    def __init__(self, plan: Plan, limits: Limits) -> None:
+        self.plan, self.limits = plan, limits
+        self.model, self.job, self.software = plan.model, plan.job, plan.software
+        self.cluster, self.gpus = plan.cluster, plan.gpus
+        self.training = plan.job.task == "train"
+        self.seen: set[tuple[str, str]] = set()
+        # (expert parallel, expert tensor parallel): that fit at a (TP, CP, PP, DP); seconds of a layer with it.
+        self.dealt: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        self.speed: dict[Layout, dict[tuple[int, int], float]] = {}
+
+    def reject(self, what: str, kind: str, reason: str) -> None:
+        if (what, reason) not in self.seen:
+            self.seen.add((what, reason))
+            self.plan.rejected.append(Rejected(what, kind, reason))
+
+    def run(self) -> None:
+        for tp in self._tensor_parallel():
+            for segments, query_layout in self._head_cuts(tp):
+                for cp in self._context_parallel(tp, segments):
+                    for base in self._micro_batches(tp, cp, segments, query_layout):
+                        for cut in self._exchanges(base):
+                            for layer in self._sequence_parallel(cut):
+                                self._pipelines(layer)
+
+    # ------------------------------------------------------- inside a layer
+
+    def _tensor_parallel(self) -> Iterator[int]:
+        """TP sizes that the widths of the model allow."""
+        model, most = self.model, self.limits.max_tp or max(4 * self.cluster.domain, 16)
+        widths = {"hidden size": model.hidden_size}
+        if model.dense_layers:
+            widths["FFN hidden size"] = model.ffn_hidden_size
+        if model.shared_ffn:
+            widths["hidden size of the shared experts"] = model.shared_ffn
+        for tp in divisors(self.gpus):
+            if tp > most and self.limits.tp != tp:
+                spans = -(-tp // self.cluster.domain)
+                self.reject(
+                    f"TP {tp}",
+                    "too wide",
+                    f"a group would span {spans} domains of {self.cluster.domain} GPUs in every layer; more "
+                    f"than {most} is tried only with --max-tensor-parallel {tp}",
+                )
+                continue
+            bad = [(name, size) for name, size in widths.items() if size % tp]
+            if bad:
+                name, size = bad[0]
+                self.reject(
+                    f"TP {tp}",
+                    "not divisible",
+                    f"{name} {size} is not divisible by {tp}; nearest that divide it: {_nearest(size, tp)}",
+                )
+                continue
+            yield tp
+
+    def _head_cuts(self, tp: int) -> Iterator[tuple[int, str]]:
+        """(m, query layout) for m·n = TP; m = 1 first."""
+        model = self.model
+        for m in divisors(tp):
+            what = f"TP {tp}, m {m}"
+            if m == 1:
+                reason = self._stock_refusal(tp)
+                if reason:
+                    self.reject(what, "not divisible", reason)
+                else:
+                    yield 1, "segments"
+                continue
+            for query_layout in (
+                ("heads", "segments") if self.job.task != "decode" else ("segments",)
+            ):
+                try:
+                    head_layout(model, tp, m, query_layout)
+                except HelixError as error:
+                    # Query layout heads needs what segments needs, and whole heads for every rank.
+                    self.reject(f"{what}, queries {query_layout}", "not divisible", str(error))
+                    continue
+                yield m, query_layout
+
+    def _stock_refusal(self, tp: int) -> str:
+        model = self.model
+        if model.num_heads % tp:
+            return (
+                f"{model.num_heads} query heads cannot be dealt whole to {tp} ranks; nearest that divide them: "
+                f"{_nearest(model.num_heads, tp)}"
+            )
+        if model.num_kv_heads % tp and tp % model.num_kv_heads:
+            return (
+                f"Megatron needs {tp} to divide the {model.num_kv_heads} key-value heads or be a multiple of "
+                f"them; nearest: {_nearest(model.num_kv_heads, tp)}"
+            )
+        return ""
+
+    def _context_parallel(self, tp: int, segments: int) -> Iterator[int]:
+        for cp in divisors(self.gpus // tp):
+            if cp == 1:
+                yield 1
+            elif segments > 1:
+                continue  # Helix refuses context parallelism
+            elif self.job.task == "decode":
+                self.reject(
+                    f"CP {cp}",
+                    "not modelled",
+                    "a token's cache dealt to context parallel ranks; cache sequence of Helix is the nearest",
+                )
+            elif self.job.sequence % (2 * cp):
+                self.reject(
+                    f"CP {cp}",
+                    "not divisible",
+                    f"sequence length {self.job.sequence} is not divisible by 2·{cp} chunks",
+                )
+            elif self.job.sequence // cp < LEAST_CHUNK and self.limits.cp != cp:
+                self.reject(
+                    f"CP {cp}",
+                    "too small",
+                    f"leaves {self.job.sequence // cp} tokens of a sequence to a rank, under {LEAST_CHUNK}",
+                )
+            else:
+                yield cp
+
+    def _micro_batches(
+        self, tp: int, cp: int, segments: int, query_layout: str
+    ) -> Iterator[Layout]:
+        """Layouts of a layer, sequence parallel where they can be."""
+        sequence = self.job.sequence
+        parallel = tp > 1 and self.job.task != "decode" and sequence // cp % tp == 0
+        if tp > 1 and not parallel and self.job.task != "decode":
+            why = f"sequence length {sequence} is not divisible by TP {tp}; nearest that is: "
+            why += str(-(-sequence // (tp * cp)) * tp * cp)
+            if self.model.experts and self.training:
+                self.reject(
+                    f"TP {tp}, CP {cp}", "not divisible", f"{why} (Megatron's MoE needs it)"
+                )
+                return
+            self.reject(f"TP {tp}, CP {cp}, sequence parallel", "not divisible", why)
+        sizes: tuple[int, ...] = MICRO_BATCHES
+        if self.job.task == "decode":
+            sizes = tuple(divisors(self.job.global_batch))
+        if self.limits.micro_batch:
+            sizes = tuple(sorted({*sizes, self.limits.micro_batch}))
+        for size in sizes:
+            if self.job.global_batch % size == 0:
+                yield Layout(
+                    tp=tp,
+                    cp=cp,
+                    segments=segments,
+                    query_layout=query_layout,
+                    micro_batch=size,
+                    sequence_parallel=parallel,
+                )
+
+    def _sequence_parallel(self, layer: Layout) -> Iterator[Layout]:
+        """With it, which saves memory, and without it, where that is faster or asked for."""
+        yield layer
+        if not layer.sequence_parallel or (self.model.experts and self.training):
+            return
+        without = layer._replace(sequence_parallel=False)
+        more = 100 * (self._layer_seconds(without) / self._layer_seconds(layer) - 1)
+        if more < 0 or self.limits.sequence_parallel is False:
+            yield without
+            return
+        self.reject(
+            f"{layer.describe()}, micro-batch {layer.micro_batch}, no sequence parallel",
+            "sequence parallel",
+            f"its layers are {more:.1f} % slower than with it, and keep more",
+        )
+
+    def _exchanges(self, base: Layout) -> Iterator[Layout]:
+        """The fastest exchange of each cut; the others are rejected with what they would cost more."""
+        if base.segments == 1:
+            yield base
+            return
+        what = f"TP {base.tp}, m {base.segments}, queries {base.query_layout}, micro-batch {base.micro_batch}"
+        if self.job.task == "decode":
+            for cache in CACHES:
+                layout = base._replace(cache=cache, exchange="none")
+                reason = cache_refusal(layout)
+                if reason:
+                    self.reject(f"{what}, cache {cache}", "cache layout", reason)
+                else:
+                    yield layout
+            return
+        timed: list[tuple[float, Layout]] = []
+        for name in EXCHANGES:
+            if name == "none":
+                continue
+            if EXCHANGES[name].query_layout != base.query_layout:
+                continue  # it is tried with the other query layout, where that fits
+            layout = base._replace(exchange=name)
+            shape = attention_shape(
+                self.model,
+                base.tp,
+                base.segments,
+                base.query_layout,
+                base.micro_batch,
+                self.job.sequence,
+                self.job.sequence,
+                self.software.element,
+                None,
+            )
+            reason = exchange_costs(name, shape)[0]
+            if reason:
+                self.reject(f"{what}, {name}", "exchange", reason)
+                continue
+            timed.append((self._layer_seconds(layout), layout))
+        timed.sort(key=lambda pair: pair[0])
+        for seconds, layout in timed[1:]:
+            if layout.exchange == self.limits.exchange:
+                yield layout
+                continue
+            more = 100 * (seconds / timed[0][0] - 1)
+            self.reject(
+                f"{what}, {layout.exchange}",
+                "exchange",
+                f"its layers are {more:.1f} % slower than with {timed[0][1].exchange}",
+            )
+        if timed:
+            yield timed[0][1]
+
+    # ------------------------------------------------------- between layers
+
+    def _pipelines(self, layer: Layout) -> None:
+        rest = self.gpus // (layer.tp * layer.cp)
+        layers = self.model.num_layers
+        for pp in divisors(rest):
+            if layers % pp:
+                self.reject(
+                    f"PP {pp}",
+                    "not divisible",
+                    f"{layers} layers cannot be dealt to {pp} stages; nearest that divide them: "
+                    f"{_nearest(layers, pp)}",
+                )
+                continue
+            dp = rest // pp
+            unit = dp * layer.micro_batch
+            if self.job.global_batch % unit:
+                self.reject(
+                    f"DP {dp}, micro-batch {layer.micro_batch}",
+                    "not divisible",
+                    f"global batch {self.job.global_batch} is not divisible by {dp} × {layer.micro_batch}; "
+                    f"nearest that is: {-(-self.job.global_batch // unit) * unit}",
+                )
+                continue
+            batches = self.job.global_batch // unit
+            for vp in self._chunks(pp, batches):
+                placed = layer._replace(pp=pp, dp=dp, vp=vp)
+                self._consider(self._expert_parallel(layer, placed))
+
+    def _chunks(self, pp: int, batches: int) -> Iterator[int]:
+        per_stage = self.model.num_layers // pp
+        yield 1
+        if pp == 1 or not self.training:
+            return
+        if batches % pp:
+            self.reject(
+                f"PP {pp} interleaved, {batches} micro-batches",
+                "not divisible",
+                f"the interleaved schedule needs micro-batches in multiples of {pp}",
+            )
+            return
+        yield from divisors(per_stage)[1:]
+
+    def _expert_parallel(self, layer: Layout, placed: Layout) -> list[Layout]:
+        """The ways to deal experts whose weights and states fit, those with the fastest layers first."""
+        if not self.model.experts:
+            return [placed]
+        place = placed.tp, placed.cp, placed.pp, placed.dp
+        if place not in self.dealt:
+            self.dealt[place] = self._deals(placed)
+        known = self.speed.setdefault(layer, {})
+        for pair in self.dealt[place]:
+            if pair not in known:
+                known[pair] = self._layer_seconds(layer._replace(ep=pair[0], etp=pair[1]))
+        order = sorted(self.dealt[place], key=known.__getitem__)
+        return [placed._replace(ep=ep, etp=etp) for ep, etp in order]
+
+    def _deals(self, layout: Layout) -> list[tuple[int, int]]:
+        """(expert parallel, expert tensor parallel) that fit, whatever the layer looks like."""
+        model, ranks = self.model, layout.tp * layout.cp * layout.dp
+        found = []
+        for ep in divisors(model.experts):
+            for etp in {1, layout.tp}:
+                if etp > 1 and model.biases:
+                    self.reject(
+                        f"ETP {etp}", "not divisible", "Megatron cannot cut experts with biases"
+                    )
+                elif ranks % (ep * etp) == 0 and model.moe_ffn % etp == 0:
+                    found.append(layout._replace(ep=ep, etp=etp))
+        capacity = self.cluster.chip.memory
+        fitting = [option for option in found if self._states(option) <= capacity]
+        if not fitting:
+            least = min(found, key=self._states)
+            self._does_not_fit(least, self._states(least), " for weights and states alone")
+        return [(option.ep, option.etp) for option in fitting]
+
+    def _states(self, layout: Layout) -> float:
+        """Bytes that do not depend on activations."""
+        if not self.training:
+            return inference_memory(self.model, layout, self.job, self.software).total
+        return training_states(self.model, layout, self.software).total
+
+    def _layer_seconds(self, layout: Layout) -> float:
+        cost = layers_cost(
+            self.model, strip(layout), self.job.sequence, self.cluster, self.software
+        )
+        return cost.forward + cost.backward * self.training
+
+    def _consider(self, options: list[Layout]) -> None:
+        """Rank the first option that fits, with as little recomputation as any needs."""
+        if not options:
+            return
+        capacity, limits = self.cluster.chip.memory, self.limits
+        choices = RECOMPUTE if self.training else RECOMPUTE[:1]
+        fixed = {"recompute": limits.recompute, "ep": limits.ep, "etp": limits.etp}
+        asked = [(key, value) for key, value in fixed.items() if value is not None]
+        fits, memories = False, {}
+        for i, recompute in enumerate(choices):
+            for option in options:
+                if option not in memories:
+                    memories[option] = self._memories(option)
+                memory = memories[option][i]
+                if memory > capacity:
+                    continue
+                layout = option._replace(recompute=recompute)
+                if fits and any(getattr(layout, key) != value for key, value in asked):
+                    continue
+                self.plan.everything.append(Row(layout, self._seconds(layout), memory))
+                fits = True
+                if not asked:
+                    return
+        if fits:
+            return
+        how = f" with {choices[-1]} recomputation" if self.training else ""
+        least = min(options, key=lambda option: memories[option][-1])
+        self._does_not_fit(least, memories[least][-1], how)
+
+    def _memories(self, layout: Layout) -> tuple[float, ...]:
+        """Bytes with each way of recomputation."""
+        if not self.training:
+            return (inference_memory(self.model, layout, self.job, self.software).total,)
+        return training_bytes(self.model, layout, self.job, self.software)
+
+    def _seconds(self, layout: Layout) -> float:
+        if not self.training:
+            return self.plan.predict(layout).seconds
+        return iteration(self.model, layout, self.job, self.cluster, self.software).seconds
+
+    def _does_not_fit(self, layout: Layout, memory: float, how: str) -> None:
+        detail = f"{layout.describe()}, micro-batch {layout.micro_batch}"
+        if layout.exchange != "none":
+            detail += f", {layout.exchange}"
+        capacity = self.cluster.chip.memory
+        self.plan.rejected.append(
+            Rejected(
+                detail,
+                "does not fit",
+                f"needs {memory / 1e9:.0f} GB a GPU{how}, of {capacity / 1e9:.0f} GB",
+            )
+        )
+
+
+def _nearest(number: int, wanted: int) -> str:
+    """The divisors next to a number, below and above."""
+    below = [d for d in divisors(number) if d < wanted]
+    above = [d for d in divisors(number) if d > wanted]
+    return listed(below[-1:] + above[:1])

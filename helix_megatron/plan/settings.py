@@ -1,0 +1,71 @@
+"""What is planned: the job, and how the training software runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helix_megatron.errors import HelixError, listed
+from helix_megatron.plan.constants import FUSED_HEAD_DIM
+
+TASKS = ("train", "prefill", "decode")
+PRECISIONS = ("bf16", "fp8", "fp32")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of one step.
+
+    task: train (an iteration), prefill (a batch of prompts) or decode (one token for each of a batch).
+    sequence: tokens of a sequence; context: positions already in the cache, for decode.
+    global_batch: sequences of a step over all ranks.
+    """
+
+    task: str = "train"
+    sequence: int = 4096
+    global_batch: int = 256
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise HelixError(f"--task {self.task} is unknown. Valid: {listed(TASKS)}.")
+        for flag, value in (
+            ("--sequence-length", self.sequence),
+            ("--global-batch", self.global_batch),
+        ):
+            if value < 1:
+                raise HelixError(f"{flag} {value} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Software:
+    """How the run is done; the defaults are the training script's on GPUs with what Megatron recommends.
+
+    fused_attention: a flash kernel for heads of up to fused_head_dim. tp_overlap: what of tensor parallel
+    communication runs beside matrix products: `none`; `backward`, as megatron-core overlaps it with the ones of
+    backward; `full`, with Transformer Engine's user buffers forward too. dp_overlap: gradients are
+    reduced during the last backward pass and weights gathered during the next forward. distributed_optimizer:
+    states are dealt to data parallel ranks. gradient_bytes: of a gradient on the wire.
+    scatter_gather: pipeline messages are cut over the tensor parallel ranks even without sequence parallelism,
+    as Megatron-LM did before it had that (arXiv 2104.04473, section 4.1). local_modules: Megatron's unfused
+    modules, which keep more, as on a CPU and in `helix graph`.
+    """
+
+    precision: str = "bf16"
+    fused_attention: bool = True
+    fused_head_dim: int = FUSED_HEAD_DIM
+    tp_overlap: str = "backward"
+    dp_overlap: bool = True
+    distributed_optimizer: bool = True
+    gradient_bytes: int = 4
+    dropout: bool = False
+    scatter_gather: bool = False
+    local_modules: bool = False
+
+    @property
+    def widest(self) -> int:
+        """Dimensions of the widest head that has a fused attention kernel."""
+        return self.fused_head_dim if self.fused_attention else 0
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation."""
+        return 4 if self.precision == "fp32" else 2

@@ -1,0 +1,217 @@
+"""`python -m helix_megatron.plan.validate TABLE.csv`: predictions against published training runs.
+
+A table has the columns of vTrain's iteration times (A100, bf16) or of NVIDIA NeMo's throughput (DGX H100, FP8);
+its header says which. No constant of the model belongs to a row: the only number that was fitted to such tables
+is the share of its peak that a chip sustains, one for each chip and precision (`constants.Chip.sustained`).
+`--hold-out` shows what that is worth: it is fitted again without each model, and that model predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.errors import HelixError, exit_on_error, listed
+from helix_megatron.plan.clusters import Cluster, cluster_of
+from helix_megatron.plan.score import Prediction, predict_training
+from helix_megatron.plan.tables import Run, read_table
+
+PROGRAM = "python -m helix_megatron.plan.validate"
+
+
+def predict(runs: Sequence[Run], cluster: Cluster) -> list[Prediction]:
+    """What the planner says of each."""
+    return [predict_training(r.model, r.layout, r.job, cluster, r.software) for r in runs]
+
+
+def with_share(cluster: Cluster, precision: str, share: float) -> Cluster:
+    """The cluster with another sustained share of its chip's peak."""
+    sustained = {**cluster.chip.sustained, precision: share}
+    return dataclasses.replace(cluster, chip=dataclasses.replace(cluster.chip, sustained=sustained))
+
+
+def fit_share(runs: Sequence[Run], cluster: Cluster, precision: str) -> float:
+    """The sustained share that makes the median error zero, by bisection."""
+    low, high = 0.1, 1.0
+    while high - low > 0.002:
+        middle = (low + high) / 2
+        found = predict(runs, with_share(cluster, precision, middle))
+        error = statistics.median(
+            p.seconds / r.seconds - 1 for p, r in zip(found, runs, strict=True)
+        )
+        low, high = (middle, high) if error > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def hold_out(runs: Sequence[Run], cluster: Cluster, precision: str) -> list[float]:
+    """Predicted seconds of every run, its model left out of the fit."""
+    seconds = [0.0] * len(runs)
+    for label in {run.label for run in runs}:
+        rest = [run for run in runs if run.label != label]
+        share = fit_share(rest, cluster, precision) if rest else cluster.chip.sustained[precision]
+        own = [i for i, run in enumerate(runs) if run.label == label]
+        found = predict([runs[i] for i in own], with_share(cluster, precision, share))
+        for i, prediction in zip(own, found, strict=True):
+            seconds[i] = prediction.seconds
+    return seconds
+
+
+# --------------------------------------------------------------------------- statistics
+
+
+def mean_error(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """Mean absolute percentage error."""
+    return 100 * statistics.mean(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True))
+
+
+def constant_guess(runs: Sequence[Run]) -> tuple[float, list[float]]:
+    """(FLOP/s of a GPU, seconds of every run) if all ran at one rate, the best one for these very runs."""
+    flops = [
+        r.model.flops_per_token(r.job.sequence)
+        * r.job.global_batch
+        * r.job.sequence
+        / r.layout.gpus
+        for r in runs
+    ]
+    measured = [run.seconds for run in runs]
+    # The mean of |a/c − 1| is piecewise monotone between the achieved rates a: one of them is the best c.
+    rates = [f / s for f, s in zip(flops, measured, strict=True)]
+    best = min(rates, key=lambda rate: mean_error([f / rate for f in flops], measured))
+    return best, [f / best for f in flops]
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's; ties share their mean rank. 1 where there is nothing to order."""
+    ranks = [_ranks(a), _ranks(b)]
+    if len(a) < 2 or any(len(set(r)) < 2 for r in ranks):
+        return 1.0
+    return statistics.correlation(*ranks)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(values)
+    first = {value: i for i, value in reversed(list(enumerate(order)))}
+    count = {value: order.count(value) for value in first}
+    return [first[value] + (count[value] - 1) / 2 for value in values]
+
+
+# -------------------------------------------------------------------------- command line
+
+
+def evaluate(path: Path, cluster_name: str | None, leave_out: bool) -> dict[str, Any]:
+    """All figures of one table."""
+    table = read_table(path)
+    kind, runs = table.kind, table.runs
+    cluster = cluster_of(cluster_name or kind.cluster)
+    if kind.precision not in cluster.chip.flops:
+        raise HelixError(
+            f"chip {cluster.chip.name} has no {kind.precision}, which this table is of."
+        )
+    predictions = predict(runs, cluster)
+    measured = [run.seconds for run in runs]
+    predicted = [prediction.seconds for prediction in predictions]
+    rate, guessed = constant_guess(runs)
+    gpu_rates = [
+        [
+            p.model_flops / seconds / p.layout.gpus
+            for p, seconds in zip(predictions, column, strict=True)
+        ]
+        for column in (measured, predicted)
+    ]
+    result: dict[str, Any] = {
+        "table": str(path),
+        "cluster": cluster.name,
+        "sustained_share": cluster.chip.sustained[kind.precision],
+        "rows": [
+            {
+                "model": run.label,
+                "layout": run.layout.describe(),
+                "micro_batch": run.layout.micro_batch,
+                "micro_batches": p.micro_batches,
+                "measured_seconds": run.seconds,
+                "predicted_seconds": p.seconds,
+                "error_percent": 100 * (p.seconds / run.seconds - 1),
+            }
+            for run, p in zip(runs, predictions, strict=True)
+        ],
+        "refused": [{"line": line, "reason": reason} for line, reason in table.refused],
+        "ignored_columns": table.ignored,
+        "mean_error_percent": mean_error(predicted, measured),
+        "median_error_percent": 100
+        * statistics.median(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)),
+        "constant_guess_tflops": rate / 1e12,
+        "constant_guess_error_percent": mean_error(guessed, measured),
+        "rank_correlation_seconds": rank_correlation(predicted, measured),
+        "rank_correlation_flops": rank_correlation(*gpu_rates),
+    }
+    if leave_out:
+        held = hold_out(runs, cluster, kind.precision)
+        result["held_out_error_percent"] = mean_error(held, measured)
+    return result
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = [
+        f"{'model':<14} {'layout':<26} {'micro-batch':>11} {'measured s':>11} {'simulated s':>11} {'error':>8}"
+    ]
+    for row in result["rows"]:
+        batch = f"{row['micro_batch']} × {row['micro_batches']}"
+        lines.append(
+            f"{row['model']:<14} {row['layout']:<26} {batch:>11} {row['measured_seconds']:>11.3f} "
+            f"{row['predicted_seconds']:>11.3f} {row['error_percent']:>+7.1f}%"
+        )
+    lines += [f"line {r['line']} not predicted: {r['reason']}" for r in result["refused"]]
+    if result["ignored_columns"]:
+        lines.append(f"columns not used: {listed(result['ignored_columns'])}")
+    count = len(result["rows"])
+    lines += [
+        "",
+        f"{count} rows on {result['cluster']}; simulated with one fitted number, the sustained share "
+        f"{result['sustained_share']} of the chip's peak",
+        f"mean absolute percentage error   {result['mean_error_percent']:.2f} %",
+        f"median                           {result['median_error_percent']:.2f} %",
+        f"constant-TFLOPS guess            {result['constant_guess_error_percent']:.2f} %   "
+        f"({result['constant_guess_tflops']:.0f} TFLOP/s, the best for these rows)",
+        f"rank correlation                 {result['rank_correlation_seconds']:.3f} of seconds, "
+        f"{result['rank_correlation_flops']:.3f} of FLOP/s per GPU",
+    ]
+    if "held_out_error_percent" in result:
+        lines.append(f"each model left out of the fit   {result['held_out_error_percent']:.2f} %")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the figures of a table."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Compare simulated iteration times with a table of measured ones.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("table", type=Path, metavar="TABLE.csv")
+    parser.add_argument("--cluster", help="where it ran; the table's kind decides when not given")
+    parser.add_argument(
+        "--hold-out", action="store_true", help="also fit the sustained share without each model"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
+    args = parser.parse_args(argv)
+    with exit_on_error(PROGRAM):
+        result = evaluate(args.table, args.cluster, args.hold_out)
+        if args.json:
+            try:
+                args.json.write_text(json.dumps(result, indent=2) + "\n")
+            except OSError as error:
+                raise HelixError(f"cannot write {args.json}: {error.strerror}.") from error
+        print(describe(result))
+        return 0
+    raise AssertionError("exit_on_error leaves by itself")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

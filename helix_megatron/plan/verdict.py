@@ -1,0 +1,192 @@
+"""Whether cutting heads helps here, said plainly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from helix_megatron.errors import divisors, listed
+from helix_megatron.plan.constants import FRAMEWORK_BYTES, WEIGHT_BYTES
+from helix_megatron.plan.layouts import Layout
+from helix_megatron.plan.memory import training_states
+from helix_megatron.plan.results import Plan, Row
+
+# Differences below this are within what the model can tell apart: neighbours of one published table (same model
+# and GPUs) are predicted to a few per cent.
+MARGIN = 0.03
+
+RIVALS: dict[str, Callable[[Layout], bool]] = {
+    "Helix (m > 1)": lambda layout: layout.segments > 1,
+    "m = 1": lambda layout: layout.segments == 1,
+    "TP × PP": lambda layout: layout.segments == 1 and layout.pp > 1 and layout.cp == 1,
+    "context parallel": lambda layout: layout.segments == 1 and layout.cp > 1,
+}
+
+
+def rivals(plan: Plan) -> dict[str, Row]:
+    """The best row of each family; and TP = n with context parallel m for the best Helix row's m and n."""
+    found = {}
+    for name, wanted in RIVALS.items():
+        row = plan.best(wanted)
+        if row is not None:
+            found[name] = row
+    helix = found.get("Helix (m > 1)")
+    if helix is not None:
+        n, m = helix.layout.head_groups, helix.layout.segments
+        same = plan.best(lambda x: x.segments == 1 and x.tp == n and x.cp == m)
+        if same is not None:
+            found[f"TP {n} × CP {m}"] = same
+    return found
+
+
+def verdict(plan: Plan) -> tuple[bool, str]:
+    """(whether Helix helps, a few sentences)."""
+    if not plan.everything:
+        return False, nothing_fits(plan)
+    helix = plan.best(RIVALS["Helix (m > 1)"])
+    stock = plan.best(RIVALS["m = 1"])
+    if helix is None:
+        return False, (
+            "Helix does not help here: no layout that cuts heads fits. Best: "
+            f"{stock.layout.describe() if stock else 'none'}."
+        )
+    if stock is None:
+        return True, (
+            f"Helix helps: nothing runs here without cutting heads. Best: {helix.layout.describe()}."
+        )
+    gain = stock.seconds / helix.seconds - 1
+    if gain > MARGIN:
+        return True, (
+            f"Helix helps: {helix.layout.describe()} is {100 * gain:.1f} % faster (simulated) than the best "
+            f"layout with whole heads, {stock.layout.describe()}.{_why(plan, helix, stock)}{_forecast(helix)}"
+        )
+    if gain > -MARGIN:
+        return False, (
+            f"Helix does not help here: its best layout, {helix.layout.describe()}, and the best with whole "
+            f"heads, {stock.layout.describe()}, are {100 * abs(gain):.1f} % apart, which is within the error "
+            "of the prediction. Take the one with whole heads."
+        )
+    return False, (
+        f"Helix does not help here: {stock.layout.describe()} with whole heads is "
+        f"{100 * (helix.seconds / stock.seconds - 1):.1f} % faster (simulated) than the best layout that cuts "
+        f"heads, {helix.layout.describe()}.{_why_not(plan, stock)}"
+    )
+
+
+def _forecast(helix: Row) -> str:
+    if helix.layout.cache in ("batch", "sequence"):
+        return (
+            f" A forecast: cache layout {helix.layout.cache} is a formula so far, the hosts keep caches cut by "
+            "segments."
+        )
+    return ""
+
+
+def _why(plan: Plan, helix: Row, stock: Row) -> str:
+    heads = plan.model.num_kv_heads
+    if stock.layout.tp > heads:
+        return (
+            f" With TP {stock.layout.tp} above the {heads} key-value heads, stock Megatron gathers the whole "
+            "QKV projection in every layer."
+        )
+    if stock.layout.recompute != helix.layout.recompute:
+        return f" It fits with less recomputation ({helix.layout.recompute}, not {stock.layout.recompute})."
+    if stock.layout.pp > helix.layout.pp:
+        return " It needs fewer pipeline stages, hence a smaller bubble."
+    return ""
+
+
+def _why_not(plan: Plan, stock: Row) -> str:
+    if stock.layout.tp <= plan.model.num_kv_heads:
+        return (
+            f" Its TP {stock.layout.tp} does not exceed the {plan.model.num_kv_heads} key-value heads, so "
+            "every rank has whole ones and attention exchanges nothing."
+        )
+    return ""
+
+
+def missing_rival(plan: Plan) -> str:
+    """Why TP = n with context parallel m, for m and n of the best Helix row, is not ranked; empty if it is."""
+    helix = plan.best(RIVALS["Helix (m > 1)"])
+    if helix is None:
+        return ""
+    n, m = helix.layout.head_groups, helix.layout.segments
+    if plan.best(lambda x: x.segments == 1 and x.tp == n and x.cp == m) is not None:
+        return ""
+    name = f"TP {n} × CP {m}"
+    starts = (f"TP {n}, m 1", f"CP {m}", f"TP {n} · CP {m}", f"TP {n}, CP {m}")
+    for rejected in plan.rejected:
+        what = rejected.what
+        if any(what == s or what.startswith((f"{s} ·", f"{s},")) for s in starts):
+            return f"{name} is not ranked: {rejected.what} {rejected.reason}."
+    return f"{name} is not ranked: its micro-batches do not divide the global batch."
+
+
+def recommended(plan: Plan) -> int:
+    """The number of the row that the verdict speaks for: the first that cuts heads if Helix helps, else the
+    first that does not; 1 where the flags leave only the others."""
+    helps = verdict(plan)[0]
+    for number, row in enumerate(plan.rows, start=1):
+        if (row.layout.segments > 1) == helps:
+            return number
+    return 1
+
+
+def nothing_fits(plan: Plan) -> str:
+    """What came nearest, and what to try."""
+    text = f"Nothing fits {plan.model.name} on {plan.gpus} GPUs of {plan.cluster.name}."
+    tight = [r for r in plan.rejected if r.kind == "does not fit"]
+    if tight:
+        nearest = min(tight, key=lambda r: _needed(r.reason))
+        text += f" Nearest: {nearest.what} {nearest.reason}."
+    else:
+        reasons = "; ".join(f"{r.what}: {r.reason}" for r in plan.rejected[:2])
+        power = 1 << (plan.gpus.bit_length() - 1)
+        other = power if power < plan.gpus else 2 * power
+        return (
+            f"{text} No split of {plan.gpus} GPUs divides model and batch ({reasons}; …). Try --gpus {other} "
+            f"or --global-batch {-(-plan.job.global_batch // plan.gpus) * plan.gpus}."
+        )
+    if plan.job.task != "train":
+        return f"{text} {_smaller_batch(plan)}"
+    count = enough_gpus(plan)
+    if count is not None:
+        stages = listed(divisors(plan.model.num_layers))
+        return f"{text} Its {plan.model.num_layers} layers divide into {stages} stages: try --gpus {count}."
+    return f"{text} Try more GPUs, another --global-batch or a shorter --sequence-length."
+
+
+def _smaller_batch(plan: Plan) -> str:
+    """The largest part of the batch whose cache leaves a tenth of the memory, over all GPUs."""
+    model, job = plan.model, plan.job
+    width = 2 * model.num_kv_heads * model.head_dim * model.num_layers * plan.software.element
+    cache = width * job.sequence
+    room = 0.9 * plan.cluster.chip.memory * plan.gpus - model.parameters * WEIGHT_BYTES
+    room -= plan.gpus * FRAMEWORK_BYTES
+    fitting = [size for size in divisors(job.global_batch) if size * cache <= room]
+    text = f"The key-value cache of a sequence is {cache / 1e9:.2f} GB, {job.global_batch} of them "
+    text += f"{job.global_batch * cache / 1e9:,.0f} GB: try "
+    if fitting and fitting[-1] < job.global_batch:
+        return f"{text}--global-batch {fitting[-1]}, or more GPUs."
+    return f"{text}more GPUs, or a shorter --sequence-length."
+
+
+def enough_gpus(plan: Plan) -> int | None:
+    """The next number of GPUs on which weights and states would leave a fifth of the memory for the rest."""
+    model, cluster, domain = plan.model, plan.cluster, plan.cluster.domain
+    start = plan.gpus // domain * domain + domain
+    for count in range(start, 64 * max(domain, plan.gpus), domain):
+        for pp in divisors(model.num_layers):
+            for tp in (t for t in (1, 2, 4, 8) if t <= domain and model.num_heads % t == 0):
+                if count % (tp * pp) or plan.job.global_batch % (count // (tp * pp)):
+                    continue
+                experts = math.gcd(model.experts or 1, count // pp)
+                layout = Layout(tp=tp, pp=pp, dp=count // (tp * pp), ep=experts)
+                states = training_states(model, layout, plan.software)
+                if states.total < 0.8 * cluster.chip.memory:
+                    return count
+    return None
+
+
+def _needed(reason: str) -> float:
+    return float(reason.split()[1])

@@ -1,0 +1,254 @@
+"""`helix plan` and `helix simulate` as a user runs them: what they print and write, and that it agrees."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from helix_megatron.plan.command import plan_main, simulate_main
+
+SMALL = [
+    *("--num-layers", "8", "--hidden-size", "1024", "--num-attention-heads", "8"),
+    *("--group-query-attention", "--num-query-groups", "2", "--vocab-size", "32000"),
+]
+DECODE = [
+    *("--task", "decode", "--gpus", "2", "--tensor-model-parallel-size", "2"),
+    *("--global-batch", "64", "--micro-batch", "64", "--sequence-length", "8192"),
+    *("--num-layers", "1", "--hidden-size", "1024", "--num-attention-heads", "8"),
+    *("--group-query-attention", "--num-query-groups", "1", "--kv-channels", "128"),
+]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Everything that one call of `helix plan` writes, and what it prints."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    folder = tmp_path_factory.mktemp("plan")
+    text = StringIO()
+    words = ["--gpus", "16", "--cluster", "nvlink-16", "--global-batch", "32", "--explain", "1"]
+    words += ["--tensor-model-parallel-size", "8", "--intra-head-parallel-size", "4", "--rejected"]
+    for flag, name in (("--json", "plan.json"), ("--plot", "plan.svg"), ("--write", "deployment")):
+        words += [flag, str(folder / name)]
+    with redirect_stdout(text):
+        assert plan_main([*SMALL, *words]) == 0
+    return folder, text.getvalue()
+
+
+def test_the_table_names_all_that_was_asked_for(written):
+    """Layouts, rivals, reasons, the arithmetic of a row, the verdict and the command, labelled as simulated."""
+    _, text = written
+    for expected in (
+        "Layouts of megatron-flags by s per step (simulated)",
+        "TP 8 = m 4 × n 2",
+        "m = 1",
+        "rejected, ",
+        "Helix does not help here",
+        "All figures are simulated; bytes and FLOPs of one rank.",
+        "linear_qkv",
+        "GB  gradients, fp32",
+        "Communication of one rank",
+        "torchrun --nproc-per-node 16 scripts/pretrain_gpt.py",
+        "--intra-head-parallel-size 4",
+        "DeepSpeed: ",
+    ):
+        assert expected in text, expected
+
+
+def test_json_and_plot_are_written(written):
+    """Rows in the order of the table, with memory and communication; a picture with text."""
+    folder, _ = written
+    content = json.loads((folder / "plan.json").read_text())
+    assert content["simulated"] is True
+    first = content["shown"]["1"]
+    assert first["simulated"] is True
+    parts = {"weights", "gradients", "optimizer", "activations", "cache", "framework", "total"}
+    assert set(first["memory_bytes"]) == parts
+    assert {"axis", "kind", "link", "bytes", "seconds", "exposed"} == set(first["communication"][0])
+    assert "simulated" in (folder / "plan.svg").read_text()
+
+
+def test_the_deployment_plan_covers_everything_once(written):
+    """Partitions, ranks, heads and dimensions, groups and operators: nothing missing, nothing twice."""
+    folder, _ = written
+    content = json.loads((folder / "deployment" / "plan.json").read_text())
+    layout = content["prediction"]["layout"]
+    assert [r["rank"] for r in content["ranks"]] == list(range(16))
+    assert len({(r["node"], r["device"]) for r in content["ranks"]}) == 16
+    replica = [r for r in content["ranks"] if not r["data_parallel_rank"] + r["pipeline_stage"]]
+    for name, heads, width in (("query", 8, 128), ("key_value", 2, 128)):
+        held = [
+            (head, dim)
+            for r in replica
+            for head in r[f"{name}_heads"]
+            for low, high in r[f"{name}_dimensions"]
+            for dim in range(low, high)
+        ]
+        assert sorted(held) == [(h, d) for h in range(heads) for d in range(width)], name
+    for group in content["groups"]:
+        members = [rank for ranks in group["groups"] for rank in ranks]
+        assert sorted(members) == list(range(16)), group["axis"]
+    assert [(c["m"], c["n"]) for c in content["cuts"]] == [(1, 8), (2, 4), (4, 2), (8, 1)]
+    assert [c["m"] for c in content["cuts"] if c["chosen"]] == [layout["segments"]] == [4]
+    steps = content["operators_per_micro_batch"][0]["steps"]
+    qkv = next(s for s in steps if (s["name"], s["phase"]) == ("linear_qkv", "forward"))
+    tokens = layout["micro_batch"] * 4096
+    assert qkv["flops"] == 2 * tokens * 1024 * (8 + 2 * 2) * 128 / 8
+    assert content["weights_of_a_rank"][0]["shape"] == [(8 + 2 * 2) * 128 // 8, 1024]
+    assert all(check["passed"] for check in content["checks"])
+
+
+def test_the_deployment_plan_reads_as_one_document(written):
+    """What the paper's deployment plan had, and what it should have had."""
+    folder, _ = written
+    text = (folder / "deployment" / "plan.md").read_text()
+    for heading in (
+        "# Deployment of megatron-flags on 16 GPUs",
+        "## Prediction (simulated)",
+        "## Ways to cut TP 8: m segments × n head groups (simulated)",
+        "## Where everything is: partition → rank → node and GPU",
+        "## Weights of one rank",
+        "## Operators of one rank, one micro-batch",
+        "## Memory of the fullest GPU (simulated)",
+        "## Communication of one rank in a step",
+        "## Checks",
+        "## Commands",
+        "## What to watch",
+    ):
+        assert heading in text, heading
+    assert "**Every figure of time and memory here is simulated, none is measured.**" in text
+    assert "| (1, 3) | 7 | 0 : 7 |" in text
+
+
+def test_the_papers_plan_has_the_corrected_figures(tmp_path, capsys):
+    """16 heads of 512 on 16 GPUs, 4 × 4, micro-batch 1: 2·10⁴·8192·3·512 for QKV; half of 10⁴·10⁴ pairs; 7.9
+    GFLOP a token, 7.1 of them in the layers; and the whole batch's activations, too large for one GPU."""
+    flags = [
+        "--model",
+        "paper-dense",
+        "--gpus",
+        "16",
+        "--task",
+        "prefill",
+        "--write",
+        str(tmp_path),
+    ]
+    flags += ["--sequence-length", "10000", "--global-batch", "512", "--micro-batch", "1"]
+    flags += ["--tensor-model-parallel-size", "16", "--intra-head-parallel-size", "4"]
+    assert plan_main(flags) == 0
+    content = json.loads((tmp_path / "plan.json").read_text())
+    steps = {s["name"]: s for s in content["operators_per_micro_batch"][0]["steps"]}
+    assert steps["linear_qkv"]["flops"] == 2 * 10000 * 8192 * 3 * 512
+    assert steps["core attention"]["flops"] == pytest.approx(4 * 512 * 10000**2 / 2, rel=1e-3)
+    assert {s["phase"] for s in content["operators_per_micro_batch"][0]["steps"]} == {"forward"}
+    assert content["batch"]["activation_bytes_of_the_global_batch"] == 512 * 10000 * 8192 * 2
+    head = 2 * 8192 * 51200
+    text = (tmp_path / "plan.md").read_text()
+    assert f"({(7.105e9 + head) / 1e9:.2f} GFLOP of the model a token)" in text
+    capsys.readouterr()
+
+
+def test_commands_to_paste_are_understood(capsys):
+    """The training script's own parser and checks take every row's flags, dense and with experts."""
+    from helix_megatron.training.arguments import parse_args
+    from helix_megatron.training.validate import check_model
+
+    for model in ("llama-3-8b", "mixtral-8x7b", "gemma-head-512", "paper-moe", "qwen3-8b"):
+        flags = ["--model", model, "--gpus", "64", "--json", "-", "--rows", "4"]
+        assert plan_main([*flags, "--max-tensor-parallel", "16"]) == 0
+        content = json.loads(capsys.readouterr().out)
+        rows = [*content["shown"].values(), *content["rivals"].values()]
+        for row in rows:
+            if (
+                row["layout"]["cp"] == 1
+            ):  # the script has no context parallelism, as its caveat says
+                check_model(parse_args(row["megatron_flags"]), 64)
+            else:
+                assert "has no context parallelism" in row["caveats"][0]
+
+
+@pytest.mark.parametrize("cache", ["batch", "sequence"])
+def test_decode_on_two_ranks_takes_75_microseconds(capsys, cache):
+    """H100, batch 64, 8192 positions, 8 query heads, 1 key-value head of 128, m = 2. Measured tables: 101 us
+    with a replicated cache, 141 us with a score all-reduce."""
+    text = {}
+    for m, flags in ((2, ["--cache", cache]), (1, [])):
+        assert simulate_main([*DECODE, "--intra-head-parallel-size", str(m), *flags]) == 0
+        line = next(
+            line
+            for line in capsys.readouterr().out.splitlines()
+            if line.startswith("Attention of a layer")
+        )
+        assert line.endswith(" us (simulated)")
+        text[m] = float(line.split()[-3])
+    assert 55 < text[2] <= 75
+    assert 95 < text[1] < 110
+
+
+def test_a_trace_holds_the_whole_pipeline(tmp_path, capsys):
+    """Chrome's format: every micro-batch of every stage, forward and backward, and its time."""
+    path = tmp_path / "trace.json"
+    flags = ["--gpus", "8", "--global-batch", "16", "--pipeline-model-parallel-size", "4"]
+    assert simulate_main([*SMALL, *flags, "--micro-batch", "1", "--trace", str(path)]) == 0
+    assert "Pipeline, event by event (simulated)" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert content["otherData"]["simulated"] is True
+    slots = [e for e in content["traceEvents"] if e["ph"] == "X" and e["tid"] == 0]
+    batches = content["otherData"]["micro_batches_of_the_step"]
+    for stage in range(4):
+        own = {(e["cat"], e["args"]["micro_batch"]) for e in slots if e["pid"] == stage}
+        assert own == {(c, b) for c in ("forward", "backward") for b in range(batches)}
+    operators = [e for e in content["traceEvents"] if e["ph"] == "X" and e["tid"] == 1]
+    assert {"linear_qkv", "core attention"} <= {e["name"] for e in operators}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--gpus", "0"], "--gpus 0 must be at least 1"),
+        (
+            ["--gpus", "16", "--tensor-model-parallel-size", "3"],
+            "--tensor-model-parallel-size 3 does not divide --gpus 16. Valid: 1, 2, 4, 8, 16.",
+        ),
+        (
+            ["--gpus", "16", "--micro-batch", "3"],
+            "--micro-batch 3 does not divide --global-batch 64. Valid: 1, 2, 4, 8, 16, 32, 64; or try",
+        ),
+        (
+            ["--gpus", "12", "--pipeline-model-parallel-size", "3"],
+            "PP 3: 8 layers cannot be dealt to 3 stages; nearest that divide them: 2, 4",
+        ),
+        (
+            ["--gpus", "8", "--helix-exchange", "gather-kv", "--helix-query-layout", "segments"],
+            "--helix-exchange gather-kv needs --helix-query-layout heads. Valid with segments: ",
+        ),
+        (["--gpus", "8", "--plot", "plan.gif"], "must end in .png or .svg"),
+        (["--gpus", "8", "--row", "100000"], "--row 100000: there are rows 1 to"),
+        (["--gpus", "8", "--frobnicate"], "'--frobnicate' is no flag of helix plan"),
+        (["--gpus", "8", "--json", "nowhere/plan.json"], "there is no directory nowhere"),
+    ],
+)
+def test_impossible_wishes_are_named(capsys, flags, expected):
+    """Exit 2 and one paragraph: the value, the valid values, what to try."""
+    with pytest.raises(SystemExit) as exit_info:
+        plan_main([*SMALL, *flags])
+    assert exit_info.value.code == 2
+    assert expected in " ".join(capsys.readouterr().err.split())
+
+
+def test_nothing_fits_says_what_would(capsys):
+    """The seeds' batch of 1024 prompts of 10000 tokens has a cache of 1.3 TB: no 16 GPUs hold it."""
+    flags = [
+        "--model",
+        "paper-dense",
+        "--gpus",
+        "16",
+        "--task",
+        "prefill",
+        "--sequence-length",
+        "10000",
+    ]
+    assert plan_main([*flags, "--global-batch", "1024"]) == 1
+    assert "try --global-batch 512, or more GPUs" in " ".join(capsys.readouterr().out.split())

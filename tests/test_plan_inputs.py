@@ -1,0 +1,186 @@
+"""Models and clusters: where they come from, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from helix_megatron.errors import HelixError
+from helix_megatron.plan.clusters import CLUSTERS, LOCAL, cluster_of
+from helix_megatron.plan.models import model_of, model_of_arguments
+from helix_megatron.plan.presets import PRESETS
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+CLUSTER = """
+chip: h100
+gpus_per_domain: 4
+domain_bandwidth: 450e9
+network_bandwidth: 25.0e9
+"""
+
+
+def error(call, *arguments: object) -> str:
+    with pytest.raises(HelixError) as found:
+        call(*arguments)
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-2-7b", 6.74),  # published parameter counts
+        ("llama-3-8b", 8.03),
+        ("llama-3-70b", 70.55),
+        ("llama-3-405b", 405.85),
+        ("qwen3-8b", 8.19),
+        ("qwen3-32b", 32.76),
+        ("qwen3-30b-a3b", 30.53),
+        ("qwen3-235b-a22b", 235.09),
+        ("mixtral-8x7b", 46.70),
+        ("gpt3-175b", 174.6),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name, billions):
+    """Sizes typed wrongly would be found nowhere else."""
+    assert model_of(name).parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_the_papers_model_has_what_the_design_says():
+    """About 3.2 B in its 4 layers; 18 B with 8 experts, beside the vocabulary that no claim is about."""
+    dense, experts = model_of("paper-dense"), model_of("paper-moe")
+    layers = dense.parameters - dense.vocab_size * dense.hidden_size
+    assert layers / 1e9 == pytest.approx(3.2, rel=0.02)
+    of_experts = experts.parameters - experts.vocab_size * experts.hidden_size
+    assert of_experts / 1e9 == pytest.approx(18, rel=0.03)
+    assert experts.active_parameters < experts.parameters / 3
+
+
+def test_every_preset_is_a_model():
+    """A preset that cannot be built is a dead name in the help text."""
+    for name in PRESETS:
+        assert model_of(name).parameters > 1e9
+        assert model_of(name.upper()).name == name
+
+
+def test_config_json_gives_the_preset(tmp_path):
+    """A file, and the directory that holds it, are the same model as the preset by its name."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    for path in (tmp_path, tmp_path / "config.json"):
+        model, preset = model_of(str(path)), model_of("llama-3-8b")
+        for field in ("parameters", "num_kv_heads", "head_dim", "gated", "rms_norm", "vocab_size"):
+            assert getattr(model, field) == getattr(preset, field), field
+
+
+def test_megatron_flags_give_a_model():
+    """In one string, or as words of the command line itself."""
+    flags = (
+        "--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --group-query-attention "
+        "--num-query-groups 8 --ffn-hidden-size 14336 --swiglu --disable-bias-linear --normalization "
+        "RMSNorm --untie-embeddings-and-output-weights --vocab-size 128256"
+    )
+    assert model_of(flags).parameters == model_of("llama-3-8b").parameters
+    assert model_of_arguments(flags.split()).parameters == model_of("llama-3-8b").parameters
+
+
+def test_wrong_models_are_named(tmp_path):
+    """Every text says what would be right."""
+    assert "Did you mean llama-3-8b?" in error(model_of, "llama-3-8")
+    assert "cannot read model file" in error(model_of, str(tmp_path / "none.json"))
+    path = tmp_path / "config.json"
+    for text, expected in (
+        ("{", "is not JSON"),
+        ("[]", "must be an object"),
+        ('{"model_type": "lama"}', "Did you mean llama?"),
+        (
+            json.dumps(LLAMA | {"num_key_value_heads": 5}),
+            "the first must be a multiple of the second",
+        ),
+        (json.dumps(LLAMA | {"hidden_size": "big"}), "hidden_size is 'big'"),
+        (json.dumps(LLAMA | {"num_hidden_layers": 0}), "num_layers is 0"),
+    ):
+        path.write_text(text)
+        assert expected in error(model_of, str(path)), text
+    gqa = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention"
+    assert "cannot share 3 key-value heads" in error(model_of, f"{gqa} --num-query-groups 3")
+    assert "needs --hidden-size" in error(model_of, "--num-layers 2")
+    assert "Did you mean --num-layers?" in error(
+        model_of_arguments,
+        ["--hidden-size", "64", "--num-attention-heads", "4", "--num-layer", "2"],
+    )
+    assert "model flags: argument --num-layers" in error(model_of, "--num-layers two")
+    assert "does not divide into 7 heads" in error(
+        model_of, "--num-layers 2 --hidden-size 64 --num-attention-heads 7"
+    )
+
+
+def test_a_cluster_file_is_read(tmp_path):
+    """Numbers as YAML 1.1 writes them (450e9 is text to it), and a chip of one's own."""
+    path = tmp_path / "small.yaml"
+    path.write_text(CLUSTER)
+    cluster = cluster_of(str(path))
+    assert (cluster.name, cluster.domain, cluster.domain_bandwidth) == ("small", 4, 450e9)
+    path.write_text(
+        CLUSTER.replace(
+            "chip: h100", "chip: {flops: {bf16: 1e15}, memory: 9e10, memory_bandwidth: "
+        ).replace("memory_bandwidth: \n", "memory_bandwidth: 4e12, units: 100}\n")
+    )
+    chip = cluster_of(str(path)).chip
+    assert (chip.flops["bf16"], chip.memory, chip.units) == (1e15, 9e10, 100)
+    assert 0 < chip.sustained["bf16"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("gpus_per_domain", "gpus_per_node"), "Did you mean gpus_per_domain?"),
+        (("chip: h100", "chip: h101"), "Did you mean h100?"),
+        (("network_bandwidth: 25.0e9", ""), "network_bandwidth is missing"),
+        (("450e9", "-1"), "domain_bandwidth is -1"),
+        (("450e9", "fast"), "must be a number above 0"),
+        (("gpus_per_domain: 4", "gpus_per_domain: 0"), "gpus_per_domain is 0"),
+        (("gpus_per_domain: 4", "gpus_per_domain: four"), "gpus_per_domain is 'four'"),
+        (("chip: h100", "chip: {flops: 3}"), "chip.memory is missing"),
+        (("chip: h100", "chip: ["), "is not YAML"),
+    ],
+)
+def test_wrong_cluster_files_are_named(tmp_path, change, expected):
+    """Strict keys: a slip must not become a default."""
+    path = tmp_path / "c.yaml"
+    path.write_text(CLUSTER.replace(*change))
+    assert expected in error(cluster_of, str(path))
+
+
+def test_wrong_clusters_are_named(tmp_path):
+    """As for models."""
+    assert "Did you mean dgx-h100?" in error(cluster_of, "dgx-h10")
+    assert "cannot read cluster file" in error(cluster_of, str(tmp_path / "no.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert "must be a mapping" in error(cluster_of, str(tmp_path / "list.yaml"))
+
+
+def test_this_machine_is_a_cluster(monkeypatch):
+    """Without a GPU its cores are ranks; with one, nvidia-smi names it."""
+    from helix_megatron.plan import clusters
+
+    monkeypatch.setattr(clusters, "_nvidia_smi", lambda: [])
+    assert cluster_of(LOCAL).chip.name == "cpu"
+    monkeypatch.setattr(clusters, "_nvidia_smi", lambda: [("NVIDIA H100 80GB HBM3", 8.5e10)] * 4)
+    found = cluster_of(LOCAL)
+    assert (found.chip.name, found.domain, found.gpus, found.chip.memory) == ("h100", 4, 4, 8.5e10)
+
+
+def test_every_preset_says_where_it_comes_from():
+    """A constant without a source is a guess."""
+    assert all(cluster.source and cluster.chip.source for cluster in CLUSTERS.values())

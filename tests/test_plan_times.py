@@ -1,0 +1,153 @@
+"""Seconds of kernels and collectives: the measured points come back, and physics holds in between."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from helix_megatron.plan.clusters import CLUSTERS
+from helix_megatron.plan.collective_time import (
+    Group,
+    collective_seconds,
+    point_to_point_seconds,
+    sent_bytes,
+)
+from helix_megatron.plan.constants import CHIPS, COLLECTIVE_MICROSECONDS, COLLECTIVE_SIZES
+from helix_megatron.plan.roofline import (
+    AttentionWork,
+    attention_seconds,
+    decode_seconds,
+    gemm_seconds,
+)
+
+DGX, ONE_DOMAIN, PCIE = CLUSTERS["dgx-h100"], CLUSTERS["nvlink-16"], CLUSTERS["h100-pcie"]
+H100 = CHIPS["h100"]
+KINDS = tuple(COLLECTIVE_MICROSECONDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_measured_points_come_back(kind, ranks):
+    """Interpolation must pass through what was measured."""
+    for size, micro in zip(COLLECTIVE_SIZES, COLLECTIVE_MICROSECONDS[kind][ranks], strict=True):
+        assert collective_seconds(DGX, kind, size, Group(ranks)) == pytest.approx(micro * 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_bytes_never_take_less_time(kind):
+    """A dip would make the search prefer larger messages."""
+    for cluster in (DGX, ONE_DOMAIN, PCIE):
+        for ranks in (2, 3, 6, 8, 16):
+            times = [collective_seconds(cluster, kind, 2.0**k, Group(ranks)) for k in range(8, 36)]
+            assert times == sorted(times)
+            assert all(t > 0 for t in times)
+
+
+def test_slower_links_and_borders_of_domains_cost():
+    """PCIe is slower than NVLink; a group of one GPU per node lives on the network."""
+    size = 1 << 28
+    for kind in KINDS:
+        assert collective_seconds(PCIE, kind, size, Group(8)) > 3 * collective_seconds(
+            DGX, kind, size, Group(8)
+        )
+        inside = collective_seconds(DGX, kind, size, Group(8))
+        apart = collective_seconds(DGX, kind, size, Group(8, 8))
+        assert apart > 4 * inside
+    assert Group(8).link(DGX) == "NVLink 4"
+    assert Group(16).link(DGX) == "NDR InfiniBand"
+    assert Group(16).link(ONE_DOMAIN) == "NVLink 4"
+
+
+def test_a_large_collective_over_two_nodes_reaches_what_eight_adapters_carry():
+    """Flat rings: bus bandwidth of 16 ranks in two nodes is near eight NICs' 390 GB/s, not above."""
+    size = 1 << 32
+    seconds = collective_seconds(DGX, "all-gather", size, Group(16))
+    assert 250e9 < sent_bytes("all-gather", size, 16) / seconds < 390e9
+
+
+def test_nothing_is_sent_alone():
+    """Groups of one rank, and empty messages, are free."""
+    for kind in KINDS:
+        assert collective_seconds(DGX, kind, 1e9, Group(1)) == 0
+        assert collective_seconds(DGX, kind, 0, Group(8)) == 0
+    assert point_to_point_seconds(DGX, 1e9, Group(1)) == 0
+
+
+# ----------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize(
+    ("sizes", "microseconds"),
+    [
+        # gemm_h100_sxm_bf16 of ai-dynamo/aiconfigurator, rounded: large, thin, and small in every direction.
+        ((4096, 4096, 4096), 166),
+        ((8192, 8192, 8192), 1540),
+        ((8192, 1024, 8192), 169),
+        ((2048, 12288, 1536), 110),
+        ((16384, 12288, 12288), 5760),
+    ],
+)
+def test_matrix_products_are_near_the_measured_ones(sizes, microseconds):
+    """The curve's shape, before the sustained share: 12 % on average over 1536 rows."""
+    fresh = dataclasses.replace(H100, sustained={"bf16": 1.0})
+    assert gemm_seconds(fresh, *sizes, "bf16") == pytest.approx(microseconds * 1e-6, rel=0.2)
+
+
+def test_no_kernel_beats_its_roofline():
+    """Neither the peak nor the memory bandwidth may be exceeded, at any size."""
+    for rows in (1, 7, 64, 1000, 8192):
+        for columns in (64, 1536, 51200):
+            for inner in (64, 4096, 65536):
+                seconds = gemm_seconds(H100, rows, columns, inner, "bf16")
+                assert 2 * rows * columns * inner / seconds < H100.flops["bf16"]
+                moved = 2 * (rows * inner + inner * columns + rows * columns)
+                assert moved / seconds < H100.memory_bandwidth
+
+
+def test_fp8_is_faster_than_bf16_and_less_than_twice():
+    """It is limited by power, which is why its sustained share is smaller."""
+    sizes = (8192, 8192, 8192)
+    ratio = gemm_seconds(H100, *sizes, "bf16") / gemm_seconds(H100, *sizes, "fp8")
+    assert 1.05 < ratio < 2
+
+
+def work(head_dim: int, length: int, **others: object) -> AttentionWork:
+    heads = 32.0
+    flops = 4 * heads * head_dim * length * length / 2
+    return AttentionWork(flops, heads, length, length, head_dim, True, length, **others)  # type: ignore[arg-type]
+
+
+def test_attention_is_near_its_table():
+    """attention_prefill_h100_sxm, grouped heads of 128: about 510 TFLOP/s at 2048 and 660 at 8192, times the
+    sustained share."""
+    for length, rate in ((2048, 511e12), (8192, 656e12)):
+        forward, backward = attention_seconds(H100, work(128, length), widest=256)
+        assert work(128, length).flops / forward == pytest.approx(rate * 0.88, rel=0.08)
+        assert 2.5 < backward / forward < 4
+
+
+def test_scores_that_are_written_cost():
+    """Heads wider than a fused kernel's, and exchanges that no kernel can do, are slower by a lot."""
+    fused = sum(attention_seconds(H100, work(256, 8192), widest=256))
+    unfused = sum(attention_seconds(H100, work(256, 8192), widest=128))
+    assert unfused > 1.5 * fused
+    reduced = work(256, 8192, score_bytes=4.0 * 32 * 8192**2, fusible=False)
+    assert sum(attention_seconds(H100, reduced, widest=256)) > unfused
+
+
+def test_decode_attention_is_near_its_table():
+    """attention_decode_h100_sxm: batch 64, 8192 positions, one key-value head of 128: 101 us."""
+    assert decode_seconds(H100, 2 * 64 * 8192 * 128 * 2) == pytest.approx(101e-6, rel=0.05)
+    assert decode_seconds(H100, 8 * 2 * 64 * 8192 * 128 * 2) == pytest.approx(694e-6, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter", "all-reduce", "all-to-all"])
+def test_two_nodes_are_never_faster_than_one_domain(kind):
+    """The network only adds to what the fast links have to carry."""
+    for size in (1e4, 1e6, 1e8):
+        one, two = (
+            collective_seconds(CLUSTERS[name], kind, size, Group(16))
+            for name in ("nvlink-16", "dgx-h100")
+        )
+        assert one <= two
