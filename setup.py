@@ -19,7 +19,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["helix_megatron", "helix_megatron.*"]),
-    package_data={"helix_megatron": ["py.typed"]},
+    package_data={
+        "helix_megatron": ["py.typed"],
+        "helix_megatron.graph.page": ["*.html", "*.css", "*.js"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

@@ -42,6 +42,7 @@ EXPERTS = {"num_experts": 8, "moe_router_topk": 2}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-dense": PAPER,
     "paper-dense-small": SMALL,
-    "paper-moe": PAPER | EXPERTS,
+    # Whole experts: Megatron cuts none that have biases.
+    "paper-moe": PAPER | EXPERTS | {"expert_model_parallel_size": 8},
     "paper-moe-small": SMALL | EXPERTS | {"expert_model_parallel_size": 4},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 
 from helix_megatron.config import HelixConfig
@@ -273,6 +274,13 @@ def _check_experts(args: argparse.Namespace) -> None:
         # With experts dealt to ranks the common choice is whole experts; else Megatron's own default.
         whole = expert_parallel > 1
         args.expert_tensor_parallel_size = 1 if whole else args.tensor_model_parallel_size
+    if args.expert_tensor_parallel_size > 1 and not args.disable_bias_linear:
+        whole = math.gcd(experts, args.world_size // args.pipeline_model_parallel_size)
+        raise HelixError(
+            f"Megatron cannot cut experts with biases for {args.expert_tensor_parallel_size} tensor parallel "
+            "ranks. Add --disable-bias-linear, or deal whole experts to ranks: "
+            f"--expert-model-parallel-size {whole}."
+        )
     ranks = args.expert_tensor_parallel_size * expert_parallel * args.pipeline_model_parallel_size
     if args.world_size % ranks:
         raise HelixError(

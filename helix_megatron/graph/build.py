@@ -1,0 +1,195 @@
+"""Join the ranks of a run into one graph, and cut views of it.
+
+The k-th collective that a rank runs in a group is the k-th of every other rank of that group; the k-th message
+from one rank to another is the k-th that the other receives. That is how torch.distributed pairs them, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from helix_megatron.graph.model import (
+    BACKWARD,
+    FORWARD,
+    INPUT,
+    SOURCES,
+    Collective,
+    Edge,
+    Graph,
+    Node,
+)
+
+if TYPE_CHECKING:
+    from helix_megatron.graph.trace import Participation, RankTrace
+
+COMPLETE = "complete_helix_model"
+MESSAGE = "send"
+
+
+def build(
+    args: argparse.Namespace, *, backward: bool = False, micro_batches: int = 1, jobs: int = 1
+) -> Graph:
+    """Trace all ranks of a run and join them.
+
+    Args:
+        args: validated flags, of `helix_megatron.graph.flags.parse`.
+        backward: trace the backward pass, too.
+        micro_batches: of the traced step.
+        jobs: processes that trace ranks at the same time.
+
+    Raises:
+        HelixError: as `helix_megatron.graph.trace.trace`.
+    """
+    from helix_megatron.graph.flags import settings_of
+    from helix_megatron.graph.trace import trace_all
+
+    traces = trace_all(args, backward=backward, micro_batches=micro_batches, jobs=jobs)
+    settings = settings_of(args) | {"backward": backward, "micro_batches": micro_batches}
+    return join(traces, COMPLETE, settings)
+
+
+def join(traces: Iterable[RankTrace], name: str, settings: dict[str, Any]) -> Graph:
+    """One graph of all ranks that were traced."""
+    graph = Graph(name, settings)
+    joined: dict[Any, list[tuple[int, Participation]]] = {}
+    for traced in traces:
+        graph.nodes += traced.nodes
+        graph.edges += traced.edges
+        graph.weights += traced.weights
+        graph.ranks.append(_rank(traced))
+        seen: Counter[Any] = Counter()
+        for part in traced.participations:
+            pair = _pair(part, traced.rank)
+            seen[pair] += 1
+            joined.setdefault((*pair, seen[pair]), []).append((traced.rank, part))
+    for number, (key, parts) in enumerate(joined.items()):
+        graph.collectives.append(_collective(f"c{number}", key, parts))
+    return graph
+
+
+def _pair(part: Participation, rank: int) -> tuple[Any, ...]:
+    """What the ranks of a collective agree on."""
+    if part.peer is None:
+        return part.group, part.ranks
+    ends = (rank, part.peer) if part.kind == MESSAGE else (part.peer, rank)
+    return part.group, ends, MESSAGE
+
+
+def _collective(name: str, key: Any, parts: list[tuple[int, Participation]]) -> Collective:
+    ranks = key[1]
+    order = {rank: place for place, rank in enumerate(ranks)}
+    parts = sorted(parts, key=lambda part: order[part[0]])
+    kinds = {MESSAGE if part.peer is not None else part.kind for _, part in parts}
+    return Collective(
+        id=name,
+        kind=" or ".join(sorted(kinds)),
+        group=key[0],
+        purpose=parts[0][1].purpose,
+        ranks=tuple(ranks),
+        members=tuple(part.node for _, part in parts),
+        sent_bytes=sum(part.sent_bytes for _, part in parts),
+    )
+
+
+def _rank(traced: RankTrace) -> dict[str, Any]:
+    nodes = traced.nodes
+    totals = {
+        total: sum(getattr(node, total) for node in nodes)
+        for total in ("flops", "bytes", "sent_bytes")
+    }
+    return {"rank": traced.rank, **traced.place, **totals, **traced.memory}
+
+
+# ------------------------------------------------------------------------------- views
+
+
+def attention_view(graph: Graph, layer: int = 0) -> Graph:
+    """Norm, attention and residual of one layer, on all ranks that have it."""
+    halves = _halves(graph, layer)
+    return view(
+        graph, f"mha_layer_{layer}_partitioned", lambda node: halves.get(node.id) == "attention"
+    )
+
+
+def mlp_view(graph: Graph, layer: int = 0) -> Graph:
+    """Norm, MLP (or experts) and residual of one layer."""
+    halves = _halves(graph, layer)
+    return view(
+        graph, f"mlp_layer_{layer}_tensor_parallel", lambda node: halves.get(node.id) == "mlp"
+    )
+
+
+def view(graph: Graph, name: str, keep: Callable[[Node], bool]) -> Graph:
+    """The nodes that `keep` holds, and an input node for each tensor that comes from outside of them."""
+    kept = {node.id: node for node in graph.nodes if keep(node)}
+    outside: dict[str, dict[str, Node]] = {}  # by the first node that reads them
+    borders: dict[str, str] = {}
+    edges = []
+    for edge in graph.edges:
+        if edge.target not in kept:
+            continue
+        if edge.source in kept:
+            edges.append(edge)
+            continue
+        name_of = f"{edge.source}:{edge.output}"
+        if name_of not in borders:
+            borders[name_of] = edge.target
+            border = _border(name_of, graph.node[edge.source], edge.output, kept[edge.target])
+            outside.setdefault(edge.target, {})[name_of] = border
+        edges.append(Edge(name_of, 0, edge.target, edge.input))
+    nodes = []
+    for node in kept.values():
+        nodes += [*outside.get(node.id, {}).values(), node]
+    return Graph(
+        name,
+        graph.settings,
+        graph.ranks,
+        nodes,
+        edges,
+        [one for one in graph.collectives if kept.keys() >= set(one.members)],
+        [weight for weight in graph.weights if weight.node in kept],
+    )
+
+
+def _border(name: str, origin: Node, output: int, reader: Node) -> Node:
+    """An input that stands for a node outside of the view."""
+    inside = origin.kind in SOURCES
+    return Node(
+        name,
+        origin.kind if inside else INPUT,
+        origin.op if inside else f"from {origin.module}",
+        origin.module if inside else reader.module,
+        origin.ranks,
+        reader.phase,
+        outputs=(origin.outputs[output],),
+        micro_batch=reader.micro_batch,
+    )
+
+
+def _halves(graph: Graph, layer: int) -> dict[str, str]:
+    """Id → `attention` or `mlp`, for the nodes of a layer.
+
+    What the layer itself runs, residual additions, belongs to the half that it follows.
+    """
+    path = f"decoder.layers.{layer}"
+    found: dict[str, str] = {}
+    now: dict[tuple[int, str, int], str] = {}
+    for node in graph.nodes:
+        if node.module != path and not node.module.startswith(path + "."):
+            continue
+        if node.phase not in (FORWARD, BACKWARD):
+            continue
+        part = node.module.removeprefix(path + ".").split(".")[0]
+        place = (node.rank, node.phase, node.micro_batch)
+        if node.module != path:
+            half = "mlp" if part in ("pre_mlp_layernorm", "mlp") else "attention"
+            if node.kind not in SOURCES:
+                now[place] = half
+            found[node.id] = half
+        else:
+            first = "attention" if node.phase == FORWARD else "mlp"
+            found[node.id] = now.get(place, first)
+    return found

@@ -1,0 +1,297 @@
+"""Checks of the graph against the model that it is a graph of: residuals, dimensions and weights."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from helix_megatron.checkpoint.catalog import CanonicalTensor, Cut, catalog
+from helix_megatron.checkpoint.partition import Place, RankLayout
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import listed
+from helix_megatron.graph.model import FORWARD, Graph, Node, Weight
+from helix_megatron.layout import contiguous_runs
+from helix_megatron.training.units import count
+
+Outcome = tuple[str, tuple[str, ...]]  # figure, problems
+ADDITIONS = ("aten.add.Tensor",)
+MATRIX_PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.mm.dtype")
+
+
+# ------------------------------------------------------------------------------ residuals
+
+
+def residuals(graph: Graph) -> Outcome:
+    """Each layer adds attention's and the MLP's output to what went into their norms, in every forward pass."""
+    problems = []
+    found = 0
+    made: dict[tuple[int, str, int], list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op in ADDITIONS and node.phase == FORWARD:
+            made[node.rank, node.module, node.micro_batch].append(node)
+    for rank, layer, micro_batch in _layers_of_ranks(graph):
+        for norm, module in (("input_layernorm", "self_attention"), ("pre_mlp_layernorm", "mlp")):
+            path = f"decoder.layers.{layer}"
+            additions = [
+                node
+                for node in made[rank, path, micro_batch]
+                if _is_residual(graph, node, f"{path}.{norm}", f"{path}.{module}")
+            ]
+            found += len(additions)
+            if len(additions) != 1:
+                problems.append(
+                    f"rank {rank}, layer {layer}: {len(additions)} additions of {module}'s output to what "
+                    f"{norm} reads, instead of 1"
+                )
+    passes = len(_layers_of_ranks(graph))
+    return f"{found:,} additions, 2 in each of {passes} layers of ranks", tuple(problems)
+
+
+def _layers_of_ranks(graph: Graph) -> list[tuple[int, int, int]]:
+    """(rank, layer, micro-batch) that the settings say a rank runs."""
+    settings = graph.settings
+    layers = settings["model"]["num_layers"] // settings["pipeline"]
+    return [
+        (entry["rank"], entry["pipeline"] * layers + layer, micro_batch)
+        for entry in graph.ranks
+        for layer in range(layers)
+        for micro_batch in range(settings["micro_batches"])
+    ]
+
+
+def _is_residual(graph: Graph, addition: Node, norm: str, module: str) -> bool:
+    """Whether one operand is also read by the norm, and the other comes out of the module."""
+    edges = graph.producers.get(addition.id, [])
+    if len(edges) != 2:
+        return False
+    for skip, branch in (edges, edges[::-1]):
+        readers = graph.consumers.get(skip.source, [])
+        skipped = any(
+            edge.output == skip.output and graph.node[edge.target].module == norm
+            for edge in readers
+        )
+        if skipped and _comes_from(graph, branch.source, module, addition.module):
+            return True
+    return False
+
+
+def _comes_from(graph: Graph, name: str, module: str, through: str) -> bool:
+    """Whether a tensor was made in a module, or from one by what the layer itself runs (bias, dropout)."""
+    pending, seen = [name], set()
+    while pending:
+        node = graph.node[pending.pop()]
+        if node.module == module or node.module.startswith(module + "."):
+            return True
+        if (
+            node.id not in seen
+            and node.module == through
+            and node.op not in ("aten.native_layer_norm",)
+        ):
+            seen.add(node.id)
+            pending += [edge.source for edge in graph.producers.get(node.id, [])]
+    return False
+
+
+# ------------------------------------------------------------------------------ dimensions
+
+
+def dimensions(graph: Graph) -> Outcome:
+    """What the ranks of a tensor parallel group compute in parts adds up to the model's sizes.
+
+    For every matrix that is cut: the local columns that the product makes (or, where columns are cut, the
+    local columns that it reads) sum to the rows (columns) of the whole matrix. And the tokens of the residual
+    stream sum to the sequence.
+    """
+    problems: list[str] = []
+    sums: dict[tuple[str, Any], dict[int, int]] = defaultdict(dict)
+    wholes: dict[str, int] = {}
+    place = {entry["rank"]: entry for entry in graph.ranks}
+    products = _products(graph)
+    for weight in graph.weights:
+        if weight.axis is None or len(weight.shape) != 2 or "embedding" in weight.local_name:
+            continue
+        product = products.get(weight.node)
+        if product is None:
+            problems.append(f"rank {weight.rank} multiplies by no {weight.name}")
+            continue
+        local = product.outputs[0].shape[-1] if weight.axis == 0 else _left(product)
+        entry = place[weight.rank]
+        inside = "expert_tensor" if ".experts." in weight.name else "tensor"
+        copy = _copy_of(graph, weight, entry)
+        sums[weight.name, copy].setdefault(entry[inside], local)
+        wholes[weight.name] = weight.shape[weight.axis]
+    figures: Counter[str] = Counter()
+    for (name, _), parts in sums.items():
+        total = sum(parts.values())
+        if total != wholes[name]:
+            problems.append(
+                f"{name}: {listed(parts.values())} sum to {total}, and the whole is {wholes[name]}"
+            )
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        sizes = sorted(set(parts.values()))
+        figures[f"{kind} {len(parts)} × {'/'.join(map(str, sizes))} = {wholes[name]}"] += 1
+    problems += _sequence(graph)
+    settings = graph.settings
+    ranks = settings["tensor"] if settings["sequence_parallel"] else 1
+    figures[f"sequence {ranks} × {settings['seq_length'] // ranks} = {settings['seq_length']}"] += 1
+    return ", ".join(figures), tuple(problems)
+
+
+def _products(graph: Graph) -> dict[str, Node]:
+    """Parameter's node → the forward product that multiplies by it, through views."""
+    found: dict[str, Node] = {}
+    for weight in graph.weights:
+        pending = [weight.node] if weight.node else []
+        while pending:
+            for edge in graph.consumers.get(pending.pop(), []):
+                node = graph.node[edge.target]
+                if node.phase != FORWARD:
+                    continue
+                if node.op in MATRIX_PRODUCTS:
+                    found.setdefault(weight.node, node)
+                elif node.view:
+                    pending.append(node.id)
+    return found
+
+
+def _left(product: Node) -> int:
+    """Columns of a product's left matrix."""
+    first = 1 if product.op in ("aten.addmm", "aten.baddbmm") else 0
+    return product.inputs[first].shape[-1]
+
+
+def _copy_of(graph: Graph, weight: Weight, entry: dict[str, Any]) -> tuple[int, ...]:
+    """Ranks that hold the parts of the same copy of a weight share this."""
+    if ".experts." in weight.name:
+        return (weight.rank // (graph.settings["expert_tensor"] * graph.settings["expert"]),)
+    return entry["data"], entry["pipeline"]
+
+
+def _sequence(graph: Graph) -> Iterator[str]:
+    """The residual stream's tokens, over the ranks that share them, are the sequence."""
+    settings = graph.settings
+    ranks = settings["tensor"] if settings["sequence_parallel"] else 1
+    for node in graph.nodes:
+        part = node.module.removeprefix("decoder.layers.").partition(".")
+        if node.op not in ADDITIONS or node.phase != FORWARD or part[2] or not part[0].isdigit():
+            continue
+        tokens = node.outputs[0].shape[0]
+        if tokens * ranks != settings["seq_length"]:
+            yield (
+                f"{node.id} {node.module}: {tokens} tokens on each of {ranks} ranks, and the sequence has "
+                f"{settings['seq_length']}"
+            )
+
+
+# --------------------------------------------------------------------------------- weights
+
+
+def weights(graph: Graph) -> Outcome:
+    """Every element of every canonical tensor is on exactly the ranks that the layout puts it on.
+
+    What the model holds is read from its sharded state dictionary; what it should hold comes from `HeadLayout`
+    for attention and from `checkpoint.partition` for the rest.
+    """
+    layout = rank_layout(graph.settings)
+    tensors = catalog(graph.settings["model"])
+    held: dict[tuple[int, str], list[Weight]] = defaultdict(list)
+    for weight in graph.weights:
+        held[weight.rank, weight.name].append(weight)
+    problems: list[str] = []
+    elements = 0
+    copies: Counter[int] = Counter()
+    for tensor in tensors:
+        places = 0
+        for entry in graph.ranks:
+            place = Place(
+                entry["pipeline"], entry["tensor"], entry["expert"], entry["expert_tensor"]
+            )
+            parts = held.pop((entry["rank"], tensor.name), [])
+            expected = layout.holds(tensor, place)
+            places += expected
+            if len(parts) != expected:
+                problems.append(
+                    f"rank {entry['rank']} holds {len(parts)} parts of {tensor.name} instead of {int(expected)}"
+                )
+            for weight in parts if expected else []:
+                problems += _problems_of(layout, tensor, place, weight)
+                elements += weight.spec.numel
+        cut = _ranks_of_a_cut(graph, tensor)
+        copies[places // cut] += 1
+        if places % cut or not places:
+            problems.append(
+                f"{tensor.name} has parts on {places} ranks, which is no multiple of {cut}"
+            )
+    problems += [f"rank {rank} holds {name}, which the model has not" for rank, name in held]
+    whole = sum(tensor.numel for tensor in tensors)
+    parts_of = ", ".join(
+        f"{number} tensor{'s' * (number > 1)} on {k} rank{'s' * (k > 1)} per element"
+        for k, number in sorted(copies.items())
+    )
+    return (
+        f"{count(whole)} elements of {len(tensors)} tensors, {count(elements)} held: {parts_of}",
+        tuple(problems),
+    )
+
+
+def rank_layout(settings: dict[str, Any]) -> RankLayout:
+    """How the run cuts its weights."""
+    cut = settings["attention"] == "exact"
+    return RankLayout(
+        settings["model"],
+        tensor=settings["tensor"],
+        pipeline=settings["pipeline"],
+        expert=settings["expert"],
+        expert_tensor=settings["expert_tensor"],
+        helix=HelixConfig(
+            settings["segments"] if cut else 1,
+            query_layout=settings["query_layout"] if cut else "auto",
+        ),
+    )
+
+
+def _ranks_of_a_cut(graph: Graph, tensor: CanonicalTensor) -> int:
+    """Ranks that one copy of a tensor is dealt to."""
+    if tensor.cut is Cut.REPLICATED:
+        return 1
+    return graph.settings["tensor" if tensor.expert is None else "expert_tensor"]
+
+
+def _problems_of(
+    layout: RankLayout, tensor: CanonicalTensor, place: Place, weight: Weight
+) -> Iterator[str]:
+    part = layout.part(tensor, place)
+    if weight.shape != tensor.shape:
+        yield f"{tensor.name} is {list(weight.shape)} on rank {weight.rank} instead of {list(tensor.shape)}"
+    if weight.spec.shape != part.shape(tensor.shape):
+        yield (
+            f"rank {weight.rank} holds {list(weight.spec.shape)} of {tensor.name} instead of "
+            f"{list(part.shape(tensor.shape))}"
+        )
+    expected = (
+        None if part.index is None or len(part.index) == tensor.shape[part.axis or 0] else part
+    )
+    runs = (
+        () if expected is None or expected.index is None else tuple(contiguous_runs(expected.index))
+    )
+    axis = None if expected is None else expected.axis
+    if (weight.axis, _joined(weight.runs)) != (axis, runs):
+        yield (
+            f"rank {weight.rank} holds elements {_text(weight.runs)} along axis {weight.axis} of {tensor.name} "
+            f"instead of {_text(runs)} along axis {axis}"
+        )
+
+
+def _joined(runs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """Runs that touch, as one."""
+    if not runs:
+        return ()
+    return tuple(contiguous_runs(np.concatenate([np.arange(a, a + n) for a, n in runs])))
+
+
+def _text(runs: tuple[tuple[int, int], ...]) -> str:
+    shown = listed(f"{start}-{start + length - 1}" for start, length in runs[:4])
+    return shown + (" …" if len(runs) > 4 else "")

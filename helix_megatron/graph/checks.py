@@ -1,0 +1,292 @@
+"""What must hold of an operator graph. A check gives a figure when it passes, and the violations when not."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from helix_megatron.errors import listed
+from helix_megatron.graph.build import MESSAGE
+from helix_megatron.graph.check_model import Outcome, dimensions, residuals, weights
+from helix_megatron.graph.model import COLLECTIVE, OPERATOR, Collective, Graph, Node
+from helix_megatron.training.units import count, size
+
+BALANCE = 1.1  # the most by which the busiest rank may exceed the idlest
+SHOWN = 5  # violations that are printed
+
+
+@dataclass(frozen=True)
+class Result:
+    """A check's outcome: its figure, and what violates it."""
+
+    name: str
+    figure: str
+    problems: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        if self.passed:
+            return f"passed  {self.name}: {self.figure}"
+        shown = [f"\n          {problem}" for problem in self.problems[:SHOWN]]
+        rest = len(self.problems) - SHOWN
+        more = f"\n          and {rest} more" if rest > 0 else ""
+        return f"FAILED  {self.name}:" + "".join(shown) + more
+
+
+def run_checks(graph: Graph, *, balance: float = BALANCE) -> list[Result]:
+    """All checks.
+
+    Args:
+        balance: by what factor the busiest rank may exceed the idlest, in FLOPs and in bytes.
+    """
+    results = [acyclic(graph), shapes_agree(graph), one_rank_each(graph)]
+    whole = _is_whole(graph)
+    for name, check in (
+        ("every cross-rank edge is a collective", collectives),
+        ("residuals present", residuals),
+        ("local dimensions sum to global ones", dimensions),
+        ("balanced, largest over smallest rank", lambda graph: balanced(graph, balance)),
+        ("every weight element on its ranks", weights),
+    ):
+        outcome = check(graph) if whole else ("", ("not checked: nodes or ranks are missing",))
+        results.append(Result(name, *outcome))
+    return results
+
+
+def _is_whole(graph: Graph) -> bool:
+    """Whether edges and collectives end at nodes, and nodes at ranks."""
+    ends = {name for edge in graph.edges for name in (edge.source, edge.target)}
+    ends |= {name for one in graph.collectives for name in one.members}
+    ranks = {node.ranks[0] if node.ranks else -1 for node in graph.nodes}
+    return ends <= graph.node.keys() and ranks == set(range(graph.settings["ranks"]))
+
+
+# ----------------------------------------------------------------------------- structure
+
+
+def acyclic(graph: Graph) -> Result:
+    """No operator waits for itself, when the ranks of a collective wait for each other."""
+    place = {node.id: node.id for node in graph.nodes}
+    for one in graph.collectives:
+        if one.kind != MESSAGE:
+            place.update(dict.fromkeys(one.members, one.id))
+    following: dict[str, set[str]] = defaultdict(set)
+    for edge in graph.edges:
+        if edge.source in place and edge.target in place:
+            following[place[edge.source]].add(place[edge.target])
+    for one in graph.collectives:
+        if one.kind == MESSAGE and len(one.members) == 2:
+            following[one.members[0]].add(one.members[1])
+    waiting = Counter(target for targets in following.values() for target in targets)
+    depth = {name: 1 for name in set(place.values()) if not waiting[name]}
+    ready, done = list(depth), 0
+    while ready:
+        name = ready.pop()
+        done += 1
+        for target in following[name]:
+            depth[target] = max(depth.get(target, 0), depth[name] + 1)
+            waiting[target] -= 1
+            if not waiting[target]:
+                ready.append(target)
+    total = len(set(place.values()))
+    problems: tuple[str, ...] = ()
+    if done < total:
+        stuck = sorted(name for name, number in waiting.items() if number > 0)
+        problems = (
+            f"{total - done} nodes are on cycles or behind them, such as {listed(stuck[:4])}",
+        )
+    longest = max(depth.values(), default=0)
+    figure = f"{len(graph.nodes):,} nodes, {len(graph.edges):,} tensors, longest path {longest}"
+    return Result("acyclic", figure, problems)
+
+
+def shapes_agree(graph: Graph) -> Result:
+    """A tensor is read with the shape and dtype with which it was made, and every input has a source."""
+    problems = []
+    fed: dict[str, set[int]] = defaultdict(set)
+    for edge in graph.edges:
+        source, target = graph.node.get(edge.source), graph.node.get(edge.target)
+        if source is None or target is None:
+            problems.append(f"edge {edge.source} → {edge.target} ends at no node")
+            continue
+        if edge.output >= len(source.outputs) or edge.input >= len(target.inputs):
+            problems.append(f"edge {edge.source} → {edge.target} is of no output or no input")
+            continue
+        fed[target.id].add(edge.input)
+        made, read = source.outputs[edge.output], target.inputs[edge.input]
+        if made != read:
+            problems.append(f"{_name(source)} makes {made}, {_name(target)} reads {read}")
+    for node in graph.nodes:
+        missing = set(range(len(node.inputs))) - fed[node.id]
+        if missing:
+            problems.append(f"{_name(node)}: nothing makes its inputs {listed(sorted(missing))}")
+    moved = (
+        sum(graph.node[e.source].outputs[e.output].nbytes for e in graph.edges)
+        if not problems
+        else 0
+    )
+    figure = f"{len(graph.edges):,} of {len(graph.edges):,} tensors, {size(moved)}"
+    return Result("shapes agree along every edge", figure, tuple(problems))
+
+
+def one_rank_each(graph: Graph) -> Result:
+    """Every node runs on exactly one rank of the run, and every rank runs something."""
+    ranks = range(graph.settings["ranks"])
+    problems = [
+        f"node id {name} occurs twice"
+        for name, k in Counter(n.id for n in graph.nodes).items()
+        if k > 1
+    ]
+    operators: Counter[int] = Counter()
+    for node in graph.nodes:
+        if len(node.ranks) != 1 or node.ranks[0] not in ranks:
+            problems.append(f"{node.id} ({node.op}) is on ranks [{listed(node.ranks)}]")
+        elif node.kind in (OPERATOR, COLLECTIVE):
+            operators[node.rank] += 1
+    problems += [f"rank {rank} runs nothing" for rank in ranks if not operators[rank]]
+    total, least, most = (
+        sum(operators.values()),
+        min(operators.values(), default=0),
+        max(operators.values(), default=0),
+    )
+    figure = f"{total:,} operators on {len(ranks)} ranks, {least:,} to {most:,} each"
+    return Result("every operator on exactly one rank", figure, tuple(problems))
+
+
+def collectives(graph: Graph) -> Outcome:
+    """Ranks exchange data in collectives only; each has its group, ranks, and bytes that its shapes explain."""
+    problems = []
+    for edge in graph.edges:
+        source, target = graph.node.get(edge.source), graph.node.get(edge.target)
+        if source is not None and target is not None and source.ranks != target.ranks:
+            problems.append(
+                f"a tensor goes from {_name(source)} on rank {listed(source.ranks)} to {_name(target)} on rank "
+                f"{listed(target.ranks)} without a collective"
+            )
+    joined = Counter(member for one in graph.collectives for member in one.members)
+    for node in graph.nodes:
+        if node.kind == COLLECTIVE and joined[node.id] != 1:
+            problems.append(f"{_name(node)} is part of {joined[node.id]} collectives")
+    for one in graph.collectives:
+        problems += [f"{one.kind} {one.id}: {problem}" for problem in _problems_of(graph, one)]
+    sent = sum(one.sent_bytes for one in graph.collectives)
+    kinds = Counter(one.kind for one in graph.collectives)
+    parts = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    figure = f"{len(graph.collectives)} collectives ({parts}), {size(sent)} sent; no other edge between ranks"
+    return figure, tuple(problems)
+
+
+def _problems_of(graph: Graph, one: Collective) -> Iterator[str]:
+    members = [graph.node[name] for name in one.members if name in graph.node]
+    if not one.group:
+        yield "it has no group"
+    if tuple(node.ranks[0] for node in members) != one.ranks:
+        yield f"its ranks are [{listed(one.ranks)}] and its nodes are on [{listed(n.rank for n in members)}]"
+        return
+    if one.sent_bytes != sum(node.sent_bytes for node in members) or one.sent_bytes <= 0:
+        yield f"its ranks send {sum(n.sent_bytes for n in members)} bytes, and it says {one.sent_bytes}"
+    for node in members:
+        if one.kind != MESSAGE and (node.op, node.group) != (one.kind, one.group):
+            yield f"{node.id} runs {node.op} in {node.group or 'no group'} instead of {one.group}"
+    rule = _RULES.get(one.kind)
+    if rule is not None:
+        yield from rule(members)
+
+
+def _same_sizes(members: list[Node]) -> Iterator[str]:
+    """All ranks give and get tensors of the same sizes."""
+    sizes = {(tuple(s.numel for s in n.inputs), tuple(s.numel for s in n.outputs)) for n in members}
+    if len(sizes) > 1:
+        yield f"its ranks bring tensors of different sizes: {listed(sorted(sizes))}"
+
+
+def _gathered(members: list[Node]) -> Iterator[str]:
+    """Everyone gets what all give."""
+    given = sum(spec.numel for node in members for spec in node.inputs)
+    for node in members:
+        got = sum(spec.numel for spec in node.outputs)
+        if got != given:
+            yield f"{node.id} gets {got} elements of the {given} that its ranks give"
+    yield from _ring(members, lambda node: (len(members) - 1) * sum(s.nbytes for s in node.inputs))
+
+
+def _scattered(members: list[Node]) -> Iterator[str]:
+    """What all get together is what each gives."""
+    got = sum(spec.numel for node in members for spec in node.outputs)
+    for node in members:
+        given = sum(spec.numel for spec in node.inputs)
+        if got != given:
+            yield f"{node.id} gives {given} elements, and its ranks get {got}"
+    k = len(members)
+    yield from _ring(members, lambda node: (k - 1) * sum(s.nbytes for s in node.inputs) // k)
+
+
+def _reduced(members: list[Node]) -> Iterator[str]:
+    yield from _same_sizes(members)
+    k = len(members)
+    yield from _ring(members, lambda node: 2 * (k - 1) * sum(s.nbytes for s in node.inputs) // k)
+
+
+def _swapped(members: list[Node]) -> Iterator[str]:
+    """What is sent is received."""
+    given = sum(spec.numel for node in members for spec in node.inputs)
+    got = sum(spec.numel for node in members for spec in node.outputs)
+    if given != got:
+        yield f"its ranks give {given} elements and get {got}"
+    for node in members:
+        if not 0 < node.sent_bytes <= sum(spec.nbytes for spec in node.inputs):
+            yield f"{node.id} sends {node.sent_bytes} bytes of {sum(s.nbytes for s in node.inputs)}"
+
+
+def _sent(members: list[Node]) -> Iterator[str]:
+    sender, receiver = members
+    if sender.inputs != receiver.outputs:
+        yield f"{listed(sender.inputs)} is sent, and {listed(receiver.outputs)} received"
+
+
+def _ring(members: list[Node], formula: Callable[[Node], int]) -> Iterator[str]:
+    for node in members:
+        if node.sent_bytes != formula(node):
+            yield f"{node.id} sends {node.sent_bytes} bytes, and its shapes make {formula(node)}"
+
+
+_RULES: dict[str, Callable[[list[Node]], Iterator[str]]] = {
+    "all-reduce": _reduced,
+    "all-gather": _gathered,
+    "reduce-scatter": _scattered,
+    "all-to-all": _swapped,
+    MESSAGE: _sent,
+    "broadcast": _same_sizes,
+}
+
+
+# ------------------------------------------------------------------------------- balance
+
+
+def balanced(graph: Graph, limit: float = BALANCE) -> Outcome:
+    """Ranks compute about as much as each other, and read and write about as many bytes."""
+    problems, figures = [], []
+    for what, show in (("flops", count), ("bytes", size)):
+        totals: Counter[int] = Counter(dict.fromkeys(range(graph.settings["ranks"]), 0))
+        for node in graph.nodes:
+            totals[node.rank] += getattr(node, what)
+        least, most = min(totals.values()), max(totals.values())
+        ratio = most / least if least else float("inf")
+        figures.append(
+            f"{'FLOPs' if what == 'flops' else what} {ratio:.3f} ({show(least)} to {show(most)})"
+        )
+        if ratio > limit:
+            busiest, idlest = (pick(totals, key=totals.__getitem__) for pick in (max, min))
+            problems.append(
+                f"{what}: rank {busiest} has {show(most)}, rank {idlest} has {show(least)}, {ratio:.3f} times "
+                f"as many; at most {limit:g} is balanced"
+            )
+    return ", ".join(figures), tuple(problems)
+
+
+def _name(node: Node) -> str:
+    return f"{node.id} {node.module}: {node.op}"

@@ -1,0 +1,202 @@
+"""`helix graph`: trace a run, check its operator graph, and write it as data, pictures and a page."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.errors import HelixError, exit_on_error
+
+DESCRIPTION = """\
+Draw the operator graph of a training run: every operator, tensor and collective of every rank, with shapes,
+traced from the code that runs, at full size, without a GPU and without memory for its tensors. Writes three
+graphs, of the whole model and of the attention and the MLP of one layer, as .json, .dot and .svg, and one HTML
+page with all three."""
+EPILOG = """\
+All other flags are those of scripts/pretrain_gpt.py: --preset, model and parallelism. Without any, the graph
+is that of --preset paper-dense. The baseline of the paper: --preset paper-dense --tensor-model-parallel-size 8
+--pipeline-model-parallel-size 2 --intra-head-parallel-size 1."""
+DEFAULT = ("--preset", "paper-dense")
+MOST_JOBS = 2  # each traces with up to 1.5 GB
+
+
+def build_parser(program: str) -> argparse.ArgumentParser:
+    """The parser of the flags that are not the training script's."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "--output",
+        type=Path,
+        default=Path("helix_graph"),
+        metavar="DIR",
+        help="(default: %(default)s)",
+    )
+    add("--backward", action="store_true", help="trace the backward pass, too")
+    add(
+        "--check",
+        action="store_true",
+        help="check the graph and print each check with its figure; the exit status is 1 if one fails",
+    )
+    add(
+        "--micro-batches",
+        type=int,
+        default=1,
+        metavar="K",
+        help="micro-batches of the traced step; more than one show how pipeline stages overlap (default: 1)",
+    )
+    add(
+        "--balance",
+        type=float,
+        default=1.1,
+        metavar="X",
+        help="what --check allows the busiest rank over the idlest, in FLOPs and bytes (default: %(default)s)",
+    )
+    add(
+        "--layer",
+        type=int,
+        default=0,
+        metavar="L",
+        help="of the two graphs of one layer (default: 0)",
+    )
+    add(
+        "--detail",
+        choices=("modules", "operators"),
+        default="modules",
+        help="what a box of .dot and .svg is (default: %(default)s). .json and the page have every operator",
+    )
+    add(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="ranks of the run; tensor times pipeline parallel size when not given",
+    )
+    add("--jobs", type=int, metavar="J", help="processes that trace ranks at the same time")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, program: str = "helix graph") -> int:
+    """Trace, check and write as `argv` says; 1 if a check fails, 2 for what the user can put right."""
+    args, rest = build_parser(program).parse_known_args(argv)
+    with exit_on_error(program):
+        return _run(args, rest, program)
+    raise AssertionError("exit_on_error leaves by itself")
+
+
+def _run(args: argparse.Namespace, rest: list[str], program: str) -> int:
+    _check(args)
+    from helix_megatron.bench.spawn import ENVIRONMENT, hide_gpus, launched_ranks
+
+    if launched_ranks() is not None:
+        raise HelixError("helix graph traces all ranks by itself. Run it without torchrun.")
+    hide_gpus()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from helix_megatron.graph.flags import parse
+
+    run = parse(rest or DEFAULT, program, args.ranks)
+    if args.layer >= run.num_layers:
+        raise HelixError(
+            f"--layer {args.layer}: the model has layers 0 to {run.num_layers - 1}. Give one of them."
+        )
+    _make(args.output)
+    jobs = args.jobs or min(os.cpu_count() or 1, MOST_JOBS, run.world_size)
+    with _quiet():
+        import torch
+
+        torch.set_num_threads(1)
+        from helix_megatron.graph.build import attention_view, build, mlp_view
+
+        graph = build(run, backward=args.backward, micro_batches=args.micro_batches, jobs=jobs)
+    views = [graph, attention_view(graph, args.layer), mlp_view(graph, args.layer)]
+    results: list[Any] = []
+    if args.check:
+        from helix_megatron.graph.checks import run_checks
+
+        results = run_checks(graph, balance=args.balance)
+        print("\n".join(map(str, results)))
+    try:
+        written = write(views, args.output, results, detail=args.detail)
+    except OSError as error:
+        raise HelixError(
+            f"--output {args.output} cannot be written to: {error.strerror} ({error.filename}). Give another "
+            "directory, or make room."
+        ) from error
+    print(f"wrote {', '.join(path.name for path in written)} to {args.output}")
+    return 0 if all(result.passed for result in results) else 1
+
+
+def write(
+    views: Sequence[Any], directory: Path, checks: Sequence[Any] = (), *, detail: str = "modules"
+) -> list[Path]:
+    """Write graphs of one run to a directory; the files.
+
+    The first, the whole model, is drawn with equal ranks folded; the others with a column for each rank, up
+    to 32.
+    Without graphviz there are no pictures, and a line on standard error says what to install.
+    """
+    from helix_megatron.graph.dot import render, to_dot
+    from helix_megatron.graph.html import to_html
+
+    written = []
+    missing = ""
+    for number, graph in enumerate(views):
+        data, dot = (directory / f"{graph.name}.{kind}" for kind in ("json", "dot"))
+        graph.write(data)
+        fold = number == 0 or len(graph.ranks) > 32
+        dot.write_text(to_dot(graph, detail=detail, fold=fold))
+        written += [data, dot]
+        try:
+            written.append(render(dot))
+        except HelixError as error:
+            missing = str(error)
+    page = directory / "helix_graph.html"
+    page.write_text(to_html(views, checks))
+    if missing:
+        print(missing, file=sys.stderr)
+    return [*written, page]
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("micro_batches", "jobs", "ranks"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise HelixError(
+                f"--{name.replace('_', '-')} {value} must be at least 1. Try 1, or leave it out."
+            )
+    if not args.balance >= 1:  # nan is not, either
+        raise HelixError(
+            f"--balance {args.balance:g} must be at least 1: the busiest rank is never below the idlest. "
+            "The default is 1.1."
+        )
+    if args.layer < 0:
+        raise HelixError(f"--layer {args.layer}: layers are counted from 0. Give 0 for the first.")
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HelixError(
+            f"--output {directory} cannot be made: {error.strerror}. Give a directory that can be written to."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without megatron-core's warnings about packages and GPU settings."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

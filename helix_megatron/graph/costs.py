@@ -1,0 +1,66 @@
+"""FLOPs and bytes of an operator, from the shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helix_megatron.graph import attention_kernel  # noqa: F401 (defines the operators)
+from helix_megatron.graph.model import Spec
+
+_aten = torch.ops.aten
+ATTENTION = torch.ops.helix.attention.default
+ATTENTION_BACKWARD = torch.ops.helix.attention_backward.default
+# Forward: scores and weighted values. Backward: scores again, and gradients of weights, values, keys, queries.
+BACKWARD_PRODUCTS = 5 / 2
+
+DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
+
+
+def spec_of(tensor: Tensor) -> Spec:
+    """Shape and dtype of a tensor."""
+    return Spec(tuple(tensor.shape), DTYPES[tensor.dtype])
+
+
+def flops_of(func: Any, args: Sequence[Any], inputs: Sequence[Spec]) -> int:
+    """FLOPs of a matrix product (2·m·k·n) or of attention; 0 for any other operator."""
+    if func in (_aten.mm.default, _aten.mm.dtype):
+        (m, k), (_, n) = inputs[0].shape, inputs[1].shape
+        return 2 * m * k * n
+    if func is _aten.addmm.default:
+        (m, k), (_, n) = inputs[1].shape, inputs[2].shape
+        return 2 * m * k * n
+    if func in (_aten.bmm.default, _aten.baddbmm.default):
+        first = 1 if func is _aten.baddbmm.default else 0
+        (b, m, k), (_, _, n) = inputs[first].shape, inputs[first + 1].shape
+        return 2 * b * m * k * n
+    if func is ATTENTION:
+        return attention_flops(inputs[0], inputs[2], args[4])
+    if func is ATTENTION_BACKWARD:
+        return round(BACKWARD_PRODUCTS * attention_flops(inputs[1], inputs[3], args[6]))
+    return 0
+
+
+def attention_flops(query: Spec, value: Spec, pairs: int) -> int:
+    """FLOPs of attention over `pairs` (query, key) pairs of a head; query [B, H, L, D], value [B, G, S, E]."""
+    batch, heads, _, dim = query.shape
+    return 2 * batch * heads * pairs * (dim + value.shape[-1])
+
+
+def bytes_moved(inputs: Sequence[Spec], outputs: Sequence[Spec], view: bool) -> int:
+    """Bytes read and written by an operator that runs by itself; none for a view."""
+    return 0 if view else sum(spec.nbytes for spec in (*inputs, *outputs))

@@ -1,0 +1,319 @@
+"""The graph as data: nodes, edges, collectives and weights of all ranks, and its JSON form.
+
+A node is what one rank does: an operator, its part in a collective, or something that is there before the
+first operator (a weight, an input, a buffer). An edge is a tensor on its way from the node that makes it to one
+that reads it, on the same rank. Between ranks data moves in collectives only: a `Collective` joins the nodes by
+which its ranks take part. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.errors import HelixError
+
+FORMAT = "helix-graph"
+VERSION = 1
+
+# Kinds of nodes.
+OPERATOR = "operator"
+COLLECTIVE = "collective"
+PARAMETER = "parameter"
+INPUT = "input"  # tokens, positions, labels
+BUFFER = "buffer"  # tensors that exist before the pass: gradient buffers, rotary frequencies
+SOURCES = (PARAMETER, INPUT, BUFFER)
+KINDS = (OPERATOR, COLLECTIVE, *SOURCES)
+
+FORWARD, BACKWARD, GRADIENTS = "forward", "backward", "gradients"
+PHASES = (FORWARD, BACKWARD, GRADIENTS)
+
+DTYPES = {  # short name → bytes of an element
+    "bf16": 2,
+    "f16": 2,
+    "f32": 4,
+    "f64": 8,
+    "i64": 8,
+    "i32": 4,
+    "i16": 2,
+    "i8": 1,
+    "u8": 1,
+    "bool": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Shape and dtype of a tensor, written `bf16[625, 1, 8192]`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """The inverse of `str`.
+
+        Raises:
+            ValueError: the text is none.
+        """
+        match = re.fullmatch(r"(\w+)\[([\d, ]*)\]", text)
+        if not match or match[1] not in DTYPES:
+            raise ValueError(f"{text!r} is no tensor such as bf16[625, 8192]")
+        return cls(tuple(int(size) for size in match[2].split(",") if size.strip()), match[1])
+
+
+@dataclass(slots=True)
+class Node:
+    """What one rank does at one point of its program.
+
+    Args:
+        id: unique, `r3.17`: rank and place in its program.
+        kind: one of `KINDS`.
+        op: the operator's name (`aten.mm`), the collective (`all-gather`), or the name of a weight or input.
+        module: path of the module that runs it, layers numbered over all pipeline stages.
+        ranks: where it runs: one rank, in a graph that is right.
+        phase: forward, backward, or gradients (what follows the backward pass).
+        inputs, outputs: tensors, in the operator's order. A tensor that is changed in place is an output.
+        flops: of matrix products and attention; a multiply-add counts as two. 0 for all else.
+        bytes: read and written by the operator; 0 for views.
+        sent_bytes: of a collective, what this rank sends by a bandwidth-optimal algorithm.
+        group, purpose: of a collective: process group and who asked for it.
+        micro_batch: which one it works on, counted from 0.
+        view: whether it moves no data: another view of an input, or an allocation.
+    """
+
+    id: str
+    kind: str
+    op: str
+    module: str
+    ranks: tuple[int, ...]
+    phase: str = FORWARD
+    inputs: tuple[Spec, ...] = ()
+    outputs: tuple[Spec, ...] = ()
+    flops: int = 0
+    bytes: int = 0
+    sent_bytes: int = 0
+    group: str = ""
+    purpose: str = ""
+    micro_batch: int = 0
+    view: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.ranks[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A tensor from output `output` of node `source` to input `input` of node `target`."""
+
+    source: str
+    output: int
+    target: str
+    input: int
+
+
+@dataclass(slots=True)
+class Collective:
+    """What joins ranks: the nodes by which they take part in one collective, or a send and its receive.
+
+    `ranks` are those of the group, in its order; `members` the nodes, in the same order; `sent_bytes` what all
+    of them send together. From the first to the last rank for `send`.
+    """
+
+    id: str
+    kind: str
+    group: str
+    purpose: str
+    ranks: tuple[int, ...]
+    members: tuple[str, ...]
+    sent_bytes: int
+
+
+@dataclass(slots=True)
+class Weight:
+    """One rank's part of a canonical weight.
+
+    Args:
+        rank: that holds it.
+        name: canonical name, with the numbers of layer and expert.
+        local_name: of the parameter in this rank's model.
+        node: the parameter's node, if the pass uses it.
+        shape: of the whole canonical tensor.
+        spec: of the part.
+        axis: that is cut; None where the rank holds all of it.
+        runs: (start, length) of what the rank holds along the axis, in its order.
+    """
+
+    rank: int
+    name: str
+    local_name: str
+    shape: tuple[int, ...]
+    spec: Spec
+    axis: int | None = None
+    runs: tuple[tuple[int, int], ...] = ()
+    node: str = ""
+
+
+@dataclass
+class Graph:
+    """All ranks of one run.
+
+    `settings` say what was traced: sizes, layout and model flags. `ranks` has a mapping for each rank: its
+    place and its memory (`traced_peak` and what it consists of, in bytes).
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    edges: list[Edge] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
+
+    @cached_property
+    def node(self) -> dict[str, Node]:
+        """Nodes by id. Not to be asked before the graph is complete."""
+        return {node.id: node for node in self.nodes}
+
+    @cached_property
+    def producers(self) -> dict[str, list[Edge]]:
+        """Edges into each node."""
+        return _by(self.edges, "target")
+
+    @cached_property
+    def consumers(self) -> dict[str, list[Edge]]:
+        """Edges out of each node."""
+        return _by(self.edges, "source")
+
+    def of_rank(self, rank: int) -> list[Node]:
+        """A rank's nodes, in the order of its program."""
+        return [node for node in self.nodes if node.ranks == (rank,)]
+
+    # ------------------------------------------------------------------- JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """A mapping that `json` can write; `from_json` is its inverse."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "settings": self.settings,
+            "ranks": self.ranks,
+            "nodes": [_plain(node) for node in self.nodes],
+            "edges": [[e.source, e.output, e.target, e.input] for e in self.edges],
+            "collectives": [_plain(one) for one in self.collectives],
+            "weights": [_plain(weight) for weight in self.weights],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Graph:
+        """Read what `to_json` made.
+
+        Raises:
+            HelixError: the mapping is no graph, or of another version.
+        """
+        if data.get("format") != FORMAT or data.get("version") != VERSION:
+            raise HelixError(
+                f"this is no operator graph of version {VERSION}: its format is {data.get('format')!r}, its "
+                f"version {data.get('version')!r}. Write one with helix graph."
+            )
+        try:
+            return cls(
+                name=data["name"],
+                settings=dict(data["settings"]),
+                ranks=list(data["ranks"]),
+                nodes=[_node(entry) for entry in data["nodes"]],
+                edges=[Edge(*entry) for entry in data["edges"]],
+                collectives=[_collective(entry) for entry in data["collectives"]],
+                weights=[_weight(entry) for entry in data["weights"]],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise HelixError(
+                f"the operator graph cannot be read ({type(error).__name__}: {error}). Write it anew with "
+                "helix graph."
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Write the JSON form."""
+        path.write_text(json.dumps(self.to_json(), separators=(",", ":")))
+
+    @classmethod
+    def read(cls, path: Path) -> Graph:
+        """Read a file that `write` made.
+
+        Raises:
+            HelixError: there is none, or it is no graph.
+        """
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise HelixError(
+                f"{path} cannot be read as an operator graph: {error}. Give a .json file that helix graph "
+                "wrote."
+            ) from error
+        if not isinstance(data, dict):
+            raise HelixError(
+                f"{path} is no operator graph. Give a .json file that helix graph wrote."
+            )
+        return cls.from_json(data)
+
+
+def _by(edges: Iterable[Edge], end: str) -> dict[str, list[Edge]]:
+    found: dict[str, list[Edge]] = {}
+    for edge in edges:
+        found.setdefault(getattr(edge, end), []).append(edge)
+    return found
+
+
+_DEFAULTS = {"phase": FORWARD, "axis": None, "node": ""}
+
+
+def _plain(value: Node | Collective | Weight) -> dict[str, Any]:
+    """Fields of a dataclass; specs as text, and what has its default left out."""
+    plain = {}
+    for name in value.__slots__:
+        item = getattr(value, name)
+        if isinstance(item, Spec):
+            item = str(item)
+        elif isinstance(item, tuple):
+            item = [str(entry) if isinstance(entry, Spec) else entry for entry in item]
+        if item == _DEFAULTS.get(name, item) and (name in _DEFAULTS or not item):
+            continue
+        plain[name] = item
+    return plain
+
+
+def _node(entry: Mapping[str, Any]) -> Node:
+    specs = {key: tuple(map(Spec.parse, entry.get(key, ()))) for key in ("inputs", "outputs")}
+    text = {key: entry.get(key, "") for key in ("id", "kind", "op", "module")}
+    return Node(**{**text, **entry, **specs, "ranks": tuple(entry.get("ranks", ()))})
+
+
+def _collective(entry: Mapping[str, Any]) -> Collective:
+    text = {key: entry.get(key, "") for key in ("id", "kind", "group", "purpose")}
+    lists = {key: tuple(entry.get(key, ())) for key in ("ranks", "members")}
+    return Collective(**{**text, "sent_bytes": 0, **entry, **lists})
+
+
+def _weight(entry: Mapping[str, Any]) -> Weight:
+    runs = tuple((start, length) for start, length in entry.get("runs", ()))
+    tuples = {"shape": tuple(entry.get("shape", ())), "runs": runs}
+    return Weight(**{"rank": 0, **entry, **tuples, "spec": Spec.parse(entry["spec"])})

@@ -1,0 +1,55 @@
+"""The paper's model at its full size: 16 ranks, 4 layers, forward and backward, traced, checked and written."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.exchanges import AttentionShape, choose
+from helix_megatron.graph.model import Graph
+
+ROOT = Path(__file__).parent.parent
+SECONDS, GIGABYTES = 60, 4
+
+
+def test_the_papers_model_is_traced_checked_and_written_in_a_minute(tmp_path):
+    """168 GB per activation tensor of the whole batch, 3.2 billion weights: none of it may be allocated."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    flags = ["--preset", "paper-dense", "--backward", "--check", "--jobs", "1"]
+    run = subprocess.run(
+        [sys.executable, "-m", "helix_megatron.graph.command", *flags, "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=600,
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("passed  ") == 8
+    # Processor time, as this machine may be busy with other things; one process, so it is no less than real.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
+    assert after.ru_maxrss * 1024 < GIGABYTES * 1e9
+
+    graph = Graph.read(tmp_path / "complete_helix_model.json")
+    assert len(graph.ranks) == 16
+    layout = HelixConfig(4).layout(16, 16, 512, 16)
+    shape = AttentionShape(layout, batch=1, query_length=10000, key_length=10000)
+    exchanged = 4 * 2 * choose(shape, "gather-kv").bytes(shape)
+    tokens, hidden, ffn, vocabulary, layers = 10000, 8192, 32768, 256, 4
+    products = layers * (4 * hidden * hidden + 2 * hidden * ffn) + hidden * vocabulary
+    attention = layers * 2 * 2 * 16 * (tokens * (tokens + 1) // 2) * 512
+    flops = 3 * 2 * tokens * products + 3.5 * attention
+    for entry in graph.ranks:
+        nodes = graph.of_rank(entry["rank"])
+        assert sum(n.sent_bytes for n in nodes if n.purpose.startswith("exchange")) == exchanged
+        assert entry["flops"] == flops / 16
+        held = sum(weight.spec.nbytes for weight in graph.weights if weight.rank == entry["rank"])
+        assert entry["parameters"] == held
+        # What linear layers, attention and GELU keep of each layer, and little more.
+        kept = layers * 2 * tokens * (2 * hidden / 16 + 7 * 512 + 2 * ffn / 16)
+        assert kept < entry["activations"] < 2 * kept

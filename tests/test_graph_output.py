@@ -1,0 +1,334 @@
+"""What `helix graph` writes: JSON that comes back as it was, pictures, and errors that say what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from graph_runs import BASELINE, HELIX, flags, traced
+
+from helix_megatron.errors import HelixError
+from helix_megatron.graph import command, dot
+from helix_megatron.graph.build import attention_view, mlp_view
+from helix_megatron.graph.dot import ranks_text, render, summary, to_dot
+from helix_megatron.graph.flags import parse
+from helix_megatron.graph.fold import items, tree
+from helix_megatron.graph.html import to_html
+from helix_megatron.graph.layout import GAP, Cell, heights
+from helix_megatron.graph.model import Edge, Graph, Node, Spec
+
+ROOT = Path(__file__).parent.parent
+needs_dot = pytest.mark.skipif(
+    shutil.which("dot") is None, reason="graphviz (dot) is not installed"
+)
+
+
+# -------------------------------------------------------------------------------- JSON
+
+
+def test_json_comes_back_as_it_was(tmp_path):
+    """The planner and others read the file: nothing may get lost on the way."""
+    graph = traced(HELIX)
+    graph.write(tmp_path / "graph.json")
+    assert Graph.read(tmp_path / "graph.json") == graph
+    data = json.loads((tmp_path / "graph.json").read_text())
+    assert {"traced_peak", "parameters", "gradients", "activations", "flops"} <= data["ranks"][
+        0
+    ].keys()
+    assert data["ranks"][3]["head_group"] == 1 and data["ranks"][3]["segment"] == 1
+    product = next(n for n in data["nodes"] if n["op"] == "aten.mm")
+    assert product["outputs"] == [str(Spec((32, 48), "bf16"))]
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda d: d.update(format="other"), "no operator graph of version 1"),
+        (lambda d: d.update(version=99), "its version 99"),
+        (lambda d: d.pop("nodes"), "cannot be read (KeyError: 'nodes')"),
+        (
+            lambda d: d["nodes"][0].update(outputs=["bf16[x]"]),
+            "is no tensor such as bf16[625, 8192]",
+        ),
+        (lambda d: d["edges"].append([1]), "cannot be read (TypeError"),
+    ],
+)
+def test_files_that_are_no_graph_are_refused(tmp_path, damage, text):
+    """A wrong file is the user's to put right, not a traceback."""
+    graph = traced(HELIX, backward=False)
+    data = graph.to_json()
+    damage(data)
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(HelixError) as error:
+        Graph.read(path)
+    assert text in str(error.value)
+
+
+def test_missing_and_unreadable_files_are_refused(tmp_path):
+    """The same for what is no JSON at all."""
+    with pytest.raises(HelixError, match="cannot be read as an operator graph"):
+        Graph.read(tmp_path / "none.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(HelixError, match="is no operator graph"):
+        Graph.read(tmp_path / "list.json")
+
+
+def test_specs_are_text_and_back():
+    """Shapes are written for people; scalars and empty tensors are shapes, too."""
+    for spec in (Spec((2, 3), "bf16"), Spec((), "f32"), Spec((0,), "i64")):
+        assert Spec.parse(str(spec)) == spec
+    assert str(Spec((2, 3), "bf16")) == "bf16[2, 3]"
+    assert Spec((2, 3), "bf16").nbytes == 12
+    with pytest.raises(ValueError, match="is no tensor"):
+        Spec.parse("float[2]")
+
+
+# ----------------------------------------------------------------------- folding, layout
+
+
+def test_a_module_is_cut_where_a_collective_lies():
+    """Collectives are seen even where modules are closed, and order is kept."""
+    nodes = [
+        Node(f"r0.{i}", kind, op, module, (0,), outputs=(Spec((1,), "f32"),))
+        for i, (kind, op, module) in enumerate(
+            [
+                ("parameter", "weight", "decoder.layers.0.mlp.linear_fc1"),
+                ("operator", "aten.mm", "decoder.layers.0.mlp.linear_fc1"),
+                ("operator", "aten.gelu", "decoder.layers.0.mlp"),
+                ("collective", "all-reduce", "decoder.layers.0.mlp.linear_fc2"),
+                ("operator", "aten.add", "decoder.layers.0.mlp.linear_fc2"),
+                ("operator", "aten.add", "decoder.layers.0"),
+            ]
+        )
+    ]
+    found = items(tree(nodes), nodes, lambda block, depth: depth <= 2)
+    assert [(item.label, item.places) for item in found] == [
+        ("/forward/layer 0/mlp", [1, 2]),
+        ("all-reduce", [3]),
+        ("/forward/layer 0/mlp", [4]),
+        ("/forward/layer 0", [5]),
+    ]
+    apart = items(tree(nodes), nodes, lambda block, depth: True, apart=True)
+    assert [item.places for item in apart] == [[1], [2], [3], [4], [5]]
+
+
+def test_collectives_lie_at_one_height():
+    """A collective starts when its last rank comes to it."""
+    columns = [
+        [Cell(10), Cell(10), Cell(5, "c")],
+        [Cell(10), Cell(5, "c"), Cell(10)],
+    ]
+    first, second = heights(columns)
+    assert first == [0, 10 + GAP, 2 * (10 + GAP)]
+    assert second == [0, 2 * (10 + GAP), 2 * (10 + GAP) + 5 + GAP]
+
+
+def test_columns_with_crossed_collectives_are_still_drawn():
+    """Such a run would hang; its picture is what one wants to see then."""
+    columns = [[Cell(1, "a"), Cell(1, "b")], [Cell(1, "b"), Cell(1, "a")]]
+    assert [len(column) for column in heights(columns)] == [2, 2]
+
+
+def test_ranks_as_text():
+    """Ranges are short, and other sets are spelled out."""
+    assert ranks_text([3]) == "rank 3"
+    assert ranks_text([4, 5, 6]) == "ranks 4-6"
+    assert ranks_text([0, 2]) == "ranks 0, 2"
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+@needs_dot
+@pytest.mark.parametrize("run", [HELIX, BASELINE], ids=["helix", "baseline"])
+def test_pictures_show_every_collective_and_every_rank(tmp_path, run):
+    """What the picture leaves out, nobody would miss: so it is counted."""
+    graph = traced(run)
+    for view, fold in ((graph, True), (attention_view(graph), False), (mlp_view(graph), False)):
+        file = tmp_path / f"{view.name}.dot"
+        file.write_text(to_dot(view, fold=fold))
+        svg = ET.parse(render(file)).getroot()
+        text = " ".join(t for t in svg.itertext() if t.strip())
+        titles = {e.text for e in svg.iter("{http://www.w3.org/2000/svg}title")}
+        if fold:
+            assert "of equal structure" in text
+        else:
+            assert {one.id for one in view.collectives} <= titles
+            ranks = {node.rank for node in view.nodes}
+            for rank in ranks:
+                assert f"rank {rank}" in text.replace("\\xa0", " ")
+        assert view.name in text
+
+
+@needs_dot
+def test_operators_can_be_drawn_one_by_one(tmp_path):
+    """`--detail operators` hides nothing: one box for each operator."""
+    view = mlp_view(traced(HELIX, backward=False))
+    text = to_dot(view, detail="operators", fold=True)
+    boxes = [line for line in text.splitlines() if line.startswith('  "k0_')]
+    program = [n for n in view.of_rank(0) if n.kind in ("operator", "input")]
+    assert len([line for line in boxes if "->" not in line]) == len(program)
+    (tmp_path / "x.dot").write_text(text)
+    assert render(tmp_path / "x.dot").stat().st_size > 1000
+
+
+def test_without_graphviz_the_message_says_what_to_install(tmp_path, monkeypatch, capsys):
+    """Pictures are an extra: data and page are written, and the user is told how to get pictures."""
+    monkeypatch.setattr(dot.shutil, "which", lambda name: None)
+    graph = traced(HELIX, backward=False)
+    written = command.write([graph, attention_view(graph), mlp_view(graph)], tmp_path)
+    assert {path.suffix for path in written} == {".json", ".dot", ".html"}
+    assert "Install graphviz (apt-get install graphviz" in capsys.readouterr().err
+
+
+@needs_dot
+def test_a_file_that_dot_cannot_draw_is_reported(tmp_path):
+    """dot's own words, not a traceback."""
+    (tmp_path / "bad.dot").write_text("digraph {")
+    with pytest.raises(HelixError, match="dot could not draw"):
+        render(tmp_path / "bad.dot")
+
+
+def test_the_page_is_self_contained():
+    """It must open from a file with no network, and no text of the graph may end its script."""
+    graph = traced(HELIX, backward=False)
+    graph.nodes[0].op = "</script><b>"
+    page = to_html([graph, attention_view(graph)])
+    assert "@DATA@" not in page and "@STYLE@" not in page
+    assert page.count("</script>") == 2
+    for word in ("src=", "http://", "https://", "@import", "url("):
+        assert word not in page.replace("http://www.w3.org/2000/svg", "")
+    data = page.split('type="application/json">')[1].split("</script>")[0]
+    content = json.loads(data.replace("<\\/", "</"))
+    assert [view["name"] for view in content["views"]] == [
+        "complete_helix_model",
+        "mha_layer_0_partitioned",
+    ]
+    assert summary(graph).startswith(
+        "2 layers, dense, hidden 64, 4 heads, 2 × 16 tokens, bf16; 4 ranks"
+    )
+
+
+# --------------------------------------------------------------------------- command line
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "helix_megatron.graph.command", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--layer", "4"], "the model has layers 0 to 3"),
+        (["--layer", "-1"], "layers are counted from 0"),
+        (["--balance", "0.5"], "--balance 0.5 must be at least 1"),
+        (["--balance", "nan"], "--balance nan must be at least 1"),
+        (["--micro-batches", "0"], "--micro-batches 0 must be at least 1"),
+        (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (
+            ["--preset", "paper-dense", "--num-experts", "8"],
+            "Add --disable-bias-linear, or deal whole experts to ranks: --expert-model-parallel-size 8",
+        ),
+        (
+            ["--preset", "paper-dense", "--tensor-model-parallel-size", "3"],
+            "intra-head parallel size 4",
+        ),
+        (["--preset", "paper-dense", "--transformer-impl", "transformer_engine"], "need a GPU"),
+    ],
+)
+def test_wrong_input_is_explained(tmp_path, monkeypatch, capsys, arguments, text):
+    """Exit status 2 and one paragraph with what to try."""
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--output", str(tmp_path / "out"), *arguments])
+    assert stop.value.code == 2
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
+def test_interleaved_stages_are_refused():
+    """What cannot be traced is said, rather than drawn wrongly."""
+    run = (
+        "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+    )
+    with pytest.raises(HelixError, match="interleaved pipeline stages cannot be traced"):
+        parse([*run.split(), "--micro-batch-size", "1", "--global-batch-size", "2"], "helix graph")
+
+
+def test_an_output_that_cannot_be_made_is_explained(tmp_path, monkeypatch, capsys):
+    """A file where the directory should be."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--output", str(tmp_path / "file" / "graph")])
+    assert stop.value.code == 2
+    assert "cannot be made: Not a directory" in " ".join(capsys.readouterr().err.split())
+
+
+def test_exit_status_says_whether_checks_passed(tmp_path, monkeypatch, capsys):
+    """A script must be able to rely on `--check`: 0 when all pass, 1 when one fails."""
+    from helix_megatron.graph import build
+
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    graph = traced(HELIX, backward=False)
+    monkeypatch.setattr(build, "build", lambda *args, **kwargs: graph)
+    arguments = ["--check", "--output", str(tmp_path), *flags(HELIX)]
+    assert command.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("passed  ") == 8 and "FAILED" not in printed
+    first = graph.edges[0]
+    broken = dataclasses.replace(first, source=next(n.id for n in graph.of_rank(1) if n.outputs))
+    graph.edges[0] = Edge(broken.source, 0, first.target, first.input)
+    graph.__dict__.pop("producers", None)
+    assert command.main(arguments) == 1
+    assert "FAILED  every cross-rank edge is a collective" in capsys.readouterr().out
+
+
+def test_help_answers_without_torch():
+    """Asking for help must not take the seconds of importing torch."""
+    program = (
+        "import sys\n"
+        "from helix_megatron.graph import command, checks, dot, fold, html, model, layout\n"
+        "try:\n    command.main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'megatron'} & set(sys.modules)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "--backward" in run.stdout and "paper-dense" in run.stdout
+
+
+def test_the_whole_command(tmp_path):
+    """From flags to files, in a process of its own, with two tracing processes."""
+    run = run_command("--output", str(tmp_path), "--check", "--jobs", "2", *flags(HELIX))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("passed  ") == 8
+    names = ("complete_helix_model", "mha_layer_0_partitioned", "mlp_layer_0_tensor_parallel")
+    kinds = ("json", "dot", "svg") if shutil.which("dot") else ("json", "dot")
+    for name in names:
+        for kind in kinds:
+            assert (tmp_path / f"{name}.{kind}").stat().st_size > 0
+    assert Graph.read(tmp_path / "complete_helix_model.json") == traced(HELIX, backward=False)
