@@ -88,4 +88,3 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "model": model_flags(args),
     }
-
