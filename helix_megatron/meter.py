@@ -66,8 +66,8 @@ class Meter:
             return run()
         on_gpu = call.device is not None and call.device.type == "cuda"
         if self.timing == "exposed":
-            # The kernel of a collective runs on a stream of its own: issuing it keeps nobody waiting.
-            work = run() if on_gpu else self._timed(traffic, run, on_gpu)
+            # A synchronous one may run on the current stream already when it is issued.
+            work = self._timed(traffic, run, on_gpu)
             return None if work is None else _Awaited(work, self, traffic, on_gpu)
         return self._timed(traffic, lambda: _completed(call, run(), on_gpu), on_gpu)
 

@@ -206,7 +206,7 @@ def test_torchrun_with_another_number_of_ranks_is_refused(capsys, monkeypatch):
 def _attention_args(*argv: str):
     from helix_megatron.bench.__main__ import _parser
 
-    return _parser().parse_args(["attention", *argv])
+    return _parser("bench").parse_args(["attention", *argv])
 
 
 # ----------------------------------------------------------------------------- timing

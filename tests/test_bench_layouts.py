@@ -6,6 +6,7 @@ No time is asserted: the machine of a test is busy.
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -14,6 +15,9 @@ from helix_megatron.bench.layout_ranks import Measured
 from helix_megatron.bench.layout_report import Result, losses_text, scaling_text, table_text
 from helix_megatron.bench.layout_spec import LayoutSpec, rivals, validated
 from helix_megatron.errors import HelixError
+from helix_megatron.exchanges import choose
+from helix_megatron.exchanges.choice import MACHINES
+from helix_megatron.training.validate import attention_shape
 
 MODEL = [
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2"),
@@ -73,6 +77,7 @@ def test_a_wrong_layout_is_explained(capsys, text, complaint):
         "--layout tp=3": "4 ranks cannot hold tensor parallel size 3",
         "--layout tp=N/3": "tp=N/3 is no whole number at 4 ranks",
         "--layout tp=4": "2 heads cannot be dealt to 4 tensor parallel ranks",
+        "--train-iters=5": "--train-iters has no place in a benchmark of layouts, which counts its iterations",
         "--layout tp=2 --save x": "--save has no place in a benchmark",
         "--ranks 2,4": "several numbers need --scaling strong or weak",
         "--ranks two": "--ranks two must be a number",
@@ -109,8 +114,12 @@ def test_layouts_are_measured_side_by_side(capsys, tmp_path):
     stock, helix = document["results"]
     assert (stock["layout"], helix["layout"]) == ("tp=1", "tp=2,m=2")
     assert abs(stock["loss"] - helix["loss"]) < 1e-5
-    # Per token: Q and K of both heads, segments of 8 dimensions, to one other rank, and back.
-    assert stock["sent_bytes_per_token"][0] == 0 < helix["sent_bytes_per_token"][0]
+    args = validated(LayoutSpec.parse("tp=2,m=2"), 2, [*MODEL, "--global-batch-size", "2"])
+    shape = attention_shape(args)
+    formula = choose(shape, "auto", MACHINES["cpu"]).bytes(shape)
+    # Forward and backward, 2 layers, of the 32 tokens of a micro-batch.
+    assert helix["sent_bytes_per_token"][0] == 2 * 2 * formula / 32
+    assert stock["sent_bytes_per_token"][0] == 0
     assert stock["sent_bytes_per_token"][1] > 0
     for result in (stock, helix):
         assert len(result["rounds"]) == 2
@@ -155,6 +164,8 @@ def test_layouts_that_train_something_else_are_seen():
     assert "equal losses" in losses_text([result("a", 2, (1.0,)), result("b", 2, (1.0,))])
     text = losses_text([result("a", 2, (1.0,)), result("b", 2, (1.0,), loss=4.0)])
     assert "differ by at most 1.0e+00 nats per token (b)" in text
+    nan = [result("a", 2, (1.0,)), result("b", 2, (1.0,), loss=math.nan)]
+    assert "not finite (b)" in losses_text(nan)
 
 
 def test_a_launcher_of_ranks_is_refused(capsys, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helix_megatron.bench.spawn import free_port
 from helix_megatron.checkpoint.manifest import verify
 from helix_megatron.checkpoint.store import Store
 
@@ -32,7 +33,7 @@ def run(tmp_path):
 
 @contextlib.contextmanager
 def four_ranks(tmp_path, *flags):
-    port = 20000 + os.getpid() % 20000
+    port = free_port()
     outputs = [tmp_path / f"rank{rank}" for rank in range(4)]
     metrics = tmp_path / "metrics.jsonl"
     processes = []
@@ -56,16 +57,17 @@ def four_ranks(tmp_path, *flags):
             processes.append(
                 subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             )
-    deadline = time.monotonic() + 2 * LIMIT
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
-        assert time.monotonic() < deadline, outputs[0].read_text()
-        assert all(process.poll() is None for process in processes), outputs[0].read_text()
-        time.sleep(0.1)
-    yield processes, outputs
-    for process in processes:
-        if process.poll() is None:
+    try:
+        deadline = time.monotonic() + 2 * LIMIT
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+            assert time.monotonic() < deadline, outputs[0].read_text()
+            assert all(process.poll() is None for process in processes), outputs[0].read_text()
+            time.sleep(0.1)
+        yield processes, outputs
+    finally:
+        for process in processes:
             process.kill()
-        process.wait()
+            process.wait()
 
 
 def ends(processes: list[subprocess.Popen], victim: int) -> None:

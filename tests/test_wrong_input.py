@@ -17,6 +17,20 @@ FOUR = "--nproc-per-node 4 --tensor-model-parallel-size 4"
 HELIX = "--intra-head-parallel-size"
 
 WRONG = {
+    "key-value heads and ranks": (
+        f"{FOUR} --num-attention-heads 12 --hidden-size 48 --group-query-attention --num-query-groups 3",
+        "3 key-value heads cannot be dealt to 4 tensor parallel ranks, nor copied to an equal number of them. "
+        "Valid --tensor-model-parallel-size for 12 query heads: 1, 3, 6, 12.",
+    ),
+    "no expert tensor parallel rank": (
+        f"{FOUR} {HELIX} 2 --num-experts 4 --sequence-parallel --expert-tensor-parallel-size 0",
+        "--expert-tensor-parallel-size is 0. It must be a whole number of at least 1.",
+    ),
+    "experts with biases cut": (
+        f"{FOUR} {HELIX} 2 --num-experts 4 --sequence-parallel",
+        "Megatron cannot cut experts with biases for 4 tensor parallel ranks. Add --disable-bias-linear, or "
+        "deal whole experts to ranks: --expert-model-parallel-size 4.",
+    ),
     "warm-up as long as the run": (
         "--train-iters 10 --lr-warmup-iters 10",
         "--lr-warmup-iters 10 must be at least 0 and less than --lr-decay-iters, which is 10",

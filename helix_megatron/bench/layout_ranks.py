@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +23,11 @@ class Measured:
 
     seconds: of each timed iteration, from the first rank's start to the last one's end. exposed, total:
     seconds of an iteration in which a rank's computation waits for communication, and in which a collective
-    of it runs, means over the ranks; the latter come from iterations of their own, because timing takes away
-    overlap. sent_bytes: of one rank per iteration, attention's exchange first. memory_bytes: of the fullest
-    rank; on a GPU the peak of its tensors, on the CPU what the process grew by. loss: of the last iteration.
-    product_flops: of all ranks in large matrix products at the same time, FLOP per second.
+    of it runs, means over the ranks; the latter come from iterations of their own, because timing takes
+    away overlap. sent_bytes: of the rank that sends most, per iteration, attention's exchange first.
+    memory_bytes: of the fullest rank: on a GPU the peak of its tensors, on the CPU the peak of what its
+    process grew by. loss: of the last iteration. product_flops: of all ranks in large matrix products at the
+    same time, FLOP per second.
     """
 
     seconds: list[float]
@@ -49,7 +52,7 @@ def measure_layout(args: argparse.Namespace, warm_up: int, iterations: int) -> M
     # Each launch would print the optional packages again.
     with contextlib.redirect_stdout(io.StringIO()), process_group(args):
         flops, device = _product_flops(args)
-        before = memory_bytes() if device.endswith("CPU") else 0
+        before = memory_bytes()
         meter = Meter("exposed")
         records: list[Any] = []
         for metrics in training(args, meter=meter):
@@ -61,7 +64,11 @@ def measure_layout(args: argparse.Namespace, warm_up: int, iterations: int) -> M
         own = {
             "seconds": [record.iteration_ms / 1e3 for record in timed],
             "waits": [record.comm_ms_per_token * _tokens(args) / 1e3 for record in timed],
-            "memory": max(record.memory_bytes for record in records) - before,
+            "memory": _peak_bytes(before),
+            "sent": (
+                timed[0].attention_bytes_per_token * _tokens(args),
+                timed[0].other_bytes_per_token * _tokens(args),
+            ),
             "flops": flops,
         }
         ranks: list[Any] = [None] * dist.get_world_size()
@@ -71,20 +78,26 @@ def measure_layout(args: argparse.Namespace, warm_up: int, iterations: int) -> M
     waits = [
         statistics.fmean(of_ranks) for of_ranks in zip(*(r["waits"] for r in ranks), strict=True)
     ]
-    last = timed[0]
     return Measured(
         seconds=[max(of) for of in zip(*(r["seconds"] for r in ranks), strict=True)][:iterations],
         exposed=waits[:iterations],
         total=waits[iterations:],
-        sent_bytes=(
-            last.attention_bytes_per_token * _tokens(args),
-            last.other_bytes_per_token * _tokens(args),
-        ),
+        sent_bytes=max((r["sent"] for r in ranks), key=sum),
         memory_bytes=max(r["memory"] for r in ranks),
         loss=records[-1].lm_loss,
         product_flops=sum(r["flops"] for r in ranks),
         device=device,
     )
+
+
+def _peak_bytes(before: int) -> int:
+    """Of this rank's tensors on its GPU; on the CPU, of what its process grew by since it held `before`."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
 
 
 def _tokens(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -134,6 +135,9 @@ def table_text(results: Sequence[Result]) -> str:
 
 def losses_text(results: Sequence[Result]) -> str:
     """Whether they trained the same model: a comparison of speed says nothing otherwise."""
+    bad = [result.layout for result in results if not math.isfinite(result.loss)]
+    if bad:
+        return f"Losses are not finite ({', '.join(bad)}): the comparison says nothing. Lower --lr."
     by_ranks: dict[int, list[Result]] = {}
     for result in results:
         by_ranks.setdefault(result.ranks, []).append(result)

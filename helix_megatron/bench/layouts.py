@@ -20,6 +20,7 @@ from helix_megatron.errors import HelixError
 NAME = "layouts"
 HELP = "throughput, communication and memory of layouts side by side, stock Megatron's among them"
 PASSES_FLAGS_ON = True  # to the training script
+OWN = ("--train-iters", "--lr-warmup-iters", "--lr-decay-iters")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +116,12 @@ def _plan(
     args: argparse.Namespace, rest: list[str], numbers: list[int]
 ) -> list[tuple[int, LayoutSpec, argparse.Namespace]]:
     """(ranks, layout, the training script's arguments) of everything to be launched."""
+    for flag in OWN:
+        if any(word.partition("=")[0] == flag for word in rest):
+            raise HelixError(
+                f"{flag} has no place in a benchmark of layouts, which counts its iterations itself "
+                "(--warm-up, --iterations). Leave it out."
+            )
     # Half of the timed iterations again, for the time inside collectives.
     iterations = args.warm_up + args.iterations + (args.iterations + 1) // 2
     common = [*rest, "--train-iters", str(iterations), "--lr-warmup-iters", "0"]

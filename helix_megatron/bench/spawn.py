@@ -65,7 +65,7 @@ def launch_on_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any
     """
     if launched_ranks() is not None:
         raise HelixError("this starts its ranks by itself. Run it without torchrun.")
-    return _run_in_processes(_with_port, (_free_port(), function, args), ranks, group=False)
+    return _run_in_processes(_with_port, (free_port(), function, args), ranks, group=False)
 
 
 def _with_port(port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -73,7 +73,8 @@ def _with_port(port: int, function: Callable[..., Any], args: tuple[Any, ...]) -
     return function(*args)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on right now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

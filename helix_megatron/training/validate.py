@@ -172,7 +172,14 @@ def _layout(args: argparse.Namespace) -> HeadLayout:
             f"--tensor-model-parallel-size without cutting heads: {listed(divisors(heads))}. Or cut them: "
             f"try --intra-head-parallel-size {_smallest_m(args)}."
         )
-    return HeadLayout(heads, args.num_query_groups, args.kv_channels, rotary="none")
+    groups = args.num_query_groups
+    if groups % tensor and tensor % groups:
+        raise HelixError(
+            f"{groups} key-value heads cannot be dealt to {tensor} tensor parallel ranks, nor copied to an "
+            f"equal number of them. Valid --tensor-model-parallel-size for {heads} query heads: "
+            f"{listed(t for t in divisors(heads) if groups % t == 0 or t % groups == 0)}."
+        )
+    return HeadLayout(heads, groups, args.kv_channels, rotary="none")
 
 
 def _smallest_m(args: argparse.Namespace) -> str:
@@ -270,7 +277,9 @@ def _check_experts(args: argparse.Namespace) -> None:
             "Megatron trains a mixture of experts on several tensor parallel ranks only with "
             "--sequence-parallel. Add it."
         )
-    if args.expert_tensor_parallel_size is None:
+    if args.expert_tensor_parallel_size is not None:
+        _at_least_one(args, "expert_tensor_parallel_size")
+    else:
         # With experts dealt to ranks the common choice is whole experts; else Megatron's own default.
         whole = expert_parallel > 1
         args.expert_tensor_parallel_size = 1 if whole else args.tensor_model_parallel_size
@@ -278,8 +287,12 @@ def _check_experts(args: argparse.Namespace) -> None:
         whole = math.gcd(experts, args.world_size // args.pipeline_model_parallel_size)
         raise HelixError(
             f"Megatron cannot cut experts with biases for {args.expert_tensor_parallel_size} tensor parallel "
-            "ranks. Add --disable-bias-linear, or deal whole experts to ranks: "
-            f"--expert-model-parallel-size {whole}."
+            "ranks. Add --disable-bias-linear"
+            + (
+                f", or deal whole experts to ranks: --expert-model-parallel-size {whole}."
+                if whole > 1
+                else "."
+            )
         )
     ranks = args.expert_tensor_parallel_size * expert_parallel * args.pipeline_model_parallel_size
     if args.world_size % ranks:

@@ -9,6 +9,7 @@ speak while the main thread is blocked inside a collective.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,6 +29,7 @@ import torch.distributed as dist
 from helix_megatron.observe import Call, observing
 
 BEAT_SECONDS = 1.0
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
 FIRST_BEATS_SECONDS = 0.05  # until every rank has been heard once
 DYING_SECONDS = 3.0  # a process closes its connections a little before it is gone
 QUIET_SECONDS = 5.0  # a rank that says nothing for so long is stopped, or its machine is overloaded
@@ -88,10 +91,13 @@ class Watchdog:
     def stop(self) -> None:
         """End of a run that went well."""
         self._ended.set()
-        self._say({"state": "done"})
+        self._writer.send(b"\0")  # wakes the thread
         self._thread.join(timeout=5 * BEAT_SECONDS)
+        self._say({"state": "done"})
         signal.set_wakeup_fd(self._old_wakeup)
         signal.signal(signal.SIGTERM, self._old_handler)
+        self._reader.close()
+        self._writer.close()
 
     def await_gone(self, seconds: float) -> None:
         """Wait, not longer than so many seconds, until the end of some other rank can be seen."""
@@ -118,6 +124,8 @@ class Watchdog:
         while not self._ended.is_set():
             beat = BEAT_SECONDS if len(self._heard) == self._world else FIRST_BEATS_SECONDS
             ready, _, _ = select.select([self._reader], [], [], beat)
+            if self._ended.is_set():
+                return
             if ready and signal.SIGTERM in self._reader.recv(64):
                 asked = self._asked_to_end
                 if asked is None or asked.is_set():  # or asked again
@@ -138,7 +146,7 @@ class Watchdog:
                 self.fail("another rank is gone")
 
     def _say(self, word: dict[str, Any]) -> None:
-        word |= {"host": socket.gethostname(), "pid": os.getpid(), "beat": time.time()}
+        word |= {"host": socket.gethostname(), "beat": time.time(), **_this_process()}
         word |= {"in": self._last, "since": self._since}
         self._store.set(f"helix/watchdog/{self._rank}", json.dumps(word))
 
@@ -161,11 +169,11 @@ class Watchdog:
 
     def _gone(self) -> list[int]:
         """Ranks that ended without a word, as far as has been heard."""
-        here = socket.gethostname()
+        here = _this_process()["machine"]
         return [
             rank
             for rank, word, silence in self._others()
-            if (not _lives(word["pid"]) if word["host"] == here else silence > SILENCE_SECONDS)
+            if (not _lives(word) if word["machine"] == here else silence > SILENCE_SECONDS)
         ]
 
     def _message(self, reason: str) -> str:
@@ -233,10 +241,25 @@ def _setting(asked_to_end: threading.Event | None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _lives(pid: int) -> bool:
-    """Whether a process of this machine runs; a zombie does not."""
+@functools.cache
+def _this_process() -> dict[str, Any]:
+    """Its number, when it was started, and the machine on which that number means something.
+
+    Containers of one host may have its name and process numbers of their own.
+    """
+    process = psutil.Process()
+    machine = socket.gethostname()
+    with contextlib.suppress(OSError):  # not on Linux
+        machine += os.readlink("/proc/self/ns/pid") + Path(BOOT_ID).read_text()
+    return {"pid": process.pid, "started": process.create_time(), "machine": machine}
+
+
+def _lives(word: dict[str, Any]) -> bool:
+    """Whether the process of this machine that sent a word runs; a zombie does not."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(word["pid"])
+        started = abs(process.create_time() - word["started"]) < 1.0
+        return started and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
