@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from typing import TYPE_CHECKING
 
 from helix_megatron.graph.model import Graph, Node
+
+if TYPE_CHECKING:
+    from helix_megatron.graph.trace import RankTrace
 
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2 --bf16"
 HELIX = "--tensor-model-parallel-size 4 --intra-head-parallel-size 2 --sequence-parallel"
@@ -39,6 +43,49 @@ def _traced(run: str, backward: bool, micro_batches: int) -> Graph:
 def traced(run: str = HELIX, *, backward: bool = True, micro_batches: int = 1) -> Graph:
     """The graph of a small run; a copy, to be changed at will."""
     return copy.deepcopy(_traced(run, backward, micro_batches))
+
+
+@functools.cache
+def _ranks_of(run: str) -> tuple[list[RankTrace], dict]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core's, of packages
+        from helix_megatron.graph.flags import parse, settings_of
+        from helix_megatron.graph.trace import trace_all
+
+        args = parse(flags(run), "helix graph")
+        settings = settings_of(args) | {"backward": True, "micro_batches": 1}
+        return trace_all(args, backward=True), settings
+
+
+def reordered(run: str, rank: int, first: tuple[str, str], second: tuple[str, str]) -> Graph:
+    """The graph of a run, forward and backward, one of whose ranks runs `second` before `first`.
+
+    Each is (module, kind) of a collective of the backward pass. The second must read nothing that was made
+    since the first; so the rank's own program still makes everything before it reads it.
+    """
+    from helix_megatron.graph.build import COMPLETE, join
+
+    traces, settings = copy.deepcopy(_ranks_of(run))
+    traced = traces[rank]
+    here, there = (_place(traced.nodes, *one) for one in (first, second))
+    moved = traced.nodes[there]
+    since = {node.id for node in traced.nodes[here:there]}
+    assert here < there and not any(
+        e.target == moved.id and e.source in since for e in traced.edges
+    )
+    traced.nodes.insert(here, traced.nodes.pop(there))
+    order = {node.id: place for place, node in enumerate(traced.nodes)}
+    traced.participations.sort(key=lambda part: order[part.node])
+    return join(traces, COMPLETE, settings)
+
+
+def _place(nodes: list[Node], module: str, kind: str) -> int:
+    (found,) = [
+        place
+        for place, node in enumerate(nodes)
+        if (node.module, node.op, node.phase) == (module, kind, "backward")
+    ]
+    return found
 
 
 def forward(graph: Graph, rank: int, op: str, module: str = "") -> list[Node]:

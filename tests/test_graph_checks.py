@@ -56,6 +56,15 @@ def test_figures_say_what_was_counted():
     assert "linear_qkv 4 × 48 = 192" in dimensions
     assert "linear_fc2 4 × 64 = 256" in dimensions
     assert "sequence 4 × 4 = 16" in dimensions
+    whole = {r.name: r.figure for r in run_checks(traced(PLAIN), balance=1.5)}
+    assert "sequence 1 × 16 = 16" in whole["local dimensions sum to global ones"]
+    graph = traced(HELIX)
+    read = len({(edge.source, edge.output) for edge in graph.edges})
+    made = sum(len(node.outputs) for node in graph.nodes)
+    assert 0 < read < made
+    shapes = figures["shapes agree along every edge"]
+    assert shapes.startswith(f"{len(graph.edges):,} of {len(graph.edges):,} edges, ")
+    assert shapes.endswith(f"; they read {read:,} of {made:,} tensors")
     assert "on 1 rank per element" in figures["every weight element on its ranks"]
     assert "no other edge between ranks" in figures["every cross-rank edge is a collective"]
     assert "4 ranks" in figures["every operator on exactly one rank"]
@@ -162,6 +171,23 @@ def different_kinds(graph: Graph) -> None:
     graph.node[an_exchange(graph).members[0]].op = "all-gather"
 
 
+def other_kind(graph: Graph) -> None:
+    """The collective says another kind than all of its ranks."""
+    an_exchange(graph).kind = "broadcast"
+
+
+def other_purpose(graph: Graph) -> None:
+    graph.node[an_exchange(graph).members[1]].purpose = "other"
+
+
+def other_phase(graph: Graph) -> None:
+    graph.node[an_exchange(graph).members[1]].phase = "gradients"
+
+
+def other_micro_batch(graph: Graph) -> None:
+    graph.node[an_exchange(graph).members[1]].micro_batch = 1
+
+
 def lost_elements(graph: Graph) -> None:
     one = next(one for one in graph.collectives if one.kind == "reduce-scatter")
     graph.node[one.members[0]].outputs = (Spec((3, 2, 64), "bf16"),)
@@ -200,6 +226,24 @@ def short_sequence(graph: Graph) -> None:
     for node in forward(graph, 3, "aten.add.Tensor", "decoder.layers.0"):
         if node.module == "decoder.layers.0":
             node.outputs = (Spec((3, 2, 64), "bf16"),)
+
+
+def no_addition_seen(graph: Graph) -> None:
+    """An addition of another name: nothing shows how many tokens there are."""
+    for node in graph.nodes:
+        if node.op == "aten.add.Tensor":
+            node.op = "aten.add.out"
+
+
+def no_addition_on_one_rank(graph: Graph) -> None:
+    """What three ranks of four show does not show the sequence."""
+    for node in forward(graph, 2, "aten.add.Tensor", "decoder.layers.1"):
+        node.op = "aten.add.out"
+
+
+def no_ranks(graph: Graph) -> None:
+    """A graph that says nothing of its ranks: there is nothing to add up."""
+    graph.ranks.clear()
 
 
 def missing_product(graph: Graph) -> None:
@@ -272,7 +316,11 @@ BROKEN: list[tuple[str, Callable[[Graph], None], str]] = [
     ("every cross-rank edge is a collective", wrong_bytes, "and its shapes make"),
     ("every cross-rank edge is a collective", missing_member, "its nodes are on [0, 1, 2]"),
     ("every cross-rank edge is a collective", unjoined, "is part of 0 collectives"),
-    ("every cross-rank edge is a collective", different_kinds, "runs all-gather in"),
+    ("every cross-rank edge is a collective", different_kinds, "op is all-gather on rank 0"),
+    ("every cross-rank edge is a collective", other_kind, "runs all-to-all in"),
+    ("every cross-rank edge is a collective", other_purpose, "purpose is exchange/"),
+    ("every cross-rank edge is a collective", other_phase, "phase is forward on rank 0"),
+    ("every cross-rank edge is a collective", other_micro_batch, "micro-batch is 0 on rank 0"),
     ("every cross-rank edge is a collective", lost_elements, "elements, and its ranks get"),
     ("residuals present", no_residual, "rank 2, layer 1: 0 additions of mlp's output"),
     (
@@ -282,7 +330,14 @@ BROKEN: list[tuple[str, Callable[[Graph], None], str]] = [
     ),
     ("local dimensions sum to global ones", narrow_product, "sum to 191, and the whole is 192"),
     ("local dimensions sum to global ones", narrow_input, "sum to 255, and the whole is 256"),
-    ("local dimensions sum to global ones", short_sequence, "3 tokens on each of 4 ranks"),
+    ("local dimensions sum to global ones", short_sequence, "4, 4, 4, 3 sum to 15"),
+    ("local dimensions sum to global ones", no_addition_seen, "no residual addition shows its"),
+    (
+        "local dimensions sum to global ones",
+        no_addition_on_one_rank,
+        "rank 2, layer 1: no addition",
+    ),
+    ("local dimensions sum to global ones", no_ranks, "not checked: nodes or ranks are missing"),
     ("local dimensions sum to global ones", missing_product, "rank 3 multiplies by no"),
     ("balanced, largest over smallest rank", busy_rank, "flops: rank 1 has"),
     ("balanced, largest over smallest rank", heavy_rank, "bytes: rank 1 has"),

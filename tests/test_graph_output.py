@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from graph_runs import BASELINE, HELIX, flags, traced
 
+from helix_megatron.checkpoint.manifest import Manifest, write_manifest
 from helix_megatron.errors import HelixError
 from helix_megatron.graph import command, dot
 from helix_megatron.graph.build import attention_view, mlp_view
@@ -260,6 +261,43 @@ def test_wrong_input_is_explained(tmp_path, monkeypatch, capsys, arguments, text
         command.main(["--output", str(tmp_path / "out"), *arguments])
     assert stop.value.code == 2
     assert text in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("load", "text"),
+    [
+        (["--load", "{}"], "holds no complete checkpoint"),
+        (["--load", "{}/none"], "does not exist. Give the directory that a run saved to"),
+        ([], "--use-checkpoint-args without --load: there is nothing to load. Add --load DIR."),
+    ],
+    ids=["empty", "missing", "no-load"],
+)
+def test_a_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, capsys, load, text):
+    """--use-checkpoint-args must not fall back to the default model without a word."""
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
+    arguments = [*(word.format(tmp_path) for word in load), "--use-checkpoint-args"]
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--output", str(tmp_path / "out"), *arguments])
+    assert stop.value.code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert text in error and error.startswith("helix graph")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_comes_from_the_checkpoint(tmp_path):
+    """--use-checkpoint-args means the same as in the training script; a flag given beside it wins."""
+    model = {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 6}
+    write_manifest(tmp_path, Manifest("canonical", model))
+    args = parse(["--load", str(tmp_path), "--use-checkpoint-args", "--num-layers", "2"], "test")
+    assert (args.num_layers, args.hidden_size, args.num_attention_heads) == (2, 96, 6)
+
+
+def test_usage_errors_name_the_command(capsys):
+    """The parser is the training script's; what it says must name the program that was called."""
+    with pytest.raises(SystemExit):
+        parse(["--num-layers", "x"], "helix graph")
+    assert "helix graph: error: argument --num-layers" in capsys.readouterr().err
 
 
 def test_interleaved_stages_are_refused():

@@ -18,6 +18,7 @@ from helix_megatron.training.units import count
 
 Outcome = tuple[str, tuple[str, ...]]  # figure, problems
 ADDITIONS = ("aten.add.Tensor",)
+NORMS = {"self_attention": "input_layernorm", "mlp": "pre_mlp_layernorm"}  # module → its norm
 MATRIX_PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.mm.dtype")
 
 
@@ -28,26 +29,36 @@ def residuals(graph: Graph) -> Outcome:
     """Each layer adds attention's and the MLP's output to what went into their norms, in every forward pass."""
     problems = []
     found = 0
+    for (rank, layer, _, module), additions in _residual_additions(graph).items():
+        found += len(additions)
+        if len(additions) != 1:
+            problems.append(
+                f"rank {rank}, layer {layer}: {len(additions)} additions of {module}'s output to what "
+                f"{NORMS[module]} reads, instead of 1"
+            )
+    passes = len(_layers_of_ranks(graph))
+    return f"{found:,} additions, 2 in each of {passes} layers of ranks", tuple(problems)
+
+
+def _residual_additions(graph: Graph) -> dict[tuple[int, int, int, str], list[Node]]:
+    """(rank, layer, micro-batch, module) → the additions of the module's output to the residual stream.
+
+    All that the settings promise are keys; where the graph has no addition, the list is empty.
+    """
     made: dict[tuple[int, str, int], list[Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.op in ADDITIONS and node.phase == FORWARD:
             made[node.rank, node.module, node.micro_batch].append(node)
+    found = {}
     for rank, layer, micro_batch in _layers_of_ranks(graph):
-        for norm, module in (("input_layernorm", "self_attention"), ("pre_mlp_layernorm", "mlp")):
-            path = f"decoder.layers.{layer}"
-            additions = [
+        path = f"decoder.layers.{layer}"
+        for module, norm in NORMS.items():
+            found[rank, layer, micro_batch, module] = [
                 node
                 for node in made[rank, path, micro_batch]
                 if _is_residual(graph, node, f"{path}.{norm}", f"{path}.{module}")
             ]
-            found += len(additions)
-            if len(additions) != 1:
-                problems.append(
-                    f"rank {rank}, layer {layer}: {len(additions)} additions of {module}'s output to what "
-                    f"{norm} reads, instead of 1"
-                )
-    passes = len(_layers_of_ranks(graph))
-    return f"{found:,} additions, 2 in each of {passes} layers of ranks", tuple(problems)
+    return found
 
 
 def _layers_of_ranks(graph: Graph) -> list[tuple[int, int, int]]:
@@ -133,11 +144,8 @@ def dimensions(graph: Graph) -> Outcome:
         kind = name.removesuffix(".weight").rpartition(".")[2]
         sizes = sorted(set(parts.values()))
         figures[f"{kind} {len(parts)} × {'/'.join(map(str, sizes))} = {wholes[name]}"] += 1
-    problems += _sequence(graph)
-    settings = graph.settings
-    ranks = settings["tensor"] if settings["sequence_parallel"] else 1
-    figures[f"sequence {ranks} × {settings['seq_length'] // ranks} = {settings['seq_length']}"] += 1
-    return ", ".join(figures), tuple(problems)
+    figure, unequal = _sequence(graph)
+    return ", ".join([*figures, figure]), (*problems, *unequal)
 
 
 def _products(graph: Graph) -> dict[str, Node]:
@@ -170,20 +178,37 @@ def _copy_of(graph: Graph, weight: Weight, entry: dict[str, Any]) -> tuple[int, 
     return entry["data"], entry["pipeline"]
 
 
-def _sequence(graph: Graph) -> Iterator[str]:
-    """The residual stream's tokens, over the ranks that share them, are the sequence."""
-    settings = graph.settings
-    ranks = settings["tensor"] if settings["sequence_parallel"] else 1
-    for node in graph.nodes:
-        part = node.module.removeprefix("decoder.layers.").partition(".")
-        if node.op not in ADDITIONS or node.phase != FORWARD or part[2] or not part[0].isdigit():
-            continue
-        tokens = node.outputs[0].shape[0]
-        if tokens * ranks != settings["seq_length"]:
-            yield (
-                f"{node.id} {node.module}: {tokens} tokens on each of {ranks} ranks, and the sequence has "
-                f"{settings['seq_length']}"
+def _sequence(graph: Graph) -> Outcome:
+    """The residual stream's tokens, over the ranks that share them, are the sequence.
+
+    Tokens are counted in the shapes of the residual additions: after attention and after the MLP of each layer.
+    """
+    whole, shared = graph.settings["seq_length"], graph.settings["sequence_parallel"]
+    place = {entry["rank"]: entry for entry in graph.ranks}
+    problems = []
+    parts: dict[Any, list[int]] = defaultdict(list)
+    for (rank, layer, micro_batch, module), additions in _residual_additions(graph).items():
+        entry = place[rank]
+        copy = (entry["data"], None if shared else entry["tensor"])
+        if not additions:
+            problems.append(
+                f"rank {rank}, layer {layer}: no addition shows how many tokens {module} leaves"
             )
+        for node in additions[:1]:
+            parts[layer, module, micro_batch, copy].append(node.outputs[0].shape[0])
+    if not parts:
+        problems.append("sequence: no residual addition shows its tokens")
+    figures: Counter[str] = Counter()
+    for (layer, module, *_), tokens in parts.items():
+        total = sum(tokens)
+        if total != whole:
+            problems.append(
+                f"tokens after layer {layer}'s {module}: {listed(tokens)} sum to {total}, and the sequence has "
+                f"{whole}"
+            )
+        sizes = "/".join(map(str, sorted(set(tokens))))
+        figures[f"sequence {len(tokens)} × {sizes} = {total}"] += 1
+    return ", ".join(figures), tuple(problems)
 
 
 # --------------------------------------------------------------------------------- weights

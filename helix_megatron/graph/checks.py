@@ -58,18 +58,24 @@ def run_checks(graph: Graph, *, balance: float = BALANCE) -> list[Result]:
 
 
 def _is_whole(graph: Graph) -> bool:
-    """Whether edges and collectives end at nodes, and nodes at ranks."""
+    """Whether edges and collectives end at nodes, nodes at ranks, and ranks have their places."""
     ends = {name for edge in graph.edges for name in (edge.source, edge.target)}
     ends |= {name for one in graph.collectives for name in one.members}
     ranks = {node.ranks[0] if node.ranks else -1 for node in graph.nodes}
-    return ends <= graph.node.keys() and ranks == set(range(graph.settings["ranks"]))
+    placed = {entry["rank"] for entry in graph.ranks}
+    return ends <= graph.node.keys() and ranks == placed == set(range(graph.settings["ranks"]))
 
 
 # ----------------------------------------------------------------------------- structure
 
 
 def acyclic(graph: Graph) -> Result:
-    """No operator waits for itself, when the ranks of a collective wait for each other."""
+    """No operator waits for itself, when the ranks of a collective wait for each other.
+
+    A rank runs its collectives in the order of its program, so each waits for the one before it, whether or not
+    it reads anything of it. Messages between pipeline stages are left out of that order: a send and a receive
+    may be under way at the same time, and they wait for data alone.
+    """
     place = {node.id: node.id for node in graph.nodes}
     for one in graph.collectives:
         if one.kind != MESSAGE:
@@ -81,6 +87,9 @@ def acyclic(graph: Graph) -> Result:
     for one in graph.collectives:
         if one.kind == MESSAGE and len(one.members) == 2:
             following[one.members[0]].add(one.members[1])
+    for earlier, later in _in_program_order(graph):
+        if place[earlier] != place[later]:
+            following[place[earlier]].add(place[later])
     waiting = Counter(target for targets in following.values() for target in targets)
     depth = {name: 1 for name in set(place.values()) if not waiting[name]}
     ready, done = list(depth), 0
@@ -100,14 +109,27 @@ def acyclic(graph: Graph) -> Result:
             f"{total - done} nodes are on cycles or behind them, such as {listed(stuck[:4])}",
         )
     longest = max(depth.values(), default=0)
-    figure = f"{len(graph.nodes):,} nodes, {len(graph.edges):,} tensors, longest path {longest}"
+    figure = f"{len(graph.nodes):,} nodes, {len(graph.edges):,} edges, longest path {longest}"
     return Result("acyclic", figure, problems)
+
+
+def _in_program_order(graph: Graph) -> Iterator[tuple[str, str]]:
+    """Consecutive collectives of each rank."""
+    messages = {name for one in graph.collectives if one.kind == MESSAGE for name in one.members}
+    before: dict[tuple[int, ...], str] = {}
+    for node in graph.nodes:
+        if node.kind == COLLECTIVE and node.id not in messages:
+            if node.ranks in before:
+                yield before[node.ranks], node.id
+            before[node.ranks] = node.id
 
 
 def shapes_agree(graph: Graph) -> Result:
     """A tensor is read with the shape and dtype with which it was made, and every input has a source."""
     problems = []
     fed: dict[str, set[int]] = defaultdict(set)
+    compared = moved = 0
+    read_tensors: set[tuple[str, int]] = set()
     for edge in graph.edges:
         source, target = graph.node.get(edge.source), graph.node.get(edge.target)
         if source is None or target is None:
@@ -118,18 +140,20 @@ def shapes_agree(graph: Graph) -> Result:
             continue
         fed[target.id].add(edge.input)
         made, read = source.outputs[edge.output], target.inputs[edge.input]
+        compared += 1
+        moved += made.nbytes
+        read_tensors.add((source.id, edge.output))
         if made != read:
             problems.append(f"{_name(source)} makes {made}, {_name(target)} reads {read}")
     for node in graph.nodes:
         missing = set(range(len(node.inputs))) - fed[node.id]
         if missing:
             problems.append(f"{_name(node)}: nothing makes its inputs {listed(sorted(missing))}")
-    moved = (
-        sum(graph.node[e.source].outputs[e.output].nbytes for e in graph.edges)
-        if not problems
-        else 0
+    tensors = sum(len(node.outputs) for node in graph.nodes)
+    figure = (
+        f"{compared:,} of {len(graph.edges):,} edges, {size(moved)}; they read {len(read_tensors):,} of "
+        f"{tensors:,} tensors"
     )
-    figure = f"{len(graph.edges):,} of {len(graph.edges):,} tensors, {size(moved)}"
     return Result("shapes agree along every edge", figure, tuple(problems))
 
 
@@ -171,8 +195,10 @@ def collectives(graph: Graph) -> Outcome:
     for node in graph.nodes:
         if node.kind == COLLECTIVE and joined[node.id] != 1:
             problems.append(f"{_name(node)} is part of {joined[node.id]} collectives")
+    stages = {entry["rank"]: entry["pipeline"] for entry in graph.ranks}
     for one in graph.collectives:
-        problems += [f"{one.kind} {one.id}: {problem}" for problem in _problems_of(graph, one)]
+        found = _problems_of(graph, one, stages)
+        problems += [f"{one.kind} {one.id}: {problem}" for problem in found]
     sent = sum(one.sent_bytes for one in graph.collectives)
     kinds = Counter(one.kind for one in graph.collectives)
     parts = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
@@ -180,7 +206,7 @@ def collectives(graph: Graph) -> Outcome:
     return figure, tuple(problems)
 
 
-def _problems_of(graph: Graph, one: Collective) -> Iterator[str]:
+def _problems_of(graph: Graph, one: Collective, stages: dict[int, int]) -> Iterator[str]:
     members = [graph.node[name] for name in one.members if name in graph.node]
     if not one.group:
         yield "it has no group"
@@ -189,12 +215,33 @@ def _problems_of(graph: Graph, one: Collective) -> Iterator[str]:
         return
     if one.sent_bytes != sum(node.sent_bytes for node in members) or one.sent_bytes <= 0:
         yield f"its ranks send {sum(n.sent_bytes for n in members)} bytes, and it says {one.sent_bytes}"
-    for node in members:
-        if one.kind != MESSAGE and (node.op, node.group) != (one.kind, one.group):
-            yield f"{node.id} runs {node.op} in {node.group or 'no group'} instead of {one.group}"
+    if one.kind != MESSAGE:
+        yield from _disagreements(members, stages)
+        ops = {node.op for node in members}
+        for node in members:
+            if node.group != one.group or (len(ops) == 1 and node.op != one.kind):
+                yield f"{node.id} runs {node.op} in {node.group or 'no group'} instead of {one.group}"
     rule = _RULES.get(one.kind)
     if rule is not None:
         yield from rule(members)
+
+
+def _disagreements(members: list[Node], stages: dict[int, int]) -> Iterator[str]:
+    """Ranks that enter one collective in different places of the program: one of them is in another.
+
+    Ranks of the same pipeline stage run the same modules; those of different stages do not.
+    """
+    for node in members[1:]:
+        first = members[0]
+        for field in ("op", "module", "phase", "micro_batch", "purpose"):
+            if field == "module" and stages.get(node.rank) != stages.get(first.rank):
+                continue
+            ours, theirs = getattr(first, field), getattr(node, field)
+            if ours != theirs:
+                yield (
+                    f"its ranks are in different collectives: {field.replace('_', '-')} is {ours} on rank "
+                    f"{first.rank} ({first.id}) and {theirs} on rank {node.rank} ({node.id})"
+                )
 
 
 def _same_sizes(members: list[Node]) -> Iterator[str]:

@@ -10,8 +10,7 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.exchanges import choose
 from helix_megatron.exchanges.choice import GPU
-from helix_megatron.training.arguments import build_parser
-from helix_megatron.training.presets import PRESETS
+from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.validate import attention_shape, check_model, pad_vocabulary
 
 BYTES = 256  # the vocabulary of the training script without a tokenizer
@@ -23,14 +22,15 @@ def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> a
     `--helix-exchange auto` becomes what a GPU would take, and the query layout what it implies.
 
     Raises:
-        HelixError: flags that do not fit together, or that cannot be traced.
+        HelixError: flags that do not fit together, or that cannot be traced; `--use-checkpoint-args` and no
+            checkpoint that can be read.
     """
-    parser = build_parser()
-    parser.prog = program
-    preset = parser.parse_known_args(argv)[0].preset
-    if preset is not None:
-        parser.set_defaults(**PRESETS[preset])
-    return validated(parser.parse_args(argv), world_size)
+    args = parse_args(argv, program)
+    if args.use_checkpoint_args and not args.load:
+        raise HelixError(
+            "--use-checkpoint-args without --load: there is nothing to load. Add --load DIR."
+        )
+    return validated(args, world_size)
 
 
 def validated(args: argparse.Namespace, world_size: int | None = None) -> argparse.Namespace:

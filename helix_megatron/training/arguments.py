@@ -339,12 +339,13 @@ GROUPS = {
     "logging": LOGGING,
 }
 SEVERAL = ("--text", "--data-path")
+PROGRAM = "pretrain_gpt.py"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The training script's parser."""
+def build_parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
+    """The training script's parser; `prog` is the program that its usage and errors name."""
     parser = argparse.ArgumentParser(
-        prog="pretrain_gpt.py",
+        prog=prog,
         description="Train a GPT, dense or mixture-of-experts, with attention on m × n ranks.",
         allow_abbrev=False,
     )
@@ -361,15 +362,19 @@ def build_parser() -> argparse.ArgumentParser:
     return add_helix_arguments(parser)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> argparse.Namespace:
     """Parse; `helix_megatron.training.validate.validate` checks what the values mean together.
 
     A preset, or the checkpoint with `--use-checkpoint-args`, gives other defaults; flags given beside it win.
 
+    Args:
+        argv: the flags; those of the command line when not given.
+        prog: the program that usage and errors name.
+
     Raises:
         HelixError: `--use-checkpoint-args` and no checkpoint that can be read.
     """
-    parser = build_parser()
+    parser = build_parser(prog)
     first = parser.parse_known_args(argv)[0]
     if first.preset is not None:
         parser.set_defaults(**PRESETS[first.preset])
