@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -161,12 +162,117 @@ def test_commands_to_paste_are_understood(capsys):
         content = json.loads(capsys.readouterr().out)
         rows = [*content["shown"].values(), *content["rivals"].values()]
         for row in rows:
-            if (
-                row["layout"]["cp"] == 1
-            ):  # the script has no context parallelism, as its caveat says
+            if row["layout"]["cp"] == 1:
                 check_model(parse_args(row["megatron_flags"]), 64)
             else:
                 assert "has no context parallelism" in row["caveats"][0]
+
+
+@pytest.mark.parametrize("model", ["llama-3-8b", "qwen3-8b", "mixtral-8x7b", "gpt3-5b"])
+@pytest.mark.parametrize("cp", [1, 2])
+def test_the_printed_command_is_for_a_script_that_takes_it(capsys, model, cp):
+    """The script here refuses context parallelism: with it Megatron-LM's own is named, and what that needs."""
+    from helix_megatron.training.arguments import parse_args
+    from helix_megatron.training.validate import check_model
+
+    flags = ["--model", model, "--gpus", "16", "--context-parallel-size", str(cp)]
+    assert plan_main([*flags, "--rows", "1", "--sequence-length", "2048"]) == 0
+    text = capsys.readouterr().out.rpartition("Row ")[2]
+    command = text[text.index("torchrun") :].partition("\n\n")[0].partition("\nDeepSpeed")[0]
+    rest = command.partition("pretrain_gpt.py")[2].partition("\nscripts/")[0]
+    words = shlex.split(rest.replace("\\\n", ""))  # a continued line
+    assert len({w for w in words if w.startswith("--")}) == sum(w.startswith("--") for w in words)
+    if cp == 1:
+        assert "scripts/pretrain_gpt.py" in command
+        check_model(parse_args(words), 16)
+        return
+    assert "$MEGATRON_LM/pretrain_gpt.py" in command
+    assert "# For Megatron-LM's own pretrain_gpt.py, never run here" in text
+    for needed in (
+        "--context-parallel-size 2",
+        "--transformer-impl transformer_engine",
+        "--tokenizer-type NullTokenizer",
+        "--vocab-size ",
+        "--position-embedding-type ",
+        "--max-position-embeddings 2048",
+    ):
+        assert needed in " ".join(words)
+
+
+def test_a_precision_that_is_asked_for_is_not_replaced(capsys):
+    """fp8 where there is none is an error, not another precision."""
+    with pytest.raises(SystemExit):
+        plan_main([*SMALL, "--gpus", "8", "--cluster", "dgx-a100", "--precision", "fp8"])
+    assert "chip a100 has no fp8" in capsys.readouterr().err
+
+
+def test_fp32_is_chosen_only_where_nothing_is_asked_for(tmp_path, capsys):
+    """A chip with fp32 alone is planned in fp32; bf16 there is refused."""
+    path = tmp_path / "old.yaml"
+    path.write_text(
+        "chip: {flops: {fp32: 19.5e12}, memory: 80e9, memory_bandwidth: 2e12, units: 108}\n"
+        "gpus_per_domain: 8\ndomain_bandwidth: 300e9\nnetwork_bandwidth: 25e9\n"
+    )
+    flags = [*SMALL, "--gpus", "8", "--cluster", str(path)]
+    assert plan_main(flags) == 0
+    assert ", fp32." in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        plan_main([*flags, "--precision", "bf16"])
+    assert "chip custom has no bf16" in capsys.readouterr().err
+
+
+def _simulated(task: str, pp: int, batch: int):
+    """A plan of one layout, with its prediction."""
+    from helix_megatron.plan.clusters import CLUSTERS
+    from helix_megatron.plan.models import model_of
+    from helix_megatron.plan.results import Limits
+    from helix_megatron.plan.search import search
+    from helix_megatron.plan.settings import Job, Software
+
+    limits = Limits(tp=2, pp=pp, micro_batch=1, vp=1)
+    job = Job(task, 4096, batch)
+    plan = search(model_of("gemma-head-512"), 8, CLUSTERS["dgx-h100"], job, Software(), limits)
+    return plan, plan.predict(plan.rows[0].layout)
+
+
+@pytest.mark.parametrize(("task", "batch"), [("train", 64), ("prefill", 16), ("decode", 1)])
+def test_events_take_as_long_as_the_prediction(task, batch):
+    """The timeline is made of the terms that are printed beside it: heads of 512 are fused in prefill only."""
+    from helix_megatron.plan.perfetto import timeline
+
+    plan, p = _simulated(task, 4, batch)
+    names = ("layers", "embedding", "recomputation", "output", "pipeline", "waiting")
+    expected = sum(s for name, s in p.terms.items() if name.startswith(names))
+    assert timeline(plan, p.layout).seconds == pytest.approx(expected, rel=0.04)
+
+
+def test_a_timeline_that_is_cut_says_so(monkeypatch):
+    """Seconds of the first micro-batches beside those of the step would contradict each other."""
+    from helix_megatron.plan import perfetto
+
+    plan, p = _simulated("train", 4, 64)
+    assert ", 64 micro-batches: " in perfetto.pipeline_text(plan, p.layout)
+    monkeypatch.setattr(perfetto, "MOST_SLOTS", 64)
+    text = perfetto.pipeline_text(plan, p.layout)
+    assert ", first 8 of 64 micro-batches: " in text
+    assert perfetto.trace_json(plan, p.layout)["otherData"]["micro_batches_shown"] == 8
+
+
+@pytest.mark.parametrize("tp", [4, 16])
+def test_the_rows_of_whole_heads_are_counted(tp):
+    """Every row of linear_qkv on one rank, also where stock Megatron cuts key-value heads apart."""
+    from helix_megatron.plan.clusters import CLUSTERS
+    from helix_megatron.plan.deployment import checks, partition_of
+    from helix_megatron.plan.layouts import Layout
+    from helix_megatron.plan.models import model_of
+    from helix_megatron.plan.results import Plan
+    from helix_megatron.plan.settings import Job, Software
+
+    model, layout = model_of("llama-3-8b"), Layout(tp=tp)
+    plan = Plan(model, CLUSTERS["nvlink-16"], Job("train", 4096, 1), Software(), tp)
+    found = {c["check"]: c for c in checks(plan, plan.predict(layout), partition_of(plan, layout))}
+    row = found["every row of linear_qkv is on exactly one TP rank"]
+    assert (row["passed"], row["figure"]) == (True, "6144 of 6144 rows")
 
 
 @pytest.mark.parametrize("cache", ["batch", "sequence"])

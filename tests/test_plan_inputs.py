@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
@@ -81,6 +82,8 @@ def test_config_json_gives_the_preset(tmp_path):
         model, preset = model_of(str(path)), model_of("llama-3-8b")
         for field in ("parameters", "num_kv_heads", "head_dim", "gated", "rms_norm", "vocab_size"):
             assert getattr(model, field) == getattr(preset, field), field
+        for flag in ("rotary_base", "norm_epsilon"):  # no sizes, but the command is for that model
+            assert dict(model.flags)[flag] == dict(preset.flags)[flag], flag
 
 
 def test_megatron_flags_give_a_model():
@@ -174,11 +177,33 @@ def test_this_machine_is_a_cluster(monkeypatch):
     """Without a GPU its cores are ranks; with one, nvidia-smi names it."""
     from helix_megatron.plan import clusters
 
-    monkeypatch.setattr(clusters, "_nvidia_smi", lambda: [])
+    monkeypatch.setattr(clusters, "_nvidia_smi", list)
     assert cluster_of(LOCAL).chip.name == "cpu"
-    monkeypatch.setattr(clusters, "_nvidia_smi", lambda: [("NVIDIA H100 80GB HBM3", 8.5e10)] * 4)
-    found = cluster_of(LOCAL)
-    assert (found.chip.name, found.domain, found.gpus, found.chip.memory) == ("h100", 4, 4, 8.5e10)
+
+    def printed(*lines: str) -> None:
+        run = subprocess.CompletedProcess([], 0, stdout="\n".join(lines) + "\n")
+        monkeypatch.setattr(clusters.subprocess, "run", lambda *_, **__: run)
+
+    monkeypatch.undo()
+    for line, chip, link in (
+        ("NVIDIA H100 80GB HBM3, 81559", "h100", "NVLink 4"),
+        ("NVIDIA H100 PCIe, 81559", "h100-pcie", "PCIe 5 x16"),
+        ("NVIDIA A100-SXM4-80GB, 81920", "a100", "NVLink 3"),
+        ("NVIDIA A100-PCIE-40GB, 40960", "a100", "PCIe 4 x16"),
+        ("NVIDIA GB200, 189471", "gb200", "NVLink 5"),
+    ):
+        printed(*[line] * 4)
+        found = cluster_of(LOCAL)
+        assert (found.chip.name, found.domain_link, found.domain, found.gpus) == (chip, link, 4, 4)
+        assert found.chip.memory == int(line.split(", ")[1]) * 2**20
+    for lines, expected in (
+        (["Tesla T4, 15360"], "has 'Tesla T4', which is unknown. Known: a100, a100-pcie, h100"),
+        (["NVIDIA RTX A1000, 8188"], "has 'NVIDIA RTX A1000', which is unknown"),
+        (["NVIDIA H200, [N/A]"], "gives '[N/A]' as the memory of 'NVIDIA H200', not MiB"),
+        (["NVIDIA H200, 1", "Tesla T4, 1"], "GPUs of several kinds, NVIDIA H200, Tesla T4"),
+    ):
+        printed(*lines)
+        assert expected in error(cluster_of, LOCAL)
 
 
 def test_every_preset_says_where_it_comes_from():

@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 
 from helix_megatron.errors import HelixError
-from helix_megatron.plan.clusters import CLUSTERS, Cluster
+from helix_megatron.plan.clusters import CLUSTERS, Cluster, cluster_of
+from helix_megatron.plan.collective_time import Group
+from helix_megatron.plan.inference import inference_memory
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec, model_of, spec_of_flags
-from helix_megatron.plan.report import plan_json
+from helix_megatron.plan.operators import attention_steps
+from helix_megatron.plan.report import header, plan_json
 from helix_megatron.plan.results import Limits, Plan
-from helix_megatron.plan.score import iteration
+from helix_megatron.plan.score import iteration, layers_cost, predict_training
 from helix_megatron.plan.search import search
 from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.traffic import layer_traffic
 from helix_megatron.plan.verdict import RIVALS, missing_rival, recommended, rivals, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -110,8 +114,10 @@ def test_reasons_name_the_nearest_that_fits(plan):
     reasons = {rejected.what: rejected.reason for rejected in plan_of(gpus=96, batch=96).rejected}
     assert "hidden size 4096 is not divisible by 3; nearest that divide it: 2, 4" in reasons["TP 3"]
     assert "nearest that divide them: 2, 4" in reasons["PP 3"]
+    slower = [r.reason for r in plan.rejected if r.kind == "slower exchange"]
+    assert all("slower than with" in reason for reason in slower)
+    assert slower
     exchanges = [r.reason for r in plan.rejected if r.kind == "exchange"]
-    assert any("slower than with" in reason for reason in exchanges)
     assert any("micro-batch of 1 cannot be dealt to" in reason for reason in exchanges)
     tight = plan_of("llama-3-70b", 8)
     assert not tight.everything
@@ -174,6 +180,78 @@ def test_segments_beat_the_stock_gather():
     cluster, software = CLUSTERS["nvlink-16"], Software()
     stock, helix = (iteration(model, x, job, cluster, software).seconds for x in (base, cut))
     assert helix < stock
+
+
+@pytest.mark.parametrize(
+    ("preset", "layout", "name"),
+    [
+        ("llama-3-8b", Layout(tp=16), "stock QKV gather"),
+        (
+            "qwen3-8b",
+            Layout(tp=16, segments=2, query_layout="heads", exchange="gather-kv"),
+            "QK norm statistics",
+        ),
+    ],
+)
+def test_selective_recomputation_repeats_core_attention_only(preset, layout, name):
+    """Megatron checkpoints core attention: what comes before it is sent once, forward and backward."""
+    model, software = model_of(preset), Software()
+    steps = attention_steps(model, layout, 4096, DGX, software, False)
+    assert [step.axis for step in steps if step.name == name] == ["qkv", "qkv"]
+    repeated = sum(
+        step.exposed
+        for step in steps
+        if step.phase == "forward" and (step.kind == "attention" or step.axis == "exchange")
+    )
+    cost = layers_cost(model, layout, 4096, DGX, software)
+    assert cost.attention == pytest.approx(model.num_layers * repeated)
+    rows = {
+        recompute: layer_traffic(
+            model, layout._replace(recompute=recompute), 4096, DGX, software, 1
+        )
+        for recompute in ("none", "selective", "full")
+    }
+    sent = {key: sum(r.bytes for r in rows[key] if r.axis == "qkv") for key in rows}
+    assert 0 < sent["none"] == sent["selective"] < sent["full"]
+
+
+def test_fp32_is_planned_on_a_chip_that_has_nothing_else(tmp_path):
+    """4 bytes a weight, in memory and on the wire; heads without a fused kernel must not ask for bf16."""
+    path = tmp_path / "old.yaml"
+    path.write_text(
+        "chip: {flops: {fp32: 19.5e12}, memory: 80e9, memory_bandwidth: 2e12, units: 108}\n"
+        "gpus_per_domain: 8\ndomain_bandwidth: 300e9\nnetwork_bandwidth: 25e9\n"
+    )
+    cluster, fp32 = cluster_of(str(path)), Software(precision="fp32")
+    model, layout = model_of("paper-dense"), Layout(tp=8, micro_batch=1)
+    for task in ("train", "prefill", "decode"):
+        found = plan_of(model, 16, cluster, task=task, batch=16, software=fp32)
+        assert any(row.layout.segments > 1 for row in found.everything), task
+    narrow, wide = (
+        inference_memory(model, layout, Job("decode", 4096, 1), software)
+        for software in (Software(), fp32)
+    )
+    assert wide.weights == 2 * narrow.weights
+    assert wide.cache == 2 * narrow.cache
+    gathered = [
+        sum(
+            row.bytes
+            for row in predict_training(
+                model, layout._replace(dp=2), Job("train", 4096, 2), cluster, software
+            ).traffic
+            if (row.axis, row.kind) == ("dp", "all-gather")
+        )
+        for cluster, software in ((DGX, Software()), (cluster, fp32))
+    ]
+    assert gathered[1] == 2 * gathered[0]
+
+
+def test_the_logits_are_in_the_communication():
+    """Seconds that are predicted without bytes would be missing from what to watch."""
+    found = plan_of(task="decode", gpus=8, batch=8)
+    p = found.predict(Layout(tp=8, micro_batch=8))
+    logits = 8 * found.model.padded_vocab(8) * 2 * 7 / 8
+    assert sum(r.bytes for r in p.traffic if r.kind == "all-gather") == logits
 
 
 def test_predictions_add_up(plan):
@@ -278,3 +356,23 @@ def test_the_json_says_that_it_is_simulated(plan):
     assert len(content["rejected"]) == len(plan.rejected)
     assert set(content["shown"]) == {"1", "2", "3"}
     assert {"simulated_seconds", "memory_bytes", "communication"} <= set(content["shown"]["1"])
+
+
+def test_what_is_left_out_is_counted_by_kind(plan):
+    """A slower exchange fits: to count it as not fitting would be false."""
+    text = header(plan)
+    assert f"{len(plan.rows)} layouts fit and are ranked." in text
+    for kind in {rejected.kind for rejected in plan.rejected}:
+        number = sum(rejected.kind == kind for rejected in plan.rejected)
+        assert f"{kind} {number}" in text
+
+
+def test_groups_that_cross_racks_are_found():
+    """16 ranks stay inside a rack of 72, but for those that begin in one and end in the next."""
+    rack = CLUSTERS["nvlink-72"]
+    inside, across = (
+        search(model_of("llama-3-8b"), gpus, rack, Job("train", 4096, gpus), Software()).cluster
+        for gpus in (64, 144)
+    )
+    assert Group(16).link(inside) == rack.domain_link
+    assert Group(16).link(across) == rack.network_link

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
+from helix_megatron.errors import divisors
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.collective_time import (
     Group,
@@ -64,6 +66,23 @@ def test_a_large_collective_over_two_nodes_reaches_what_eight_adapters_carry():
     size = 1 << 32
     seconds = collective_seconds(DGX, "all-gather", size, Group(16))
     assert 250e9 < sent_bytes("all-gather", size, 16) / seconds < 390e9
+
+
+@pytest.mark.parametrize("domain", [1, 4, 6, 8, 12, 72])
+@pytest.mark.parametrize("gpus", [24, 48, 144])
+def test_a_group_is_as_slow_as_its_slowest_member_group(domain, gpus):
+    """Against counting every rank: groups that borders of domains cut unevenly, too."""
+    cluster = dataclasses.replace(DGX, domain=domain, gpus=gpus)
+    for ranks in divisors(gpus):
+        for stride in divisors(gpus // ranks):
+            groups: dict[tuple[int, int], Counter[int]] = {}
+            for rank in range(gpus):
+                group = rank % stride, rank // (ranks * stride)
+                groups.setdefault(group, Counter())[rank // domain] += 1
+            found = Group(ranks, stride)
+            assert found.domains(cluster) == max(len(held) for held in groups.values())
+            fewest = min(min(held.values()) for held in groups.values())
+            assert found.inside(cluster) == fewest, (ranks, stride)
 
 
 def test_nothing_is_sent_alone():

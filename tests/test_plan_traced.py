@@ -115,7 +115,7 @@ def check_step(
     sequence: int = TOKENS,
 ) -> None:
     """Bytes of every collective of a step are equal, embedding, output and loss included; weights and gradients
-    are equal; the peak is within 5 %."""
+    are equal; the peak is within 3 %, with selective recomputation 5 %."""
     batches = layout.pp
     sent, memory = traced_step(words, stage * layout.tp, layout.gpus, batches)
     job = Job("train", sequence, batches)
@@ -125,7 +125,8 @@ def check_step(
     )
     found: Counter[tuple[str, str]] = Counter()
     for row in predict_training(model, layout, job, CLUSTER, software, stage).traffic:
-        found[row.axis, "" if row.axis == "exchange" else row.kind] += row.bytes
+        axis = "exchange" if row.axis == "qkv" else row.axis  # QK norms sum over the same group
+        found[axis, "" if axis == "exchange" else row.kind] += row.bytes
     # Once, before the first step, tied embeddings are made equal in 16 bits; their gradients are in 32.
     tied = found.pop(("pp", "all-reduce"), 0.0)
     assert sent.pop(("embedding", "all-reduce"), 0) == 1.5 * tied
@@ -135,7 +136,9 @@ def check_step(
     assert predicted.weights == memory["parameters"]
     assert predicted.gradients == memory["gradients"]
     peak = predicted.weights + predicted.gradients + predicted.activations
-    assert peak == pytest.approx(memory["traced_peak"], rel=0.05)
+    assert peak == pytest.approx(
+        memory["traced_peak"], rel=0.05 if layout.recompute == "selective" else 0.03
+    )
 
 
 def cut(layout: Layout) -> Layout:
@@ -169,9 +172,10 @@ def test_every_layout_of_16_ranks_is_predicted(tp, pp, segments):
         ("llama-3-70b", Layout(tp=16, segments=2, recompute="full")),
         ("llama-3-70b", Layout(tp=16, segments=4)),
         ("qwen3-32b", Layout(tp=16, segments=2)),
+        ("qwen3-32b", Layout(tp=16, segments=2, recompute="selective")),
         ("mixtral-8x7b", Layout(tp=16, segments=2, ep=8)),
     ],
-    ids=lambda value: value if isinstance(value, str) else value.describe(),
+    ids=lambda value: value if isinstance(value, str) else f"{value.describe()} {value.recompute}",
 )
 def test_published_models_are_predicted(preset, layout):
     """Grouped queries, gated MLPs, RMS norms, QK norms, experts, recomputation: 4 layers each, full width."""

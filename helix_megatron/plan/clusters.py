@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from helix_megatron.plan.constants import (
     NVLINK3,
     NVLINK4,
     NVLINK5,
+    PCIE4,
     PCIE5,
     Chip,
 )
@@ -93,6 +95,15 @@ CLUSTERS = {
     )
 }
 LOCAL = "this-machine"
+# Links of the GPUs that are known by nvidia-smi's name for them.
+LOCAL_LINKS = {
+    "a100": NVLINK3,
+    "a100-pcie": PCIE4,
+    "h100": NVLINK4,
+    "h100-pcie": PCIE5,
+    "h200": NVLINK4,
+    "gb200": NVLINK5,
+}
 
 FIELDS = {
     "name": str,
@@ -230,26 +241,48 @@ def _check_keys(
 
 
 def local_cluster() -> Cluster:
-    """This machine: its GPUs by nvidia-smi where there is one, else its CPU cores as ranks over loopback."""
+    """This machine: its GPUs by nvidia-smi where there is one, else its CPU cores as ranks over loopback.
+
+    Raises:
+        HelixError: GPUs that are unknown here, of several kinds, or of unknown memory.
+    """
     found = _nvidia_smi()
-    for name, memory in found[:1]:
-        keys = [key for key in CHIPS if key.replace("-", " ") in name.lower().replace("-", " ")]
-        if keys:
-            chip = dataclasses.replace(CHIPS[max(keys, key=len)], memory=memory)
-            link = PCIE5 if "pcie" in name.lower() else NVLINK4
-            return Cluster(LOCAL, chip, len(found), *link, *NDR, "nvidia-smi", gpus=len(found))
+    if found:
+        return _local_gpus(found)
     cores = os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     chip = dataclasses.replace(CHIPS["cpu"], memory=memory / cores)
     return Cluster(LOCAL, chip, cores, "loopback", 1e9, "loopback", 1e9, chip.source, gpus=None)
 
 
-def _nvidia_smi() -> list[tuple[str, float]]:
-    """(name, bytes of memory) of every GPU here; nothing without the program."""
+def _local_gpus(found: list[tuple[str, str]]) -> Cluster:
+    names = sorted({name for name, _ in found})
+    file = f"Describe it in a YAML file for --cluster: {EXAMPLE}."
+    if len(names) > 1:
+        raise HelixError(f"{LOCAL} has GPUs of several kinds, {listed(names)}. {file}")
+    words = set(re.split(r"[^a-z0-9]+", names[0].lower()))
+    known = [key for key in LOCAL_LINKS if words.issuperset(key.split("-"))]
+    if not known:
+        raise HelixError(
+            f"{LOCAL} has {names[0]!r}, which is unknown. Known: {listed(LOCAL_LINKS)}. {file}"
+        )
+    sizes = [memory for _, memory in found if not memory.isdecimal()]
+    if sizes:
+        raise HelixError(
+            f"{LOCAL}: nvidia-smi gives {sizes[0]!r} as the memory of {names[0]!r}, not MiB. {file}"
+        )
+    key = max(known, key=len)
+    chip = CHIPS[key.removesuffix("-pcie") if key not in CHIPS else key]
+    chip = dataclasses.replace(chip, memory=min(int(memory) for _, memory in found) * 2.0**20)
+    return Cluster(LOCAL, chip, len(found), *LOCAL_LINKS[key], *NDR, "nvidia-smi", gpus=len(found))
+
+
+def _nvidia_smi() -> list[tuple[str, str]]:
+    """(name, MiB of memory) of every GPU here, as nvidia-smi prints them; nothing without the program."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [line.rsplit(",", 1) for line in run.stdout.splitlines() if "," in line]
-    return [(name.strip(), float(memory) * 2**20) for name, memory in rows]
+    return [(name.strip(), memory.strip()) for name, memory in rows]

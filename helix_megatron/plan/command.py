@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from helix_megatron.plan.inference import CACHES
 from helix_megatron.plan.memory import RECOMPUTE
 from helix_megatron.plan.models import ModelSpec, model_of, model_of_arguments
 from helix_megatron.plan.presets import PRESETS
-from helix_megatron.plan.results import Limits, Plan
+from helix_megatron.plan.results import SLOWER, Limits, Plan
 from helix_megatron.plan.search import search
 from helix_megatron.plan.settings import PRECISIONS, TASKS, Job, Software
 
@@ -61,7 +60,7 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
         metavar="B",
         help="sequences of a step over all GPUs (default: 4 for each GPU, 1 in inference)",
     )
-    add("--precision", choices=PRECISIONS, default="bf16", help="(default: %(default)s)")
+    add("--precision", choices=PRECISIONS, help="(default: bf16, fp32 where the chip has no bf16)")
     fixed = parser.add_argument_group("fix a part of the layout")
     add = fixed.add_argument
     add("--tensor-model-parallel-size", type=int, metavar="P", help="tensor parallel ranks p = m·n")
@@ -93,8 +92,8 @@ def plan_of(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
     if batch is None:
         batch = max(1, args.gpus) * (4 if args.task == "train" else 1)
     precision = args.precision
-    if precision not in cluster.chip.flops and "fp32" in cluster.chip.flops:
-        precision = "fp32"
+    if precision is None:
+        precision = next((p for p in ("bf16", "fp32") if p in cluster.chip.flops), "bf16")
     _check_sizes(args, batch)
     tp, m = args.tensor_model_parallel_size, args.intra_head_parallel_size
     if tp is not None and m is not None:
@@ -245,17 +244,15 @@ def _show(plan: Plan, args: argparse.Namespace) -> int:
 def _nothing(plan: Plan, args: argparse.Namespace) -> int:
     """Nothing is left: because of the flags, which is an error that says why, or because nothing fits."""
     asked = {
-        "TP": args.tensor_model_parallel_size,
-        "m": args.intra_head_parallel_size,
-        "PP": args.pipeline_model_parallel_size,
-        "CP": args.context_parallel_size,
-        "micro-batch": args.micro_batch,
+        ("tp", args.tensor_model_parallel_size),
+        ("segments", args.intra_head_parallel_size),
+        ("pp", args.pipeline_model_parallel_size),
+        ("cp", args.context_parallel_size),
+        ("micro_batch", args.micro_batch),
+        ("exchange", args.helix_exchange),
     }
-    wanted = [re.compile(rf"\b{k} {v}\b") for k, v in asked.items() if v is not None]
-    if args.helix_exchange:
-        wanted.append(re.compile(re.escape(args.helix_exchange)))
-    causes = [r for r in plan.rejected if "slower" not in r.reason]
-    hits = [(sum(bool(w.search(r.what)) for w in wanted), r) for r in causes]
+    causes = [r for r in plan.rejected if r.kind not in SLOWER]
+    hits = [(len(asked.intersection(r.sizes)), r) for r in causes]
     most = max((count for count, _ in hits), default=0)
     if plan.everything or most:
         near = [f"{r.what}: {r.reason}" for count, r in hits if count == most][:3]
@@ -289,7 +286,7 @@ def command_text(plan: Plan, layout: Any, number: int) -> str:
         config, reason = deepspeed_config(*parts, plan.software)
         text = json.dumps(config) if config else f"not for this row, {reason}."
         lines.append(f"DeepSpeed: {text}")
-    return "\n".join([*lines, *caveats(layout, plan.job, plan.software)])
+    return "\n".join([*lines, *caveats(*parts, plan.software)])
 
 
 def simulate_main(argv: Sequence[str] | None = None, program: str = "helix simulate") -> int:

@@ -105,6 +105,7 @@ CHIPS = {
 NVLINK3 = ("NVLink 3", 300e9)  # A100 SXM data sheet: 600 GB/s in both
 NVLINK4 = ("NVLink 4", 450e9)  # H100 SXM data sheet: 900 GB/s in both
 NVLINK5 = ("NVLink 5", 900e9)  # GB200 NVL72 data sheet: 1.8 TB/s in both
+PCIE4 = ("PCIe 4 x16", 32e9)  # PCI-SIG: 16 GT/s, 16 lanes
 PCIE5 = ("PCIe 5 x16", 64e9)  # PCI-SIG: 32 GT/s, 16 lanes
 NDR = ("NDR InfiniBand", 50e9)  # 400 Gbit/s, an adapter for each GPU
 NDR_HALF = ("NDR InfiniBand", 25e9)  # an adapter for two GPUs

@@ -49,7 +49,7 @@ def deployment(plan: Plan, p: Prediction) -> dict[str, Any]:
         "groups": list(groups(plan, layout)),
         "checks": checks(plan, p, heads),
         "command": launch_text(plan.model, layout, plan.job, plan.cluster, plan.software),
-        "caveats": caveats(layout, plan.job, plan.software),
+        "caveats": caveats(plan.model, layout, plan.job, plan.software),
     }
 
 
@@ -60,8 +60,22 @@ def partition_of(plan: Plan, layout: Layout) -> HeadLayout:
         return head_layout(plan.model, layout.tp, layout.segments, layout.query_layout)
     kv_heads = max(plan.model.num_kv_heads, layout.tp)
     return HeadLayout(
-        plan.model.num_heads, kv_heads, plan.model.head_dim, head_groups=layout.tp, rotary="none"
+        plan.model.num_heads,
+        kv_heads,
+        plan.model.head_dim,
+        head_groups=layout.tp,
+        rotary="none",
+        output_gate=plan.model.output_gate,
     )
+
+
+def _qkv_rows(plan: Plan, layout: Layout, heads: HeadLayout, rank: int) -> list[int]:
+    """Rows of linear_qkv on a TP rank. With more ranks than key-value heads stock Megatron deals them in equal
+    runs, whatever head they belong to, and gathers its output."""
+    if layout.segments == 1 and layout.tp > plan.model.num_kv_heads:
+        each = plan.model.qkv_rows // layout.tp
+        return [*range(rank * each, (rank + 1) * each)]
+    return heads.qkv_rows(rank).tolist()
 
 
 def batch_sizes(plan: Plan, p: Prediction) -> dict[str, Any]:
@@ -104,12 +118,10 @@ def cuts(plan: Plan, layout: Layout) -> Iterator[dict[str, Any]]:
 
 
 def _refusal(plan: Plan, layout: Layout, m: int) -> str:
-    what = f"TP {layout.tp}, m {m}"
-    fitting = f"{layout._replace(segments=m, vp=1).describe()}, "
-    for rejected in plan.rejected:
-        if rejected.what == what or rejected.what.startswith(f"{what}, queries"):
-            return rejected.reason
-        if rejected.what.startswith(fitting) and rejected.kind == "does not fit":
+    wanted, last = layout._replace(segments=m), ("exchange", "cache layout")  # one of several
+    for rejected in sorted(plan.rejected, key=lambda r: r.kind in last):
+        cuts_heads = any(name == "segments" for name, _ in rejected.sizes)
+        if cuts_heads and rejected.explains(wanted, "tp", "segments", "pp", "cp", "dp"):
             return rejected.reason
     return "not tried: the flags leave it out"
 
@@ -162,7 +174,7 @@ def weights(plan: Plan, layout: Layout, heads: HeadLayout) -> Iterator[dict[str,
     """Matrices of one rank [rows, columns], as megatron-core stores them, with the whole one beside."""
     model, tp = plan.model, layout.tp
     hidden, width = model.hidden_size, model.num_heads * model.head_dim
-    rows = len(heads.qkv_rows(0)) if layout.segments > 1 else model.qkv_rows // tp
+    rows = len(_qkv_rows(plan, layout, heads, 0))
     columns = len(heads.proj_columns(0))
 
     def matrix(name: str, part: tuple[int, int], whole: tuple[int, int], count: int = 1) -> Any:
@@ -231,18 +243,13 @@ def checks(plan: Plan, p: Prediction, heads: HeadLayout) -> list[dict[str, Any]]
     total = layout.tp * layout.cp * layout.dp * layout.pp
     per_stage = model.num_layers // layout.pp
     columns = sorted(c for rank in range(layout.tp) for c in heads.proj_columns(rank).tolist())
-    if layout.segments > 1:
-        rows = sorted(row for rank in range(layout.tp) for row in heads.qkv_rows(rank).tolist())
-        dealt = rows == list(range(model.qkv_rows))
-    else:
-        dealt = model.qkv_rows % layout.tp == 0
+    rows = sorted(r for rank in range(layout.tp) for r in _qkv_rows(plan, layout, heads, rank))
     found = [
         ("ranks = TP × CP × DP × PP", total == plan.gpus, f"{total} = {plan.gpus}"),
         (
             "every row of linear_qkv is on exactly one TP rank",
-            dealt,
-            f"{model.qkv_rows} rows"
-            + ("" if layout.segments > 1 else ", as stock Megatron deals them"),
+            rows == list(range(model.qkv_rows)),
+            f"{len(rows)} of {model.qkv_rows} rows",
         ),
         (
             "every column of linear_proj is on exactly one TP rank",
@@ -266,12 +273,12 @@ def checks(plan: Plan, p: Prediction, heads: HeadLayout) -> list[dict[str, Any]]
         ),
         (
             "a head group stays inside a domain",
-            layout.segments == 1 or plan.cluster.domain % layout.segments == 0,
+            layout.head_group.domains(plan.cluster) == 1,
             f"m {layout.segments}, domain of {plan.cluster.domain}",
         ),
         (
             "TP stays inside a domain",
-            plan.cluster.domain % layout.tp == 0,
+            layout.tp_group.domains(plan.cluster) == 1,
             f"TP {layout.tp}, domain of {plan.cluster.domain}, else every layer crosses "
             f"{plan.cluster.network_link}",
         ),

@@ -10,6 +10,7 @@ from helix_megatron.plan.memory import (
     expert_weights,
     layer_activations,
     layers_in_flight,
+    optimizer_bytes,
     rank_weights,
 )
 from helix_megatron.plan.operators import layer_kinds, layer_steps
@@ -39,11 +40,12 @@ def kinds_of_layers(plan: Plan, layout: Layout) -> Iterator[tuple[str, int, tupl
 
 
 def attention_times(plan: Plan, layout: Layout) -> tuple[float, float]:
-    """(core attention, its exchange): seconds of one layer of the first kind, forward, one micro-batch."""
+    """(core attention, its exchange or stock's gather): seconds of one layer of the first kind, forward, one
+    micro-batch."""
     _, _, steps = next(kinds_of_layers(plan, layout))
     forward = [step for step in steps if step.phase == FORWARD]
     core = sum(step.seconds for step in forward if step.kind == "attention")
-    return core, sum(step.seconds for step in forward if step.axis == "exchange")
+    return core, sum(step.seconds for step in forward if step.axis in ("exchange", "qkv"))
 
 
 def duration(seconds: float) -> str:
@@ -129,7 +131,8 @@ def memory_lines(plan: Plan, p: Prediction) -> list[str]:
         flight = layers_in_flight(layout, model, batches)
         lines += [
             f"  {gb['gradients']:>8.2f} GB  gradients, fp32",
-            f"  {gb['optimizer']:>8.2f} GB  Adam: 12 bytes a parameter, on {layout.dp_group.ranks} replicas",
+            f"  {gb['optimizer']:>8.2f} GB  Adam: {optimizer_bytes(plan.software)} bytes a parameter, on "
+            f"{layout.dp_group.ranks} replicas",
             f"  {gb['activations']:>8.2f} GB  activations: {flight:g} layers in flight × "
             f"{activations.kept / 1e6:,.1f} MB (recomputation {layout.recompute}), and work space",
         ]

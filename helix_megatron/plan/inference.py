@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.collective_time import collective_seconds, point_to_point_seconds
-from helix_megatron.plan.constants import ATTENTION_CURVE, WEIGHT_BYTES
+from helix_megatron.plan.constants import ATTENTION_CURVE
 from helix_megatron.plan.layouts import Layout, strip
 from helix_megatron.plan.memory import Memory, expert_weights, rank_weights
 from helix_megatron.plan.models import ModelSpec
@@ -24,7 +25,7 @@ from helix_megatron.plan.schedule import pipeline_seconds
 from helix_megatron.plan.score import Prediction, layers_cost
 from helix_megatron.plan.settings import Job, Software
 from helix_megatron.plan.steps import FORWARD, Recorder, Step
-from helix_megatron.plan.traffic import Traffic, layer_traffic
+from helix_megatron.plan.traffic import Traffic, layer_traffic, traffic_of
 
 CACHES = ("batch", "sequence", "segment")
 
@@ -57,7 +58,7 @@ def cache_bytes(
 
 def inference_memory(model: ModelSpec, layout: Layout, job: Job, software: Software) -> Memory:
     """Weights, the cache of all sequences of a replica, and the work space of a micro-batch."""
-    weights = (rank_weights(model, layout) + expert_weights(model, layout)) * WEIGHT_BYTES
+    weights = (rank_weights(model, layout) + expert_weights(model, layout)) * software.weight_bytes
     layers = model.num_layers / layout.pp
     sequences = job.global_batch / layout.dp
     cache = layers * cache_bytes(model, layout, sequences, job.sequence, software.element)
@@ -70,31 +71,81 @@ def inference_memory(model: ModelSpec, layout: Layout, job: Job, software: Softw
     return Memory(weights=weights, activations=work, cache=cache)
 
 
+class StageSeconds(NamedTuple):
+    """Of one micro-batch: layers of one pipeline stage, the embedding on the first, the output on the last, and
+    the message to the next stage, for which each waits."""
+
+    layers: float
+    embedding: float
+    output: float
+    message: float
+
+    def of(self, stage: int, stages: int) -> float:
+        """All that one stage does."""
+        ends = self.embedding * (stage == 0) + self.output * (stage == stages - 1)
+        return self.layers + self.message + ends
+
+
+def prefill_seconds(
+    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
+) -> StageSeconds:
+    """A micro-batch of prompts on one stage."""
+    software = inference_software(software)
+    cost = layers_cost(model, strip(layout), job.sequence, cluster, software)
+    rows = layout.micro_batch * job.sequence / layout.cp
+    return StageSeconds(
+        cost.forward / layout.pp,
+        stream_seconds(cluster.chip, 2 * rows * model.hidden_size * software.element),
+        sum(step.seconds for step in _output_steps(model, layout, cluster, software)),
+        _hop(model, layout, rows, cluster, software),
+    )
+
+
+def decode_stage_seconds(
+    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
+) -> StageSeconds:
+    """One token of every sequence of a micro-batch on one stage."""
+    layers = 0.0
+    for steps, count in _decode_layers(model, layout, job, cluster, software):
+        layers += count * sum(step.exposed for step in steps)
+    return StageSeconds(
+        layers / layout.pp,
+        0.0,
+        sum(step.seconds for step in _output_steps(model, layout, cluster, software)),
+        _hop(model, layout, layout.micro_batch, cluster, software),
+    )
+
+
+def _decode_layers(
+    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
+) -> Iterator[tuple[tuple[Step, ...], int]]:
+    for experts, windowed, count in layer_kinds(model):
+        context = min(job.sequence, model.window or job.sequence) if windowed else job.sequence
+        yield decode_steps(model, strip(layout), context, cluster, software, experts), count
+
+
 def predict_prefill(
     model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
 ) -> Prediction:
     """A batch of prompts through the pipeline, micro-batch after micro-batch, until the last has its token."""
     batches = layout.micro_batches(job.global_batch)
     software = inference_software(software)
-    cost = layers_cost(model, strip(layout), job.sequence, cluster, software)
-    forward = cost.forward / layout.pp
-    output = _output_seconds(model, layout, layout.micro_batch, cluster, software)
-    rows = layout.micro_batch * job.sequence / layout.cp
-    first = stream_seconds(cluster.chip, 2 * rows * model.hidden_size * software.element)
-    hop = _hop(model, layout, rows, cluster, software)
-    per_stage = [forward + (hop if layout.pp > 1 else 0.0)] * layout.pp
-    per_stage[0] += first
-    per_stage[-1] += output
+    each = prefill_seconds(model, layout, job, cluster, software)
+    per_stage = [each.of(stage, layout.pp) for stage in range(layout.pp)]
     seconds = pipeline_seconds(per_stage, batches)
     busy = max(per_stage) * batches
     terms = {
-        "layers": batches * forward,
-        "embedding and output": busy - batches * (forward + (hop if layout.pp > 1 else 0.0)),
-        "pipeline messages, exposed": batches * hop if layout.pp > 1 else 0.0,
+        "layers": batches * each.layers,
+        "embedding and output": busy - batches * (each.layers + each.message),
+        "pipeline messages, exposed": batches * each.message,
         "pipeline bubble": seconds - busy,
     }
-    traffic = layer_traffic(model, layout, job.sequence, cluster, software, batches, (FORWARD,))
-    traffic += _messages(model, layout, rows, batches, hop, cluster, software)
+    rows = layout.micro_batch * job.sequence / layout.cp
+    traffic = traffic_of(
+        [(step, batches) for step in _output_steps(model, layout, cluster, software)],
+        layer_traffic(model, layout, job.sequence, cluster, software, batches, (FORWARD,)),
+    )
+    traffic += _messages(model, layout, rows, batches, each.message, cluster, software)
     tokens = job.global_batch * job.sequence
     return Prediction(
         layout=layout,
@@ -114,28 +165,19 @@ def predict_decode(
 ) -> Prediction:
     """One token for every sequence; `job.sequence` positions are in the cache already."""
     batches = layout.micro_batches(job.global_batch)
-    layers = 0.0
-    traffic: dict[tuple[str, str, str], list[float]] = {}
-    for experts, windowed, count in layer_kinds(model):
-        context = min(job.sequence, model.window or job.sequence) if windowed else job.sequence
-        for step in decode_steps(model, strip(layout), context, cluster, software, experts):
-            layers += count * step.exposed
-            if step.axis:
-                row = traffic.setdefault((step.axis, step.kind, step.link), [0.0, 0.0, 0.0])
-                for i, value in enumerate((step.sent, step.seconds, step.exposed)):
-                    row[i] += value * count / layout.pp * batches
-    output = _output_seconds(model, layout, layout.micro_batch, cluster, software)
-    hop = _hop(model, layout, layout.micro_batch, cluster, software)
-    stage = layers / layout.pp
+    each = decode_stage_seconds(model, layout, job, cluster, software)
+    counted: list[tuple[Step, float]] = []
+    counted += [(step, batches) for step in _output_steps(model, layout, cluster, software)]
+    for steps, count in _decode_layers(model, layout, job, cluster, software):
+        counted += [(step, count / layout.pp * batches) for step in steps]
     # A token goes through all stages before the next of its sequence can start; more micro-batches than
     # stages wait for each other.
-    through = layers + output + layout.pp * hop * (layout.pp > 1)
-    queue = batches * (max(stage + output, stage) + hop * (layout.pp > 1))
-    seconds = max(through, queue)
+    through = sum(each.of(stage, layout.pp) for stage in range(layout.pp))
+    seconds = max(through, batches * each.of(layout.pp - 1, layout.pp))
     terms = {
-        "layers": layers,
-        "output": output,
-        "pipeline messages": layout.pp * hop if layout.pp > 1 else 0.0,
+        "layers": layout.pp * each.layers,
+        "output": each.output,
+        "pipeline messages": layout.pp * each.message,
         "waiting for other micro-batches": seconds - through,
     }
     flops = 2 * model.active_parameters * job.global_batch
@@ -149,25 +191,27 @@ def predict_decode(
         memory=inference_memory(model, layout, job, software),
         terms=terms,
         traffic=(
-            *(Traffic(*key, *values) for key, values in traffic.items()),
-            *_messages(model, layout, layout.micro_batch, batches, hop, cluster, software),
+            *traffic_of(counted),
+            *_messages(model, layout, layout.micro_batch, batches, each.message, cluster, software),
         ),
-        bubble=max(0.0, 1 - batches * (stage + output) / seconds) if layout.pp > 1 else 0.0,
+        bubble=max(0.0, 1 - batches * (each.layers + each.output) / seconds) * (layout.pp > 1),
         model_flops=flops,
         micro_batches=batches,
     )
 
 
-def _output_seconds(
-    model: ModelSpec, layout: Layout, rows: float, cluster: Cluster, software: Software
-) -> float:
-    record = Recorder(cluster, "bf16" if software.precision == "fp8" else software.precision, 2)
+@functools.lru_cache(maxsize=4096)
+def _output_steps(
+    model: ModelSpec, layout: Layout, cluster: Cluster, software: Software
+) -> tuple[Step, ...]:
+    """The logits of one token of every sequence of a micro-batch, on the last stage."""
+    record = Recorder(cluster, software.unquantised, software.element)
+    rows = layout.micro_batch
     vocab = model.padded_vocab(layout.tp) / layout.tp
     record.gemm("output_layer", rows, vocab, model.hidden_size, phases=(FORWARD,))
-    record.collective(
-        "logits", FORWARD, "all-gather", rows * vocab * layout.tp * 2, layout.tp_group, "tp"
-    )
-    return sum(step.seconds for step in record.steps)
+    size = rows * vocab * layout.tp * record.element
+    record.collective("logits", FORWARD, "all-gather", size, layout.tp_group, "tp")
+    return tuple(record.steps)
 
 
 def _hop(
@@ -223,9 +267,7 @@ def decode_steps(
     gemm("linear_qkv", model.qkv_rows / layout.tp, hidden)
     if layout.segments == 1 and layout.tp > model.num_kv_heads:
         whole = rows * model.qkv_rows * element
-        record.collective(
-            "stock QKV gather", FORWARD, "all-gather", whole, layout.tp_group, "exchange"
-        )
+        record.collective("stock QKV gather", FORWARD, "all-gather", whole, layout.tp_group, "qkv")
     record.stream("rotary embedding and cache", 3 * rows * model.qkv_rows / layout.tp, 2, 0)
     _decode_attention(record, model, layout, context)
     gemm("linear_proj", hidden, width / layout.tp)

@@ -12,6 +12,10 @@ from helix_megatron.plan.settings import Job, Software
 
 # Model flags that only describe where the model came from, or follow from others.
 LEFT_OUT = ("padded_vocab_size", "max_position_embeddings", "attention_dropout", "hidden_dropout")
+# Model flags of the training script here that Megatron-LM's own has not.
+NOT_THERE = ("geglu", "embedding_multiplier")
+OWN_SCRIPT = "$MEGATRON_LM/pretrain_gpt.py"
+NO_CP = "scripts/pretrain_gpt.py has no context parallelism."
 
 
 def model_words(model: ModelSpec) -> list[str]:
@@ -74,10 +78,37 @@ def _parallel_words(model: ModelSpec, layout: Layout) -> list[str]:
     return words
 
 
+def command_words(model: ModelSpec, layout: Layout, job: Job, software: Software) -> list[str]:
+    """All flags of the training command."""
+    words = [*model_words(model), *layout_words(model, layout, job, software)]
+    if layout.cp > 1:
+        for flag, value in _own_flags(model, job).items():
+            words += [] if flag in words else [flag, value]
+    return words
+
+
+def _own_flags(model: ModelSpec, job: Job) -> dict[str, str]:
+    """What Megatron-LM's own script needs beside, or has another default for than the one here."""
+    flags = {
+        "--transformer-impl": "transformer_engine",
+        "--tokenizer-type": "NullTokenizer",
+        "--position-embedding-type": "none" if model.rotary == "none" else "rope",
+        "--max-position-embeddings": str(job.sequence),
+        "--attention-dropout": "0.0",
+        "--hidden-dropout": "0.0",
+    }
+    if model.experts:
+        flags |= {"--moe-token-dispatcher-type": "alltoall", "--moe-aux-loss-coeff": "0.01"}
+    return flags
+
+
 def training_command(
     model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
 ) -> str:
-    """One command for every node; data, learning rate and checkpoints are the user's to add."""
+    """One command for every node; data, learning rate and checkpoints are the user's to add.
+
+    With context parallelism it is for Megatron-LM's own script, since the one here has none.
+    """
     per_node = min(layout.gpus, cluster.domain)
     nodes = -(-layout.gpus // per_node)
     start = ["torchrun", "--nproc-per-node", str(per_node)]
@@ -90,8 +121,11 @@ def training_command(
             "--rdzv-endpoint",
             "$HEAD_NODE:29500",
         ]
-    words = [*model_words(model), *layout_words(model, layout, job, software)]
-    lines = [" ".join([*start, "scripts/pretrain_gpt.py"])]
+    words = command_words(model, layout, job, software)
+    if layout.cp > 1:  # Megatron-LM refuses to start without the variable on GPUs before Blackwell
+        lines = [" ".join(["CUDA_DEVICE_MAX_CONNECTIONS=1", *start, OWN_SCRIPT])]
+    else:
+        lines = [" ".join([*start, "scripts/pretrain_gpt.py"])]
     line = ""
     for word in words:
         if word.startswith("--") and line and len(line) + len(word) > 70:
@@ -99,7 +133,12 @@ def training_command(
             line = ""
         line = f"{line} {word}".strip()
     lines.append("    " + line)
-    return " \\\n".join(lines)
+    note = (
+        f"# For Megatron-LM's own pretrain_gpt.py, never run here: {NO_CP}\n"
+        if layout.cp > 1
+        else ""
+    )
+    return note + " \\\n".join(lines)
 
 
 def launch_text(
@@ -163,7 +202,7 @@ def deepspeed_config(
     return config | {"helix": helix}, ""
 
 
-def caveats(layout: Layout, job: Job, software: Software) -> list[str]:
+def caveats(model: ModelSpec, layout: Layout, job: Job, software: Software) -> list[str]:
     """What a user should know before pasting."""
     found = []
     if job.task == "decode" and layout.cache in ("batch", "sequence"):
@@ -171,10 +210,13 @@ def caveats(layout: Layout, job: Job, software: Software) -> list[str]:
             f"Cache layout {layout.cache} is a forecast: the hosts keep keys and values cut by segments."
         )
     if layout.cp > 1 and job.task == "train":
-        found.append(
-            "scripts/pretrain_gpt.py has no context parallelism: use Megatron-LM's own pretrain_gpt.py with "
-            "the same flags."
-        )
+        found.append(f"{NO_CP} The command is for Megatron-LM's own pretrain_gpt.py.")
+        missing = [name for name, value in model.flags if name in NOT_THERE and value]
+        if missing:
+            flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+            found.append(
+                f"Megatron-LM's own script has no {flags}: it needs changes to train this model."
+            )
     if software.precision == "fp8":
         found.append(
             "fp8 needs Transformer Engine: add --fp8-format hybrid to Megatron-LM's script."

@@ -7,12 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from helix_megatron.plan.constants import (
-    FRAMEWORK_BYTES,
-    GRADIENT_BYTES,
-    OPTIMIZER_BYTES,
-    WEIGHT_BYTES,
-)
+from helix_megatron.plan.constants import FRAMEWORK_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
 from helix_megatron.plan.layouts import UNFUSED_EXCHANGES, Layout, strip
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.settings import Job, Software
@@ -80,6 +75,11 @@ def expert_weights(model: ModelSpec, layout: Layout) -> float:
     return model.expert_layers / layout.pp * here
 
 
+def optimizer_bytes(software: Software) -> int:
+    """Bytes of Adam's states of one parameter; weights in fp32 need no master copy."""
+    return OPTIMIZER_BYTES - (4 if software.precision == "fp32" else 0)
+
+
 def training_states(
     model: ModelSpec, layout: Layout, software: Software, stage: int | None = None
 ) -> Memory:
@@ -103,12 +103,10 @@ def _states(
     dense, experts = rank_weights(model, layout, stage), expert_weights(model, layout)
     if not software.distributed_optimizer:
         shards = (1, 1)
-    wide = software.precision == "fp32"
-    optimizer = OPTIMIZER_BYTES - (4 if wide else 0)
     return Memory(
-        weights=(dense + experts) * (4 if wide else WEIGHT_BYTES),
+        weights=(dense + experts) * software.weight_bytes,
         gradients=(dense + experts) * GRADIENT_BYTES,
-        optimizer=optimizer * (dense / shards[0] + experts / max(shards[1], 1)),
+        optimizer=optimizer_bytes(software) * (dense / shards[0] + experts / max(shards[1], 1)),
     )
 
 

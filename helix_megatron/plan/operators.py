@@ -145,7 +145,7 @@ def _attention(
         # Stock megatron-core with more ranks than key-value heads: everyone gets everything, keeps its part.
         size = tokens * model.qkv_rows * record.element
         for phase, kind in ((FORWARD, "all-gather"), (BACKWARD, "reduce-scatter")):
-            record.collective("stock QKV gather", phase, kind, size, layout.tp_group, "exchange")
+            record.collective("stock QKV gather", phase, kind, size, layout.tp_group, "qkv")
     heads = model.num_heads + model.num_kv_heads
     turned = tokens * heads * model.head_dim / layout.tp
     if model.rotary != "none":
@@ -160,7 +160,7 @@ def _attention(
             size = 4 * tokens * cut / layout.head_groups * (1 if model.rms_norm else 2)
             for phase in (FORWARD, BACKWARD):
                 record.collective(
-                    "QK norm statistics", phase, "all-reduce", size, layout.head_group, "exchange"
+                    "QK norm statistics", phase, "all-reduce", size, layout.head_group, "qkv"
                 )
     _core_attention(record, model, layout, sequence, software, windowed)
     cast(record, "attention output", tokens * width / layout.tp, software)
@@ -192,7 +192,11 @@ def _core_attention(
     assert not reason, f"{layout.exchange}: {reason}"
     work = attention_work(model, layout, shape, flops / layout.cp, scores)
     forward, backward = attention_seconds(
-        record.chip, work, widest=software.widest, dropout=software.dropout
+        record.chip,
+        work,
+        widest=software.widest,
+        dropout=software.dropout,
+        precision=software.unquantised,
     )
     kind = COLLECTIVE_OF.get(layout.exchange, "all-to-all")
     for phase in (FORWARD, BACKWARD):
@@ -241,9 +245,8 @@ def _attention_bytes(work: AttentionWork, model: ModelSpec, software: Software) 
     ends = 2 * work.batch_heads * work.queries + 2 * kv_heads * work.keys
     scores = work.score_bytes
     if not work.fused(software.widest) and not scores:
-        scores = (
-            2 * 2.0 * work.batch_heads * work.queries * work.keys
-        )  # written and read in 16 bits
+        # Written and read.
+        scores = 2 * software.element * work.batch_heads * work.queries * work.keys
     return ends * work.head_dim * software.element + scores
 
 
@@ -284,9 +287,7 @@ def outer_steps(
     first: bool,
 ) -> tuple[Step, ...]:
     """The embedding (`first`), or the final norm, the output layer and the loss, per micro-batch."""
-    record = Recorder(
-        cluster, "bf16" if software.precision == "fp8" else software.precision, software.element
-    )
+    record = Recorder(cluster, software.unquantised, software.element)
     tokens = layout.micro_batch * sequence / layout.cp
     own = tokens / layout.tp if layout.sequence_parallel else tokens
     hidden = model.hidden_size

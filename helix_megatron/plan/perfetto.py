@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from helix_megatron.plan.explain import kinds_of_layers
+from helix_megatron.plan.explain import duration, kinds_of_layers
+from helix_megatron.plan.inference import decode_stage_seconds, prefill_seconds
 from helix_megatron.plan.layouts import Layout, strip
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.schedule import Timeline, simulate
-from helix_megatron.plan.score import iteration, layers_cost, outer_cost
+from helix_megatron.plan.score import iteration, outer_cost
 from helix_megatron.plan.steps import BACKWARD, FORWARD, Step, in_order
 
 # Micro-batches that a trace holds at most: the schedule repeats, and browsers have limits.
@@ -19,34 +20,36 @@ MICROSECONDS = 1e6
 def timeline(plan: Plan, layout: Layout) -> Timeline:
     """The pipeline, event by event."""
     forward, backward, message = chunk_seconds(plan, layout)
+    return simulate(forward, backward, shown_batches(plan, layout), message)
+
+
+def shown_batches(plan: Plan, layout: Layout) -> int:
+    """Micro-batches that are run event by event: the first of them, where a step has very many."""
     batches = layout.micro_batches(plan.job.global_batch)
     most = max(layout.pp, MOST_SLOTS // (2 * layout.pp * layout.vp) // layout.pp * layout.pp)
-    return simulate(forward, backward, min(batches, most), message)
+    return min(batches, most)
 
 
 def chunk_seconds(plan: Plan, layout: Layout) -> tuple[list[list[float]], list[list[float]], float]:
-    """(forward, backward) seconds of [stage][chunk], and those of a message."""
+    """(forward, backward) seconds of [stage][chunk], and those of a message: the terms of the prediction."""
     model, job = plan.model, plan.job
-    if job.task == "decode":
-        layers = sum(
-            n * sum(s.exposed for s in steps) for _, n, steps in kinds_of_layers(plan, layout)
-        )
-        each = layers / layout.pp
-        return [[each]] * layout.pp, [[0.0]] * layout.pp, 0.0
-    arguments = (model, strip(layout), job.sequence, plan.cluster, plan.software)
-    cost = layers_cost(*arguments)
-    again = {"none": 0.0, "selective": cost.attention, "full": cost.forward}[layout.recompute]
-    chunks = layout.pp * layout.vp
-    forward = [[cost.forward / chunks] * layout.vp for _ in range(layout.pp)]
-    if job.task == "prefill":
-        return forward, [[0.0]] * layout.pp, 0.0
-    backward = [[(cost.backward + again) / chunks] * layout.vp for _ in range(layout.pp)]
-    first, last = outer_cost(*arguments, True), outer_cost(*arguments, False)
+    parts = (model, layout, job, plan.cluster, plan.software)
+    if job.task != "train":
+        each = prefill_seconds(*parts) if job.task == "prefill" else decode_stage_seconds(*parts)
+        stages = [[each.of(stage, layout.pp)] for stage in range(layout.pp)]
+        return stages, [[0.0]] * layout.pp, 0.0  # messages are waited for, inside the stages
+    found = iteration(*parts)
+    ahead, back, recomputed, message = found.per_micro_batch
+    forward, backward = (
+        [[seconds / layout.vp] * layout.vp for _ in range(layout.pp)]
+        for seconds in (ahead + message / 2, back + recomputed + message / 2)
+    )
+    outer = (model, strip(layout), job.sequence, plan.cluster, plan.software)
+    first, last = outer_cost(*outer, True), outer_cost(*outer, False)
     forward[0][0] += first.forward
     backward[0][0] += first.backward
     forward[-1][-1] += last.forward
     backward[-1][-1] += last.backward
-    found = iteration(model, layout, job, plan.cluster, plan.software)
     return forward, backward, found.hop
 
 
@@ -55,12 +58,18 @@ def pipeline_text(plan: Plan, layout: Layout, width: int = 100) -> str:
     if layout.pp == 1:
         return "\nNo pipeline: one stage.\n"
     found = timeline(plan, layout)
+    batches, shown = layout.micro_batches(plan.job.global_batch), shown_batches(plan, layout)
+    what = (
+        f"{batches} micro-batches"
+        if shown == batches
+        else f"first {shown} of {batches} micro-batches"
+    )
     lines = [
-        f"\nPipeline, event by event (simulated): {found.seconds:.3f} s, bubble {found.bubble:.1%}. "
-        "F forward, b backward, . waits"
+        f"\nPipeline, event by event (simulated), {what}: {duration(found.seconds)}, bubble "
+        f"{found.bubble:.1%}. F forward, b backward, . waits"
     ]
-    shown = range(layout.pp) if layout.pp <= 16 else [*range(8), *range(layout.pp - 8, layout.pp)]
-    for stage in shown:
+    stages = range(layout.pp) if layout.pp <= 16 else [*range(8), *range(layout.pp - 8, layout.pp)]
+    for stage in stages:
         row = ["."] * width
         for slot in found.slots:
             if slot.stage == stage:
@@ -107,6 +116,7 @@ def trace_json(plan: Plan, layout: Layout) -> dict[str, Any]:
             "model": plan.model.name,
             "cluster": plan.cluster.name,
             "micro_batches_of_the_step": layout.micro_batches(plan.job.global_batch),
+            "micro_batches_shown": shown_batches(plan, layout),
         },
     }
 

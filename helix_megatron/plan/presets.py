@@ -30,8 +30,16 @@ def _experts(number: int, topk: int, ffn: int, **others: Any) -> Flags:
     return {"num_experts": number, "moe_router_topk": topk, "moe_ffn_hidden_size": ffn} | others
 
 
-LLAMA = {"swiglu": True, "normalization": "RMSNorm"}
-QWEN3 = LLAMA | {"kv_channels": 128, "qk_layernorm": True}
+LLAMA = {"swiglu": True, "normalization": "RMSNorm", "norm_epsilon": 1e-5}
+LLAMA2 = LLAMA | {"rotary_base": 10000}
+LLAMA3 = LLAMA | {"rotary_base": 500000}
+MIXTRAL = LLAMA | {"rotary_base": 1000000}
+QWEN3 = LLAMA | {
+    "kv_channels": 128,
+    "qk_layernorm": True,
+    "norm_epsilon": 1e-6,
+    "rotary_base": 1000000,
+}
 GPT3 = {
     "disable_bias_linear": False,
     "untie_embeddings_and_output_weights": False,
@@ -40,6 +48,7 @@ GPT3 = {
 }
 HF = "config.json on huggingface.co"
 NEMO = "NVIDIA/NeMo-Framework-Launcher, launcher_scripts/conf/training"
+NEMOTRON = f"{NEMO}; widths only: its activation, squared ReLU, is not here"
 
 # The paper names no vocabulary; GPT-2's, padded. It is that of no claim: the layers are what is compared.
 _PAPER = {k: PAPER[k] for k in ("num_layers", "hidden_size", "ffn_hidden_size")} | {
@@ -50,12 +59,15 @@ _PAPER = {k: PAPER[k] for k in ("num_layers", "hidden_size", "ffn_hidden_size")}
 PRESETS: dict[str, tuple[Flags, str]] = {
     "paper-dense": (_PAPER, "the paper's 4 layers; its vocabulary is not given: 51200"),
     "paper-moe": (_PAPER | EXPERTS, "the paper's 4 layers of 8 experts, 2 of them for a token"),
-    "llama-2-7b": (_gpt(32, 4096, 32, 11008, 32000, **LLAMA), HF),
-    "llama-2-13b": (_gpt(40, 5120, 40, 13824, 32000, **LLAMA), HF),
-    "llama-2-70b": (_gpt(80, 8192, 64, 28672, 32000, **LLAMA, **_gqa(8)), HF),
-    "llama-3-8b": (_gpt(32, 4096, 32, 14336, 128256, **LLAMA, **_gqa(8)), HF),
-    "llama-3-70b": (_gpt(80, 8192, 64, 28672, 128256, **LLAMA, **_gqa(8)), HF),
-    "llama-3-405b": (_gpt(126, 16384, 128, 53248, 128256, **LLAMA, **_gqa(8)), HF),
+    "llama-2-7b": (_gpt(32, 4096, 32, 11008, 32000, **LLAMA2), HF),
+    "llama-2-13b": (_gpt(40, 5120, 40, 13824, 32000, **LLAMA2), HF),
+    "llama-2-70b": (_gpt(80, 8192, 64, 28672, 32000, **LLAMA2, **_gqa(8)), HF),
+    "llama-3-8b": (_gpt(32, 4096, 32, 14336, 128256, **LLAMA3, **_gqa(8)), HF),
+    "llama-3-70b": (_gpt(80, 8192, 64, 28672, 128256, **LLAMA3, **_gqa(8)), HF),
+    "llama-3-405b": (
+        _gpt(126, 16384, 128, 53248, 128256, **LLAMA3, **_gqa(8)) | {"use_rope_scaling": True},
+        "Llama-3.1-405B, " + HF,
+    ),
     "qwen3-8b": (_gpt(36, 4096, 32, 12288, 151936, **QWEN3, **_gqa(8)), HF),
     "qwen3-32b": (_gpt(64, 5120, 64, 25600, 151936, **QWEN3, **_gqa(8)), HF),
     "qwen3-30b-a3b": (
@@ -72,11 +84,11 @@ PRESETS: dict[str, tuple[Flags, str]] = {
         "Gemma 7B's widths with 8 heads of 512 dimensions on 4 key-value heads: no published model",
     ),
     "mixtral-8x7b": (
-        _gpt(32, 4096, 32, 14336, 32000, **LLAMA, **_gqa(8), **_experts(8, 2, 14336)),
+        _gpt(32, 4096, 32, 14336, 32000, **MIXTRAL, **_gqa(8), **_experts(8, 2, 14336)),
         HF,
     ),
     "mixtral-8x22b": (
-        _gpt(56, 6144, 48, 16384, 32768, **LLAMA, **_gqa(8), **_experts(8, 2, 16384)),
+        _gpt(56, 6144, 48, 16384, 32768, **MIXTRAL, **_gqa(8), **_experts(8, 2, 16384)),
         HF,
     ),
     "deepseek-like": (
@@ -90,8 +102,8 @@ PRESETS: dict[str, tuple[Flags, str]] = {
     "gpt3-20b": (_gpt(44, 6144, 48, 24576, 51200, **GPT3), NEMO),
     "gpt3-40b": (_gpt(48, 8192, 64, 32768, 51200, **GPT3), NEMO),
     "gpt3-175b": (_gpt(96, 12288, 96, 49152, 51200, **GPT3), NEMO),
-    "nemotron-8b": (_gpt(32, 4096, 32, 16384, 256000, rotary_percent=0.5), NEMO),
-    "nemotron-15b": (_gpt(32, 6144, 48, 24576, 256000, rotary_percent=0.5, **_gqa(8)), NEMO),
-    "nemotron-22b": (_gpt(40, 6144, 48, 24576, 256000, rotary_percent=0.5), NEMO),
-    "nemotron-340b": (_gpt(96, 18432, 96, 73728, 256000, rotary_percent=0.5, **_gqa(8)), NEMO),
+    "nemotron-8b": (_gpt(32, 4096, 32, 16384, 256000, rotary_percent=0.5), NEMOTRON),
+    "nemotron-15b": (_gpt(32, 6144, 48, 24576, 256000, rotary_percent=0.5, **_gqa(8)), NEMOTRON),
+    "nemotron-22b": (_gpt(40, 6144, 48, 24576, 256000, rotary_percent=0.5), NEMOTRON),
+    "nemotron-340b": (_gpt(96, 18432, 96, 73728, 256000, rotary_percent=0.5, **_gqa(8)), NEMOTRON),
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from helix_megatron.errors import listed
 from helix_megatron.plan.explain import attention_times
-from helix_megatron.plan.launch_commands import caveats, deepspeed_config, layout_words, model_words
+from helix_megatron.plan.launch_commands import caveats, command_words, deepspeed_config
 from helix_megatron.plan.results import Plan, Row
 from helix_megatron.plan.score import Prediction
 from helix_megatron.plan.verdict import missing_rival, rivals, verdict
@@ -44,7 +45,7 @@ def print_plan(
 
 
 def header(plan: Plan) -> str:
-    """Model, cluster and job in two lines."""
+    """Model, cluster and job, and how many layouts are ranked and are not."""
     model, job, cluster = plan.model, plan.job, plan.cluster
     kind = f"{model.experts} experts, {model.topk} a token, " if model.experts else ""
     return (
@@ -53,9 +54,15 @@ def header(plan: Plan) -> str:
         f"{model.head_dim}\n"
         f"{plan.gpus} × {cluster.chip.name}, {cluster.name}: {cluster.domain} a domain of "
         f"{cluster.domain_link}, {cluster.network_link} between. {job.task}, sequence {job.sequence}, batch "
-        f"{job.global_batch}, {plan.software.precision}. {len(plan.rows)} layouts fit, "
-        f"{len(plan.rejected)} do not. All figures are simulated."
+        f"{job.global_batch}, {plan.software.precision}. All figures are simulated.\n"
+        f"{len(plan.rows)} layouts fit and are ranked. Left out, layouts or what several have in common: "
+        f"{listed(f'{kind} {number}' for kind, number in left_out(plan)) or 'nothing'}."
     )
+
+
+def left_out(plan: Plan) -> list[tuple[str, int]]:
+    """(kind, how many) of what is not ranked, the most frequent first."""
+    return Counter(rejected.kind for rejected in plan.rejected).most_common()
 
 
 def ranking_table(plan: Plan, count: int) -> Table:
@@ -90,9 +97,7 @@ def _cells(plan: Plan, number: int | None, p: Prediction) -> list[str]:
         exchange = f"{layout.query_layout}, {layout.exchange}"
     without = layout.tp > 1 and not layout.sequence_parallel and plan.job.task != "decode"
     seconds = f"{p.seconds * 1e3:.2f}" if plan.job.task == "decode" else f"{p.seconds:.3f}"
-    peak = plan.cluster.chip.flops[
-        "bf16" if plan.software.precision == "fp8" else plan.software.precision
-    ]
+    peak = plan.cluster.chip.flops[plan.software.unquantised]
     return [
         "–" if number is None else str(number),
         layout.describe() + (" · no SP" if without else ""),
@@ -111,8 +116,7 @@ def _cells(plan: Plan, number: int | None, p: Prediction) -> list[str]:
 
 def print_rejected(plan: Plan, console: Console, *, everything: bool = False) -> None:
     """Why the others are not ranked: all of them, or a few of each kind."""
-    counts = Counter(rejected.kind for rejected in plan.rejected)
-    for kind, number in counts.most_common():
+    for kind, number in left_out(plan):
         of_kind = [rejected for rejected in plan.rejected if rejected.kind == kind]
         shown = of_kind if everything else of_kind[:EXAMPLES]
         console.print(f"\nrejected, {kind}: {number}", style="bold", highlight=False)
@@ -146,12 +150,9 @@ def prediction_json(plan: Plan, p: Prediction) -> dict[str, Any]:
         "communication": [traffic.__dict__ for traffic in p.traffic],
         "exposed_communication_seconds": p.exposed,
         "hidden_communication_seconds": p.hidden,
-        "megatron_flags": [
-            *model_words(plan.model),
-            *layout_words(plan.model, p.layout, plan.job, plan.software),
-        ],
+        "megatron_flags": command_words(plan.model, p.layout, plan.job, plan.software),
         "deepspeed": deepspeed_config(plan.model, p.layout, plan.job, plan.software)[0],
-        "caveats": caveats(p.layout, plan.job, plan.software),
+        "caveats": caveats(plan.model, p.layout, plan.job, plan.software),
     }
 
 
@@ -188,5 +189,5 @@ def plan_json(plan: Plan, count: int) -> dict[str, Any]:
             }
             for row in plan.rows
         ],
-        "rejected": [rejected.__dict__ for rejected in plan.rejected],
+        "rejected": [{"what": r.what, "kind": r.kind, "reason": r.reason} for r in plan.rejected],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.inference import predict_decode, predict_prefill
@@ -17,6 +18,11 @@ PREDICT: dict[str, Callable[..., Prediction]] = {
     "prefill": predict_prefill,
     "decode": predict_decode,
 }
+
+
+# Kinds of rejections beside which others of the same sizes may be ranked.
+SLOWER = ("slower exchange", "slower without sequence parallel")
+PARTIAL = (*SLOWER, "sequence parallel")
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,24 @@ class Limits:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A layout, or all layouts that have something in common, and why it is not ranked."""
+    """A layout, or all layouts that have something in common, and why it is not ranked.
+
+    sizes: what they have in common, by the fields of `Layout`. needed: bytes of a GPU, of what does not fit.
+    """
 
     what: str
     kind: str
     reason: str
+    sizes: tuple[tuple[str, Any], ...] = ()
+    needed: float = 0.0
+
+    def explains(self, layout: Layout, *fields: str) -> bool:
+        """Whether it is why no layout with these fields of `layout` is ranked: it states some of them, none of
+        them differs, and it is no choice between several of the same sizes."""
+        given = dict(self.sizes)
+        shared = [name for name in fields if name in given]
+        equal = all(given[name] == getattr(layout, name) for name in shared)
+        return bool(shared) and equal and self.kind not in PARTIAL
 
 
 @dataclass(frozen=True)

@@ -77,24 +77,27 @@ class AttentionWork:
 
 
 def attention_seconds(
-    chip: Chip, work: AttentionWork, *, widest: int, dropout: bool = False
+    chip: Chip,
+    work: AttentionWork,
+    *,
+    widest: int,
+    dropout: bool = False,
+    precision: str = "bf16",
 ) -> tuple[float, float]:
-    """(forward, backward) of core attention."""
+    """(forward, backward) of core attention in bf16 or fp32."""
     if not work.flops:
         return 0.0, 0.0
     if work.fused(widest):
-        forward = work.flops / attention_rate(chip, work) + chip.launch
+        forward = work.flops / attention_rate(chip, work, precision) + chip.launch
         scale = ATTENTION_BACKWARD_FLOPS / ATTENTION_BACKWARD_RATE
         return forward, (forward - chip.launch) * scale + 2 * chip.launch
-    precision = "bf16" if not work.score_bytes else "fp32"
     return _unfused(chip, work, precision, dropout)
 
 
-def attention_rate(chip: Chip, work: AttentionWork) -> float:
+def attention_rate(chip: Chip, work: AttentionWork, precision: str = "bf16") -> float:
     """FLOP/s of a fused forward kernel."""
     peak, many, few = _attention_curve(work.head_dim)
     half = few if work.grouped else many
-    precision = "bf16" if "bf16" in chip.flops else next(iter(chip.flops))
     rate = chip.flops[precision] * chip.sustained[precision] * peak
     busy = min(1.0, work.batch_heads * math.ceil(work.queries / 128) / chip.units)
     return rate * work.positions / (work.positions + half) * max(busy, 1 / chip.units)
@@ -125,15 +128,16 @@ def _attention_curve(head_dim: int) -> tuple[float, float, float]:
 
 def _unfused(chip: Chip, work: AttentionWork, precision: str, dropout: bool) -> tuple[float, float]:
     """Two batched products with every score computed and written, whatever the mask hides."""
-    if precision == "fp32":
-        rate = chip.flops.get("fp32", chip.flops["bf16"] * FP32_SHARE)
+    if work.score_bytes:  # the exchange's own scores, always in fp32
+        wide = "fp32" in chip.flops
+        rate = chip.flops["fp32"] if wide else chip.flops[precision] * FP32_SHARE
         products = work.flops / rate
         passes = stream_seconds(chip, SCORE_PASSES * work.score_bytes, SCORE_PASSES)
         return products + passes, 2 * (products + passes)
     sizes = (work.queries, work.keys, work.head_dim)
     scores = gemm_seconds(chip, *sizes, precision, work.batch_heads)
     values = gemm_seconds(chip, sizes[0], sizes[2], sizes[1], precision, work.batch_heads)
-    written = 2.0 * work.batch_heads * work.queries * work.keys
+    written = (4.0 if precision == "fp32" else 2.0) * work.batch_heads * work.queries * work.keys
     dropped = DROPOUT_PASSES if dropout else 0.0
     forward = scores + values + stream_seconds(chip, written * (SOFTMAX_PASSES + dropped), 2)
     passes = stream_seconds(chip, written * (BACKWARD_PASSES + dropped), 2)

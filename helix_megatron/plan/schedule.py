@@ -62,8 +62,6 @@ def order_of(
     if chunks > 1:
         # As megatron-core: twice as deep, and one round of all chunks but the last.
         warmup = 2 * (stages - stage - 1) + (chunks - 1) * stages
-        if micro_batches == stages:
-            warmup = work
     warmup = min(warmup, work)
     order = [unit(i, False) for i in range(warmup)]
     for i in range(work - warmup):

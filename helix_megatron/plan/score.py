@@ -19,7 +19,6 @@ from helix_megatron.plan.constants import (
     MEMORY_EFFICIENCY,
     OPTIMIZER_TRAFFIC,
     OVERLAP_ROOM,
-    WEIGHT_BYTES,
 )
 from helix_megatron.plan.layouts import Layout, strip
 from helix_megatron.plan.memory import Memory, expert_weights, rank_weights, training_memory
@@ -44,7 +43,8 @@ class Prediction:
 
     seconds: of a training iteration; until the first token of every prompt (prefill); of a token of each
     sequence (decode). terms: named seconds that add up to it. bubble: share of the time in which the busiest
-    pipeline stage waits. traffic: of a rank of the last pipeline stage.
+    pipeline stage waits. traffic: of a rank of the last pipeline stage; in inference with
+    the messages that the first sends.
     """
 
     layout: Layout
@@ -78,7 +78,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Cost:
-    """Exposed seconds of all layers of a model; attention: core attention and its exchange, forward."""
+    """Exposed seconds of all layers of a model; attention: core attention and its exchange,
+    forward, which selective recomputation repeats."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -272,7 +273,7 @@ def _data_parallel(
     kind = "reduce-scatter" if software.distributed_optimizer else "all-reduce"
     wanted = [(kind, software.gradient_bytes)]
     if software.distributed_optimizer:
-        wanted.append(("all-gather", WEIGHT_BYTES))
+        wanted.append(("all-gather", software.weight_bytes))
     parts = [(rank_weights(model, layout), layout.dp_group)]
     if model.experts:
         parts.append((expert_weights(model, layout), layout.expert_dp_group))

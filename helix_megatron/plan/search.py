@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.plan.clusters import Cluster
@@ -44,6 +46,8 @@ def search(
             f"chip {cluster.chip.name} has no {lacking[0]}. Valid precisions there: "
             f"{listed(cluster.chip.flops)}."
         )
+    # Which groups cross domains depends on how many GPUs there are.
+    cluster = dataclasses.replace(cluster, gpus=gpus)
     plan = Plan(model, cluster, job, software, gpus)
     limits = limits or Limits()
     collecting = gc.isenabled()
@@ -71,10 +75,10 @@ class _Search:
         self.dealt: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         self.speed: dict[Layout, dict[tuple[int, int], float]] = {}
 
-    def reject(self, what: str, kind: str, reason: str) -> None:
+    def reject(self, what: str, kind: str, reason: str, **sizes: Any) -> None:
         if (what, reason) not in self.seen:
             self.seen.add((what, reason))
-            self.plan.rejected.append(Rejected(what, kind, reason))
+            self.plan.rejected.append(Rejected(what, kind, reason, tuple(sizes.items())))
 
     def run(self) -> None:
         for tp in self._tensor_parallel():
@@ -103,6 +107,7 @@ class _Search:
                     "too wide",
                     f"a group would span {spans} domains of {self.cluster.domain} GPUs in every layer; more "
                     f"than {most} is tried only with --max-tensor-parallel {tp}",
+                    tp=tp,
                 )
                 continue
             bad = [(name, size) for name, size in widths.items() if size % tp]
@@ -112,6 +117,7 @@ class _Search:
                     f"TP {tp}",
                     "not divisible",
                     f"{name} {size} is not divisible by {tp}; nearest that divide it: {_nearest(size, tp)}",
+                    tp=tp,
                 )
                 continue
             yield tp
@@ -124,7 +130,7 @@ class _Search:
             if m == 1:
                 reason = self._stock_refusal(tp)
                 if reason:
-                    self.reject(what, "not divisible", reason)
+                    self.reject(what, "not divisible", reason, tp=tp, segments=1)
                 else:
                     yield 1, "segments"
                 continue
@@ -135,7 +141,14 @@ class _Search:
                     head_layout(model, tp, m, query_layout)
                 except HelixError as error:
                     # Query layout heads needs what segments needs, and whole heads for every rank.
-                    self.reject(f"{what}, queries {query_layout}", "not divisible", str(error))
+                    self.reject(
+                        f"{what}, queries {query_layout}",
+                        "not divisible",
+                        str(error),
+                        tp=tp,
+                        segments=m,
+                        query_layout=query_layout,
+                    )
                     continue
                 yield m, query_layout
 
@@ -164,18 +177,21 @@ class _Search:
                     f"CP {cp}",
                     "not modelled",
                     "a token's cache dealt to context parallel ranks; cache sequence of Helix is the nearest",
+                    cp=cp,
                 )
             elif self.job.sequence % (2 * cp):
                 self.reject(
                     f"CP {cp}",
                     "not divisible",
                     f"sequence length {self.job.sequence} is not divisible by 2·{cp} chunks",
+                    cp=cp,
                 )
             elif self.job.sequence // cp < LEAST_CHUNK and self.limits.cp != cp:
                 self.reject(
                     f"CP {cp}",
                     "too small",
                     f"leaves {self.job.sequence // cp} tokens of a sequence to a rank, under {LEAST_CHUNK}",
+                    cp=cp,
                 )
             else:
                 yield cp
@@ -191,10 +207,16 @@ class _Search:
             why += str(-(-sequence // (tp * cp)) * tp * cp)
             if self.model.experts and self.training:
                 self.reject(
-                    f"TP {tp}, CP {cp}", "not divisible", f"{why} (Megatron's MoE needs it)"
+                    f"TP {tp}, CP {cp}",
+                    "not divisible",
+                    f"{why} (Megatron's MoE needs it)",
+                    tp=tp,
+                    cp=cp,
                 )
                 return
-            self.reject(f"TP {tp}, CP {cp}, sequence parallel", "not divisible", why)
+            self.reject(
+                f"TP {tp}, CP {cp}, sequence parallel", "sequence parallel", why, tp=tp, cp=cp
+            )
         sizes: tuple[int, ...] = MICRO_BATCHES
         if self.job.task == "decode":
             sizes = tuple(divisors(self.job.global_batch))
@@ -223,8 +245,9 @@ class _Search:
             return
         self.reject(
             f"{layer.describe()}, micro-batch {layer.micro_batch}, no sequence parallel",
-            "sequence parallel",
+            "slower without sequence parallel",
             f"its layers are {more:.1f} % slower than with it, and keep more",
+            **_sizes(without),
         )
 
     def _exchanges(self, base: Layout) -> Iterator[Layout]:
@@ -238,7 +261,7 @@ class _Search:
                 layout = base._replace(cache=cache, exchange="none")
                 reason = cache_refusal(layout)
                 if reason:
-                    self.reject(f"{what}, cache {cache}", "cache layout", reason)
+                    self.reject(f"{what}, cache {cache}", "cache layout", reason, **_sizes(layout))
                 else:
                     yield layout
             return
@@ -262,7 +285,7 @@ class _Search:
             )
             reason = exchange_costs(name, shape)[0]
             if reason:
-                self.reject(f"{what}, {name}", "exchange", reason)
+                self.reject(f"{what}, {name}", "exchange", reason, **_sizes(layout))
                 continue
             timed.append((self._layer_seconds(layout), layout))
         timed.sort(key=lambda pair: pair[0])
@@ -273,8 +296,9 @@ class _Search:
             more = 100 * (seconds / timed[0][0] - 1)
             self.reject(
                 f"{what}, {layout.exchange}",
-                "exchange",
+                "slower exchange",
                 f"its layers are {more:.1f} % slower than with {timed[0][1].exchange}",
+                **_sizes(layout),
             )
         if timed:
             yield timed[0][1]
@@ -291,6 +315,7 @@ class _Search:
                     "not divisible",
                     f"{layers} layers cannot be dealt to {pp} stages; nearest that divide them: "
                     f"{_nearest(layers, pp)}",
+                    pp=pp,
                 )
                 continue
             dp = rest // pp
@@ -301,6 +326,8 @@ class _Search:
                     "not divisible",
                     f"global batch {self.job.global_batch} is not divisible by {dp} × {layer.micro_batch}; "
                     f"nearest that is: {-(-self.job.global_batch // unit) * unit}",
+                    dp=dp,
+                    micro_batch=layer.micro_batch,
                 )
                 continue
             batches = self.job.global_batch // unit
@@ -318,6 +345,7 @@ class _Search:
                 f"PP {pp} interleaved, {batches} micro-batches",
                 "not divisible",
                 f"the interleaved schedule needs micro-batches in multiples of {pp}",
+                pp=pp,
             )
             return
         yield from divisors(per_stage)[1:]
@@ -343,9 +371,8 @@ class _Search:
         for ep in divisors(model.experts):
             for etp in {1, layout.tp}:
                 if etp > 1 and model.biases:
-                    self.reject(
-                        f"ETP {etp}", "not divisible", "Megatron cannot cut experts with biases"
-                    )
+                    why = "Megatron cannot cut experts with biases"
+                    self.reject(f"ETP {etp}", "not divisible", why, etp=etp)
                 elif ranks % (ep * etp) == 0 and model.moe_ffn % etp == 0:
                     found.append(layout._replace(ep=ep, etp=etp))
         capacity = self.cluster.chip.memory
@@ -417,8 +444,16 @@ class _Search:
                 detail,
                 "does not fit",
                 f"needs {memory / 1e9:.0f} GB a GPU{how}, of {capacity / 1e9:.0f} GB",
+                tuple(layout._asdict().items()),
+                memory,
             )
         )
+
+
+def _sizes(layer: Layout) -> dict[str, Any]:
+    """What a rejected layer has in common with all layouts that are made of it."""
+    names = ("tp", "cp", "segments", "query_layout", "micro_batch", "exchange")
+    return {name: getattr(layer, name) for name in names}
 
 
 def _nearest(number: int, wanted: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.plan.constants import FUSED_HEAD_DIM
+from helix_megatron.plan.constants import FUSED_HEAD_DIM, WEIGHT_BYTES
 
 TASKS = ("train", "prefill", "decode")
 PRECISIONS = ("bf16", "fp8", "fp32")
@@ -16,7 +16,7 @@ class Job:
     """The work of one step.
 
     task: train (an iteration), prefill (a batch of prompts) or decode (one token for each of a batch).
-    sequence: tokens of a sequence; context: positions already in the cache, for decode.
+    sequence: tokens of a sequence; for decode, positions already in the cache.
     global_batch: sequences of a step over all ranks.
     """
 
@@ -69,3 +69,13 @@ class Software:
     def element(self) -> int:
         """Bytes of an activation."""
         return 4 if self.precision == "fp32" else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight."""
+        return 4 if self.precision == "fp32" else WEIGHT_BYTES
+
+    @property
+    def unquantised(self) -> str:
+        """Precision of what fp8 leaves alone: core attention, embedding and output."""
+        return "bf16" if self.precision == "fp8" else self.precision

@@ -18,7 +18,8 @@ class Step(NamedTuple):
     kind: gemm, attention, stream (bound by memory), or the name of a collective. flops: executed, a
     multiply-add counts as two. moved: bytes of GPU memory read and written; of a collective, its size as
     nccl-tests counts it. sent: bytes that this rank sends. hidden: the part of `seconds` that runs beside
-    other kernels. axis: tp, exchange, cp, ep, pp or dp, for collectives. sizes: a text, or of a matrix product
+    other kernels. axis, for collectives: tp, exchange (of core attention), qkv (before it: stock Megatron's
+    gather, and statistics of QK norms), cp, ep, pp or dp. sizes: a text, or of a matrix product
     (batch, rows, inner, columns), or of a collective (bytes, ranks).
     """
 

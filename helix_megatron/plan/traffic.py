@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from helix_megatron.plan.clusters import Cluster
@@ -49,6 +50,19 @@ class _Sums:
 
     def traffic(self) -> tuple[Traffic, ...]:
         return tuple(Traffic(*key, *values) for key, values in self.rows.items() if values[0])
+
+
+def traffic_of(
+    steps: Iterable[tuple[Step, float]], others: Iterable[Traffic] = ()
+) -> tuple[Traffic, ...]:
+    """Of steps that run so many times, beside others."""
+    sums = _Sums()
+    for row in others:
+        sums.add((row.axis, row.kind, row.link), row.bytes, row.seconds, row.exposed)
+    for step, times in steps:
+        if step.axis:
+            sums.step(step, times)
+    return sums.traffic()
 
 
 def layer_traffic(

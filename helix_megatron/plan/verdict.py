@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from helix_megatron.errors import divisors, listed
-from helix_megatron.plan.constants import FRAMEWORK_BYTES, WEIGHT_BYTES
+from helix_megatron.plan.constants import FRAMEWORK_BYTES
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.memory import training_states
 from helix_megatron.plan.results import Plan, Row
@@ -114,10 +114,8 @@ def missing_rival(plan: Plan) -> str:
     if plan.best(lambda x: x.segments == 1 and x.tp == n and x.cp == m) is not None:
         return ""
     name = f"TP {n} × CP {m}"
-    starts = (f"TP {n}, m 1", f"CP {m}", f"TP {n} · CP {m}", f"TP {n}, CP {m}")
     for rejected in plan.rejected:
-        what = rejected.what
-        if any(what == s or what.startswith((f"{s} ·", f"{s},")) for s in starts):
+        if rejected.explains(Layout(tp=n, cp=m), "tp", "segments", "cp"):
             return f"{name} is not ranked: {rejected.what} {rejected.reason}."
     return f"{name} is not ranked: its micro-batches do not divide the global batch."
 
@@ -137,7 +135,7 @@ def nothing_fits(plan: Plan) -> str:
     text = f"Nothing fits {plan.model.name} on {plan.gpus} GPUs of {plan.cluster.name}."
     tight = [r for r in plan.rejected if r.kind == "does not fit"]
     if tight:
-        nearest = min(tight, key=lambda r: _needed(r.reason))
+        nearest = min(tight, key=lambda r: r.needed)
         text += f" Nearest: {nearest.what} {nearest.reason}."
     else:
         reasons = "; ".join(f"{r.what}: {r.reason}" for r in plan.rejected[:2])
@@ -161,7 +159,9 @@ def _smaller_batch(plan: Plan) -> str:
     model, job = plan.model, plan.job
     width = 2 * model.num_kv_heads * model.head_dim * model.num_layers * plan.software.element
     cache = width * job.sequence
-    room = 0.9 * plan.cluster.chip.memory * plan.gpus - model.parameters * WEIGHT_BYTES
+    room = (
+        0.9 * plan.cluster.chip.memory * plan.gpus - model.parameters * plan.software.weight_bytes
+    )
     room -= plan.gpus * FRAMEWORK_BYTES
     fitting = [size for size in divisors(job.global_batch) if size * cache <= room]
     text = f"The key-value cache of a sequence is {cache / 1e9:.2f} GB, {job.global_batch} of them "
@@ -186,7 +186,3 @@ def enough_gpus(plan: Plan) -> int | None:
                 if states.total < 0.8 * cluster.chip.memory:
                     return count
     return None
-
-
-def _needed(reason: str) -> float:
-    return float(reason.split()[1])
