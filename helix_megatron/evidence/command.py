@@ -1,0 +1,70 @@
+"""`scripts/reproduce_paper.py`: measure where asked, simulate, draw, write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from helix_megatron.errors import HelixError, exit_on_error
+
+DESCRIPTION = """\
+Write docs/paper.md with its pictures. Simulations run every time, in a minute. Measurements (16 ranks, and
+training curves of three seeds; about an hour on 2 cores) are read from docs/paper/, where --measure and --train
+put them. To measure again, delete docs/paper/measured-*.json."""
+CURVES = "curves.json"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do as the arguments say. Wrong input prints one paragraph and exits with 2."""
+    parser = argparse.ArgumentParser(prog="reproduce_paper.py", description=DESCRIPTION)
+    add = parser.add_argument
+    add(
+        "--measure", action="store_true", help="measure the layouts on 16 ranks, as far as not done"
+    )
+    add("--train", action="store_true", help="train the curves again")
+    add("--rounds", type=int, default=2, help="turns of the measurement (default: %(default)s)")
+    add("--iterations", type=int, default=3, help="timed in each turn (default: %(default)s)")
+    add("--out", type=Path, default=Path("docs"), metavar="DIR", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    with exit_on_error(parser.prog):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from helix_megatron.evidence import curves, measured
+    from helix_megatron.evidence.document import document
+    from helix_megatron.evidence.plots import draw_all
+
+    directory = args.out / "paper"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HelixError(f"--out {args.out} cannot be written to: {error.strerror}.") from error
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - start:6.0f} s] {text}", file=sys.stderr, flush=True)
+
+    if args.measure:
+        measured.measure(directory, args.rounds, args.iterations, say)
+    if args.train:
+        found = curves.measure(say=say)
+        (directory / CURVES).write_text(curves.to_json(found))
+    names = [
+        measured.file_name(kind, n) for kind in measured.KINDS for n in measured.IN_FLIGHT[kind]
+    ]
+    missing = [name for name in [*names, CURVES] if not (directory / name).exists()]
+    if missing:
+        raise HelixError(
+            f"{directory} lacks {', '.join(missing)}. Run with --measure (layouts) or --train (curves) first."
+        )
+    trained = json.loads((directory / CURVES).read_text())
+    say("simulating and drawing")
+    pictures = draw_all(directory, trained)
+    (args.out / "paper.md").write_text(document(directory, trained))
+    say("done")
+    print(f"written: {args.out / 'paper.md'}, {', '.join(f'paper/{name}' for name in pictures)}")
