@@ -16,10 +16,12 @@ from typing import Any
 from helix_megatron.errors import HelixError
 
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",  # read when torch is imported; `_rank` sets more where there are cores
+    "OMP_NUM_THREADS": "1",  # read when torch is imported; `_rank` sets its own number
     "TORCHDYNAMO_DISABLE": "1",  # megatron-core compiles small functions, which takes longer than it saves
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }
+# What the user asked for, before ENVIRONMENT is applied; else the ranks share the cores.
+THREADS = os.environ.get("OMP_NUM_THREADS", "")
 LOOPBACK = "lo"  # for gloo, where it exists: a host's name need not resolve
 
 
@@ -92,12 +94,13 @@ def _run_in_processes(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     multiprocessing.set_forkserver_preload(["helix_megatron.bench.preload"])
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    threads = int(THREADS) if THREADS.isdigit() else max(1, (os.cpu_count() or 1) // ranks)
     with tempfile.TemporaryDirectory(prefix="helix-bench-") as name:
         directory = Path(name)
         try:
             torch.multiprocessing.start_processes(
                 _rank,
-                (function, args, ranks, directory, group),
+                (function, args, ranks, directory, group, threads),
                 nprocs=ranks,
                 start_method="forkserver",
             )
@@ -115,12 +118,13 @@ def _rank(
     ranks: int,
     directory: Path,
     group: bool,
+    threads: int,
 ) -> None:
     import torch
     import torch.distributed as dist
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    torch.set_num_threads(threads)
     if group:
         store = dist.FileStore(str(directory / "store"), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
