@@ -34,7 +34,7 @@ def real_traffic(argv: list[str]) -> dict[str, int]:
     from helix_megatron import parallel_state
     from helix_megatron.megatron import cpu_runtime
     from helix_megatron.meter import measure
-    from helix_megatron.training.loop import _masked_mean
+    from helix_megatron.training.loop import masked_mean
     from helix_megatron.training.pretrain import build
 
     warnings.simplefilter("ignore")
@@ -47,7 +47,7 @@ def real_traffic(argv: list[str]) -> dict[str, int]:
 
     def forward_step(_, model):
         losses = model(tokens, tokens, None, labels=tokens)
-        return losses, lambda out: _masked_mean(out, torch.ones(tokens.shape))
+        return losses, lambda out: masked_mean(out, torch.ones(tokens.shape))
 
     with measure() as meter:
         get_forward_backward_func()(

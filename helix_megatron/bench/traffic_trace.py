@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from helix_megatron import parallel_state
 from helix_megatron.bench.traffic_layer import Layer
-from helix_megatron.errors import HelixError
-from helix_megatron.megatron import cpu_runtime
+from helix_megatron.megatron.fake_world import fake_world
 from helix_megatron.megatron.norms import use_available_norms
-from helix_megatron.megatron.random import seed_model_parallel
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
 from helix_megatron.meter import EXCHANGE, measure
@@ -32,7 +26,10 @@ def trace(layer: Layer, exchanges: Sequence[tuple[str, int]], rank: int) -> list
     Raises:
         HelixError: this process belongs to a process group already.
     """
-    with _fake_world(rank, layer), FakeTensorMode(allow_non_fake_inputs=True):
+    with (
+        fake_world(rank, layer.ranks, layer.ranks, intra_head_parallel_size=layer.segments),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
         return [_trace(layer, exchange, batch) for exchange, batch in exchanges]
 
 
@@ -79,27 +76,3 @@ def _unmasked(q_BHLD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, **ignored: Any) ->
     """Attention without its mask: torch's causal bias is no fake tensor, and no mask changes what crosses."""
     grouped = q_BHLD.size(1) != k_BGSD.size(1)
     return F.scaled_dot_product_attention(q_BHLD, k_BGSD, v_BGSE, enable_gqa=grouped)
-
-
-@contextlib.contextmanager
-def _fake_world(rank: int, layer: Layer) -> Iterator[None]:
-    """This process as one rank of a world whose collectives return at once and move nothing."""
-    if dist.is_initialized():
-        raise HelixError(
-            "this process belongs to a process group already, and tracing needs a fake one. Trace in a "
-            "process of its own: python -m helix_megatron.bench traffic."
-        )
-    dist.init_process_group("fake", rank=rank, world_size=layer.ranks, store=FakeStore())
-    cpu_runtime.install()
-    try:
-        parallel_state.initialize_model_parallel(
-            layer.ranks,
-            intra_head_parallel_size=layer.segments,
-            create_gloo_process_groups=False,
-        )
-        seed_model_parallel(1)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        cpu_runtime.uninstall()
-        dist.destroy_process_group()

@@ -97,8 +97,8 @@ def _verdicts(curves: Sequence[dict[str, Any]]) -> str:
         ],
         [
             "runs on more devices than there are heads",
-            "**Yes**: exact attention runs on m × n ranks with any m that divides the head; measured in tests "
-            "and below.",
+            "**Yes**: exact attention runs on m × n ranks with any m that divides the head (with rotary "
+            "embedding, its pairs of dimensions); measured in tests and below.",
         ],
         [
             "each partition computes attention over its own d/m dimensions, then concatenates",

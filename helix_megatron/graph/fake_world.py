@@ -8,54 +8,35 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_moe_layer_wise_logging_tracker,
 )
 from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from helix_megatron import parallel_state
-from helix_megatron.errors import HelixError
 from helix_megatron.graph import values
 from helix_megatron.graph.attention_kernel import scaled_dot_product_attention
 from helix_megatron.kernels import sdpa
-from helix_megatron.megatron import cpu_runtime
-from helix_megatron.megatron.random import seed_model_parallel
+from helix_megatron.megatron.fake_world import fake_world as a_fake_world
 
 
 @contextlib.contextmanager
 def fake_world(rank: int, args: argparse.Namespace) -> Iterator[None]:
-    """Rank `rank` of the groups that the flags describe.
+    """Rank `rank` of the groups that the flags describe, as a new process.
 
     Raises:
         HelixError: this process belongs to a process group already.
     """
-    if dist.is_initialized():
-        raise HelixError(
-            "this process belongs to a process group already, and tracing needs a fake one. Run helix graph "
-            "in a process of its own, without torchrun."
-        )
-    dist.init_process_group("fake", rank=rank, world_size=args.world_size, store=FakeStore())
-    cpu_runtime.install()
-    try:
-        parallel_state.initialize_model_parallel(
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-            intra_head_parallel_size=args.intra_head_parallel_size,
-            create_gloo_process_groups=False,
-        )
-        seed_model_parallel(args.seed)
-        with _fresh_router_losses(), _biases_of_shapes():
-            yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        cpu_runtime.uninstall()
-        dist.destroy_process_group()
+    sizes = {
+        "expert_model_parallel_size": args.expert_model_parallel_size,
+        "expert_tensor_parallel_size": args.expert_tensor_parallel_size,
+        "intra_head_parallel_size": args.intra_head_parallel_size,
+    }
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    world = a_fake_world(rank, args.world_size, tensor, pipeline, args.seed, **sizes)
+    with world, _fresh_router_losses(), _biases_of_shapes():
+        yield
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ from helix_megatron.megatron.dropout import use_layout_free_dropout
 from helix_megatron.megatron.fill import canonical_name, sharded_weights
 from helix_megatron.megatron.initialize import weights_not_drawn
 from helix_megatron.observe import observing
-from helix_megatron.training.loop import _masked_mean  # the loss of the training loop itself
+from helix_megatron.training.loop import masked_mean  # the loss of the training loop itself
 from helix_megatron.training.model import build_chunk, parameter_dtype, transformer_config
 
 ROOT = "model"  # path of the model itself, whose own code computes the losses
@@ -226,7 +226,7 @@ def _forward_step(args: argparse.Namespace, recorder: Recorder) -> Any:
 
         def loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             with recorder.inside("loss"):
-                return _masked_mean(losses, batch["loss_mask"])
+                return masked_mean(losses, batch["loss_mask"])
 
         return output, loss
 

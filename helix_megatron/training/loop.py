@@ -129,7 +129,7 @@ class Trainer:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             # Attention layers are causal by their mask type; no mask tensor is needed.
             output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-            return output, lambda losses: _masked_mean(losses, batch["loss_mask"])
+            return output, lambda losses: masked_mean(losses, batch["loss_mask"])
 
         return self._forward_backward(
             forward_step_func=forward_step,
@@ -189,7 +189,7 @@ class Trainer:
         }
 
 
-def _masked_mean(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def masked_mean(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss of a micro-batch over the tokens that count."""
     mask = loss_mask.reshape(-1).float()
     loss = (losses.reshape(-1).float() * mask).sum() / mask.sum().clamp(min=1)
