@@ -10,6 +10,7 @@ VERSION = next(
     for line in (ROOT / "helix_megatron" / "__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+SERVE = ["fastapi", "uvicorn", "httptools", "pydantic>=2.12", "prometheus-client"]
 
 setup(
     name="helix_megatron",
@@ -38,6 +39,7 @@ setup(
     entry_points={"console_scripts": ["helix = helix_megatron.cli:main"]},
     extras_require={
         "huggingface": ["transformers>=5,<6", "accelerate"],
+        "serve": SERVE,
         "data": ["tokenizers"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
@@ -51,6 +53,10 @@ setup(
             "accelerate",
             "deepspeed>=0.19,<0.20",
             "tensorboard",
+            *SERVE,
+            "openai",
+            "httpx",
+            "schemathesis",
             "ruff==0.17.5",
             "mypy==2.4.1",
         ],

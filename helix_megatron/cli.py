@@ -37,6 +37,16 @@ SUBCOMMANDS = {
         "main",
         "convert checkpoints between Hugging Face, Megatron and files per rank",
     ),
+    "generate": (
+        "helix_megatron.inference.command",
+        "main",
+        "generate text from a checkpoint, at any layout",
+    ),
+    "serve": (
+        "helix_megatron.serving.command",
+        "main",
+        "serve a checkpoint over HTTP as OpenAI does",
+    ),
     "doctor": (
         "helix_megatron.megatron_lm.doctor",
         "main",

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helix_megatron.bench.spawn import free_port
 from helix_megatron.checkpoint.manifest import verify
 from helix_megatron.checkpoint.store import Store
+from helix_megatron.local_ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 60.0

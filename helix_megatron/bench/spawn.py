@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.errors import HelixError
+from helix_megatron.local_ranks import LOOPBACK, free_port, has_loopback
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # read when torch is imported; `_rank` sets its own number
@@ -22,7 +22,6 @@ ENVIRONMENT = {
 }
 # What the user asked for, before ENVIRONMENT is applied; else the ranks share the cores.
 THREADS = os.environ.get("OMP_NUM_THREADS", "")
-LOOPBACK = "lo"  # for gloo, where it exists: a host's name need not resolve
 
 
 def launched_ranks() -> int | None:
@@ -75,13 +74,6 @@ def _with_port(port: int, function: Callable[..., Any], args: tuple[Any, ...]) -
     return function(*args)
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on right now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def _run_in_processes(
     function: Callable[..., Any], args: tuple[Any, ...], ranks: int, *, group: bool = True
 ) -> Any:
@@ -90,7 +82,7 @@ def _run_in_processes(
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if LOOPBACK in (name for _, name in socket.if_nameindex()):
+    if has_loopback():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     multiprocessing.set_forkserver_preload(["helix_megatron.bench.preload"])
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)

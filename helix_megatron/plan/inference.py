@@ -293,21 +293,21 @@ def _decode_attention(record: Recorder, model: ModelSpec, layout: Layout, contex
     read = cache_bytes(model, layout, rows, context, element)
     scores = 0.0
 
-    def swap(name: str, size: float) -> None:
-        """Every rank gets its part of `size` bytes of each: all-to-all, or all-gather and a slice, which sends
-        m times as much and is the faster of the two while messages are small."""
-        ways = {"all-to-all": size, "all-gather": m * size}
+    def fastest(name: str, ways: dict[str, float]) -> None:
+        """The collective that is faster: an all-gather sends more, and small messages travel sooner."""
         kind = min(ways, key=lambda k: collective_seconds(record.cluster, k, ways[k], group))
         record.collective(name, FORWARD, kind, ways[kind], group, "exchange")
+
+    def swap(name: str, size: float) -> None:
+        """Every rank gets its part of `size` bytes of each."""
+        fastest(name, {"all-to-all": size, "all-gather": m * size})
 
     if m > 1 and layout.cache == "batch":
         swap("segments to sequences", queries + 2 * keys)
         swap("sequences to segments", queries)
     elif m > 1 and layout.cache == "sequence":
-        size = m * (queries + 2 * keys)
-        record.collective(
-            "whole queries, new keys, values", FORWARD, "all-gather", size, group, "exchange"
-        )
+        spread = {"all-to-all": m * queries + 2 * keys, "all-gather": m * (queries + 2 * keys)}
+        fastest("whole queries, new keys, values", spread)
         swap("partial outputs", m * queries * 4 / element)
     elif m > 1:
         scores = rows * model.num_heads / n * context * 4

@@ -48,6 +48,7 @@ class Watchdog:
         rank, world_size: of this process.
         asked_to_end: set when a launcher asks to terminate; then the run has to end by itself. None: this
             process is ended at once.
+        farewell: called with the reason before this process is ended, from any thread.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Watchdog:
         rank: int,
         world_size: int,
         asked_to_end: threading.Event | None = None,
+        farewell: Callable[[str], None] = lambda reason: None,
     ) -> None:
+        self._farewell = farewell
         self._store, self._rank, self._world = store, rank, world_size
         self._asked_to_end = asked_to_end
         self._last = "no collective yet"
@@ -115,7 +118,10 @@ class Watchdog:
             self._ended.set()
             with contextlib.suppress(Exception):
                 self._say({"state": "left"})
-            print(self._message(reason), file=sys.stderr, flush=True)
+            message = self._message(reason)
+            print(message, file=sys.stderr, flush=True)
+            with contextlib.suppress(Exception):
+                self._farewell(message)
             os._exit(status)
 
     # --------------------------------------------------------------------- thread
@@ -195,11 +201,15 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def watching(asked_to_end: threading.Event | None = None) -> Iterator[None]:
+def watching(
+    asked_to_end: threading.Event | None = None,
+    farewell: Callable[[str], None] = lambda reason: None,
+) -> Iterator[None]:
     """Watch the other ranks inside the block. A single process has nobody to watch.
 
     Args:
         asked_to_end: set by SIGTERM, which otherwise ends the process. A second SIGTERM ends it anyway.
+        farewell: called with the reason where the watch ends this process.
     """
     if dist.get_world_size() == 1:
         with _setting(asked_to_end):
@@ -207,7 +217,7 @@ def watching(asked_to_end: threading.Event | None = None) -> Iterator[None]:
         return
     store: Any = dist.distributed_c10d._get_default_store()
     store = store.clone()  # its own connection: the main one may be blocked
-    watchdog = Watchdog(store, dist.get_rank(), dist.get_world_size(), asked_to_end)
+    watchdog = Watchdog(store, dist.get_rank(), dist.get_world_size(), asked_to_end, farewell)
     with observing(watchdog):
         watchdog.start()
         try:

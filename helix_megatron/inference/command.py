@@ -1,0 +1,290 @@
+"""`helix generate`: text from a checkpoint, on the ranks of this machine or of a launcher."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.inference.request import Output, Request, Sampling, TextStream, Tokens
+from helix_megatron.inference.stop_strings import StopStrings
+from helix_megatron.local_ranks import end_with_parent, start_ranks
+
+if TYPE_CHECKING:
+    from helix_megatron.inference.engine import Engine
+    from helix_megatron.inference.runner import Runner
+
+PROGRAM = "helix generate"
+
+
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    from helix_megatron.inference.arguments import add_checkpoint_arguments
+    from helix_megatron.inference.batching_flags import add_engine_arguments
+
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Generate text from a checkpoint of Helix, Megatron or Hugging Face, at any layout.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", action="append", default=[], help="a text; may be given again")
+    group.add_argument(
+        "--prompt-file", action="append", default=[], metavar="FILE", help="a file with one prompt"
+    )
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are what a user says to the model's chat template",
+    )
+    group = parser.add_argument_group("tokens")
+    group.add_argument(
+        "--max-tokens", type=int, default=128, help="of each output (default: %(default)s)"
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="divides the logits; 0 takes the most likely token (default: %(default)s)",
+    )
+    group.add_argument("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, help="only the most likely tokens of this probability"
+    )
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end an output before this text"
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="go on behind the token that ends a text"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per prompt, nothing else"
+    )
+    add_engine_arguments(add_checkpoint_arguments(parser))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Wrong input prints one paragraph and exits with 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    ignore_megatron_warnings()
+    with exit_on_error(program):
+        options = build_parser(program).parse_args(arguments)
+        _prompts(options)
+        _sampling(options, frozenset(), options.seed)
+        return run_command("generate", options, arguments, _generate)
+
+
+def ignore_megatron_warnings() -> None:
+    """Those of packages that it could use and of settings for GPUs, once for every rank."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+
+
+def run_command(
+    name: str,
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+    run: Callable[[argparse.Namespace, argparse.Namespace], int],
+) -> int:
+    """Check the flags, start ranks if asked for, and run on this one.
+
+    Args:
+        name: of the subcommand.
+        options: parsed flags.
+        arguments: as they were given.
+        run: of (`inference_args`, options), its exit status.
+    """
+    from helix_megatron.inference.arguments import inference_args
+    from helix_megatron.inference.batching_flags import check_engine_arguments
+
+    check_engine_arguments(options)
+    launched = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+    ranks = int(launched) if launched else options.nproc_per_node or 1
+    args = inference_args(options, ranks)
+    if launched is None and ranks > 1:
+        command = [sys.executable, "-m", "helix_megatron.cli", name]
+        return start_ranks(ranks, [*command, *arguments])
+    end_with_parent()
+    return run(args, options)
+
+
+def _generate(args: argparse.Namespace, options: argparse.Namespace) -> int:
+    from helix_megatron.inference.engine import follow
+    from helix_megatron.inference.start import start
+    from helix_megatron.inference.tokens import open_tokens
+    from helix_megatron.training.pretrain import process_group
+    from helix_megatron.training.watchdog import watching
+
+    first = os.environ.get("RANK", "0") == "0"
+    tokens = open_tokens(args, _note if first else lambda text: None)
+    prompts = _prompts(options)
+    asked = [
+        tuple(_encode(tokens, prompt, options.chat) if prompt or options.chat else [])
+        for prompt in prompts
+    ]
+    options.max_sequences = min(options.max_sequences, len(prompts))
+    longest = max(map(len, asked)) + options.max_tokens
+    sampling = [
+        _sampling(options, tokens.stop_tokens, args.seed + index) for index in range(len(prompts))
+    ]
+    if first:
+        for note in args.notes:
+            _note(note)
+    with process_group(args), watching():
+        runner, engine = start(args, options, max_waiting=len(prompts), longest=longest)
+        if engine is None:
+            follow(runner)
+            return 0
+        return _ask(engine, runner, tokens, prompts, asked, sampling, options)
+
+
+def _ask(
+    engine: Engine,
+    runner: Runner,
+    tokens: Tokens,
+    prompts: Sequence[str],
+    asked: Sequence[tuple[int, ...]],
+    samplings: Sequence[Sampling],
+    options: argparse.Namespace,
+) -> int:
+    alone = len(prompts) == 1 and not options.json
+    answers = [
+        Answer(
+            prompt, tokens.decoder(ids), options.stop, engine.cancel, sys.stdout if alone else None
+        )
+        for prompt, ids in zip(prompts, asked, strict=True)
+    ]
+    for answer, prompt, sampling in zip(answers, asked, samplings, strict=True):
+        answer.request = Request(prompt, sampling, answer)
+    begin = time.perf_counter()
+    try:
+        engine.submit([answer.request for answer in answers if answer.request])
+    except HelixError:
+        engine.stop()
+        engine.run()  # the other ranks wait to be told
+        raise
+    engine.stop()
+    engine.run()
+    seconds = time.perf_counter() - begin
+    for index, answer in enumerate(answers):
+        if options.json:
+            print(json.dumps(answer.record(index), ensure_ascii=False))
+        elif alone:
+            print()
+        else:
+            print(f"[{index + 1}] {prompts[index]}{answer.text}")
+    sys.stdout.flush()
+    print(_summary(answers, seconds, begin), file=sys.stderr)
+    return 0
+
+
+class Answer:
+    """Listens to one sequence: its text as it comes, and when it came.
+
+    Args:
+        stream: where to write text at once; None keeps it.
+    """
+
+    def __init__(
+        self,
+        prompt: str,
+        decoder: TextStream,
+        stop: Sequence[str],
+        cancel: Callable[[Request], None],
+        stream: TextIO | None,
+    ) -> None:
+        self.prompt, self.text, self.reason = prompt, "", ""
+        self.request: Request | None = None
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self._decoder, self._stop, self._stream = decoder, StopStrings(stop), stream
+        self._cancel = cancel
+
+    def __call__(self, output: Output) -> None:
+        if self._stop.hit:
+            return
+        self.tokens += output.tokens
+        self.times += [time.perf_counter()] * len(output.tokens)
+        self._write(self._stop.add(self._decoder.add(output.tokens)))
+        if output.reason is not None and not self._stop.hit:
+            self._write(self._stop.add(self._decoder.finish()))
+            self._write(self._stop.finish())
+            self.reason = output.reason
+        if self._stop.hit:
+            self.reason = "stop"
+            if output.reason is None and self.request is not None:
+                self._cancel(self.request)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "index": index,
+            "prompt": self.prompt,
+            "text": self.text,
+            "tokens": self.tokens,
+            "finish_reason": self.reason,
+        }
+
+    def _write(self, text: str) -> None:
+        self.text += text
+        if self._stream is not None and text:
+            self._stream.write(text)
+            self._stream.flush()
+
+
+def _summary(answers: Sequence[Answer], seconds: float, begin: float) -> str:
+    """How much and how fast, for people."""
+    count = sum(len(answer.tokens) for answer in answers)
+    first = statistics.median(answer.times[0] - begin for answer in answers if answer.times)
+    text = (
+        f"{count} tokens of {len(answers)} prompt{'s' * (len(answers) != 1)} in {seconds:.2f} s: "
+        f"{count / seconds:,.1f} tokens/s; first token after {first * 1e3:,.0f} ms"
+    )
+    each = [
+        (answer.times[-1] - answer.times[0]) / (len(answer.times) - 1)
+        for answer in answers
+        if len(answer.times) > 1
+    ]
+    if each:
+        text += f", then {statistics.median(each) * 1e3:,.1f} ms per token"
+    return text + ("" if len(answers) == 1 else " (medians)") + "."
+
+
+def _sampling(options: argparse.Namespace, stops: frozenset[int], seed: int) -> Sampling:
+    return Sampling(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=seed,
+        stop_tokens=frozenset() if options.ignore_eos else stops,
+    )
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    prompts = list(options.prompt)
+    for name in options.prompt_file:
+        try:
+            prompts.append(Path(name).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise HelixError(f"cannot read the prompt file {name}: {error}.") from error
+    if not prompts:
+        raise HelixError("there is no prompt. Give --prompt TEXT or --prompt-file FILE.")
+    return prompts
+
+
+def _encode(tokens: Tokens, prompt: str, chat: bool) -> list[int]:
+    if chat:
+        return tokens.encode_chat([{"role": "user", "content": prompt}])
+    return tokens.encode(prompt)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,230 @@
+"""The loop: rank 0 schedules, tells the others, computes with them and gives tokens to whoever asked.
+
+engine = Engine(runner, ...)          # on rank 0
+engine.submit([Request(prompt, Sampling(max_tokens=32), listener)])
+engine.run()                          # until stop() and all is done
+
+follow(runner)                        # on every other rank
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+
+from helix_megatron.errors import HelixError
+from helix_megatron.inference.request import (
+    Capacity,
+    Output,
+    QueueFullError,
+    Request,
+    Stats,
+    StoppingError,
+    replaced_seed,
+)
+from helix_megatron.inference.runner import Runner
+from helix_megatron.inference.sampler import sample
+from helix_megatron.inference.scheduler import Running, Scheduler
+from helix_megatron.inference.step import StepPlan, hear, tell
+
+HEARTBEAT_SECONDS = (
+    1.0  # an idle engine steps so often, so that a dead rank is noticed and no wait times out
+)
+MAX_SEED = 1 << 62
+
+
+class Engine:
+    """Continuous batching on rank 0. Implements `helix_megatron.inference.request.Engine`.
+
+    Args:
+        runner: of this rank.
+        scheduler: with books of its own, alike to the runner's.
+        capacity: what requests are held to.
+    """
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, capacity: Capacity) -> None:
+        self.capacity = capacity
+        self._runner, self._scheduler = runner, scheduler
+        self._lock = threading.Condition()
+        self._sequences: dict[int, Running] = {}  # by number of the request
+        self._arrived: list[Running] = []
+        self._cancelled: list[Request] = []
+        self._stopping = False
+        self._deadline = math.inf
+        self._failure = ""
+        self._stats = Stats(pages_total=scheduler.book.total)
+        self._group_page_bytes = runner.cache.page_bytes * (
+            runner.layout.segments if scheduler.book.members == 1 else 1
+        )
+
+    # ------------------------------------------------------------- from any thread
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See `helix_megatron.inference.request.Engine`."""
+        for request in requests:
+            self._check(request)
+        with self._lock:
+            if self._failure:
+                raise StoppingError(f"the engine has failed: {self._failure}")
+            if self._stopping:
+                raise StoppingError("the engine is stopping and takes no more requests.")
+            room = self.capacity.max_sequences + self.capacity.max_waiting - len(self._sequences)
+            if len(requests) > room:
+                raise QueueFullError(
+                    f"{len(self._sequences)} sequences are under way or wait, and there is room for "
+                    f"{max(0, room)} more, not {len(requests)}. Try again later."
+                )
+            for request in requests:
+                sampling = replaced_seed(request.sampling, secrets.randbelow(MAX_SEED))
+                running = Running(request, sampling, request.number, list(request.prompt))
+                self._sequences[request.number] = running
+                self._arrived.append(running)
+            self._lock.notify()
+
+    def cancel(self, request: Request) -> None:
+        """See `helix_megatron.inference.request.Engine`."""
+        with self._lock:
+            self._cancelled.append(request)
+            self._lock.notify()
+
+    def stats(self) -> Stats:
+        """See `helix_megatron.inference.request.Engine`."""
+        return self._stats
+
+    def stop(self, within: float = math.inf) -> None:
+        """See `helix_megatron.inference.request.Engine`. What has not ended within so many seconds is
+        cancelled."""
+        with self._lock:
+            self._stopping = True
+            self._deadline = time.monotonic() + within
+            self._lock.notify()
+
+    @property
+    def failure(self) -> str:
+        """See `helix_megatron.inference.request.Engine`."""
+        return self._failure
+
+    def fail(self, reason: str) -> None:
+        """End every sequence with an error. The loop need not be alive: another rank may hold it for ever."""
+        with self._lock:
+            if self._failure:
+                return
+            self._failure = reason
+            left = list(self._sequences.values())
+            self._sequences.clear()
+        for sequence in left:
+            sequence.request.listener(Output(reason="error", error=reason))
+
+    # ------------------------------------------------------------------- the loop
+
+    def run(self) -> None:
+        """Step until `stop` was called and every sequence has ended. Collective: the others are in `follow`.
+
+        Raises:
+            Exception: whatever a step raised, after every sequence was told.
+        """
+        try:
+            while self._wait():
+                self._step()
+            self._tell(self._scheduler.last_plan())
+        except BaseException as error:
+            self.fail(f"{type(error).__name__}: {error}")
+            raise
+
+    def _wait(self) -> bool:
+        """Take in what was asked meanwhile, waiting a moment where nothing is to be done; False at the end."""
+        with self._lock:
+            if self._scheduler.idle and not self._arrived and not self._stopping:
+                self._lock.wait(HEARTBEAT_SECONDS)
+            arrived, self._arrived = self._arrived, []
+            cancelled, self._cancelled = self._cancelled, []
+            ended = self._stopping and self._scheduler.idle and not arrived
+        for sequence in arrived:
+            self._scheduler.add(sequence)
+        for request in cancelled:
+            unwanted = self._sequences.get(request.number)
+            if unwanted is not None:
+                self._scheduler.remove(unwanted)
+                self._end(unwanted, Output(reason="cancelled"))
+        if time.monotonic() > self._deadline:
+            for late in [*self._scheduler.running, *self._scheduler.waiting]:
+                self._scheduler.remove(late)
+                self._end(late, Output(reason="cancelled"))
+        return not ended
+
+    def _step(self) -> None:
+        plan, wanted = self._scheduler.plan()
+        if not plan.pieces and not plan.drops and self._runner.group.size() == 1:
+            return
+        begin = time.perf_counter()
+        self._tell(plan)
+        logits = self._runner.run(plan)
+        if logits is not None:
+            samplings = [sequence.sampling for sequence in wanted]
+            indices = [sequence.generated for sequence in wanted]
+            tokens = sample(logits, samplings, indices)
+            for sequence, token in zip(wanted, tokens, strict=True):
+                self._give(sequence, token)
+        self._count(plan, len(wanted), time.perf_counter() - begin)
+
+    def _tell(self, plan: StepPlan) -> None:
+        tell(plan, self._runner.group, self._runner.device)
+
+    def _give(self, sequence: Running, token: int) -> None:
+        reason = self._scheduler.give(sequence, token)
+        if reason is None:
+            sequence.request.listener(Output((token,)))
+            return
+        self._scheduler.remove(sequence)
+        self._end(sequence, Output((token,), reason))
+
+    def _end(self, sequence: Running, output: Output) -> None:
+        with self._lock:
+            known = self._sequences.pop(sequence.request.number, None)
+        if known is not None:
+            sequence.request.listener(output)
+
+    def _count(self, plan: StepPlan, generated: int, seconds: float) -> None:
+        scheduler, before = self._scheduler, self._stats
+        decoded = sum(1 for piece in plan.pieces if len(piece.tokens) == 1 and piece.start)
+        self._stats = Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=scheduler.book.used,
+            pages_total=scheduler.book.total,
+            cache_bytes_used=scheduler.book.used * self._group_page_bytes,
+            prompt_tokens=before.prompt_tokens + plan.num_tokens - decoded,
+            generated_tokens=before.generated_tokens + generated,
+            steps=before.steps + bool(plan.pieces),
+            preemptions=scheduler.preemptions,
+            step_seconds=before.step_seconds + seconds * bool(plan.pieces),
+        )
+
+    def _check(self, request: Request) -> None:
+        capacity, prompt = self.capacity, request.prompt
+        if not prompt:
+            raise HelixError("the prompt is empty. Give at least one token.")
+        wrong = next((t for t in prompt if not 0 <= t < capacity.vocab_size), None)
+        if wrong is not None:
+            raise HelixError(
+                f"token {wrong} does not exist. Valid tokens: 0 to {capacity.vocab_size - 1}."
+            )
+        length = len(prompt) + request.sampling.max_tokens
+        if length > capacity.max_context:
+            raise HelixError(
+                f"a prompt of {len(prompt)} tokens and max_tokens of {request.sampling.max_tokens} are "
+                f"{length} tokens, and the longest context is {capacity.max_context}. Shorten the prompt, or "
+                f"ask for at most {max(0, capacity.max_context - len(prompt))} tokens."
+            )
+
+
+def follow(runner: Runner) -> None:
+    """What every rank but 0 does: compute with it what it says, until it says that there is no more."""
+    while True:
+        plan = hear(runner.group, runner.device)
+        runner.run(plan)
+        if plan.last:
+            return

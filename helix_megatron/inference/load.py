@@ -1,0 +1,143 @@
+"""A model for inference, filled from any kind of checkpoint, tensor by tensor.
+
+Whatever the files are, each rank reads canonical tensors one after another and keeps its part. So it needs the
+memory of its part and of one tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from helix_megatron import parallel_state
+from helix_megatron.checkpoint.sources import Source, open_source
+from helix_megatron.errors import HelixError, listed
+from helix_megatron.megatron import cpu_runtime
+from helix_megatron.megatron.dist_checkpoint import on_every_rank
+from helix_megatron.megatron.fill import VOCABULARY, fill_weights
+from helix_megatron.megatron.optional import available_backends
+from helix_megatron.megatron.random import seed_model_parallel
+from helix_megatron.megatron.transformer_config import HelixTransformerConfig
+from helix_megatron.training.model import build_chunk, transformer_config
+
+TORCH_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+def inference_groups(args: argparse.Namespace) -> None:
+    """Megatron's and Helix's process groups, and random states. Collective.
+
+    Args:
+        args: of `inference_args`. torch.distributed is initialised.
+    """
+    cpu_runtime.install()
+    available_backends().check()
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        intra_head_parallel_size=args.intra_head_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
+    seed_model_parallel(args.seed)
+
+
+def inference_config(args: argparse.Namespace) -> HelixTransformerConfig:
+    """Megatron's configuration of the model, in the precision that `args.dtype` names."""
+    config = transformer_config(args)
+    config.params_dtype = config.pipeline_dtype = TORCH_DTYPES[args.dtype]
+    # Otherwise every rank makes each weight whole before it keeps its part, and all of them are overwritten.
+    config.perform_initialization = False
+    return config
+
+
+def load_model(args: argparse.Namespace, source_path: Path | str | None = None) -> GPTModel:
+    """This rank's part of the model, with the weights of a checkpoint; in eval mode, without gradients.
+
+    Collective. Weights have the dtype `args.dtype`, all of them: Megatron's own half-precision models keep none
+    in fp32. Rows that pad the vocabulary are zero: logits from `args.vocab_size` on mean nothing.
+
+    Args:
+        args: of `inference_args`; the groups exist (`inference_groups`).
+        source_path: of the checkpoint; `args.load_path` when not given.
+
+    Raises:
+        HelixError: a damaged checkpoint, or one that lacks tensors or has too many, by name. On all ranks
+            alike.
+    """
+    path = Path(source_path or args.load_path)
+    model = build_chunk(args, inference_config(args))
+    # Megatron makes learned positions in fp32 whatever it is told.
+    model.to(TORCH_DTYPES[args.dtype])
+    if torch.cuda.is_available():
+        model.cuda(torch.cuda.current_device())
+    _fill(model, args, path)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _fill(model: GPTModel, args: argparse.Namespace, path: Path) -> None:
+    def fill() -> tuple[list[str], set[str]]:
+        source = open_source(path, trust=args.trust_checkpoint, verify=_verifies())
+        try:
+            tensors = _Tensors(source, args.vocab_size, args.padded_vocab_size)
+            fill_weights(model, tensors)
+            source.finish()
+            return source.names, tensors.asked
+        finally:
+            source.close()
+
+    names, asked = on_every_rank(fill)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, asked)
+    unused = [name for name in names if name not in set().union(*everyone)]
+    if unused:
+        raise HelixError(
+            f"{path} has {len(unused)} tensors that have no place in the model: {listed(unused[:3])}"
+            f"{', …' if len(unused) > 3 else ''}. It holds another model than its flags say."
+        )
+
+
+def _verifies() -> bool:
+    """Hashing is one rank's work on each machine: all of them read the same files."""
+    return int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
+
+
+class _Tensors:
+    """A source's tensors as the model wants them; remembers which were asked for.
+
+    The last one is kept, since the two halves of a gated MLP are parts of one tensor.
+    """
+
+    def __init__(self, source: Source, vocabulary: int, padded_vocabulary: int) -> None:
+        self._source, self._rows = source, min(vocabulary, padded_vocabulary)
+        self._names = set(source.names)
+        self._last: tuple[str, Tensor] | None = None
+        self.asked: set[str] = set()
+
+    def __call__(self, name: str) -> Tensor:
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        if name not in self._names:
+            raise HelixError(
+                f"{self._source.directory} has no tensor {name}, which the model needs. It holds another "
+                "model than its flags say."
+            )
+        self._last = None  # before the next is read: one whole tensor at a time
+        value = self._source.read(name)
+        if name in VOCABULARY:
+            value = value[: self._rows]  # a checkpoint may have been padded for other ranks
+        self.asked.add(name)
+        self._last = name, value
+        return value

@@ -1,0 +1,333 @@
+"""What a checkpoint says about its model, and how that model is dealt to the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.checkpoint.catalog import ModelSizes
+from helix_megatron.checkpoint.partition import RankLayout
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.training.checkpoint_flags import FREE, QUALITY
+
+Note = Callable[[str], None]
+WORDS = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint without its tensors.
+
+    Args:
+        directory: of the files; in a store that of one checkpoint.
+        kind: `canonical`, `huggingface` or `ranks`.
+        flags: model flags of the tensors.
+        attention: `exact` or `segment-local`, that the model was trained with; `segments` of the latter.
+        dtype: of the weights, one of `arguments.DTYPES`.
+        complete: whether the flags say all about the model; those of stock Megatron may not.
+    """
+
+    directory: Path
+    kind: str
+    flags: dict[str, Any]
+    attention: str
+    segments: int
+    dtype: str
+    complete: bool
+
+
+def open_description(
+    path: Path | str, step: int | None = None, *, trust: bool = False
+) -> Description:
+    """Look at a checkpoint of any kind; its files are not verified yet.
+
+    Args:
+        path: as for `checkpoint.sources.open_source`.
+        step: iteration of a store; the newest when None.
+        trust: read pickles that could run code.
+
+    Raises:
+        HelixError: no checkpoint, or one that cannot be read.
+    """
+    import torch
+
+    from helix_megatron.checkpoint import manifest as manifests
+    from helix_megatron.checkpoint.sources import kind_of, open_source
+    from helix_megatron.checkpoint.store import Store
+
+    directory = Path(path)
+    kind = kind_of(directory) if directory.is_dir() else None
+    if kind == "canonical":
+        directory = Store(directory).resolve(step)
+    elif step is not None and kind is not None:
+        raise HelixError(
+            f"--ckpt-step {step} chooses among the checkpoints of a directory, and {directory} holds one model "
+            f"({kind}). Leave it out."
+        )
+    if kind == "ranks" and not manifests.has_manifest(directory):
+        raise HelixError(
+            f"{directory} has one file per rank and no manifest ({manifests.MANIFEST_NAME}), so its model and "
+            "layout are not known. Convert it first: helix convert, with --like."
+        )
+    source = open_source(directory, trust=trust, verify=False)
+    try:
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        dtype = source.dtype(WORDS)
+        return Description(
+            source.directory,
+            source.kind,
+            dict(source.flags),
+            source.attention,
+            source.segments,
+            "fp64" if dtype == torch.float64 else names.get(dtype, "fp32"),
+            source.kind != "canonical" or manifests.has_manifest(source.directory),
+        )
+    finally:
+        source.close()
+
+
+def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note) -> dict[str, Any]:
+    """The checkpoint's model flags with those of the command line.
+
+    Raises:
+        HelixError: the checkpoint says otherwise, and it knows.
+    """
+    flags = dict(checkpoint.flags)
+    learned = flags.get("position_embedding_type") == "learned_absolute"
+    fixed = {"vocab_size", "padded_vocab_size"} | (
+        {"max_position_embeddings"} if learned else set()
+    )
+    for name, value in given.items():
+        flag, own = "--" + name.replace("_", "-"), flags.get(name)
+        known = checkpoint.complete and own is not None and (name not in FREE or name in fixed)
+        if known and own != value:
+            raise HelixError(
+                f"{flag} {value}: {checkpoint.directory} holds a model with {own}. Leave the flag out."
+            )
+        if own != value and name != "transformer_impl":
+            note(f"{flag} is {value}, where the checkpoint says {own}.")
+        flags[name] = value
+    return flags
+
+
+# ------------------------------------------------------------------------- heads
+
+
+def cut_heads(
+    checkpoint: Description,
+    flags: Mapping[str, Any],
+    ranks: int,
+    asked: int | str,
+    attention: str,
+    query_layout: str,
+    note: Note,
+) -> tuple[dict[str, Any], int]:
+    """Model flags as a run with this attention has them, and m.
+
+    Args:
+        checkpoint: that is to be loaded.
+        flags: its model flags.
+        ranks: tensor parallel size p = m·n.
+        asked: m, or `auto`.
+        attention, query_layout: as in `HelixConfig`.
+        note: told what was chosen.
+
+    Raises:
+        HelixError: no m fits, or segment-local attention for weights that are not.
+    """
+    flags = dict(flags)
+    if attention == "segment-local":
+        return _segment_local(checkpoint, flags, asked)
+    if checkpoint.attention == "segment-local":
+        note(
+            f"The model was trained with segment-local attention of {checkpoint.segments} segments: it is "
+            f"loaded as what it is, an ordinary model with {flags['num_attention_heads']} heads."
+        )
+    if asked != "auto":
+        return flags, int(asked)
+    m = smallest_m(flags, ranks, query_layout)
+    sizes = ModelSizes.of(flags)
+    heads = f"{sizes.num_kv_heads} key-value heads"
+    if m > 1:
+        note(
+            f"{heads} on {ranks} ranks: every head is cut into {m} segments (--intra-head-parallel-size {m}), "
+            f"in {ranks // m} head groups."
+        )
+    elif ranks > 1:
+        note(f"{heads} on {ranks} ranks: whole heads (--intra-head-parallel-size 1).")
+    return flags, m
+
+
+def smallest_m(flags: Mapping[str, Any], ranks: int, query_layout: str = "auto") -> int:
+    """The fewest segments of a head with which each rank holds key-value heads, or parts, of its own.
+
+    Raises:
+        HelixError: there is no such number.
+    """
+    fitting = _segments_that_fit(flags, ranks, query_layout)
+    if fitting:
+        return fitting[0]
+    sizes = ModelSizes.of(flags)
+    valid = [p for p in range(1, 2 * ranks) if _segments_that_fit(flags, p, query_layout)]
+    layout = "" if query_layout == "auto" else f" with --helix-query-layout {query_layout}"
+    raise HelixError(
+        f"{sizes.num_heads} query and {sizes.num_kv_heads} key-value heads of {sizes.head_dim} dimensions "
+        f"cannot be dealt to {ranks} tensor parallel ranks{layout}, whole or cut. Valid numbers of ranks up to "
+        f"{2 * ranks - 1}: {listed(valid)}."
+    )
+
+
+def _segments_that_fit(flags: Mapping[str, Any], ranks: int, query_layout: str) -> list[int]:
+    sizes = ModelSizes.of(flags)
+    fitting = []
+    for m in divisors(ranks):
+        if sizes.num_kv_heads % (ranks // m):
+            continue
+        if m > 1:
+            try:
+                HelixConfig(m, query_layout=query_layout).layout(
+                    sizes.num_heads,
+                    sizes.num_kv_heads,
+                    sizes.head_dim,
+                    ranks,
+                    rotary=sizes.rotary,
+                    rotary_dim=sizes.rotary_dim,
+                    output_gate=sizes.output_gate,
+                )
+            except HelixError:
+                continue
+        fitting.append(m)
+    return fitting
+
+
+def _segment_local(
+    checkpoint: Description, flags: dict[str, Any], asked: int | str
+) -> tuple[dict[str, Any], int]:
+    if checkpoint.attention != "segment-local":
+        raise HelixError(
+            f"{checkpoint.directory} holds ordinary weights, and --helix-attention is segment-local. "
+            f"{QUALITY}. helix convert --attention segment-local makes such a model."
+        )
+    m = checkpoint.segments
+    if asked not in ("auto", m):
+        raise HelixError(
+            f"{checkpoint.directory} was trained with segment-local attention of {m} segments, and "
+            f"--intra-head-parallel-size is {asked}. Leave it out, or take --helix-attention exact, with which "
+            "it is an ordinary model with more heads."
+        )
+    flags["num_attention_heads"] //= m
+    if flags.get("num_query_groups") is not None:
+        flags["num_query_groups"] //= m
+    flags["kv_channels"] *= m
+    return flags, m
+
+
+# ----------------------------------------------------------------------- experts
+
+
+def deal_experts(
+    flags: Mapping[str, Any],
+    ranks: int,
+    expert: int | None,
+    expert_tensor: int | None,
+    note: Note,
+) -> tuple[int, int | None]:
+    """Expert parallel size EP, and tensor parallel size ETP inside an expert.
+
+    What is None is chosen: whole experts on every rank where their number divides by the ranks, else all
+    experts cut for all ranks.
+
+    Args:
+        flags: model flags.
+        ranks: tensor parallel size.
+        expert, expert_tensor: asked for.
+        note: told what was chosen.
+
+    Returns:
+        (EP, ETP); (1, None) of a dense model, unless something else was asked for.
+
+    Raises:
+        HelixError: neither fits; with what does.
+    """
+    experts = flags.get("num_experts")
+    if not experts:
+        return expert or 1, expert_tensor
+    if expert is not None and expert_tensor is not None:
+        return expert, expert_tensor
+    if expert is not None:
+        return expert, 1 if expert > 1 or not _can_cut_experts(flags, ranks) else ranks
+    if expert_tensor is not None:
+        rest = ranks // max(1, expert_tensor)
+        return rest if rest * expert_tensor == ranks and experts % rest == 0 else 1, expert_tensor
+    if experts % ranks == 0:
+        if ranks > 1:
+            note(f"{experts} experts on {ranks} ranks: {experts // ranks} whole ones on each.")
+        return ranks, 1
+    if _can_cut_experts(flags, ranks):
+        note(f"{experts} experts on {ranks} ranks: every expert is cut for all of them.")
+        return 1, ranks
+    valid = [
+        (e, t)
+        for e in divisors(math.gcd(experts, ranks))
+        for t in divisors(ranks // e)
+        if _can_cut_experts(flags, t)
+    ]
+    best = max(valid, key=lambda pair: (pair[0] * pair[1], pair[0]))
+    why = (
+        f"{_expert_width(flags)} columns do not divide by {ranks}"
+        if flags.get("disable_bias_linear")
+        else "Megatron cannot cut experts with biases"
+    )
+    raise HelixError(
+        f"{experts} experts cannot be dealt to {ranks} ranks, and not be cut for them: {why}. Valid pairs of "
+        f"--expert-model-parallel-size and --expert-tensor-parallel-size: "
+        f"{listed(f'{e} and {t}' for e, t in valid)}. {best[0]} and {best[1]} keep the fewest copies."
+    )
+
+
+def _can_cut_experts(flags: Mapping[str, Any], ranks: int) -> bool:
+    whole = _expert_width(flags) % ranks == 0
+    return ranks == 1 or (whole and bool(flags.get("disable_bias_linear")))
+
+
+def _expert_width(flags: Mapping[str, Any]) -> int:
+    return ModelSizes.of({"padded_vocab_size": 1, **flags}).moe_ffn_hidden_size
+
+
+# ------------------------------------------------------------------------ the rest
+
+
+def check_cuts(
+    checkpoint: Description,
+    flags: Mapping[str, Any],
+    ranks: int,
+    expert: int,
+    expert_tensor: int | None,
+    helix: HelixConfig,
+) -> None:
+    """Every tensor can be cut for the ranks: known before a rank starts.
+
+    Raises:
+        HelixError: one cannot.
+    """
+    stock = checkpoint.flags if helix.attention == "segment-local" else flags
+    RankLayout(stock, ranks, 1, expert, expert_tensor, helix)
+
+
+def sequence_length(flags: Mapping[str, Any], ranks: int) -> int:
+    """The longest sequence of the model that sequence parallel ranks can share evenly."""
+    longest = flags.get("max_position_embeddings") or flags.get("seq_length") or 128
+    return max(longest // ranks * ranks, min(longest, ranks))
+
+
+def precision(checkpoint: Description, asked: str) -> str:
+    """The dtype to compute in, one of `arguments.DTYPES`."""
+    import torch
+
+    if asked != "auto":
+        return asked
+    return checkpoint.dtype if torch.cuda.is_available() else "fp32"

@@ -1,0 +1,203 @@
+"""What is asked of the engine, and what it answers. Imports nothing heavy: the server's side of the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from helix_megatron.errors import HelixError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of one sequence are chosen.
+
+    Args:
+        max_tokens: generated at most, at least 1.
+        temperature: the logits are divided by it; 0 takes the most likely token (greedy).
+        top_k: only the k most likely tokens; 0 does not limit.
+        top_p: only the most likely tokens that together have this probability, in (0, 1].
+        seed: of this sequence's random numbers; None draws one.
+        stop_tokens: end the sequence; the token itself is the last of the output.
+
+    Raises:
+        HelixError: a value out of range, with the valid ones.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_tokens: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, valid: str) -> HelixError:
+            return HelixError(f"{name} is {getattr(self, name)!r}. Valid: {valid}.")
+
+        if self.max_tokens < 1:
+            raise refuse("max_tokens", "at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise refuse("temperature", "0 (greedy) or more")
+        if self.top_k < 0:
+            raise refuse("top_k", "0 (no limit) or more")
+        if not 0 < self.top_p <= 1:
+            raise refuse("top_p", "more than 0, up to 1")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise refuse("seed", f"0 to {MAX_SEED}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Output:
+    """News of one sequence: tokens since the last news, and how it ended if it did.
+
+    `reason` is None while it goes on, then `stop` (a stop token), `length` (max_tokens or the longest context),
+    `cancelled`, or `error` with a text in `error`.
+    """
+
+    tokens: tuple[int, ...] = ()
+    reason: FinishReason | None = None
+    error: str = ""
+
+
+_numbers = itertools.count(1)
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence to generate.
+
+    Args:
+        prompt: token ids, at least one.
+        sampling: how to choose tokens.
+        listener: called with each `Output`, in order, from the engine's thread: it must return at once and not
+            raise. The last one has a `reason`.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    listener: Callable[[Output], None]
+    number: int = field(default_factory=lambda: next(_numbers))
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What bounds a request.
+
+    Args:
+        vocab_size: valid token ids are below it.
+        max_context: prompt and output of one sequence together, in tokens.
+        max_sequences: that are generated at the same time.
+        max_waiting: that wait beyond that; one more is refused.
+    """
+
+    vocab_size: int
+    max_context: int
+    max_sequences: int
+    max_waiting: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot. Counters grow from the start of the engine.
+
+    Args:
+        running, waiting: sequences now.
+        pages_used, pages_total: of the key-value cache, over all ranks of a head group.
+        cache_bytes_used: keys and values in the pages in use, over all ranks.
+        prompt_tokens, generated_tokens, steps, preemptions: counters.
+        step_seconds: in steps, a counter.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_total: int = 0
+    cache_bytes_used: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    step_seconds: float = 0.0
+
+
+class QueueFullError(HelixError):
+    """As many requests wait as may."""
+
+
+class StoppingError(HelixError):
+    """The engine takes no more requests: it is stopping, or it has failed."""
+
+
+class Engine(Protocol):
+    """What the server needs of an engine. All methods may be called from any thread."""
+
+    capacity: Capacity
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue all of them, or none.
+
+        Raises:
+            HelixError: a token that does not exist, an empty prompt, or too long a context.
+            QueueFullError: there is no room for all of them.
+            StoppingError: the engine takes no more.
+        """
+
+    def cancel(self, request: Request) -> None:
+        """Stop a sequence and free its pages. Its listener hears `cancelled`, unless it ended before."""
+
+    def stats(self) -> Stats:
+        """Now."""
+
+    def stop(self) -> None:
+        """Take no more requests, finish those that are there, and end the engine's loop."""
+
+    @property
+    def failure(self) -> str:
+        """Why the engine failed; empty while it runs well."""
+
+
+class Tokens(Protocol):
+    """Text to tokens and back, as the server and the command line need it."""
+
+    vocab_size: int
+    stop_tokens: frozenset[int]  # that end a text: end of sequence, end of turn
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with what the model wants in front (beginning of sequence)."""
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer.
+
+        Raises:
+            HelixError: the model has no chat template, or the template refuses these messages.
+        """
+
+    def decoder(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder of one sequence's output, which comes after these tokens."""
+
+
+class TextStream(Protocol):
+    """Tokens in, text out as soon as it is certain: no half characters."""
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens add, as far as it is complete."""
+
+    def finish(self) -> str:
+        """What was held back."""
+
+
+def replaced_seed(sampling: Sampling, seed: int) -> Sampling:
+    """The same with a seed, unless it has one."""
+    return sampling if sampling.seed is not None else dataclasses.replace(sampling, seed=seed)

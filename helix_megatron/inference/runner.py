@@ -1,0 +1,173 @@
+"""One rank's share of a step: embedding, layers, cache and logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state as megatron_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from helix_megatron import parallel_state
+from helix_megatron.errors import HelixError
+from helix_megatron.inference.attention import EXECUTORS, LocalAttention, StepAttention
+from helix_megatron.inference.cache_layouts import cache_layout
+from helix_megatron.inference.layer import PagedSelfAttention
+from helix_megatron.inference.paged import PagedCache
+from helix_megatron.inference.pages import PageBook
+from helix_megatron.inference.step import StepPlan
+from helix_megatron.layout import HeadLayout
+from helix_megatron.observe import purpose
+
+
+class Runner:
+    """A model with a paged cache on this rank.
+
+    Args:
+        model: a `GPTModel` in eval mode, all its layers on this rank's tensor parallel group. Its
+            self-attention layers are replaced.
+        layout: how its heads are cut.
+        cache: name of a cache layout.
+        pages: of this rank's pool.
+        page_size: positions of a page.
+        max_context: positions of the longest sequence.
+        vocab_size: tokens; rows of the vocabulary beyond them are padding.
+        attention: `exact` or `segment-local`.
+
+    Raises:
+        HelixError: the layout of the cache does not fit the attention.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layout: HeadLayout,
+        *,
+        cache: str,
+        pages: int,
+        page_size: int,
+        max_context: int,
+        vocab_size: int,
+        attention: str = "exact",
+    ) -> None:
+        self.model, self.vocab_size = model, vocab_size
+        self.group: ProcessGroup = megatron_state.get_tensor_model_parallel_group()
+        self.layout = layout = rank_layout(layout, self.group.size())
+        head_group: Any = parallel_state.get_intra_head_parallel_group()
+        local = layout.segments == 1 or attention == "segment-local"
+        if attention == "segment-local" and layout.segments > 1 and cache != "segment":
+            raise HelixError(
+                f"cache layout {cache} keeps whole heads, and segment-local attention has none. Try "
+                "--cache-layout segment."
+            )
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        whole = not local and cache != "segment"
+        self.book = make_book(cache, 1 if local else layout.segments, pages, page_size)
+        self.cache = PagedCache(
+            model.config.num_layers,
+            pages,
+            page_size,
+            layout.group_kv_heads,
+            layout.head_dim if whole else layout.segment_dim,
+            self.dtype,
+            self.device,
+        )
+        kind: type[StepAttention] = LocalAttention if local else EXECUTORS[cache]
+        self.attention = kind(layout, head_group, self.book, self.cache)
+        for index, layer in enumerate(model.decoder.layers):
+            layer.self_attention = PagedSelfAttention(layer.self_attention, index, self.attention)
+        self._rotary = self._rotary_table(max_context)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Tensor | None:
+        """Compute a step.
+
+        Returns:
+            On rank 0 of the tensor parallel group the logits of the pieces that want them, [wanted, vocab_size]
+            in at least fp32; None on other ranks, and where no piece does.
+        """
+        self._keep_books(plan)
+        if not plan.pieces:
+            return None
+        hidden = self._hidden(plan)
+        ends = np.cumsum([len(piece.tokens) for piece in plan.pieces]) - 1
+        wanted = [end for end, piece in zip(ends, plan.pieces, strict=True) if piece.wanted]
+        if not wanted:
+            return None
+        return self._logits(hidden[torch.tensor(wanted, device=self.device)])
+
+    def _keep_books(self, plan: StepPlan) -> None:
+        for sequence in plan.drops:
+            if sequence in self.book:  # it may have come and gone between two steps
+                self.book.drop(sequence)
+        for piece in plan.pieces:
+            if piece.sequence not in self.book:
+                self.book.add(piece.sequence, piece.member, piece.expected)
+            grown = self.book.grow(piece.sequence, piece.stop)
+            assert grown, "rank 0 has asked its own books, which are alike"
+
+    def _hidden(self, plan: StepPlan) -> Tensor:
+        """[T, hidden] after the last norm."""
+        model = self.model
+        tokens = np.concatenate([piece.tokens for piece in plan.pieces])
+        positions = np.concatenate([np.arange(p.start, p.stop) for p in plan.pieces])
+        sequence_parallel = model.config.sequence_parallel
+        if sequence_parallel:  # equal parts for all ranks; what fills them up attends to nothing
+            filler = -len(tokens) % self.group.size()
+            tokens, positions = (np.pad(array, (0, filler)) for array in (tokens, positions))
+        tokens_1T, positions_1T = (
+            torch.from_numpy(array).to(self.device).unsqueeze(0) for array in (tokens, positions)
+        )
+        self.attention.prepare(plan.pieces)
+        hidden = model.embedding(input_ids=tokens_1T, position_ids=positions_1T)
+        rotary = None if self._rotary is None else self._rotary[positions_1T[0]]
+        hidden = model.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary)
+        if sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.group
+            )
+        return hidden[: self.attention.tokens, 0]
+
+    def _logits(self, hidden_BH: Tensor) -> Tensor | None:
+        """Logits of some tokens, gathered from the ranks' parts of the vocabulary to rank 0."""
+        model = self.model
+        weight = model.output_layer.weight
+        if model.share_embeddings_and_output_weights:
+            weight = model.shared_embedding_or_output_weight()
+        logits = F.linear(hidden_BH, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.group.size() > 1:
+            first = self.group.rank() == 0
+            parts = [torch.empty_like(logits) for _ in range(self.group.size())] if first else None
+            with purpose("logits"):
+                dist.gather(logits, parts, group=self.group, group_dst=0)
+            if parts is None:
+                return None
+            logits = torch.cat(parts, dim=-1)
+        return logits[:, : self.vocab_size]
+
+    def _rotary_table(self, positions: int) -> Tensor | None:
+        """Angles [positions, 1, 1, rotary_dim]; None where the model has no rotary embedding."""
+        if self.model.position_embedding_type != "rope":
+            return None
+        with torch.inference_mode():
+            return self.model.rotary_pos_emb(positions).to(self.device)
+
+
+def rank_layout(layout: HeadLayout, ranks: int) -> HeadLayout:
+    """The same for stock attention, too, whose ranks are head groups of one rank."""
+    return dataclasses.replace(layout, head_groups=ranks // layout.segments)
+
+
+def make_book(cache: str, members: int, pages: int, page_size: int) -> PageBook:
+    """The books of a cache layout over `members` ranks of a head group."""
+    placement = cache_layout(cache).placement
+    pools = 1 if placement == "all" else members
+    return PageBook(pools, pages, page_size, dealt=placement == "dealt")

@@ -1,0 +1,59 @@
+"""Choosing tokens from logits: greedy, temperature, top-k, top-p.
+
+A token depends on the logits, the sampling and (seed, number of the token), never on what else is in the batch
+or on how often the sequence was computed anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helix_megatron.inference.request import Sampling
+
+
+def sample(logits_BV: Tensor, samplings: Sequence[Sampling], indices: Sequence[int]) -> list[int]:
+    """One token for each row.
+
+    Args:
+        logits_BV: [B, V].
+        samplings: of the rows; one that is not greedy has a seed.
+        indices: how many tokens each sequence has been given before.
+    """
+    tokens = logits_BV.argmax(-1)
+    rows = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
+    if rows:
+        chosen = [samplings[row] for row in rows]
+        draws = [_draw(samplings[row].seed, indices[row]) for row in rows]
+        tokens[rows] = _sample(logits_BV[rows], chosen, draws)
+    return tokens.tolist()
+
+
+def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
+    """The inverse of the cumulative distribution at the draws, tokens in order of their probability."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits_BV.device).unsqueeze(1)
+
+    vocabulary = logits_BV.size(1)
+    sorted_BV, order_BV = logits_BV.double().sort(dim=-1, descending=True, stable=True)
+    sorted_BV = sorted_BV - sorted_BV[:, :1]  # no overflow at tiny temperatures
+    weights_BV = (sorted_BV / column([s.temperature for s in samplings])).exp()
+    rank = torch.arange(vocabulary, device=logits_BV.device)
+    weights_BV = weights_BV * (rank < column([s.top_k or vocabulary for s in samplings]))
+    weights_BV /= weights_BV.sum(-1, keepdim=True)
+    before_BV = weights_BV.cumsum(-1) - weights_BV
+    weights_BV = weights_BV * (before_BV < column([s.top_p for s in samplings]))
+    sums_BV = weights_BV.cumsum(-1)
+    place = (sums_BV <= column(list(draws)) * sums_BV[:, -1:]).sum(-1, keepdim=True)
+    last = (weights_BV > 0).sum(-1, keepdim=True) - 1
+    return order_BV.gather(1, torch.minimum(place, last)).squeeze(1)
+
+
+def _draw(seed: int | None, index: int) -> float:
+    """A number in [0, 1) that belongs to one token of one sequence."""
+    assert seed is not None, "the engine gives every sequence a seed"
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=index)).random())

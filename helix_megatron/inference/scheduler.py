@@ -1,0 +1,184 @@
+"""Which tokens the next step computes: continuous batching with chunked prefill over a paged cache.
+
+Sequences that decode get one token each in every step; beside them prompts are computed in chunks, oldest
+first. When pages run out, the sequence that came last is preempted: its pages go, and it is computed anew,
+tokens that it has been given included, when there is room. Pure bookkeeping: no torch, no ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from helix_megatron.inference.pages import PageBook
+from helix_megatron.inference.request import FinishReason, Request, Sampling
+from helix_megatron.inference.step import Piece, StepPlan
+
+
+@dataclass(eq=False)
+class Running:
+    """A sequence under way. `tokens` are prompt and output; keys and values of `computed` of them are kept."""
+
+    request: Request
+    sampling: Sampling
+    number: int
+    tokens: list[int]
+    computed: int = 0
+    member: int = 0
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether only the newest token is to be computed."""
+        return self.computed == len(self.tokens) - 1 and self.generated > 0
+
+    @property
+    def longest(self) -> int:
+        """Positions that it may come to need; the last token is never computed."""
+        return len(self.request.prompt) + self.sampling.max_tokens - 1
+
+
+class Scheduler:
+    """The sequences of an engine and their pages.
+
+    Args:
+        book: empty; nobody else changes it.
+        max_sequences: that are under way at the same time.
+        prefill_chunk: tokens of prompts in one step, over all sequences.
+    """
+
+    def __init__(self, book: PageBook, max_sequences: int, prefill_chunk: int) -> None:
+        self.book, self.max_sequences, self.prefill_chunk = book, max_sequences, prefill_chunk
+        self.waiting: deque[Running] = deque()
+        self.running: list[Running] = []
+        self.preemptions = 0
+        self._drops: list[int] = []
+
+    def add(self, sequence: Running) -> None:
+        """Queue a sequence."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Running) -> None:
+        """End a sequence, wherever it is."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    def plan(self) -> tuple[StepPlan, list[Running]]:
+        """The next step, and the sequences whose next token it gives, in the order of their pieces."""
+        pieces: list[tuple[Running, int]] = []
+        for sequence in list(self.running):
+            if sequence in self.running and sequence.decodes and self._grow(sequence, 1):
+                pieces.append((sequence, 1))
+        pieces = [piece for piece in pieces if piece[0] in self.running]
+        self._admit()
+        for sequence, count in self._chunks():
+            if sequence in self.running and self._grow(sequence, count):
+                pieces.append((sequence, count))
+        pieces = [piece for piece in pieces if piece[0] in self.running]
+        assert pieces or not self.running, "a step computes something for somebody"
+        made = [self._piece(sequence, count) for sequence, count in pieces]
+        wanted = [
+            sequence for (sequence, _), piece in zip(pieces, made, strict=True) if piece.wanted
+        ]
+        plan = StepPlan(tuple(self._drops), tuple(made))
+        self._drops.clear()
+        return plan, wanted
+
+    def last_plan(self) -> StepPlan:
+        """What ends the engine on all ranks."""
+        assert self.idle
+        return StepPlan(tuple(self._drops), last=True)
+
+    def give(self, sequence: Running, token: int) -> FinishReason | None:
+        """Append a token to a sequence; why it ends with it, if it does."""
+        sequence.tokens.append(token)
+        if token in sequence.sampling.stop_tokens:
+            return "stop"
+        return "length" if sequence.generated >= sequence.sampling.max_tokens else None
+
+    # -------------------------------------------------------------------- parts
+
+    def _piece(self, sequence: Running, count: int) -> Piece:
+        start = sequence.computed
+        sequence.computed += count
+        return Piece(
+            sequence=sequence.number,
+            start=start,
+            tokens=np.asarray(sequence.tokens[start : start + count], dtype=np.int64),
+            member=sequence.member,
+            expected=sequence.longest,
+            wanted=sequence.computed == len(sequence.tokens),
+        )
+
+    def _admit(self) -> None:
+        """Let sequences in, first come, first served, while all their tokens so far have pages."""
+        while self.waiting and len(self.running) < self.max_sequences:
+            if sum(len(s.tokens) - s.computed for s in self.running if not s.decodes) >= (
+                self.prefill_chunk
+            ):
+                return  # enough to do
+            sequence = self.waiting[0]
+            promised = self._promised()
+            member = self.book.emptiest(promised)
+            if not self.book.has_room(member, len(sequence.tokens), promised):
+                return
+            self.waiting.popleft()
+            sequence.member = member
+            self.book.add(sequence.number, member, sequence.longest)
+            self.running.append(sequence)
+
+    def _promised(self) -> list[int]:
+        """Pages of each member that prompts under way have not taken yet."""
+        unfinished = [s for s in self.running if s.computed < len(s.tokens)]
+        return self.book.missing([(s.number, len(s.tokens)) for s in unfinished])
+
+    def _chunks(self) -> Iterator[tuple[Running, int]]:
+        """Chunks of prompts, oldest first. Where one member attends for a whole sequence (`batch`), members get
+        equal shares first, so that they work at the same time."""
+        prefilling = [s for s in self.running if not s.decodes]
+        left = self.prefill_chunk
+        counts = dict.fromkeys(prefilling, 0)
+        shares = [-(-left // self.book.members)] * self.book.members
+        for shared in (True, False):
+            for sequence in prefilling:
+                rest = len(sequence.tokens) - sequence.computed - counts[sequence]
+                count = min(rest, left)
+                if shared and not self.book.dealt:
+                    count = min(count, shares[sequence.member])
+                    shares[sequence.member] -= count
+                counts[sequence] += count
+                left -= count
+        return ((sequence, count) for sequence, count in counts.items() if count)
+
+    def _grow(self, sequence: Running, count: int) -> bool:
+        """Pages for more positions, if need be of those that came later; False if it was preempted itself."""
+        while not self.book.grow(sequence.number, sequence.computed + count):
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Running) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.computed = 0
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Running) -> None:
+        self.book.drop(sequence.number)
+        self._drops.append(sequence.number)

@@ -1,0 +1,162 @@
+"""From flags to an engine: groups, weights, cache."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from helix_megatron.errors import HelixError
+from helix_megatron.exchanges.choice import MACHINES
+from helix_megatron.inference.cache_layouts import DecodeShape, cache_layout
+from helix_megatron.inference.choice import choose_cache_layout, explain_cache_layout
+from helix_megatron.inference.engine import Engine
+from helix_megatron.inference.load import TORCH_DTYPES, inference_groups, load_model
+from helix_megatron.inference.request import Capacity
+from helix_megatron.inference.runner import Runner, make_book, rank_layout
+from helix_megatron.inference.scheduler import Scheduler
+from helix_megatron.layout import HeadLayout
+
+GPU_SHARE = 0.9  # of the memory that is free when the weights are there
+CPU_SHARE = 0.5  # of the memory that is available, over all ranks of the machine
+
+
+def start(
+    args: argparse.Namespace,
+    options: argparse.Namespace,
+    *,
+    max_waiting: int,
+    longest: int | None = None,
+) -> tuple[Runner, Engine | None]:
+    """Groups, model, cache and engine of this rank. Collective.
+
+    Args:
+        args: of `inference_args`. torch.distributed is initialised.
+        options: with the flags of `add_engine_arguments`.
+        max_waiting: sequences that may wait.
+        longest: tokens of the longest sequence, where that is known; bounds the cache.
+
+    Returns:
+        The runner; the engine on rank 0, None on the others.
+
+    Raises:
+        HelixError: no room for one sequence, or a context that the model cannot have.
+    """
+    max_context = _max_context(args, options.max_context)
+    layout = rank_layout(args.layout, args.tensor_model_parallel_size)
+    inference_groups(args)
+    model = load_model(args)
+    context = min(max_context, longest or max_context)
+    element = TORCH_DTYPES[args.dtype].itemsize
+    machine = MACHINES["cuda" if torch.cuda.is_available() else "cpu"]
+    shape = DecodeShape(layout, options.max_sequences, context, element)
+    local = layout.segments == 1 or args.helix.attention == "segment-local"
+    if local:
+        if options.cache_layout not in ("auto", "segment") and layout.segments > 1:
+            raise HelixError(
+                f"--cache-layout {options.cache_layout} keeps whole heads, and segment-local attention "
+                "has none. Use segment, or auto."
+            )
+        cache = "segment"
+    else:
+        cache = choose_cache_layout(shape, options.cache_layout, machine).name
+    pages = _pages(args, layout, options, cache, context, local)
+    runner = Runner(
+        model,
+        layout,
+        cache=cache,
+        pages=pages,
+        page_size=options.page_size,
+        max_context=max_context,
+        vocab_size=args.vocab_size,
+        attention=args.helix.attention,
+    )
+    if dist.get_rank():
+        return runner, None
+    if options.explain:
+        if not local:
+            print(explain_cache_layout(shape, options.cache_layout, machine), file=sys.stderr)
+        print(
+            f"Cache of a rank: {pages:,} pages of {options.page_size} positions, "
+            f"{pages * runner.cache.page_bytes / 2**20:,.1f} MiB, {args.dtype}.",
+            file=sys.stderr,
+        )
+    book = make_book(cache, runner.book.members, pages, options.page_size)
+    if not book.fits(min(context, 2)):
+        raise HelixError("the cache has no room for a single token. Give more --cache-memory.")
+    context = _longest_that_fits(book, max_context)
+    scheduler = Scheduler(book, options.max_sequences, options.prefill_chunk)
+    capacity = Capacity(args.vocab_size, context, options.max_sequences, max_waiting)
+    return runner, Engine(runner, scheduler, capacity)
+
+
+def _max_context(args: argparse.Namespace, asked: int | None) -> int:
+    trained = args.max_position_embeddings
+    if asked is None:
+        return trained
+    if args.position_embedding_type == "learned_absolute" and asked > trained:
+        raise HelixError(
+            f"--max-context is {asked}, and the model has learned {trained} positions. Give at most {trained}."
+        )
+    return asked
+
+
+def _pages(
+    args: argparse.Namespace,
+    layout: HeadLayout,
+    options: argparse.Namespace,
+    cache: str,
+    context: int,
+    local: bool,
+) -> int:
+    """Pages of a rank's pool: for all sequences at their longest, as far as memory allows. Collective."""
+    dims = layout.segment_dim if local or cache == "segment" else layout.head_dim
+    element = TORCH_DTYPES[args.dtype].itemsize
+    position = 2 * args.num_layers * layout.group_kv_heads * dims * element
+    page_bytes = position * options.page_size
+    blocks = -(-context // options.page_size)
+    placement = cache_layout(cache).placement
+    members = 1 if local or placement == "all" else layout.segments
+    needed = options.max_sequences * blocks
+    if placement == "one":
+        needed = -(-options.max_sequences // members) * blocks
+    elif placement == "dealt":
+        needed = options.max_sequences * -(-blocks // members)
+    if options.cache_memory is not None:
+        memory = options.cache_memory * 2**30
+        limit = int(memory // page_bytes)
+        if limit < 1:
+            raise HelixError(
+                f"--cache-memory {options.cache_memory} GiB is less than one page, {page_bytes:,} bytes. Give "
+                "more, or a smaller --page-size."
+            )
+    else:
+        limit = max(1, int(_memory() // page_bytes))
+    pages = torch.tensor(min(needed, limit))
+    if torch.cuda.is_available():
+        pages = pages.cuda()
+    dist.all_reduce(pages, op=dist.ReduceOp.MIN)
+    return int(pages)
+
+
+def _memory() -> float:
+    """Bytes that a rank may take for its cache. Collective."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] * GPU_SHARE
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return psutil.virtual_memory().available * CPU_SHARE / hosts.count(socket.gethostname())
+
+
+def _longest_that_fits(book: Any, context: int) -> int:
+    """Tokens of the longest sequence that has room in an empty cache."""
+    low, high = 1, context
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if book.fits(middle) else (low, middle - 1)
+    return low

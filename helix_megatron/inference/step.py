@@ -1,0 +1,112 @@
+"""What one step computes, as rank 0 tells it to the others: a few whole numbers, never a pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import device
+    from torch.distributed import ProcessGroup
+
+INLINE = 1024  # numbers that travel with the first message; a longer step needs a second one
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of one sequence.
+
+    Args:
+        sequence: its number.
+        start: position of the first token; 0 begins the sequence.
+        tokens: int64 [count], at least one.
+        member: who keeps its first block; the same in every head group.
+        expected: positions that the sequence may come to have.
+        wanted: whether the logits after the last token are.
+    """
+
+    sequence: int
+    start: int
+    tokens: np.ndarray
+    member: int
+    expected: int
+    wanted: bool
+
+    @property
+    def stop(self) -> int:
+        """Position after the last token."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: sequences that end before it, and the tokens to compute. `last`: there will be no other."""
+
+    drops: tuple[int, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    last: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(piece.tokens) for piece in self.pieces)
+
+    def encode(self) -> np.ndarray:
+        """int64, the inverse of `decode`."""
+        head = [int(self.last), len(self.drops), len(self.pieces)]
+        rows = [
+            (p.sequence, p.start, p.member, p.expected, int(p.wanted), len(p.tokens))
+            for p in self.pieces
+        ]
+        parts = [head, self.drops, *rows, *(p.tokens for p in self.pieces)]
+        return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+
+    @classmethod
+    def decode(cls, numbers: np.ndarray) -> StepPlan:
+        """From what `encode` gave, and anything behind it."""
+        last, drops, count = (int(number) for number in numbers[:3])
+        end = 3 + drops
+        rows = numbers[end : end + 6 * count].reshape(count, 6)
+        at = end + 6 * count
+        pieces = []
+        for sequence, start, member, expected, wanted, length in rows.tolist():
+            tokens = numbers[at : at + length]
+            pieces.append(Piece(sequence, start, tokens, member, expected, bool(wanted)))
+            at += length
+        return cls(tuple(numbers[3:end].tolist()), tuple(pieces), bool(last))
+
+
+def tell(plan: StepPlan, group: ProcessGroup, device: device) -> None:
+    """Rank 0 of the group: send a plan to the others."""
+    numbers = plan.encode()
+    first = np.zeros(1 + INLINE, dtype=np.int64)
+    first[0] = len(numbers)
+    first[1 : 1 + min(INLINE, len(numbers))] = numbers[:INLINE]
+    _broadcast(first, group, device)
+    if len(numbers) > INLINE:
+        _broadcast(numbers[INLINE:], group, device)
+
+
+def hear(group: ProcessGroup, device: device) -> StepPlan:
+    """The other ranks: wait for a plan."""
+    first = _broadcast(np.zeros(1 + INLINE, dtype=np.int64), group, device)
+    length, numbers = int(first[0]), first[1:]
+    if length > INLINE:
+        rest = _broadcast(np.zeros(length - INLINE, dtype=np.int64), group, device)
+        numbers = np.concatenate([numbers, rest])
+    return StepPlan.decode(numbers[:length])
+
+
+def _broadcast(numbers: np.ndarray, group: ProcessGroup, device: device) -> np.ndarray:
+    import torch
+    import torch.distributed as dist
+
+    from helix_megatron.observe import purpose
+
+    if group.size() == 1:
+        return numbers
+    tensor = torch.from_numpy(numbers).to(device)
+    with purpose("plan"):
+        dist.broadcast(tensor, group=group, group_src=0)
+    return tensor.cpu().numpy()

@@ -1,0 +1,376 @@
+"""Text to tokens and back: Hugging Face tokenizers, tokenizer.json files, and bytes.
+
+Nothing is fetched from the network and no code that lies beside a tokenizer is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.checkpoint.huggingface_io import read_json
+from helix_megatron.checkpoint.sources import SIDECARS
+from helix_megatron.data.text import EOD_NAMES
+from helix_megatron.errors import HelixError, listed
+from helix_megatron.inference.request import TextStream, Tokens
+
+BYTES = 256
+UNKNOWN = (
+    "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are no character, or not yet
+)
+# Any of them means that a directory has a tokenizer.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+TOKENIZER = "tokenizer.json"
+GIVE = (
+    "Give --tokenizer DIR with the files of a Hugging Face tokenizer, or --tokenizer tokenizer.json, or "
+    "--tokenizer byte"
+)
+
+
+def open_tokens(
+    args: argparse.Namespace, note: Callable[[str], None] = lambda text: None
+) -> Tokens:
+    """The tokenizer that `--tokenizer` names, else the one that lies with the checkpoint.
+
+    Args:
+        args: of `inference_args`.
+        note: told what was chosen where the flag does not say it.
+
+    Raises:
+        HelixError: no tokenizer, or one that cannot be read or is of another model.
+    """
+    vocabulary, load = args.vocab_size, Path(args.load_path)
+    if args.tokenizer == "byte":
+        return ByteTokens(vocabulary)
+    if args.tokenizer is not None:
+        tokens = _at(Path(args.tokenizer), load)
+        if tokens.vocab_size > vocabulary:
+            raise HelixError(
+                f"{args.tokenizer} has {tokens.vocab_size} tokens, and the model knows {vocabulary}. It is "
+                "another model's tokenizer."
+            )
+        return tokens
+    for folder in (load, load / SIDECARS):
+        if any((folder / name).is_file() for name in FILES):
+            return _at(folder, folder)
+    if vocabulary in (BYTES, BYTES + 1) and args.load_kind != "huggingface":
+        end = "" if vocabulary == BYTES else f", token {BYTES} ends a document"
+        note(f"The model has {vocabulary} tokens and no tokenizer: every byte is a token{end}.")
+        return ByteTokens(vocabulary)
+    raise HelixError(
+        f"no tokenizer lies with {load}, and its model has {vocabulary} tokens. {GIVE} if every byte is a "
+        "token."
+    )
+
+
+def _at(path: Path, model: Path) -> Tokens:
+    """A tokenizer by its file or directory; `model` is the directory with the model's configuration."""
+    if path.is_file():
+        return FileTokens(path)
+    if not path.is_dir():
+        raise HelixError(f"--tokenizer {path} does not exist. {GIVE}.")
+    if not any((path / name).is_file() for name in FILES):
+        raise HelixError(f"{path} has no tokenizer ({listed(FILES)}). {GIVE}.")
+    if (path / TOKENIZER).is_file() and not (path / "tokenizer_config.json").is_file():
+        return FileTokens(path / TOKENIZER, configured_stops(path) | configured_stops(model))
+    return HuggingFaceTokens(path, configured_stops(model))
+
+
+# ------------------------------------------------------------------------- streams
+
+
+class TokenStream:
+    """Text of tokens that come one after another, for any tokenizer that can decode a list of them.
+
+    What a token adds is the difference between the text of the last few tokens with it and without it, because
+    the text of one alone can differ: a space in front gets lost, a character has bytes in several tokens. So
+    decoding starts at the last place where the text was whole. A character may still be unfinished where the
+    text ends in replacement characters, and these wait.
+
+    Tokens are looked at one by one, so the text does not depend on how they come in parts.
+
+    Args:
+        decode: text of a list of tokens.
+        after: tokens in front, whose text is not given; they tell whether a space belongs to what follows.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        after: Sequence[int] = (),
+        hidden: Collection[int] = (),
+    ) -> None:
+        self._decode, self._hidden = decode, hidden
+        self._before = [token for token in after if token not in hidden]  # their text is known
+        self._new: list[int] = []
+        self._start = decode(self._before) if self._before else ""
+        self._given = 0  # characters of what `_new` adds to `_start`
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens add, as far as it is certain."""
+        return "".join(self._add(token) for token in tokens if token not in self._hidden)
+
+    def finish(self) -> str:
+        """What was held back."""
+        rest = self._added()[self._given :] if self._new else ""
+        self._given += len(rest)
+        return rest
+
+    def _add(self, token: int) -> str:
+        self._new.append(token)
+        added = self._added()
+        certain = added.rstrip(UNKNOWN)
+        fresh = certain[self._given :]
+        self._given += len(fresh)
+        if fresh and certain == added:
+            self._before, self._new, self._given = self._new, [], 0
+            self._start = self._decode(self._before)
+        return fresh
+
+    def _added(self) -> str:
+        return self._decode(self._before + self._new)[len(self._start) :]
+
+
+class ByteStream:
+    """The same for tokens that are bytes; others add nothing."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens add, as far as it is certain."""
+        return self._decoder.decode(bytes(token for token in tokens if 0 <= token < BYTES))
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._decoder.decode(b"", final=True)
+
+
+# ------------------------------------------------------------------------- tokenizers
+
+
+class ByteTokens:
+    """Every byte of a text in UTF-8 is a token. With more than 256 of them, 256 ends a document.
+
+    So it is for models that the training script trains without a tokenizer, and on Megatron's files of bytes.
+
+    Raises:
+        HelixError: the model has fewer tokens than there are bytes.
+    """
+
+    def __init__(self, vocab_size: int = BYTES) -> None:
+        if vocab_size < BYTES:
+            raise HelixError(
+                f"--tokenizer byte has {BYTES} tokens, and the model knows {vocab_size}. {GIVE} of a model of "
+                "bytes."
+            )
+        self.vocab_size = min(vocab_size, BYTES + 1)
+        self.stop_tokens = frozenset(range(BYTES, self.vocab_size))
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of a text."""
+        # What a shell could not decode comes as lone surrogates, which stand for the bytes themselves.
+        return list(_utf8(text, "surrogateescape"))
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """There is none."""
+        raise HelixError(_no_template("a model of bytes"))
+
+    def decoder(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder of one sequence's output."""
+        return ByteStream()
+
+
+class FileTokens:
+    """A `tokenizer.json` of the `tokenizers` library, with the special tokens in front that it asks for.
+
+    Args:
+        path: of the file.
+        stop_tokens: that end a text; those known by usual names when there are none.
+
+    Raises:
+        HelixError: no tokenizer, or the library is not installed.
+    """
+
+    def __init__(self, path: Path, stop_tokens: Collection[int] = ()) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise HelixError(
+                f"{path} needs the package tokenizers, which is not installed. Try pip install tokenizers, or "
+                "--tokenizer byte."
+            ) from error
+        try:
+            self._backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise HelixError(
+                f"{path} is no tokenizer file of the tokenizers library: {error}. {GIVE}."
+            ) from error
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        by_name = [vocabulary[name] for name in EOD_NAMES if name in vocabulary]
+        self.stop_tokens = frozenset(stop_tokens or by_name[:1])
+        self._front = front(
+            lambda text, special: self._backend.encode(text, add_special_tokens=special).ids
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, after those that belong in front."""
+        _utf8(text)
+        return [*self._front, *self._backend.encode(text, add_special_tokens=False).ids]
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """There is none in this file."""
+        raise HelixError(_no_template("a tokenizer.json alone"))
+
+    def decoder(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder of one sequence's output, which follows the tokens `after`."""
+        return TokenStream(self._backend.decode, after, self.stop_tokens)
+
+
+class HuggingFaceTokens:
+    """A tokenizer that `transformers.AutoTokenizer` reads.
+
+    Args:
+        directory: of its files.
+        stop_tokens: that end a text, besides the tokenizer's own.
+
+    Raises:
+        HelixError: it cannot be read, or needs code of its own.
+    """
+
+    def __init__(self, directory: Path, stop_tokens: Collection[int] = ()) -> None:
+        self._directory = directory
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise HelixError(
+                f"{directory} needs the package transformers, which is not installed. Try pip install "
+                "transformers, or give --tokenizer tokenizer.json."
+            ) from error
+        try:
+            with _offline():
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                    directory, local_files_only=True, trust_remote_code=False
+                )
+        except (
+            Exception
+        ) as error:  # of many kinds, from a file that is missing to code that it would run
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise HelixError(
+                f"the tokenizer in {directory} cannot be read: {reason[0]}. If it is incomplete, copy it again "
+                f"from where it came. {GIVE}."
+            ) from error
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        own = self._tokenizer.eos_token_id
+        self.stop_tokens = frozenset(stop_tokens) | ({own} if own is not None else set())
+        self._front = front(self._encode)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, after those that the model wants in front."""
+        _utf8(text)
+        return [*self._front, *self._encode(text, False)]
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation by the chat template, up to where the assistant's answer begins."""
+        if not self._tokenizer.chat_template:
+            raise HelixError(_no_template(str(self._directory)))
+        for message in messages:
+            _utf8(str(message.get("content")))
+        try:
+            return list(
+                self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                )
+            )
+        except Exception as error:  # a template is a program: it fails in every way
+            raise HelixError(
+                f"the model's chat template refuses these messages: {error}. Most want roles user and "
+                "assistant in turns, and some no role system."
+            ) from error
+
+    def decoder(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder of one sequence's output, which follows the tokens `after`."""
+        return TokenStream(self._decode, after, self.stop_tokens)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=special)
+
+    def _decode(self, tokens: list[int]) -> str:
+        # "Cleaning up" takes spaces away that were there, depending on what follows them.
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def front(encode: Callable[[str, bool], list[int]]) -> list[int]:
+    """The special tokens that a tokenizer puts in front of a text; not those at the end, which would end it.
+
+    Args:
+        encode: tokens of a text, without special tokens or with them.
+    """
+    plain, whole = encode("a", False), encode("a", True)
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    return []
+
+
+def configured_stops(directory: Path) -> frozenset[int]:
+    """`eos_token_id` of generation_config.json and config.json: a number, a list of them, or nothing."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if not (directory / name).is_file():
+            continue
+        value = read_json(directory / name).get("eos_token_id")
+        values = value if isinstance(value, list) else [value]
+        found |= {one for one in values if isinstance(one, int) and not isinstance(one, bool)}
+    return frozenset(found)
+
+
+def _utf8(text: str, errors: str = "strict") -> bytes:
+    try:
+        return text.encode(errors=errors)
+    except UnicodeEncodeError as error:
+        raise HelixError(
+            f"character {error.start} of the text is half of a surrogate pair ({text[error.start]!r}), which "
+            "is no text by itself. Send the whole pair, or UTF-8."
+        ) from error
+
+
+def _no_template(owner: str) -> str:
+    return (
+        f"{owner} has no chat template, so a conversation cannot be turned into tokens. Send a plain prompt, "
+        "or give --tokenizer DIR with a tokenizer that has a template (tokenizer_config.json or "
+        "chat_template.jinja)."
+    )
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Inside the block the Hugging Face libraries ask no server, not even whether there is a newer file."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

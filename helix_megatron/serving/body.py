@@ -1,0 +1,110 @@
+"""Reading a request's body: bounded in size and time, and noticing that the client went away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+from helix_megatron.serving.api_errors import ApiError
+from helix_megatron.serving.settings import ServerSettings
+
+Result = TypeVar("Result")
+
+# A client that still sends does not read the answer, and loses it when the connection is reset: so the rest of
+# a body that is too large is read, within bounds, and thrown away.
+DISCARD_FACTOR = 8
+CLOSE = {"Connection": "close"}  # what remains of the body must not be taken for the next request
+
+
+async def read_body(request: Request, settings: ServerSettings) -> bytes:
+    """The whole body, at most `max_body_bytes`.
+
+    Raises:
+        ApiError: 408, 413 or 415.
+        ClientDisconnect: the client went away.
+    """
+    content_type = request.headers.get("content-type", "application/json")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ApiError(415, f"Content-Type is {media_type[:80]!r}. Valid: application/json.")
+    limit = settings.max_body_bytes
+    if "expect" in request.headers and _declared(request) > limit:
+        raise _too_large(limit)  # the client waits for leave to send
+    body = bytearray()
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(settings.body_seconds):
+            async for chunk in _chunks(request.receive):
+                size += len(chunk)
+                if size <= limit:
+                    body += chunk
+                elif size > DISCARD_FACTOR * limit:
+                    break
+                else:
+                    body.clear()
+            if size <= limit:
+                return bytes(body)
+    if size > limit:
+        raise _too_large(limit)
+    raise ApiError(
+        408,
+        f"The body did not arrive within {settings.body_seconds:g} s: {size} bytes did.",
+        headers=CLOSE,
+    )
+
+
+def _declared(request: Request) -> int:
+    """The length of the body as the client says."""
+    length = request.headers.get("content-length", "0")
+    # Python refuses to read numbers of thousands of digits.
+    return int(length[:18]) if length.isdecimal() else 0
+
+
+async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The body is larger than {limit} bytes, which is the limit. Try fewer prompts in a request.",
+        headers=CLOSE,
+    )
+
+
+async def unless_disconnected(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
+    """The result of `work`, which is cancelled when the client goes away.
+
+    Args:
+        receive: of a request whose body has been read.
+
+    Raises:
+        ClientDisconnect: it went away first.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnection(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnection(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,193 @@
+"""`helix serve`: an OpenAI-compatible server, on the ranks of this machine or of a launcher."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.inference.command import ignore_megatron_warnings, run_command
+from helix_megatron.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from helix_megatron.inference.engine import Engine
+    from helix_megatron.serving.server import Server
+
+PROGRAM = "helix serve"
+KEY_VARIABLE = "HELIX_API_KEY"
+FAREWELL_SECONDS = 1.0
+DEFAULTS = ServerSettings("model")
+
+
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    from helix_megatron.inference.arguments import add_checkpoint_arguments
+    from helix_megatron.inference.batching_flags import add_engine_arguments
+
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Serve a checkpoint of Helix, Megatron or Hugging Face over HTTP as OpenAI does.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    group.add_argument(
+        "--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)"
+    )
+    group.add_argument(
+        "--model-name",
+        help="that clients ask for (default: the name of the checkpoint's directory)",
+    )
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help=f"keys, one a line, of which a request needs one; beside those in {KEY_VARIABLE}, separated by "
+        "commas (default: no key is asked for)",
+    )
+    group.add_argument(
+        "--protect-metrics", action="store_true", help="ask for a key at /metrics, too"
+    )
+    group.add_argument(
+        "--max-waiting",
+        type=int,
+        default=256,
+        help="sequences that may wait for their turn; one more is refused with 429 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30.0,
+        help="for open requests to finish after SIGTERM or Ctrl-C (default: %(default)s)",
+    )
+    for name, text in (
+        ("max-body-bytes", "of a request's body"),
+        ("max-choices", "n of a request, at most"),
+        ("max-prompts", "in the list of a request, at most"),
+        ("max-open-requests", "answered at the same time, at most"),
+    ):
+        default = getattr(DEFAULTS, name.replace("-", "_"))
+        group.add_argument(
+            f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)"
+        )
+    add_engine_arguments(add_checkpoint_arguments(parser))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Wrong input prints one paragraph and exits with 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    ignore_megatron_warnings()
+    with exit_on_error(program):
+        _check_installed()
+        options = build_parser(program).parse_args(arguments)
+        _settings(options)
+        return run_command("serve", options, arguments, _serve)
+
+
+class _Asked(threading.Event):
+    """Set by SIGTERM: open requests finish, and no others are taken."""
+
+    def __init__(self, drain_seconds: float) -> None:
+        super().__init__()
+        self.engine: Engine | None = None
+        self.server: Server | None = None
+        self._drain_seconds = drain_seconds
+
+    def set(self) -> None:
+        super().set()
+        if self.server is not None:
+            self.server.announce_stop()
+        if self.engine is not None:
+            self.engine.stop(self._drain_seconds)
+
+
+def _serve(args: argparse.Namespace, options: argparse.Namespace) -> int:
+    from helix_megatron.inference.engine import follow
+    from helix_megatron.inference.start import start
+    from helix_megatron.inference.tokens import open_tokens
+    from helix_megatron.serving.app import make_app
+    from helix_megatron.serving.server import Server
+    from helix_megatron.training.pretrain import process_group
+    from helix_megatron.training.watchdog import watching
+
+    first = os.environ.get("RANK", "0") == "0"
+    tokens = open_tokens(args, _note if first else lambda text: None)
+    if first:
+        for note in args.notes:
+            _note(note)
+    asked = _Asked(options.drain_seconds)
+    # Ctrl-C in a terminal, where this process was started without ranks of its own.
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    def farewell(reason: str) -> None:
+        if asked.engine is not None:
+            asked.engine.fail(reason)
+        if asked.server is not None:
+            asked.server.stop(FAREWELL_SECONDS)
+
+    with process_group(args), watching(asked, farewell):
+        runner, engine = start(args, options, max_waiting=options.max_waiting)
+        if engine is None:
+            follow(runner)
+            return 0
+        server = Server(make_app(engine, tokens, _settings(options)), options.host, options.port)
+        port = server.start()
+        asked.server, asked.engine = server, engine
+        if asked.is_set():  # while the model was loaded
+            engine.stop(0)
+        _note(
+            f"{_settings(options).model_name}: http://{options.host}:{port}/v1, "
+            f"{args.world_size} rank{'s' * (args.world_size != 1)}, contexts of up to "
+            f"{engine.capacity.max_context:,} tokens"
+        )
+        try:
+            engine.run()
+            server.stop(FAREWELL_SECONDS)
+        except BaseException as error:
+            farewell(f"{type(error).__name__}: {error}")
+            raise
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> ServerSettings:
+    keys = [key for key in os.environ.get(KEY_VARIABLE, "").split(",") if key]
+    if options.api_key_file:
+        try:
+            keys += Path(options.api_key_file).read_text().split()
+        except OSError as error:
+            raise HelixError(
+                f"cannot read the key file {options.api_key_file}: {error.strerror}."
+            ) from error
+        if not keys:
+            raise HelixError(f"the key file {options.api_key_file} is empty. Give one key a line.")
+    if options.max_waiting < 0 or options.drain_seconds < 0:
+        raise HelixError("--max-waiting and --drain-seconds must be at least 0.")
+    return ServerSettings(
+        model_name=options.model_name or Path(options.load).resolve().name,
+        api_keys=tuple(keys),
+        protect_metrics=options.protect_metrics,
+        max_body_bytes=options.max_body_bytes,
+        max_choices=options.max_choices,
+        max_prompts=options.max_prompts,
+        max_open_requests=options.max_open_requests,
+    )
+
+
+def _check_installed() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise HelixError(
+            f"the server needs {error.name}. Install it: pip install 'helix_megatron[serve]'."
+        ) from error
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

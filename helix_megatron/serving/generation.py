@@ -1,0 +1,176 @@
+"""One response in the making: its sequences in the engine, and their text."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+from helix_megatron.errors import HelixError
+from helix_megatron.inference.request import Engine, Output, Request, Sampling, TextStream, Tokens
+from helix_megatron.inference.stop_strings import StopStrings
+from helix_megatron.serving.api_errors import ApiError, from_engine, unavailable
+from helix_megatron.serving.mailbox import Inbox, Mailbox
+from helix_megatron.serving.metrics import Metrics
+from helix_megatron.serving.replies import Finish, Usage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request asks of the engine, ready to be submitted.
+
+    Args:
+        prompts: token ids.
+        samplings: of each prompt's choices. Choices are numbered prompt by prompt.
+        stops: stop strings.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    samplings: tuple[tuple[Sampling, ...], ...]
+    stops: tuple[str, ...]
+
+
+class Choice:
+    """One sequence: from the engine's tokens to text.
+
+    `tokens` counts what was generated, a stop token too; `reason` is None until it has ended.
+    """
+
+    def __init__(self, index: int, request: Request, decoder: TextStream, stops: StopStrings):
+        self.index = index
+        self.request = request
+        self.tokens = 0
+        self.reason: Finish | None = None
+        self.first_token_at = 0.0
+        self._decoder = decoder
+        self._stops = stops
+
+    def take(self, output: Output) -> str:
+        """The text that is certain now.
+
+        Raises:
+            ApiError: the sequence ended without a result.
+        """
+        if output.reason == "error":
+            raise ApiError(500, f"The engine failed: {output.error}", code="engine_failure")
+        if output.reason == "cancelled":
+            raise unavailable("it is stopping, and this request was not finished.")
+        self.tokens += len(output.tokens)
+        hidden = self.request.sampling.stop_tokens
+        text = self._decoder.add([token for token in output.tokens if token not in hidden])
+        if output.reason is not None:
+            text += self._decoder.finish()
+        text = self._stops.add(text)
+        if self._stops.hit:
+            self.reason = "stop"
+        elif output.reason is not None:
+            text += self._stops.finish()
+            self.reason = output.reason
+        return text
+
+
+class Generation:
+    """The sequences of one response. Leaving its context cancels those that are not finished.
+
+    Args:
+        plan: what to generate; the engine gets all of it, or none.
+        started: when the HTTP request came, in `time.perf_counter` seconds.
+
+    Raises:
+        ApiError: the engine refuses.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokens: Tokens,
+        mailbox: Mailbox,
+        metrics: Metrics,
+        plan: Plan,
+        started: float,
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._started = started
+        self._inbox: Inbox[tuple[int, Output | ApiError]] = Inbox()
+        self._prompt_tokens = sum(map(len, plan.prompts))
+        self.choices: list[Choice] = []
+        for prompt, samplings in zip(plan.prompts, plan.samplings, strict=True):
+            for sampling in samplings:
+                index = len(self.choices)
+                listener = mailbox.listener(functools.partial(self._put, index))
+                request = Request(prompt, sampling, listener)
+                stops = StopStrings(plan.stops)
+                self.choices.append(Choice(index, request, tokens.decoder(prompt), stops))
+        try:
+            engine.submit([choice.request for choice in self.choices])
+        except HelixError as error:
+            raise from_engine(error, engine.failure) from None
+        metrics.prompt_tokens.inc(self._prompt_tokens)
+
+    def _put(self, index: int, output: Output) -> None:
+        self._inbox.put((index, output))
+
+    @property
+    def open(self) -> bool:
+        """Whether there is more to come."""
+        return any(choice.reason is None for choice in self.choices)
+
+    async def pieces(self) -> list[tuple[Choice, str]]:
+        """The next texts, as soon as there are any, one of each choice that has news.
+
+        A choice that ends with its piece has a `reason`.
+
+        Raises:
+            ApiError: the engine failed, or `abort` was called.
+        """
+        pieces: dict[Choice, str] = {}
+        for index, output in await self._inbox.take():
+            if isinstance(output, ApiError):
+                raise output
+            choice = self.choices[index]
+            if choice.reason is not None:
+                continue  # a stop string ended it when the engine was a step ahead
+            pieces[choice] = pieces.get(choice, "") + choice.take(output)
+            self._observe(choice, len(output.tokens))
+            if choice.reason is not None and output.reason is None:
+                self._engine.cancel(choice.request)
+        return list(pieces.items())
+
+    def abort(self, error: ApiError) -> None:
+        """End it with an error, from the event loop's thread."""
+        self._inbox.put((0, error))
+
+    def usage(self) -> Usage:
+        """So far."""
+        completion = sum(choice.tokens for choice in self.choices)
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=completion,
+            total_tokens=self._prompt_tokens + completion,
+        )
+
+    def _observe(self, choice: Choice, new_tokens: int) -> None:
+        now = time.perf_counter()
+        if new_tokens:
+            self._metrics.generated_tokens.inc(new_tokens)
+            if choice.tokens == new_tokens:
+                choice.first_token_at = now
+                self._metrics.first_token_seconds.observe(now - self._started)
+        if choice.reason is not None and choice.tokens > 1:
+            between = (now - choice.first_token_at) / (choice.tokens - 1)
+            self._metrics.output_token_seconds.observe(between)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for choice in self.choices:
+            if choice.reason is None:
+                self._engine.cancel(choice.request)

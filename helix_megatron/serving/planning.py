@@ -1,0 +1,107 @@
+"""From a client's request to what the engine is asked: tokens, sampling, lengths."""
+
+from __future__ import annotations
+
+from helix_megatron.inference.request import MAX_SEED, Capacity, Sampling, Tokens
+from helix_megatron.serving.api_errors import ApiError, shown
+from helix_megatron.serving.generation import Plan
+from helix_megatron.serving.schema import ChatRequest, CompletionRequest, GenerationRequest
+from helix_megatron.serving.settings import ServerSettings
+
+COMPLETION_TOKENS = (
+    16  # OpenAI's default of max_tokens; chat goes on as long as the context permits
+)
+
+
+def plan(
+    request: CompletionRequest | ChatRequest,
+    tokens: Tokens,
+    capacity: Capacity,
+    settings: ServerSettings,
+) -> Plan:
+    """Tokenise, and check what depends on the model. Long texts take their time.
+
+    Raises:
+        ApiError: 400 or 404.
+        HelixError: the model has no chat template, or it refuses these messages.
+    """
+    require_model(request.model, settings)
+    choices = request.n or 1
+    _at_most("n", choices, settings.max_choices, "Try several requests.")
+    if isinstance(request, CompletionRequest):
+        param = "prompt"
+        wanted = request.prompts
+        _at_most("prompt", len(wanted), settings.max_prompts, "Try several requests.", "prompts")
+        _at_most(
+            "n",
+            choices * len(wanted),
+            capacity.max_sequences + capacity.max_waiting,
+            "That is what the engine generates and queues at once. Try several requests.",
+            "sequences",
+        )
+        prompts = [tokens.encode(one) if isinstance(one, str) else one for one in wanted]
+        default = COMPLETION_TOKENS
+    else:
+        param = "messages"
+        prompts = [tokens.encode_chat([message.plain() for message in request.messages])]
+        default = capacity.max_context
+    samplings = []
+    for prompt in prompts:
+        length = _length(len(prompt), request.length, default, capacity.max_context, param)
+        samplings.append(_samplings(request, choices, length, tokens.stop_tokens))
+    return Plan(tuple(map(tuple, prompts)), tuple(samplings), tuple(request.stops))
+
+
+def require_model(name: str, settings: ServerSettings) -> None:
+    """There is one model, and clients must mean it.
+
+    Raises:
+        ApiError: 404.
+    """
+    if name != settings.model_name:
+        raise ApiError(
+            404,
+            f"There is no model {shown(name)}. Valid: {settings.model_name}.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _length(prompt: int, wanted: int | None, default: int, context: int, param: str) -> int:
+    """max_tokens: what the client wants, or the default as far as there is room."""
+    room = context - prompt
+    if room < 1 or (wanted is not None and wanted > room):
+        more = f" and max_tokens is {wanted}, together {prompt + wanted}" if wanted else ""
+        hint = f"max_tokens up to {room}, or a shorter prompt" if room > 0 else "a shorter prompt"
+        raise ApiError(
+            400,
+            f"The prompt has {prompt} tokens{more}. The context holds {context}, at least one of them "
+            f"generated. Try {hint}.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return min(default, room) if wanted is None else wanted
+
+
+def _samplings(
+    request: GenerationRequest, choices: int, length: int, stop_tokens: frozenset[int]
+) -> tuple[Sampling, ...]:
+    """One of each choice. With a seed each has another, or all would be the same text."""
+    return tuple(
+        Sampling(
+            max_tokens=length,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_k=max(request.top_k or 0, 0),
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=None if request.seed is None else (request.seed + choice) & MAX_SEED,
+            stop_tokens=frozenset() if request.ignore_eos else stop_tokens,
+        )
+        for choice in range(choices)
+    )
+
+
+def _at_most(param: str, value: int, limit: int, hint: str, unit: str = "choices") -> None:
+    if value > limit:
+        raise ApiError(
+            400, f"The request has {value} {unit}. Valid: up to {limit}. {hint}", param=param
+        )

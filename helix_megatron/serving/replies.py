@@ -1,0 +1,144 @@
+"""What the server answers: the same models are sent, and published in the OpenAPI schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, Field
+
+Value = TypeVar("Value")
+# OpenAI leaves these fields out, and not all clients take null for that.
+Omitted = Annotated[Value | None, Field(exclude_if=lambda value: value is None)]
+Finish = Literal["stop", "length"]
+
+
+class ErrorDetail(BaseModel):
+    """One error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """Every response that is not a success."""
+
+    error: ErrorDetail
+
+
+class Usage(BaseModel):
+    """In tokens. Of several prompts the sum; a prompt counts once, however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionChoice(BaseModel):
+    """One text."""
+
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: Finish | None
+
+
+class CompletionReply(BaseModel):
+    """Of `/v1/completions`."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ChatMessage(BaseModel):
+    """The assistant's answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: None = None
+    finish_reason: Finish
+
+
+class ChatReply(BaseModel):
+    """Of `/v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """One model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "helix"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """Of `/v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """Of `/health`, while the engine works."""
+
+    status: Literal["ok"] = "ok"
+
+
+class CompletionChunk(BaseModel):
+    """One event of a streamed completion. The last has no choices, and the usage if it was asked for."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Omitted[Usage] = None
+
+
+class ChatDelta(BaseModel):
+    """What an event adds to an answer; the role comes first, alone."""
+
+    role: Omitted[Literal["assistant"]] = None
+    content: Omitted[str] = None
+
+
+class ChatChunkChoice(BaseModel):
+    """News of one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: None = None
+    finish_reason: Finish | None
+
+
+class ChatChunk(BaseModel):
+    """One event of a streamed answer. The last has no choices, and the usage if it was asked for."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Omitted[Usage] = None

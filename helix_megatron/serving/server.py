@@ -1,0 +1,143 @@
+"""The HTTP server in a thread of its own: the main thread is the engine's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+import time
+
+import uvicorn
+from fastapi import FastAPI
+
+from helix_megatron.errors import HelixError
+from helix_megatron.serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 30.0
+# After the responses that are open were told to end: to send that, before connections are cut.
+FAREWELL_SECONDS = 2.0
+
+
+class Server:
+    """Serves an application of `make_app` until `stop`.
+
+    Args:
+        host: an address of this machine; `0.0.0.0` or `::` for all.
+        port: 0 takes a free one.
+        keep_alive_seconds: after which a connection without requests is closed.
+        access_log: one line for each request, to the logger `uvicorn.access`.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        host: str,
+        port: int,
+        keep_alive_seconds: int = 30,
+        access_log: bool = False,
+    ) -> None:
+        self._service: Service = app.state.service
+        self._host = host
+        self._port = port
+        self._failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="helix-http", daemon=True)
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                access_log=access_log,
+                log_config=None,  # logging is the program's business
+                lifespan="off",
+                ws="none",
+                proxy_headers=False,  # nothing depends on the client's address
+                server_header=False,
+                timeout_keep_alive=keep_alive_seconds,
+            )
+        )
+
+    def start(self) -> int:
+        """Listen; the port, when requests are answered.
+
+        Raises:
+            HelixError: the port is taken or not permitted, or the host is not of this machine.
+        """
+        self._socket = _bound(self._host, self._port)
+        port = int(self._socket.getsockname()[1])
+        self._thread.start()
+        deadline = time.monotonic() + START_SECONDS
+        while not self._uvicorn.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                self._socket.close()
+                raise HelixError(
+                    f"The HTTP server did not start: {self._failure or 'no answer'}."
+                ) from self._failure
+            time.sleep(0.005)
+        return port
+
+    def announce_stop(self) -> None:
+        """Answer `/health` and new requests with 503; go on with those that are open.
+
+        For the time in which the engine finishes. May be called from a signal handler.
+        """
+        self._service.announce_stop()
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Take no more connections, let open responses finish, then end them with an error.
+
+        Args:
+            drain_seconds: for responses to finish, at most.
+        """
+        self._service.announce_stop()
+        if not self._thread.is_alive():
+            return
+        # The last resort is uvicorn's: it cancels what did not end when it was told to.
+        limit = drain_seconds + FAREWELL_SECONDS
+        self._uvicorn.config.timeout_graceful_shutdown = limit  # type: ignore[assignment]
+        self._uvicorn.should_exit = True
+        self._thread.join(drain_seconds)
+        if self._thread.is_alive() and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._service.abort)
+        self._thread.join(FAREWELL_SECONDS + 1)
+
+    def _run(self) -> None:
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._uvicorn.serve([self._socket])
+
+        try:
+            # Not uvicorn.Server.run: the loop is needed here, to end responses.
+            with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
+                runner.run(serve())
+        except BaseException as error:
+            self._failure = error
+            if self._uvicorn.started:  # else `start` raises it
+                logger.exception("the HTTP server ended")
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket with that address."""
+    if not 0 <= port < 2**16:
+        raise HelixError(f"The port is {port}. Valid: 1 to 65535, or 0 for a free one.")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise HelixError(
+            f"The host {host!r} is not known: {error}. Try 127.0.0.1, or 0.0.0.0 for all interfaces."
+        ) from error
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # Here, not in uvicorn: only now another program's listening at this port is an error.
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise HelixError(
+            f"Cannot listen on {host} port {port}: {error.strerror}. Try another port, or 0 for a free one; "
+            f"the host must be an address of this machine, or 0.0.0.0 for all."
+        ) from error
+    return listener

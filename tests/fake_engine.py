@@ -1,0 +1,300 @@
+"""An engine without a model, and tokens that are bytes: for tests of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+from fastapi import FastAPI
+
+from helix_megatron.errors import HelixError
+from helix_megatron.inference.request import (
+    Capacity,
+    Output,
+    QueueFullError,
+    Request,
+    Stats,
+    StoppingError,
+)
+from helix_megatron.serving.app import make_app
+from helix_megatron.serving.server import Server
+from helix_megatron.serving.settings import ServerSettings
+
+MODEL = "org/model"
+END = 256  # the only token that is not a byte
+CAPACITY = Capacity(vocab_size=257, max_context=2048, max_sequences=256, max_waiting=1024)
+
+
+class FakeTokens:
+    """A token is a byte of UTF-8."""
+
+    vocab_size = END + 1
+    stop_tokens = frozenset({END})
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The last message only, so that tests can say what is echoed."""
+        if messages[-1]["role"] != "user":
+            raise HelixError("The last message is not the user's. Valid: a conversation that asks.")
+        return self.encode(messages[-1]["content"])
+
+    def decoder(self, after: Sequence[int] = ()) -> FakeTextStream:
+        return FakeTextStream()
+
+
+class FakeTextStream:
+    """Bytes in, whole characters out."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The stop token has a text, too, which must not be seen."""
+        data = b"".join(b"<end>" if token == END else bytes([token]) for token in tokens)
+        return self._decoder.decode(data)
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def echo(request: Request) -> Iterator[int]:
+    """The prompt, again and again."""
+    while True:
+        yield from request.prompt
+
+
+class FakeEngine:
+    """Emits one token of each sequence at each tick, from a thread of its own.
+
+    Args:
+        capacity: as a real engine has it.
+        tick: seconds between tokens; 0 yields to other threads only.
+        script: the tokens of a request, endlessly.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity = CAPACITY,
+        tick: float = 0.0,
+        script: Callable[[Request], Iterator[int]] = echo,
+    ) -> None:
+        self.capacity = capacity
+        self.tick = tick
+        self.submitted: list[Request] = []
+        self.cancelled: list[Request] = []
+        self.most_running = 0
+        self._script = script
+        self._failure = ""
+        self._stopping = False
+        self._running: dict[Request, tuple[Iterator[int], int]] = {}
+        self._waiting: deque[Request] = deque()
+        self._generated = 0
+        self._steps = 0
+        self._changed = threading.Condition()  # of a reentrant lock: scripts may call back
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        with self._changed:
+            if self._stopping or self._failure:
+                raise StoppingError(self._failure or "the engine is stopping.")
+            for request in requests:
+                if not request.prompt:
+                    raise HelixError("The prompt is empty. Valid: at least one token.")
+                if max(request.prompt) >= self.capacity.vocab_size:
+                    raise HelixError(
+                        f"Token {max(request.prompt)} does not exist. Valid: 0 to "
+                        f"{self.capacity.vocab_size - 1}."
+                    )
+                if len(request.prompt) + request.sampling.max_tokens > self.capacity.max_context:
+                    raise HelixError("The server should have refused this context.")
+            free = self.capacity.max_sequences - len(self._running) + self.capacity.max_waiting
+            if len(requests) > free - len(self._waiting):
+                raise QueueFullError(f"{len(self._waiting)} requests wait. Try again later.")
+            self._waiting.extend(requests)
+            self.submitted.extend(requests)
+            self._changed.notify_all()
+
+    def cancel(self, request: Request) -> None:
+        with self._changed:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            elif self._running.pop(request, None) is None:
+                return
+            self.cancelled.append(request)
+            self._changed.notify_all()
+        request.listener(Output(reason="cancelled"))
+
+    def stats(self) -> Stats:
+        with self._changed:
+            return Stats(
+                running=len(self._running),
+                waiting=len(self._waiting),
+                pages_used=len(self._running),
+                pages_total=self.capacity.max_sequences,
+                generated_tokens=self._generated,
+                steps=self._steps,
+            )
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    @property
+    def failure(self) -> str:
+        return self._failure
+
+    def fail(self, reason: str) -> None:
+        """As an engine fails: every sequence hears of it."""
+        with self._changed:
+            self._failure = reason
+            requests = [*self._running, *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+            self._changed.notify_all()
+        for request in requests:
+            request.listener(Output(reason="error", error=reason))
+
+    def lose(self, request: Request, reason: str) -> None:
+        """One sequence fails. May be called from a script."""
+        with self._changed:
+            self._running.pop(request, None)
+            self._changed.notify_all()
+        request.listener(Output(reason="error", error=reason))
+
+    def idle(self, seconds: float = 5.0) -> bool:
+        """Wait until no sequence is left; whether that came true."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not self._running and not self._waiting, timeout=seconds
+            )
+
+    def busy(self, count: int = 1, seconds: float = 5.0) -> bool:
+        """Wait until so many sequences run; whether that came true."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._running) >= count, timeout=seconds)
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._running or self._waiting or self._stopping or self._failure
+                )
+                if self._failure or (self._stopping and not self._running and not self._waiting):
+                    return
+                while self._waiting and len(self._running) < self.capacity.max_sequences:
+                    request = self._waiting.popleft()
+                    self._running[request] = (self._script(request), 0)
+                self.most_running = max(self.most_running, len(self._running))
+                self._changed.notify_all()
+                news = [(request, self._step(request)) for request in list(self._running)]
+                self._steps += 1
+                # Inside the lock, so that nothing is heard after `cancelled`.
+                for request, output in news:
+                    if output is not None:
+                        request.listener(output)
+            threading.Event().wait(self.tick)
+
+    def _step(self, request: Request) -> Output | None:
+        """The next token; None if the sequence was lost."""
+        tokens, count = self._running[request]
+        token = next(tokens)
+        if request not in self._running:
+            return None
+        self._generated += 1
+        reason = None
+        if token in request.sampling.stop_tokens:
+            reason = "stop"
+        elif count + 1 == request.sampling.max_tokens:
+            reason = "length"
+        if reason is None:
+            self._running[request] = (tokens, count + 1)
+            return Output((token,))
+        del self._running[request]
+        self._changed.notify_all()
+        return Output((token,), reason)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs."""
+
+    engine: FakeEngine
+    server: Server
+    url: str
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        """OpenAI's own client, without retries: tests must see the first error."""
+        options = {"api_key": "none", "max_retries": 0, "timeout": 20, **options}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
+
+    def http(self, **options: Any) -> httpx.Client:
+        """A plain client."""
+        return httpx.Client(base_url=self.url, timeout=20, **options)
+
+
+@contextlib.contextmanager
+def serving(engine: FakeEngine | None = None, **settings: Any) -> Iterator[Served]:
+    """A real server at a free port. The model's name is `org/model`."""
+    engine = engine or FakeEngine()
+    app = make_app(engine, FakeTokens(), ServerSettings(**{"model_name": MODEL, **settings}))
+    server = Server(app, "127.0.0.1", 0)
+    port = server.start()
+    try:
+        yield Served(engine, server, f"http://127.0.0.1:{port}")
+    finally:
+        server.stop()
+        engine.stop()
+
+
+async def post(app: FastAPI, path: str, body: bytes, strict: bool = True) -> tuple[int, bytes]:
+    """Status and body of a response, straight from the application: no sockets, hence fast.
+
+    What the application raises is raised here, unless not `strict`.
+    """
+    sent = [{"type": "http.request", "body": body, "more_body": False}]
+    received: list[Any] = []
+    ended = asyncio.Event()
+
+    async def receive() -> Any:
+        if sent:
+            return sent.pop()
+        await ended.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        received.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            ended.set()
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "scheme": "http",
+        "server": ("test", 80),
+        "client": ("test", 1),
+    }
+    try:
+        await app(scope, receive, send)
+    except Exception:
+        if strict:
+            raise
+    return received[0]["status"], b"".join(message.get("body", b"") for message in received[1:])

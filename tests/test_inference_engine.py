@@ -1,0 +1,376 @@
+"""The engine on real ranks: its tokens and logits are those of one process, and no key is kept twice."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import inference_models as models
+import numpy as np
+import pytest
+import torch
+
+from helix_megatron.inference.cache_layouts import NAMES, DecodeShape, cache_layout
+from helix_megatron.inference.request import Request, Sampling
+from helix_megatron.layout import HeadLayout
+from helix_megatron.megatron.self_attention import HelixSelfAttention
+
+GREEDY = Sampling(max_tokens=256, temperature=0)
+SHORT = Sampling(max_tokens=24, temperature=0)
+# Segments for 2, 4 and 8 ranks: as few as the key-value heads allow, so that all three kinds of cut appear.
+SEGMENTS = {"MHA": {2: 2, 4: 2, 8: 2}, "GQA": {2: 2, 4: 2, 8: 4}, "MQA": {2: 2, 4: 4, 8: 8}}
+
+
+@pytest.fixture(scope="module")
+def reference(pool) -> Any:
+    """Tokens of stock megatron-core in one process, without any cache, by kind of attention."""
+    known: dict[tuple[str, int], list[list[int]]] = {}
+
+    def of(kind: str, count: int) -> list[list[int]]:
+        if (kind, count) not in known:
+            flags = models.flags(*models.HEADS[kind])
+            known[kind, count] = pool.run(
+                models.greedy_without_cache, flags, models.prompts(), count, world_size=1
+            )[0]
+        return known[kind, count]
+
+    return of
+
+
+def three_caches(text: str, world_size: int, sampling: Sampling) -> dict[str, Any]:
+    """One run after the other in the same processes."""
+    from helix_megatron import parallel_state
+
+    found = {}
+    for cache in NAMES:
+        found[cache] = models.generate(text, world_size, cache, models.prompts(), sampling)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("kind", models.HEADS)
+def test_256_greedy_tokens_are_those_of_one_process(pool, reference, kind, ranks):
+    """Every cache layout, prompts of mixed lengths, one token of which every step depends on all before."""
+    expected = reference(kind, 256)
+    assert len({tuple(tokens) for tokens in expected}) == len(expected), "prompts that say the same"
+    text = models.flags(*models.HEADS[kind], ranks=ranks, segments=SEGMENTS[kind][ranks])
+    answers = pool.run(three_caches, text, ranks, GREEDY, world_size=ranks)
+    for cache in NAMES:
+        assert answers[0][cache]["tokens"] == expected, cache
+        assert answers[0][cache]["reasons"] == ["length"] * len(expected)
+        assert [answer[cache]["left"] for answer in answers] == [0] * ranks, "pages left behind"
+
+
+@pytest.mark.parametrize("query_layout", ["heads", "segments"])
+def test_both_query_layouts(pool, reference, query_layout):
+    """Query heads dealt whole, or cut: other exchanges, the same tokens."""
+    more = f"--helix-query-layout {query_layout}"
+    text = models.flags(*models.HEADS["GQA"], ranks=4, segments=4, more=more)
+    answers = pool.run(three_caches, text, 4, SHORT, world_size=4)
+    expected = [tokens[:24] for tokens in reference("GQA", 256)]
+    assert all(answers[0][cache]["tokens"] == expected for cache in NAMES)
+
+
+def test_one_process(pool, reference):
+    """Without segments the same engine serves the stock layer."""
+    text = models.flags(*models.HEADS["GQA"])
+    answer = pool.run(models.generate, text, 1, "batch", models.prompts(), GREEDY, world_size=1)[0]
+    assert answer["tokens"] == reference("GQA", 256)
+
+
+def test_whole_heads_on_several_ranks(pool, reference):
+    """m = 1, TP 2: nothing to exchange in attention."""
+    text = models.flags(*models.HEADS["GQA"], ranks=2)
+    answer = pool.run(models.generate, text, 2, "batch", models.prompts(), SHORT, world_size=2)[0]
+    assert answer["tokens"] == [tokens[:24] for tokens in reference("GQA", 256)]
+
+
+# ------------------------------------------------------------------------------ logits
+
+VARIANTS = {
+    "plain": "",
+    "partial rotary": "--rotary-percent 0.5",
+    "interleaved": "--rotary-interleaved",
+    "learned positions": "--position-embedding-type learned_absolute",
+    "window": "--window-size 5",
+    "query-key norm": "--qk-layernorm",
+    "output gate": "--attention-output-gate",
+    "biases": "--add-qkv-bias",
+    "untied": "--untie-embeddings-and-output-weights",
+    "experts": "--num-experts 4 --moe-ffn-hidden-size 32",
+}
+
+
+def plans(lengths: tuple[int, ...], tokens: list[list[int]], members: int) -> Any:
+    """Steps that compute several sequences together: a prompt in two chunks, then tokens one by one."""
+    from helix_megatron.inference.step import Piece, StepPlan
+
+    for step in range(max(map(len, tokens))):
+        pieces = []
+        for number, (first, row) in enumerate(zip(lengths, tokens, strict=True)):
+            # Sequence `number` joins in step `number`, with its first chunk.
+            at = step - number
+            bounds = [0, first, first + 3, *range(first + 4, len(row) + 1)]
+            if 0 <= at < len(bounds) - 1:
+                part = np.asarray(row[bounds[at] : bounds[at + 1]], dtype=np.int64)
+                pieces.append(Piece(number, bounds[at], part, number % members, len(row), True))
+        if pieces:
+            yield StepPlan(pieces=tuple(pieces))
+
+
+def logits_of_steps(
+    text: str, world_size: int, cache: str, dtype: torch.dtype, gathers: bool = False
+) -> list[np.ndarray] | None:
+    """Logits after every piece, sequence by sequence; None but on rank 0."""
+    runner, _ = models.make_engine(text, world_size, cache, dtype=dtype)
+    if gathers:
+        runner.attention.gathers_up_to = 1 << 30
+    lengths = (5, 1, 19)
+    found: list[list[Any]] = [[] for _ in lengths]
+    for plan in plans(lengths, models.prompts((30, 24, 40)), runner.book.members):
+        logits = runner.run(plan)
+        if logits is not None:
+            for piece, row in zip(plan.pieces, logits, strict=True):
+                found[piece.sequence].append(row.numpy())
+    return [np.stack(rows) for rows in found] if found[0] else None
+
+
+def logits_without_cache(text: str, dtype: torch.dtype) -> list[np.ndarray]:
+    """The same positions from one full forward pass of each sequence, in one process."""
+    _, model = models.build(text, 1, dtype)
+    for layer in model.decoder.layers:  # stock takes the gate's sigmoid in fp32
+        gate = types.MethodType(HelixSelfAttention._apply_output_gate, layer.self_attention)
+        layer.self_attention._apply_output_gate = gate
+    found = []
+    with torch.inference_mode():
+        for first, row in zip((5, 1, 19), models.prompts((30, 24, 40)), strict=True):
+            tokens = torch.tensor([row])
+            logits = model(tokens, torch.arange(len(row)).unsqueeze(0), None)[0]
+            ends = [first, first + 3, *range(first + 4, len(row) + 1)]
+            found.append(logits[np.asarray(ends) - 1, : models.VOCABULARY].numpy())
+    return found
+
+
+def relative_error(pool, kind: str, more: str, cache: str, ranks: int, **options: Any) -> float:
+    """Largest difference of logits between ranks with a cache and one process without, of their largest."""
+    segments = SEGMENTS[kind][ranks]
+    parallel = "--sequence-parallel" if "experts" in more else ""
+    text = models.flags(
+        *models.HEADS[kind], ranks=ranks, segments=segments, more=f"{more} {parallel}"
+    )
+    cached = pool.run(
+        logits_of_steps, text, ranks, cache, torch.float64, world_size=ranks, **options
+    )[0]
+    alone = models.flags(*models.HEADS[kind], more=more)
+    full = pool.run(logits_without_cache, alone, torch.float64, world_size=1)[0]
+    assert cached is not None
+    assert all(rows.dtype == np.float64 for rows in cached)
+    scale = max(abs(rows).max() for rows in full)
+    return float(max(abs(a - b).max() for a, b in zip(cached, full, strict=True)) / scale)
+
+
+@pytest.mark.parametrize("cache", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fp64_logits_equal_one_process(pool, name, cache):
+    """Chunks, decoding and sequences that join later: the same numbers as one full forward pass."""
+    assert relative_error(pool, "GQA", VARIANTS[name], cache, 4) <= 1e-10
+
+
+@pytest.mark.parametrize("cache", NAMES)
+def test_small_messages_may_be_gathered(pool, cache):
+    """What NCCL does with small messages of two ranks, here over gloo."""
+    assert relative_error(pool, "MQA", "", cache, 2, gathers=True) <= 1e-10
+
+
+def test_segment_local_attention_is_served(pool):
+    """Another architecture: the cache holds h·m heads of d/m dimensions, and nothing is exchanged."""
+    more = "--helix-attention segment-local"
+    text = models.flags(4, 2, ranks=4, segments=2, more=more)
+    cached = pool.run(logits_of_steps, text, 4, "segment", torch.float64, world_size=4)[0]
+    full = pool.run(logits_on_ranks, text, world_size=4)[0]
+    difference = max(abs(a - b).max() for a, b in zip(cached, full, strict=True))
+    assert difference <= 1e-10 * max(abs(rows).max() for rows in full)
+
+
+def logits_on_ranks(text: str) -> list[np.ndarray]:
+    """As `logits_without_cache`, on the ranks of the layout itself."""
+    _, model = models.build(text, 4, torch.float64)
+    found = []
+    with torch.inference_mode():
+        for first, row in zip((5, 1, 19), models.prompts((30, 24, 40)), strict=True):
+            positions = torch.arange(len(row)).unsqueeze(0)
+            logits = model(torch.tensor([row]), positions, None, runtime_gather_output=True)[0]
+            ends = [first, first + 3, *range(first + 4, len(row) + 1)]
+            found.append(logits[np.asarray(ends) - 1, : models.VOCABULARY].numpy())
+    return found
+
+
+# --------------------------------------------------------------------- memory and bytes
+
+
+def cache_bytes(text: str, world_size: int, cache: str, pages: int, count: int) -> tuple[int, int]:
+    """(bytes of this rank's pool, largest number of pages in use) after sequences of 61 positions."""
+    from helix_megatron.inference.step import Piece, StepPlan
+
+    runner, _ = models.make_engine(text, world_size, cache, pages=pages)
+    tokens = np.zeros(61, dtype=np.int64)
+    pieces = [Piece(n, 0, tokens, n % runner.book.members, 61, True) for n in range(count)]
+    runner.run(StepPlan(pieces=tuple(pieces)))
+    return runner.cache.k.nbytes + runner.cache.v.nbytes, runner.book.used
+
+
+def stock_cache_bytes(text: str, world_size: int, count: int) -> int:
+    """Bytes of megatron-core's static context on this rank, for the same sequences."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    _, model = models.build(text, world_size)
+    context = StaticInferenceContext(max_batch_size=count, max_sequence_length=61)
+    with torch.inference_mode():
+        tokens = torch.zeros(count, 61, dtype=torch.long)
+        positions = torch.arange(61).expand(count, -1)
+        model(tokens, positions, None, inference_context=context, runtime_gather_output=True)
+    return sum(k.nbytes + v.nbytes for k, v in context.key_value_memory_dict.values())
+
+
+@pytest.mark.parametrize(("kind", "segments"), [("MQA", 4), ("GQA", 2)])
+def test_keys_and_values_are_kept_once(pool, kind, segments):
+    """Pools that hold one copy and at most a page more on each rank are enough; stock keeps p/g copies."""
+    heads, groups = models.HEADS[kind]
+    count = segments
+    copy = (
+        2 * 2 * count * 61 * groups * 16 * 4
+    )  # keys and values, layers, sequences, positions, heads, d, fp32
+    text = models.flags(heads, groups, ranks=4, segments=segments)
+    blocks = -(-61 // models.PAGE)
+    for cache in NAMES:
+        whole = cache != "segment"
+        pages = count * blocks // (segments if whole else 1)
+        found = pool.run(cache_bytes, text, 4, cache, pages, count, world_size=4)
+        total = sum(size for size, _ in found)
+        page = 2 * 2 * models.PAGE * groups // (4 // segments) * 16 * 4
+        assert found[0][1] == pages * (segments if whole else 1), "every page is in use"
+        assert copy <= total <= copy + 4 * page, cache
+    if groups < 4:  # megatron-core gives a rank a whole head of its own
+        stock = pool.run(
+            stock_cache_bytes, models.flags(heads, groups, ranks=4), 4, count, world_size=4
+        )
+        assert sum(stock) == copy * 4 // groups
+
+
+def bytes_of_a_token(text: str, world_size: int, cache: str, contexts: list[int]) -> list[int]:
+    """Bytes that this rank sends in attention for one token of each of 4 sequences, by context."""
+    from helix_megatron.inference.step import Piece, StepPlan
+    from helix_megatron.meter import EXCHANGE, measure
+
+    longest = max(contexts) + 1
+    pages = 4 * -(-longest // 64) + 4
+    runner, _ = models.make_engine(
+        text, world_size, cache, pages=pages, page_size=64, max_context=longest
+    )
+    found = []
+    for context in contexts:
+        token = np.zeros(1, dtype=np.int64)
+        members = runner.book.members
+        pieces = [Piece(n, context, token, n % members, longest, True) for n in range(4)]
+        with measure() as meter:
+            runner.run(StepPlan(pieces=tuple(pieces)))
+        found.append(meter.bytes(EXCHANGE))
+        runner.run(StepPlan(drops=(0, 1, 2, 3)))
+    return found
+
+
+@pytest.mark.parametrize("query_layout", ["heads", "segments"])
+@pytest.mark.parametrize("cache", NAMES)
+def test_bytes_of_a_token_at_1k_4k_and_16k(pool, cache, query_layout):
+    """Independent of the context for batch and sequence, and what the cost model says for all three."""
+    contexts = [1023, 4095, 16383]
+    more = f"--helix-query-layout {query_layout}"
+    text = models.flags(4, 1, ranks=4, segments=4, more=more)
+    found = pool.run(bytes_of_a_token, text, 4, cache, contexts, world_size=4)
+    sent = [sum(rank[i] for rank in found) for i in range(3)]
+    layout = HeadLayout(4, 1, 16, 1, 4, query_layout)
+    shapes = [DecodeShape(layout, 4, context + 1, 4) for context in contexts]
+    assert sent == [2 * 4 * cache_layout(cache).bytes(shape) for shape in shapes]  # layers, ranks
+    assert (sent[0] == sent[1] == sent[2]) == (cache != "segment")
+    assert sent[0] > 0
+
+
+# ------------------------------------------------------------------------------ batching
+
+
+def with_little_room(text: str, world_size: int, cache: str, pages: int) -> dict[str, Any]:
+    return models.generate(
+        text, world_size, cache, models.prompts(), SHORT, pages=pages, max_context=96
+    )
+
+
+@pytest.mark.parametrize(("cache", "pages"), [("batch", 12), ("sequence", 8), ("segment", 13)])
+def test_preempted_sequences_get_the_same_tokens(pool, reference, cache, pages):
+    """Room for one long sequence only: the others are computed anew, and nothing is lost or left."""
+    text = models.flags(*models.HEADS["GQA"], ranks=4, segments=2)
+    answers = pool.run(with_little_room, text, 4, cache, pages, world_size=4)
+    assert answers[0]["tokens"] == [tokens[:24] for tokens in reference("GQA", 256)]
+    assert answers[0]["stats"].preemptions > 0
+    assert [answer["left"] for answer in answers] == [0] * 4
+
+
+def cancel_some(text: str, world_size: int, cache: str) -> dict[str, Any]:
+    """Every other sequence is cancelled after its third token."""
+    from helix_megatron.inference.engine import follow
+
+    runner, engine = models.make_engine(text, world_size, cache)
+    if engine is None:
+        follow(runner)
+        return {"left": runner.book.used}
+
+    class Impatient(models.Collected):
+        request: Request
+
+        def __call__(self, output: Any) -> None:
+            super().__call__(output)
+            if len(self.tokens) == 3 and output.reason is None:
+                engine.cancel(self.request)
+
+    listeners = [(Impatient if row % 2 else models.Collected)() for row in range(5)]
+    requests = [
+        Request(tuple(prompt), SHORT, listener)
+        for prompt, listener in zip(models.prompts(), listeners, strict=True)
+    ]
+    for request, listener in zip(requests, listeners, strict=True):
+        listener.request = request  # type: ignore[union-attr]
+    engine.submit(requests)
+    engine.stop()
+    engine.run()
+    return {
+        "tokens": [listener.tokens for listener in listeners],
+        "reasons": [listener.output.reason for listener in listeners if listener.output],
+        "left": engine._scheduler.book.used,
+    }
+
+
+@pytest.mark.parametrize("cache", NAMES)
+def test_cancelled_sequences_disturb_nobody(pool, reference, cache):
+    """The others get their tokens, and the pages of the cancelled ones are free, on every rank."""
+    text = models.flags(*models.HEADS["GQA"], ranks=4, segments=2)
+    answers = pool.run(cancel_some, text, 4, cache, world_size=4)
+    expected = [tokens[:24] for tokens in reference("GQA", 256)]
+    assert answers[0]["reasons"] == ["length", "cancelled"] * 2 + ["length"]
+    for row, tokens in enumerate(answers[0]["tokens"]):
+        assert tokens == expected[row][: 3 if row % 2 else 24]
+    assert [answer["left"] for answer in answers] == [0] * 4
+
+
+def sampled(text: str, world_size: int, cache: str, seed: int) -> list[list[int]] | None:
+    sampling = Sampling(max_tokens=16, temperature=1.5, top_k=50, top_p=0.9, seed=seed)
+    answer = models.generate(text, world_size, cache, models.prompts(), sampling)
+    return answer.get("tokens")
+
+
+def test_sampled_tokens_belong_to_the_seed(pool):
+    """The same at every layout and whatever else is in the batch; others for another seed."""
+    heads = models.HEADS["GQA"]
+    alone = pool.run(sampled, models.flags(*heads), 1, "batch", 7, world_size=1)[0]
+    text = models.flags(*heads, ranks=4, segments=2)
+    assert pool.run(sampled, text, 4, "sequence", 7, world_size=4)[0] == alone
+    assert pool.run(sampled, text, 4, "batch", 8, world_size=4)[0] != alone

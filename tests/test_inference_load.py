@@ -1,0 +1,470 @@
+"""A model loaded for inference computes what transformers computes, from any kind of checkpoint at any layout.
+
+The oracle is `transformers`: it makes the models, saves them, and computes the logits, in fp32 and in fp64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import save, tokens
+from pool import RankError
+from torch.overrides import TorchFunctionMode
+
+from helix_megatron import cli
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError
+from helix_megatron.inference.arguments import add_checkpoint_arguments, inference_args
+from helix_megatron.inference.model_flags import Description, check_cuts, deal_experts
+from helix_megatron.inference.tokens import ByteTokens, open_tokens
+
+FP32, FP64 = 1e-5, 1e-10
+SEQUENCE = 24
+
+
+def parsed(command: str, path: Path | str) -> argparse.Namespace:
+    parser = add_checkpoint_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return parser.parse_args(["--load", str(path), *command.split()])
+
+
+def args_of(command: str, path: Path | str, world_size: int = 1) -> argparse.Namespace:
+    return inference_args(parsed(command, path), world_size)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """`models(name)`: (directory, logits of transformers in fp32 and fp64), made once."""
+
+    @functools.cache
+    def make(name: str) -> tuple[Path, torch.Tensor, torch.Tensor]:
+        directory = tmp_path_factory.mktemp("model")
+        logits = save(name, directory)
+        return directory, logits, double_logits(directory)
+
+    return make
+
+
+class Wide(TorchFunctionMode):
+    """transformers computes norms and softmax in fp32 whatever the model's dtype; here in fp64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.float:
+            return args[0].double()
+        wide = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return function(*wide, **named)
+
+
+def double_logits(directory: Path) -> torch.Tensor:
+    """Of transformers in fp64, rotary tables excepted, which it and Megatron alike make in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float64, experts_implementation="eager"
+    ).eval()
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.forward = without_modes(module.forward)
+    with torch.no_grad(), Wide():
+        return model(tokens(SEQUENCE), use_cache=False).logits
+
+
+def without_modes(function):
+    def call(*args, **kwargs):
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def logits_of(
+    path: str, command: str, length: int = SEQUENCE
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """On a rank: logits [2, s, V] of a plain full forward pass, and what was chosen."""
+    import torch.distributed as dist
+
+    from helix_megatron.inference.load import TORCH_DTYPES, inference_groups, load_model
+
+    args = args_of(command, path, dist.get_world_size())
+    inference_groups(args)
+    model = load_model(args)
+    assert not model.training
+    for parameter in model.parameters():
+        assert parameter.dtype == TORCH_DTYPES[args.dtype] and not parameter.requires_grad
+    ids = tokens(SEQUENCE)[:, :length]
+    if length < SEQUENCE:
+        ids = ids[:1]
+    positions = torch.arange(length).expand_as(ids)
+    with torch.no_grad():
+        logits = model(ids, positions, None, runtime_gather_output=True)
+    chosen = {
+        "m": args.intra_head_parallel_size,
+        "ep": args.expert_model_parallel_size,
+        "etp": args.expert_tensor_parallel_size,
+        "sp": args.sequence_parallel,
+        "heads": args.num_attention_heads,
+    }
+    return logits[..., : args.vocab_size], chosen
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert wanted.abs().max() > 1 and found.isfinite().all() and found.dtype == wanted.dtype
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def convert(source: Path, target: Path, command: str) -> Path:
+    assert cli.main(["convert", str(source), str(target), *command.split()]) == 0
+    return target
+
+
+# ------------------------------------------------------------------------- logits
+
+# name: what is chosen on 2 and on 4 ranks, (m, EP, ETP)
+CHOSEN = {
+    "llama 2": ((1, 1, None), (1, 1, None)),
+    "qwen3": ((1, 1, None), (2, 1, None)),
+    "gemma": ((2, 1, None), (4, 1, None)),
+    "gpt2": ((1, 1, None), (1, 1, None)),
+    "mixtral": ((1, 2, 1), (2, 4, 1)),
+    "qwen2 moe": ((1, 2, 1), (2, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", CHOSEN)
+def test_logits_are_those_of_transformers(pool, models, name, ranks):
+    """Multi-head, grouped and multi-query attention, learned positions, experts; on the layout chosen."""
+    directory, single, double = models(name)
+    experts = CHOSEN[name][0][2] is not None
+    alone = (1, 1, 1 if experts else None)
+    layout = (alone, *CHOSEN[name])[ranks.bit_length() - 1]
+    for command, wanted, tolerance in (("", single, FP32), ("--dtype fp64", double, FP64)):
+        for logits, chosen in pool.run(logits_of, str(directory), command, world_size=ranks):
+            # Megatron's router takes the softmax of its scores in fp32, whatever the model's dtype.
+            assert error(logits, wanted) < (max(tolerance, 1e-6) if experts else tolerance)
+            assert chosen["sp"] == (experts and ranks > 1)
+            assert (chosen["m"], chosen["ep"], chosen["etp"]) == layout
+
+
+LAYOUTS = [
+    ("qwen3", 2, "--intra-head-parallel-size 2"),
+    ("qwen3", 4, "--intra-head-parallel-size 2 --helix-query-layout segments"),
+    ("llama with biases, tied", 4, ""),
+    ("llama 2", 4, "--intra-head-parallel-size 4"),
+    ("qwen2 moe", 4, "--expert-model-parallel-size 2 --expert-tensor-parallel-size 2"),
+    ("qwen2 moe", 4, "--expert-model-parallel-size 1 --expert-tensor-parallel-size 1"),
+    ("mixtral", 4, "--expert-tensor-parallel-size 4 --moe-token-dispatcher-type allgather"),
+]
+
+
+@pytest.mark.parametrize(("name", "ranks", "command"), LAYOUTS)
+def test_every_layout_is_exact(pool, models, name, ranks, command):
+    """fp64 against the same model on one rank; experts too, whose router rounds alike on all ranks."""
+    directory, *_ = models(name)
+    ((alone, _),) = pool.run(logits_of, str(directory), "--dtype fp64", world_size=1)
+    for logits, _ in pool.run(
+        logits_of, str(directory), f"--dtype fp64 {command}", world_size=ranks
+    ):
+        assert error(logits, alone) < FP64
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_three_tokens_of_experts(pool, models, dispatcher):
+    """A step of decoding: fewer tokens than ranks are padded to one for each, and most experts get none."""
+    directory, *_ = models("qwen2 moe")
+    command = f"--dtype fp64 --moe-token-dispatcher-type {dispatcher}"
+    ((alone, _),) = pool.run(logits_of, str(directory), command, 3, world_size=1)
+    for logits, _ in pool.run(logits_of, str(directory), command, 4, world_size=4):
+        assert error(logits[:, :3], alone) < FP64
+
+
+def test_what_training_saved(pool, tmp_path):
+    """Its optimizer state is left alone, its layout and dropout are its own; and its tokens are bytes."""
+    flags = (
+        "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --train-iters 1 "
+    )
+    flags += (
+        "--tensor-model-parallel-size 4 --intra-head-parallel-size 4 --init-method-std 0.5 --bf16 "
+    )
+    flags += f"--hidden-dropout 0.1 --make-vocab-size-divisible-by 320 --save {tmp_path}"
+    pool.run(train, flags, world_size=4, timeout=120)
+    own = pool.run(logits_of, str(tmp_path), "--dtype fp64", world_size=1)[0][0]
+    less_padding = "--dtype fp64 --make-vocab-size-divisible-by 1"
+    logits = pool.run(logits_of, str(tmp_path), less_padding, world_size=2)[0][0]
+    assert logits.shape[-1] == 256 and error(logits, own) < FP64
+    args = args_of("", tmp_path)
+    assert (args.vocab_size, args.hidden_dropout, args.max_position_embeddings) == (256, 0, 32)
+    assert isinstance(open_tokens(args), ByteTokens)
+
+
+def train(flags: str) -> None:
+    """On a rank."""
+    import torch.distributed as dist
+
+    from helix_megatron.megatron import cpu_runtime
+    from helix_megatron.training.arguments import parse_args
+    from helix_megatron.training.pretrain import training
+    from helix_megatron.training.validate import validate
+
+    cpu_runtime.install()
+    list(training(validate(parse_args(flags.split()), dist.get_world_size())))
+
+
+def test_every_kind_of_checkpoint(pool, models, tmp_path):
+    """Canonical ones, files per rank of another layout and padding, stock Megatron's: the same bits."""
+    directory, single, _ = models("qwen3")
+    canonical = convert(directory, tmp_path / "store", "--to canonical")
+    cut = "--tensor-model-parallel-size 4 --intra-head-parallel-size 2"
+    ranks = convert(
+        canonical, tmp_path / "ranks", f"--to ranks {cut} --make-vocab-size-divisible-by 64"
+    )
+    stock = convert(directory, tmp_path / "stock", "--to canonical")
+    for name in ("helix.json", "helix.json.sha256"):
+        (stock / "release" / name).unlink()
+    found = [
+        pool.run(logits_of, str(path), "", world_size=2)[0][0]
+        for path in (directory, canonical, ranks, stock)
+    ]
+    assert error(found[0], single) < FP32
+    assert all(logits.equal(found[0]) for logits in found[1:])
+
+
+def test_segment_local_checkpoints(pool, models, tmp_path):
+    """As what they are, ordinary models with more heads; and by the attention that they were made for."""
+    directory, *_ = models("llama 2")
+    local = convert(
+        directory,
+        tmp_path / "local",
+        "--to canonical --attention segment-local --segments 2 --allow-quality-loss",
+    )
+    ((alone, chosen),) = pool.run(logits_of, str(local), "--dtype fp64", world_size=1)
+    assert chosen["heads"] == 8
+    own = "--dtype fp64 --helix-attention segment-local"
+    for command, heads in (("--dtype fp64", 8), (own, 4)):
+        for logits, chosen in pool.run(logits_of, str(local), command, world_size=2):
+            assert error(logits, alone) < FP64
+            assert chosen["heads"] == heads
+    for logits, chosen in pool.run(
+        logits_of, str(local), "--dtype fp64 --intra-head-parallel-size 2", world_size=4
+    ):
+        assert error(logits, alone) < FP64 and chosen["m"] == 2
+    with pytest.raises(HelixError, match=r"segment-local attention of 2 segments, and .* is 4"):
+        args_of("--helix-attention segment-local --intra-head-parallel-size 4", local, 4)
+    with pytest.raises(HelixError, match=r"holds ordinary weights.*helix convert"):
+        args_of("--helix-attention segment-local --intra-head-parallel-size 2", directory, 2)
+
+
+def parts_of(path: str, command: str) -> tuple[dict[str, torch.dtype], int]:
+    """On a rank: dtypes of the parameters, and bytes of them."""
+    import torch.distributed as dist
+
+    from helix_megatron.inference.load import inference_groups, load_model
+
+    args = args_of(command, path, dist.get_world_size())
+    inference_groups(args)
+    model = load_model(args)
+    named = dict(model.named_parameters())
+    return {n: p.dtype for n, p in named.items()}, sum(p.nbytes for p in named.values())
+
+
+def test_half_precision_is_half_the_bytes(pool, models):
+    """Learned positions too, which Megatron makes in fp32; and the router, as in its own models."""
+    for name in ("gpt2", "mixtral"):
+        directory, *_ = models(name)
+        ((_, single),) = pool.run(parts_of, str(directory), "", world_size=1)
+        ((dtypes, half),) = pool.run(parts_of, str(directory), "--dtype bf16", world_size=1)
+        assert set(dtypes.values()) == {torch.bfloat16}
+        assert 2 * half == single
+        logits, _ = pool.run(logits_of, str(directory), "--dtype bf16", world_size=1)[0]
+        assert logits.dtype == torch.bfloat16
+        wanted = models(name)[1]
+        assert 0 < (logits.float() - wanted).abs().max() / wanted.abs().max() < 0.1
+
+
+# ------------------------------------------------------------------------- damage
+
+
+def test_damaged_files_are_refused(pool, models, tmp_path):
+    """A flipped bit in a weight would go unseen; every rank says the same."""
+    store = convert(models("qwen3")[0], tmp_path / "store", "--to canonical")
+    path = store / "release" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RankError, match=r"HelixError: .*__0_0.distcp") as caught:
+        pool.run(parts_of, str(store), "", world_size=2)
+    assert "raised, too" in str(caught.value)
+
+
+def remove_a_layer(path: str) -> None:
+    """On a rank: build a model of fewer layers than the checkpoint has, and the reverse."""
+    from helix_megatron.inference.load import inference_groups, load_model
+
+    args = args_of("", path)
+    inference_groups(args)
+    args.num_layers = 1
+    with pytest.raises(
+        HelixError, match=r"has 8 tensors that have no place.*decoder.layers.1.*, …"
+    ):
+        load_model(args)
+    args.num_layers = 3
+    with pytest.raises(
+        HelixError, match=r"has no tensor decoder.layers.2.*, which the model needs"
+    ):
+        load_model(args)
+
+
+def test_every_tensor_has_its_place(pool, models):
+    """Tensors without a place and places without a tensor are both named."""
+    pool.run(remove_a_layer, str(models("qwen3")[0]), world_size=1)
+
+
+# -------------------------------------------------------------------------- flags
+
+
+def test_namespace(models):
+    """What training's validation leaves, for inference; and sentences about what was chosen."""
+    args = args_of("", models("qwen3")[0], 4)
+    assert (args.world_size, args.data_parallel_size, args.pipeline_model_parallel_size) == (
+        4,
+        1,
+        1,
+    )
+    assert (args.vocab_size, args.max_position_embeddings) == (91, 64)
+    assert args.padded_vocab_size % 4 == 0
+    assert (args.helix.intra_head_parallel_size, args.layout.head_groups) == (2, 2)
+    assert not args.sequence_parallel and args.recompute_granularity is None
+    assert (args.dtype, args.bf16, args.fp16) == ("fp32", False, False)
+    assert args.notes == (
+        "2 key-value heads on 4 ranks: every head is cut into 2 segments (--intra-head-parallel-size 2), in 2 "
+        "head groups.",
+    )
+    args = args_of("--dtype bf16 --seed 3", models("mixtral")[0], 2)
+    assert (args.bf16, args.seed, args.sequence_parallel) == (True, 3, True)
+    assert args.notes[1] == "4 experts on 2 ranks: 2 whole ones on each."
+
+
+def test_overrides_are_for_those_who_do_not_say_everything(models, tmp_path):
+    """A model that says what it is cannot be told otherwise; stock Megatron's can."""
+    directory, *_ = models("qwen3")
+    with pytest.raises(HelixError, match=r"--rotary-base 5: .* holds a model with \d+\. Leave"):
+        args_of("--rotary-base 5", directory)
+    longer = args_of("--max-position-embeddings 128", directory)
+    assert longer.max_position_embeddings == 128
+    assert longer.notes == ("--max-position-embeddings is 128, where the checkpoint says 64.",)
+    stock = convert(directory, tmp_path / "stock", "--to canonical")
+    for name in ("helix.json", "helix.json.sha256"):
+        (stock / "release" / name).unlink()
+    assert args_of("--rotary-base 5", stock).rotary_base == 5
+    learned, *_ = models("gpt2")
+    with pytest.raises(HelixError, match=r"--max-position-embeddings 128: .* model with 64"):
+        args_of("--max-position-embeddings 128", learned)
+
+
+WRONG = [
+    (
+        "qwen3",
+        4,
+        "--tensor-model-parallel-size 2",
+        r"2 and 4 ranks: .*Start 2 ranks \(--nproc-per-node 2",
+    ),
+    ("qwen3", 1, "--tensor-model-parallel-size 0", "It must be at least 1"),
+    ("qwen3", 3, "", r"cannot be dealt to 3 .* Valid numbers of ranks up to 5: 1, 2, 4"),
+    ("qwen3", 2, "--intra-head-parallel-size 4", "does not divide the tensor parallel size 2"),
+    ("qwen3", 64, "", r"4 query and 2 key-value heads of 16 dimensions cannot be dealt to 64"),
+    ("llama 2", 32, "", r"cannot be dealt to 32 tensor parallel ranks, whole or cut"),
+    ("wide", 2, "", r"47 columns \(--ffn-hidden-size\) cannot be cut for 2"),
+    ("qwen3", 2, "--expert-model-parallel-size 2", "the model has no experts"),
+    (
+        "qwen3",
+        1,
+        "--ckpt-step 5",
+        r"--ckpt-step 5 chooses among .* holds one model \(huggingface\)",
+    ),
+    ("qwen2 moe", 4, "--expert-model-parallel-size 3", "4 experts cannot be dealt evenly to 3"),
+]
+
+
+@pytest.mark.parametrize(("name", "ranks", "command", "text"), WRONG)
+def test_what_does_not_fit_is_told_before_a_rank_starts(models, name, ranks, command, text):
+    """With the valid values, in one place, and not from inside Megatron."""
+    if name == "wide":  # a size that no model of the families' has
+        flags = {
+            "num_layers": 1,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "padded_vocab_size": 8,
+        }
+        odd = Description(
+            Path(), "canonical", flags | {"ffn_hidden_size": 47}, "exact", 1, "fp32", True
+        )
+        with pytest.raises(HelixError, match=text):
+            check_cuts(odd, odd.flags, ranks, 1, None, HelixConfig())
+        return
+    with pytest.raises(HelixError, match=text):
+        args_of(command, models(name)[0], ranks)
+
+
+MOE = {"num_experts": 6, "moe_ffn_hidden_size": 24, "hidden_size": 32, "num_layers": 1}
+MOE |= {"num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "asked", "expected"),
+    [
+        ({}, 2, (None, None), (2, 1)),
+        ({"disable_bias_linear": True}, 4, (None, None), (1, 4)),
+        ({}, 4, (None, None), "Valid pairs .*: 1 and 1, 2 and 1. 2 and 1 keep the fewest copies"),
+        (
+            {"disable_bias_linear": True},
+            16,
+            (None, None),
+            "24 columns do not divide by 16. Valid pairs .*2 and 8. 2 and 8 keep the fewest",
+        ),
+        ({}, 4, (2, None), (2, 1)),
+        ({"disable_bias_linear": True}, 4, (1, None), (1, 4)),
+        ({}, 4, (1, None), (1, 1)),
+        ({"disable_bias_linear": True}, 4, (None, 2), (2, 2)),
+        ({"disable_bias_linear": True}, 8, (None, 2), (1, 2)),
+        ({}, 4, (3, 2), (3, 2)),
+        ({"num_experts": None}, 4, (None, None), (1, None)),
+    ],
+)
+def test_experts_are_dealt_whole_or_cut(flags, ranks, asked, expected):
+    """Whole ones need the fewest messages; an odd number of them is cut; and biases cannot be cut."""
+    flags = MOE | flags
+    if isinstance(expected, str):
+        with pytest.raises(HelixError, match=expected):
+            deal_experts(flags, ranks, *asked, note=print)
+    else:
+        assert deal_experts(flags, ranks, *asked, note=print) == expected
+
+
+def test_newest_or_the_iteration_asked_for(models, tmp_path):
+    """`--ckpt-step` as in training."""
+    store = convert(models("qwen3")[0], tmp_path / "store", "--to canonical")
+    assert args_of("", store).load_path == str(store / "release")
+    with pytest.raises(HelixError, match="holds no complete checkpoint"):
+        args_of("--ckpt-step 7", store)
+
+
+def test_the_flags_are_known_without_torch():
+    """`helix generate --help` must answer at once."""
+    program = """
+import argparse, sys
+from helix_megatron.inference.arguments import add_checkpoint_arguments
+text = add_checkpoint_arguments(argparse.ArgumentParser()).format_help()
+assert "--intra-head-parallel-size" in text and "--rotary-base" in text and "--seq-length" not in text
+print(sorted({"torch", "megatron", "transformers"} & set(sys.modules)))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert run.stdout == "[]\n"

@@ -1,0 +1,305 @@
+"""`helix serve` and `helix generate` as their users run them: real ranks, a real client, real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import torch
+import transformers
+from tiny_transformers import randomize
+
+HELIX = (sys.executable, "-m", "helix_megatron.cli")
+START_SECONDS = 120.0
+MODEL = "tiny"
+RANKS = 4
+REQUESTS, TOKENS, CUT_OFF = 200, 24, 10
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A Llama of 2 layers with random weights and 2 key-value heads; its tokens are bytes."""
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    randomize(model)
+    path = tmp_path_factory.mktemp("served") / MODEL
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint) -> list[str]:
+    """What transformers generates greedily for every prompt, a full forward pass for every token."""
+    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    sequences = [list(prompt(row).encode()) for row in range(REQUESTS)]
+    with torch.inference_mode():
+        for _ in range(TOKENS):
+            longest = max(map(len, sequences))
+            ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
+            logits = model(ids).logits
+            for row, sequence in enumerate(sequences):
+                sequence.append(int(logits[row, len(sequence) - 1].argmax()))
+    return [bytes(s[-TOKENS:]).decode(errors="replace") for s in sequences]
+
+
+def prompt(row: int) -> str:
+    return f"request {row}: " + "lorem ipsum "[: row % 12] * (row % 5)
+
+
+class Served:
+    """A running `helix serve`: where it listens, and what it wrote to standard error."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._ready = threading.Event()
+        self.base = ""
+        threading.Thread(target=self._read, daemon=True).start()
+        if not self._ready.wait(START_SECONDS) or not self.base:
+            process.kill()
+            pytest.fail("the server did not start: " + "".join(self.lines))
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            found = re.search(r"http://\S+/v1", line)
+            if found:
+                self.base = found[0]
+                self._ready.set()
+        self._ready.set()
+
+    @property
+    def text(self) -> str:
+        return "".join(self.lines)
+
+    def metric(self, name: str) -> float:
+        url = self.base.removesuffix("/v1") + "/metrics"
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            text = reply.read().decode()
+        return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    def rank(self, number: int) -> psutil.Process:
+        for child in psutil.Process(self.process.pid).children():
+            if child.environ().get("RANK") == str(number):
+                return child
+        raise AssertionError(f"there is no rank {number}")
+
+
+@contextlib.contextmanager
+def served(checkpoint: Path, *flags: str, ranks: int = RANKS) -> Iterator[Served]:
+    command = [
+        *HELIX,
+        "serve",
+        "--load",
+        str(checkpoint),
+        "--tokenizer",
+        "byte",
+        "--port",
+        "0",
+        *flags,
+    ]
+    command += ["--nproc-per-node", str(ranks), "--distributed-timeout-minutes", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        yield Served(process)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        process.kill()
+        process.wait()
+
+
+async def stream_text(
+    client: openai.AsyncOpenAI, text: str, tokens: int, cut_after: int = 0
+) -> str:
+    """The text of a streamed completion; closed by this side after so many chunks, if asked."""
+    stream = await client.completions.create(
+        model=MODEL, prompt=text, max_tokens=tokens, temperature=0, stream=True
+    )
+    came, chunks = "", 0
+    async for chunk in stream:
+        came += "".join(choice.text for choice in chunk.choices)
+        chunks += 1
+        if cut_after and chunks == cut_after:
+            await stream.close()
+            break
+    return came
+
+
+def test_200_streams_of_which_some_are_cut_off(checkpoint, expected):
+    """All the others get their tokens, no page is left, and SIGTERM ends the server when they are done."""
+    cut = set(range(7, REQUESTS, REQUESTS // CUT_OFF))
+    assert len(cut) == CUT_OFF
+
+    async def clients(base: str) -> list[str]:
+        async with openai.AsyncOpenAI(base_url=base, api_key="none", timeout=240) as client:
+            return await asyncio.gather(
+                *(
+                    stream_text(client, prompt(row), TOKENS, cut_after=8 if row in cut else 0)
+                    for row in range(REQUESTS)
+                )
+            )
+
+    with served(checkpoint, "--max-sequences", "48", "--cache-memory", "0.001") as server:
+        texts = asyncio.run(clients(server.base))
+        assert server.metric("helix_cache_pages") > 0
+        for row, text in enumerate(texts):
+            assert expected[row].startswith(text) if row in cut else text == expected[row]
+        deadline = time.monotonic() + 20
+        while server.metric("helix_cache_pages_used") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for name in (
+            "helix_cache_pages_used",
+            "helix_engine_running_sequences",
+            "helix_engine_waiting_sequences",
+        ):
+            assert server.metric(name) == 0, name
+
+        client = openai.OpenAI(base_url=server.base, api_key="none")
+        stream = client.completions.create(
+            model=MODEL, prompt=prompt(0), max_tokens=120, temperature=0, stream=True
+        )
+        first = next(iter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        rest = list(stream)
+        assert first.choices and rest[-1].choices[0].finish_reason == "length"
+        assert server.process.wait(30) == 0, server.text
+
+
+def test_a_killed_rank_ends_all_streams_at_once(checkpoint):
+    """Every client hears of it, the server ends by itself, and says which rank is gone."""
+    started, ended = [], []
+
+    async def client_of(client: openai.AsyncOpenAI, row: int) -> str:
+        stream = await client.completions.create(
+            model=MODEL, prompt=prompt(row), max_tokens=200, temperature=0, stream=True
+        )
+        try:
+            async for _ in stream:
+                started.append(row)
+        except openai.APIError as error:
+            ended.append(time.monotonic())
+            return str(error)
+        return ""
+
+    async def clients(server: Served) -> list[str]:
+        async with openai.AsyncOpenAI(
+            base_url=server.base, api_key="none", timeout=60, max_retries=0
+        ) as client:
+            tasks = [asyncio.create_task(client_of(client, row)) for row in range(16)]
+            while len(set(started)) < len(tasks):
+                await asyncio.sleep(0.01)
+            server.rank(2).kill()
+            return await asyncio.gather(*tasks)
+
+    with served(checkpoint) as server:
+        killed = time.monotonic()
+        errors = asyncio.run(clients(server))
+        assert all(errors), errors
+        assert len(ended) == 16
+        assert max(ended) - killed < 45
+        assert server.process.wait(30) != 0
+        assert "rank 2" in server.text.lower()
+
+
+def test_the_whole_conversation_with_curl(checkpoint):
+    """Health, models, a key that is asked for, and a completion that is not streamed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HELIX_API_KEY", "secret")
+        with served(checkpoint, "--model-name", "mine", ranks=1) as server:
+            client = openai.OpenAI(base_url=server.base, api_key="secret", max_retries=0)
+            assert [model.id for model in client.models.list()] == ["mine"]
+            answer = client.completions.create(model="mine", prompt=[1, 2, 3], max_tokens=5)
+            assert answer.usage is not None
+            assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 5)
+            with pytest.raises(openai.AuthenticationError):
+                client.with_options(api_key="wrong").models.list()
+            with pytest.raises(openai.BadRequestError, match="256"):
+                client.completions.create(model="mine", prompt="x" * 300, max_tokens=5)
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(30) == 0, server.text
+
+
+# ------------------------------------------------------------------------------ generate
+
+
+def generate(checkpoint: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [*HELIX, "generate", "--load", str(checkpoint), "--tokenizer", "byte", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env=environment, check=False
+    )
+
+
+def test_generate_on_ranks(checkpoint, expected):
+    """Prompts of several lengths, on as many ranks as heads and twice as many as key-value heads."""
+    prompts = [flag for row in range(3) for flag in ("--prompt", prompt(row))]
+    run = generate(
+        checkpoint, *prompts, "--max-tokens", str(TOKENS), "--json", "--nproc-per-node", "4"
+    )
+    assert run.returncode == 0, run.stderr
+    records = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [record["text"] for record in records] == expected[:3]
+    assert {record["finish_reason"] for record in records} == {"length"}
+    assert re.search(r"72 tokens of 3 prompts in .* tokens/s; .* ms per token", run.stderr)
+    assert "every head is cut into 2 segments" in run.stderr
+
+
+def test_generate_streams_to_the_terminal(checkpoint, expected):
+    """One prompt: its text and nothing else on standard output, up to a stop string."""
+    run = generate(checkpoint, "--prompt", prompt(0), "--max-tokens", str(TOKENS))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == expected[0] + "\n"
+    stop = expected[0][5:7]
+    run = generate(checkpoint, "--prompt", prompt(0), "--max-tokens", str(TOKENS), "--stop", stop)
+    assert run.stdout == expected[0][: expected[0].index(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "x", "--max-tokens", "0"], "max_tokens is 0. Valid: at least 1."),
+        (["--prompt", "x", "--max-tokens", "400"], "the longest context is 256"),
+        (["--prompt", "x", "--top-p", "0"], "top_p is 0.0. Valid: more than 0, up to 1."),
+        ([], "there is no prompt. Give --prompt TEXT or --prompt-file FILE."),
+        (["--prompt-file", "/nowhere"], "cannot read the prompt file /nowhere"),
+        (["--prompt", "x", "--page-size", "0"], "--page-size is 0. Give at least 1"),
+        (["--prompt", "x", "--nproc-per-node", "3"], "3"),
+    ],
+)
+def test_wrong_input_is_one_paragraph(checkpoint, flags, message):
+    """What is wrong, the valid values and what to try, before any model is loaded where that can be."""
+    run = generate(checkpoint, *flags)
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert message in re.sub(r"\s+", " ", run.stderr), run.stderr
