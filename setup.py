@@ -10,7 +10,7 @@ VERSION = next(
     for line in (ROOT / "helix_megatron" / "__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
-SERVE = ["fastapi", "uvicorn", "httptools", "pydantic>=2.12", "prometheus-client"]
+SERVE = ["fastapi", "uvicorn", "pydantic>=2.12", "prometheus-client"]
 
 setup(
     name="helix_megatron",

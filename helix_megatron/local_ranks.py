@@ -14,10 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 POLL_SECONDS = 0.05
 FAREWELL_SECONDS = 10.0  # for the other ranks to end by themselves when one has died
+ASKED_SECONDS = 2.0  # the same, where the first one ended because it was asked to
 PARENT = "HELIX_PARENT_PIPE"
 LOOPBACK = "lo"  # for gloo, where it exists: a host's name need not resolve
 
@@ -57,6 +58,8 @@ def start_ranks(number: int, command: Sequence[str]) -> int:
     try:
         environment = _environment(number) | {PARENT: str(listening)}
         for rank in range(number):
+            if asked:
+                break
             processes.append(
                 subprocess.Popen(
                     command,
@@ -66,7 +69,8 @@ def start_ranks(number: int, command: Sequence[str]) -> int:
                     start_new_session=True,  # a terminal's Ctrl-C comes here only
                 )
             )
-        return _wait(processes)
+        status = _wait(processes, asked)
+        return 128 + asked[0] if asked and status else status
     finally:
         _kill(processes)
         for signum, handler in before.items():
@@ -75,14 +79,20 @@ def start_ranks(number: int, command: Sequence[str]) -> int:
         os.close(writing)
 
 
-def end_with_parent() -> None:
-    """In a rank: end this process when the one that started it is gone. Does nothing elsewhere."""
+def end_with_parent(farewell: Callable[[], None] = lambda: None) -> None:
+    """In a rank: end this process when the one that started it is gone. Does nothing elsewhere.
+
+    Args:
+        farewell: called before, from another thread; it must not take longer than a few seconds.
+    """
     number = os.environ.pop(PARENT, None)
     if number is None:
         return
 
     def watch(descriptor: int) -> None:
         os.read(descriptor, 1)  # the parent never writes: this is its end
+        with contextlib.suppress(Exception):
+            farewell()
         os._exit(1)
 
     threading.Thread(target=watch, args=(int(number),), name="helix-parent", daemon=True).start()
@@ -106,7 +116,7 @@ def _environment(number: int) -> dict[str, str]:
     }
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
     """Until all have ended; where one failed, the others have a while to end by themselves."""
     deadline = None
     while True:
@@ -115,17 +125,19 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
             break
         failed = any(status not in (None, 0) for status in statuses)
         if deadline is None and (failed or statuses[0] == 0):
-            deadline = time.monotonic() + FAREWELL_SECONDS
+            deadline = time.monotonic() + (FAREWELL_SECONDS if not asked else ASKED_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
             _kill(processes)
             break
         time.sleep(POLL_SECONDS)
     codes = [process.wait() for process in processes]
     for rank, code in enumerate(codes):
-        if code < 0:
+        if code < 0 and not asked:
             name = signal.Signals(-code).name
             print(f"rank {rank} was ended by {name}", file=sys.stderr, flush=True)
     bad = [code for code in codes if code]
+    if not processes:
+        return 1
     return 0 if not bad else next((code for code in bad if code > 0), 1)
 
 

@@ -23,7 +23,7 @@ train() {
 
 train one-process "(a) One process, stock attention" "${common[@]}"
 train helix-4-ranks "(b) Four processes for two heads: Helix, exact, n = 2 head groups of m = 2 segments" \
-  "${common[@]}" "${four[@]}"
+  "${common[@]}" "${four[@]}" --save "$out/helix-4-ranks/checkpoint"
 train moe-4-ranks "(c) Mixture of 8 experts, the same way on four processes" \
   "${common[@]}" "${four[@]}" "${experts[@]}"
 

@@ -25,7 +25,7 @@ from helix_megatron.inference.request import (
     StoppingError,
 )
 from helix_megatron.serving.app import make_app
-from helix_megatron.serving.server import Server
+from helix_megatron.serving.server import Server, listen
 from helix_megatron.serving.settings import ServerSettings
 
 MODEL = "org/model"
@@ -249,7 +249,7 @@ def serving(engine: FakeEngine | None = None, **settings: Any) -> Iterator[Serve
     """A real server at a free port. The model's name is `org/model`."""
     engine = engine or FakeEngine()
     app = make_app(engine, FakeTokens(), ServerSettings(**{"model_name": MODEL, **settings}))
-    server = Server(app, "127.0.0.1", 0)
+    server = Server(app, listen("127.0.0.1", 0))
     port = server.start()
     try:
         yield Served(engine, server, f"http://127.0.0.1:{port}")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -162,7 +163,9 @@ def test_200_streams_of_which_some_are_cut_off(checkpoint, expected):
     assert len(cut) == CUT_OFF
 
     async def clients(base: str) -> list[str]:
-        async with openai.AsyncOpenAI(base_url=base, api_key="none", timeout=240) as client:
+        async with openai.AsyncOpenAI(
+            base_url=base, api_key="none", timeout=240, max_retries=0
+        ) as client:
             return await asyncio.gather(
                 *(
                     stream_text(client, prompt(row), TOKENS, cut_after=8 if row in cut else 0)
@@ -170,9 +173,11 @@ def test_200_streams_of_which_some_are_cut_off(checkpoint, expected):
                 )
             )
 
-    with served(checkpoint, "--max-sequences", "48", "--cache-memory", "0.001") as server:
+    # Room for fewer than the 48 sequences that may be under way: some must give up their pages again.
+    flags = ("--max-sequences", "48", "--cache-memory", "0.0003", "--drain-seconds", "120")
+    with served(checkpoint, *flags) as server:
         texts = asyncio.run(clients(server.base))
-        assert server.metric("helix_cache_pages") > 0
+        assert server.metric("helix_engine_preemptions_total") > 0
         for row, text in enumerate(texts):
             assert expected[row].startswith(text) if row in cut else text == expected[row]
         deadline = time.monotonic() + 20
@@ -193,12 +198,13 @@ def test_200_streams_of_which_some_are_cut_off(checkpoint, expected):
         server.process.send_signal(signal.SIGTERM)
         rest = list(stream)
         assert first.choices and rest[-1].choices[0].finish_reason == "length"
-        assert server.process.wait(30) == 0, server.text
+        assert server.process.wait(150) == 0, server.text
 
 
 def test_a_killed_rank_ends_all_streams_at_once(checkpoint):
     """Every client hears of it, the server ends by itself, and says which rank is gone."""
-    started, ended = [], []
+    started, ended = set(), []
+    killed = 0.0
 
     async def client_of(client: openai.AsyncOpenAI, row: int) -> str:
         stream = await client.completions.create(
@@ -206,38 +212,44 @@ def test_a_killed_rank_ends_all_streams_at_once(checkpoint):
         )
         try:
             async for _ in stream:
-                started.append(row)
+                started.add(row)
         except openai.APIError as error:
             ended.append(time.monotonic())
             return str(error)
         return ""
 
     async def clients(server: Served) -> list[str]:
-        async with openai.AsyncOpenAI(
-            base_url=server.base, api_key="none", timeout=60, max_retries=0
-        ) as client:
+        nonlocal killed
+        async with (
+            asyncio.timeout(120),
+            openai.AsyncOpenAI(
+                base_url=server.base, api_key="none", timeout=60, max_retries=0
+            ) as client,
+        ):
             tasks = [asyncio.create_task(client_of(client, row)) for row in range(16)]
-            while len(set(started)) < len(tasks):
+            while len(started) < len(tasks) and not any(task.done() for task in tasks):
                 await asyncio.sleep(0.01)
+            killed = time.monotonic()
             server.rank(2).kill()
             return await asyncio.gather(*tasks)
 
     with served(checkpoint) as server:
-        killed = time.monotonic()
         errors = asyncio.run(clients(server))
         assert all(errors), errors
         assert len(ended) == 16
-        assert max(ended) - killed < 45
-        assert server.process.wait(30) != 0
+        assert max(ended) - killed < 20
+        assert server.process.wait(60) != 0
         assert "rank 2" in server.text.lower()
 
 
-def test_the_whole_conversation_with_curl(checkpoint):
+def test_a_key_and_what_else_is_asked_for(checkpoint):
     """Health, models, a key that is asked for, and a completion that is not streamed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HELIX_API_KEY", "secret")
         with served(checkpoint, "--model-name", "mine", ranks=1) as server:
             client = openai.OpenAI(base_url=server.base, api_key="secret", max_retries=0)
+            with urllib.request.urlopen(server.base.removesuffix("/v1") + "/health") as reply:
+                assert json.load(reply) == {"status": "ok"}
             assert [model.id for model in client.models.list()] == ["mine"]
             answer = client.completions.create(model="mine", prompt=[1, 2, 3], max_tokens=5)
             assert answer.usage is not None
@@ -248,6 +260,36 @@ def test_the_whole_conversation_with_curl(checkpoint):
                 client.completions.create(model="mine", prompt="x" * 300, max_tokens=5)
             server.process.send_signal(signal.SIGINT)
             assert server.process.wait(30) == 0, server.text
+
+
+def test_a_taken_port_is_said_at_once(checkpoint):
+    """Before the model is loaded, in one paragraph, whatever the number of ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [*HELIX, "serve", "--load", str(checkpoint), "--port", port]
+        command += ["--tokenizer", "byte", "--nproc-per-node", "2"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 2
+    text = re.sub(r"\s+", " ", run.stderr)
+    assert f"Cannot listen on 127.0.0.1 port {port}: Address already in use." in text
+    assert "Traceback" not in text
+    assert "gloo" not in text
+
+
+def test_a_signal_to_every_process_is_one_signal(checkpoint):
+    """As systemd and Slurm send it: open requests still finish."""
+    with served(checkpoint, "--drain-seconds", "120", ranks=2) as server:
+        client = openai.OpenAI(base_url=server.base, api_key="none", max_retries=0)
+        stream = client.completions.create(
+            model=MODEL, prompt="x", max_tokens=150, temperature=0, stream=True
+        )
+        next(iter(stream))
+        children = psutil.Process(server.process.pid).children()
+        server.process.send_signal(signal.SIGTERM)
+        for child in children:
+            child.send_signal(signal.SIGTERM)
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+        assert server.process.wait(150) == 0, server.text
 
 
 # ------------------------------------------------------------------------------ generate
@@ -294,7 +336,8 @@ def test_generate_streams_to_the_terminal(checkpoint, expected):
         ([], "there is no prompt. Give --prompt TEXT or --prompt-file FILE."),
         (["--prompt-file", "/nowhere"], "cannot read the prompt file /nowhere"),
         (["--prompt", "x", "--page-size", "0"], "--page-size is 0. Give at least 1"),
-        (["--prompt", "x", "--nproc-per-node", "3"], "3"),
+        (["--prompt", "x", "--nproc-per-node", "3"], "cannot be dealt to 3 tensor parallel ranks"),
+        (["--prompt", "x", "--stop", ""], "--stop is an empty text"),
     ],
 )
 def test_wrong_input_is_one_paragraph(checkpoint, flags, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,8 +17,9 @@ import pytest
 from fake_engine import CAPACITY, MODEL, FakeEngine, FakeTokens, serving
 
 from helix_megatron.errors import HelixError
+from helix_megatron.serving import server as server_module
 from helix_megatron.serving.app import make_app
-from helix_megatron.serving.server import Server
+from helix_megatron.serving.server import Server, listen
 from helix_megatron.serving.settings import ServerSettings
 
 SLOW = 0.02  # seconds between tokens: 2,000 tokens would take 40 s
@@ -274,7 +276,7 @@ def test_a_client_that_does_not_read():
 
     engine = FakeEngine(tick=0.001)
     settings = ServerSettings(MODEL, send_seconds=0.3)
-    server = Server(make_app(engine, LongWords(), settings), "127.0.0.1", 0)
+    server = Server(make_app(engine, LongWords(), settings), listen("127.0.0.1", 0))
     port = server.start()
     content = json.dumps(ENDLESS | {"stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
@@ -299,7 +301,7 @@ def test_long_texts_do_not_stop_streams():
 
     begun = threading.Event()
     engine = FakeEngine(tick=0.005)
-    server = Server(make_app(engine, SlowTokens(), ServerSettings(MODEL)), "127.0.0.1", 0)
+    server = Server(make_app(engine, SlowTokens(), ServerSettings(MODEL)), listen("127.0.0.1", 0))
     url = f"http://127.0.0.1:{server.start()}/v1/completions"
     with (
         ThreadPoolExecutor() as threads,
@@ -320,18 +322,40 @@ def test_long_texts_do_not_stop_streams():
     engine.stop()
 
 
+def test_an_endless_header_is_refused():
+    """Memory of the server is not the client's to fill, with a key or without one."""
+    with serving() as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port.split("/")[0])), timeout=20) as raw:
+            raw.sendall(b"GET /health HTTP/1.1\r\nX: ")
+            with contextlib.suppress(ConnectionError):
+                for _ in range(64):
+                    raw.sendall(b"a" * 16384)
+                    time.sleep(0.002)
+                pytest.fail("a header of 1 MiB was taken")
+
+
+def test_a_connection_that_says_nothing_is_closed(monkeypatch):
+    """Idle connections must not use up the server's files."""
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.2)
+    with serving() as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port.split("/")[0])), timeout=20) as raw:
+            raw.sendall(b"GET /health HTTP/1.1\r\nX: ")
+            assert raw.recv(64) == b""
+
+
 def test_port_taken():
     """Who starts two servers is told which address is taken, and what to try."""
     with serving() as served:
         port = int(served.url.rsplit(":")[-1])
-        app = make_app(served.engine, FakeTokens(), ServerSettings(MODEL))
         with pytest.raises(HelixError) as error:
-            Server(app, "127.0.0.1", port).start()
+            listen("127.0.0.1", port)
         text = f"Cannot listen on 127.0.0.1 port {port}: Address already in use. Try another port, or 0"
         assert str(error.value).startswith(text)
         with pytest.raises(HelixError, match=r"The port is 70000\. Valid: 1 to 65535"):
-            Server(app, "127.0.0.1", 70000).start()
+            listen("127.0.0.1", 70000)
         with pytest.raises(HelixError, match=r"The host 'no such host' is not known: .* Try 127"):
-            Server(app, "no such host", 0).start()
+            listen("no such host", 0)
         with pytest.raises(HelixError, match=r"the host must be an address of this machine"):
-            Server(app, "192.0.2.1", 0).start()
+            listen("192.0.2.1", 0)

@@ -250,7 +250,8 @@ def test_inference_and_packed_sequences_are_refused_with_a_way_out():
     """These are met only while running; their texts must be as helpful as the others."""
     assert str(refuse_dynamic_inference()) == (
         "Megatron's dynamic inference context calls flash attention on a paged cache of whole key-value "
-        "heads, which cut heads do not have. Use its static context, or leave --intra-head-parallel-size "
+        "heads, which cut heads do not have. Use its static context; or helix generate and helix serve "
+        "(helix_megatron.inference), whose paged cache knows cut heads; or leave --intra-head-parallel-size "
         "at 1, which is stock attention."
     )
     assert str(refuse_packed_sequences("thd")) == (

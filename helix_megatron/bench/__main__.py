@@ -11,11 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from helix_megatron.bench import attention, convert, layouts, traffic
+from helix_megatron.bench import attention, convert, decode, layouts, traffic
 from helix_megatron.bench.report import PROGRAM, check_json_path
 from helix_megatron.errors import exit_on_error
 
-SUBCOMMANDS = (layouts, attention, convert, traffic)
+SUBCOMMANDS = (layouts, attention, decode, convert, traffic)
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:

@@ -246,41 +246,41 @@ class SegmentAttention(StepAttention):
         self._pieces = pieces
         self._slots_T = self._slots(pieces, 0)
         size = self.book.page_size
-        self._pages = [
-            self._index(np.asarray(self.book.pages(p.sequence, 0)[: -(-p.stop // size)]))
-            for p in pieces
-        ]
+        self._keys: list[
+            slice | Tensor
+        ] = []  # a run of slots, read where it lies, or pages to copy
+        for piece in pieces:
+            pages = self.book.pages(piece.sequence, 0)[: -(-piece.stop // size)]
+            if pages[-1] - pages[0] == len(pages) - 1 and (np.diff(pages) == 1).all():
+                self._keys.append(slice(pages[0] * size, pages[0] * size + piece.stop))
+            else:
+                self._keys.append(self._index(np.asarray(pages)))
 
     def attend(
         self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, scale: float, window: Window
     ) -> Tensor:
         self.cache.write(layer, self._slots_T, k_TGC, v_TGC)
         wide = torch.promote_types(q.dtype, torch.float32)
-        q_THC = self._segments(q)
-        groups = k_TGC.size(1)
-        partial, values = [], []
-        row = 0
-        for piece, pages in zip(self._pieces, self._pages, strict=True):
-            k_SGC, v_SGC = (
-                pool[layer].index_select(0, pages).flatten(0, 1)[: piece.stop].to(wide)
-                for pool in (self.cache.k, self.cache.v)
-            )
-            q_LGRC = q_THC[row : row + len(piece.tokens)].to(wide).unflatten(1, (groups, -1))
+        q_TGRC = (self._segments(q).to(wide) * scale).unflatten(1, (k_TGC.size(1), -1))
+        partial, row = [], 0
+        for piece, keys in zip(self._pieces, self._keys, strict=True):
+            k_SGC = _read(self.cache.k[layer], keys, piece.stop).to(wide)
+            q_LGRC = q_TGRC[row : row + len(piece.tokens)]
             partial.append(torch.einsum("lgrc,sgc->grls", q_LGRC, k_SGC))
-            values.append(v_SGC)
             row += len(piece.tokens)
         summed = all_reduce(
             torch.cat([scores.reshape(-1) for scores in partial]),
             self.group,
             purpose="exchange/segment",
         )
-        outputs = []
-        for piece, scores, v_SGC, flat in zip(
-            self._pieces, partial, values, summed.split([s.numel() for s in partial]), strict=True
-        ):
-            hidden = _hidden(piece, window, self.device)
-            weights = (flat.view_as(scores) * scale).masked_fill(hidden, float("-inf")).softmax(-1)
-            outputs.append(torch.einsum("grls,sgc->lgrc", weights, v_SGC).flatten(1, 2))
+        outputs, at = [], 0
+        for piece, keys, own in zip(self._pieces, self._keys, partial, strict=True):
+            scores = summed[at : at + own.numel()].view_as(own)
+            at += own.numel()
+            if len(piece.tokens) > 1 or window is not None:
+                scores.masked_fill_(_hidden(piece, window, self.device), float("-inf"))
+            v_SGC = _read(self.cache.v[layer], keys, piece.stop).to(wide)
+            outputs.append(torch.einsum("grls,sgc->lgrc", scores.softmax(-1), v_SGC).flatten(1, 2))
         return self._own_heads(torch.cat(outputs).to(q.dtype))
 
     def _segments(self, q: Tensor) -> Tensor:
@@ -327,6 +327,13 @@ def _exchange(sent: Tensor, to: Sequence[int], of: Sequence[int], group: Process
     came = sent.new_empty((sum(of), *sent.shape[1:]))
     dist.all_to_all_single(came, sent.contiguous(), list(of), list(to), group=group)
     return came
+
+
+def _read(pool_PSGC: Tensor, keys: slice | Tensor, length: int) -> Tensor:
+    """The first `length` keys or values [S, G, C] of a sequence, from a run of slots or from pages."""
+    if isinstance(keys, slice):
+        return pool_PSGC.flatten(0, 1)[keys]
+    return pool_PSGC.index_select(0, keys).flatten(0, 1)[:length]
 
 
 def _hidden(piece: Piece, window: Window, device: torch.device) -> Tensor:

@@ -20,7 +20,6 @@ from helix_megatron.local_ranks import end_with_parent, start_ranks
 
 if TYPE_CHECKING:
     from helix_megatron.inference.engine import Engine
-    from helix_megatron.inference.runner import Runner
 
 PROGRAM = "helix generate"
 
@@ -78,6 +77,10 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     with exit_on_error(program):
         options = build_parser(program).parse_args(arguments)
         _prompts(options)
+        if not all(options.stop):
+            raise HelixError(
+                "--stop is an empty text, which every output begins with. Leave it out."
+            )
         _sampling(options, frozenset(), options.seed)
         return run_command("generate", options, arguments, _generate)
 
@@ -111,19 +114,33 @@ def run_command(
     if launched is None and ranks > 1:
         command = [sys.executable, "-m", "helix_megatron.cli", name]
         return start_ranks(ranks, [*command, *arguments])
-    end_with_parent()
     return run(args, options)
+
+
+def opened(args: argparse.Namespace) -> Tokens:
+    """The tokenizer, and on rank 0 a word on what was chosen for the user."""
+    from helix_megatron.inference.tokens import open_tokens
+
+    first = os.environ.get("RANK", "0") == "0"
+    tokens = open_tokens(args, say if first else lambda text: None)
+    for note in args.notes if first else ():
+        say(note)
+    return tokens
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _generate(args: argparse.Namespace, options: argparse.Namespace) -> int:
     from helix_megatron.inference.engine import follow
     from helix_megatron.inference.start import start
-    from helix_megatron.inference.tokens import open_tokens
     from helix_megatron.training.pretrain import process_group
     from helix_megatron.training.watchdog import watching
 
-    first = os.environ.get("RANK", "0") == "0"
-    tokens = open_tokens(args, _note if first else lambda text: None)
+    end_with_parent()
+    tokens = opened(args)
     prompts = _prompts(options)
     asked = [
         tuple(_encode(tokens, prompt, options.chat) if prompt or options.chat else [])
@@ -134,26 +151,29 @@ def _generate(args: argparse.Namespace, options: argparse.Namespace) -> int:
     sampling = [
         _sampling(options, tokens.stop_tokens, args.seed + index) for index in range(len(prompts))
     ]
-    if first:
-        for note in args.notes:
-            _note(note)
+    problem = None
     with process_group(args), watching():
-        runner, engine = start(args, options, max_waiting=len(prompts), longest=longest)
-        if engine is None:
-            follow(runner)
-            return 0
-        return _ask(engine, runner, tokens, prompts, asked, sampling, options)
+        try:
+            runner, engine = start(args, options, max_waiting=len(prompts), longest=longest)
+            if engine is None:
+                follow(runner)
+            else:
+                _ask(engine, tokens, prompts, asked, sampling, options)
+        except HelixError as error:
+            problem = error  # raised when all ranks have taken leave of each other
+    if problem is not None:
+        raise problem
+    return 0
 
 
 def _ask(
     engine: Engine,
-    runner: Runner,
     tokens: Tokens,
     prompts: Sequence[str],
     asked: Sequence[tuple[int, ...]],
     samplings: Sequence[Sampling],
     options: argparse.Namespace,
-) -> int:
+) -> None:
     alone = len(prompts) == 1 and not options.json
     answers = [
         Answer(
@@ -181,8 +201,7 @@ def _ask(
         else:
             print(f"[{index + 1}] {prompts[index]}{answer.text}")
     sys.stdout.flush()
-    print(_summary(answers, seconds, begin), file=sys.stderr)
-    return 0
+    say(_summary(answers, seconds, begin))
 
 
 class Answer:
@@ -284,7 +303,3 @@ def _encode(tokens: Tokens, prompt: str, chat: bool) -> list[int]:
     if chat:
         return tokens.encode_chat([{"role": "user", "content": prompt}])
     return tokens.encode(prompt)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -9,6 +9,7 @@ follow(runner)                        # on every other rank
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import (
+    MAX_SEED,
     Capacity,
     Output,
     QueueFullError,
@@ -30,10 +32,12 @@ from helix_megatron.inference.sampler import sample
 from helix_megatron.inference.scheduler import Running, Scheduler
 from helix_megatron.inference.step import StepPlan, hear, tell
 
-HEARTBEAT_SECONDS = (
-    1.0  # an idle engine steps so often, so that a dead rank is noticed and no wait times out
+LOGGER = logging.getLogger(__name__)
+# An idle engine steps so often, so that a dead rank is noticed and no wait times out.
+HEARTBEAT_SECONDS = 1.0
+NOT_FINITE = (
+    "the model gave logits that are no numbers. Half precision may overflow: try --dtype bf16."
 )
-MAX_SEED = 1 << 62
 
 
 class Engine:
@@ -41,7 +45,7 @@ class Engine:
 
     Args:
         runner: of this rank.
-        scheduler: with books of its own, alike to the runner's.
+        scheduler: with books of its own, in which as many pages are used as in the runner's.
         capacity: what requests are held to.
     """
 
@@ -56,9 +60,11 @@ class Engine:
         self._deadline = math.inf
         self._failure = ""
         self._stats = Stats(pages_total=scheduler.book.total)
-        self._group_page_bytes = runner.cache.page_bytes * (
-            runner.layout.segments if scheduler.book.members == 1 else 1
-        )
+        # A page of the books stands for one in every head group; or, where all members keep segments of every
+        # position, for one on every rank.
+        layout = runner.layout
+        copies = layout.num_ranks if scheduler.book.members == 1 else layout.head_groups
+        self._page_bytes = runner.cache.page_bytes * copies
 
     # ------------------------------------------------------------- from any thread
 
@@ -78,7 +84,7 @@ class Engine:
                     f"{max(0, room)} more, not {len(requests)}. Try again later."
                 )
             for request in requests:
-                sampling = replaced_seed(request.sampling, secrets.randbelow(MAX_SEED))
+                sampling = replaced_seed(request.sampling, secrets.randbelow(MAX_SEED + 1))
                 running = Running(request, sampling, request.number, list(request.prompt))
                 self._sequences[request.number] = running
                 self._arrived.append(running)
@@ -108,7 +114,11 @@ class Engine:
         return self._failure
 
     def fail(self, reason: str) -> None:
-        """End every sequence with an error. The loop need not be alive: another rank may hold it for ever."""
+        """End every sequence with an error. The loop need not be alive: another rank may hold it for ever.
+
+        Args:
+            reason: for clients; what they should not know belongs in the log.
+        """
         with self._lock:
             if self._failure:
                 return
@@ -116,7 +126,7 @@ class Engine:
             left = list(self._sequences.values())
             self._sequences.clear()
         for sequence in left:
-            sequence.request.listener(Output(reason="error", error=reason))
+            _say(sequence, Output(reason="error", error=reason))
 
     # ------------------------------------------------------------------- the loop
 
@@ -130,8 +140,8 @@ class Engine:
             while self._wait():
                 self._step()
             self._tell(self._scheduler.last_plan())
-        except BaseException as error:
-            self.fail(f"{type(error).__name__}: {error}")
+        except BaseException:
+            self.fail("a step failed; the server's log says why.")
             raise
 
     def _wait(self) -> bool:
@@ -157,6 +167,7 @@ class Engine:
 
     def _step(self) -> None:
         plan, wanted = self._scheduler.plan()
+        decoding = sum(1 for sequence in wanted if sequence.generated)
         if not plan.pieces and not plan.drops and self._runner.group.size() == 1:
             return
         begin = time.perf_counter()
@@ -167,8 +178,12 @@ class Engine:
             indices = [sequence.generated for sequence in wanted]
             tokens = sample(logits, samplings, indices)
             for sequence, token in zip(wanted, tokens, strict=True):
-                self._give(sequence, token)
-        self._count(plan, len(wanted), time.perf_counter() - begin)
+                if token is None:
+                    self._scheduler.remove(sequence)
+                    self._end(sequence, Output(reason="error", error=NOT_FINITE))
+                else:
+                    self._give(sequence, token)
+        self._count(plan, decoding, len(wanted), time.perf_counter() - begin)
 
     def _tell(self, plan: StepPlan) -> None:
         tell(plan, self._runner.group, self._runner.device)
@@ -176,7 +191,9 @@ class Engine:
     def _give(self, sequence: Running, token: int) -> None:
         reason = self._scheduler.give(sequence, token)
         if reason is None:
-            sequence.request.listener(Output((token,)))
+            with self._lock:  # `fail` may have ended it meanwhile
+                if sequence.request.number in self._sequences:
+                    _say(sequence, Output((token,)))
             return
         self._scheduler.remove(sequence)
         self._end(sequence, Output((token,), reason))
@@ -185,18 +202,17 @@ class Engine:
         with self._lock:
             known = self._sequences.pop(sequence.request.number, None)
         if known is not None:
-            sequence.request.listener(output)
+            _say(sequence, output)
 
-    def _count(self, plan: StepPlan, generated: int, seconds: float) -> None:
+    def _count(self, plan: StepPlan, decoding: int, generated: int, seconds: float) -> None:
         scheduler, before = self._scheduler, self._stats
-        decoded = sum(1 for piece in plan.pieces if len(piece.tokens) == 1 and piece.start)
         self._stats = Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             pages_used=scheduler.book.used,
             pages_total=scheduler.book.total,
-            cache_bytes_used=scheduler.book.used * self._group_page_bytes,
-            prompt_tokens=before.prompt_tokens + plan.num_tokens - decoded,
+            cache_bytes_used=scheduler.book.used * self._page_bytes,
+            prompt_tokens=before.prompt_tokens + plan.num_tokens - decoding,
             generated_tokens=before.generated_tokens + generated,
             steps=before.steps + bool(plan.pieces),
             preemptions=scheduler.preemptions,
@@ -207,11 +223,6 @@ class Engine:
         capacity, prompt = self.capacity, request.prompt
         if not prompt:
             raise HelixError("the prompt is empty. Give at least one token.")
-        wrong = next((t for t in prompt if not 0 <= t < capacity.vocab_size), None)
-        if wrong is not None:
-            raise HelixError(
-                f"token {wrong} does not exist. Valid tokens: 0 to {capacity.vocab_size - 1}."
-            )
         length = len(prompt) + request.sampling.max_tokens
         if length > capacity.max_context:
             raise HelixError(
@@ -219,6 +230,19 @@ class Engine:
                 f"{length} tokens, and the longest context is {capacity.max_context}. Shorten the prompt, or "
                 f"ask for at most {max(0, capacity.max_context - len(prompt))} tokens."
             )
+        wrong = next((t for t in prompt if not 0 <= t < capacity.vocab_size), None)
+        if wrong is not None:
+            raise HelixError(
+                f"token {wrong} does not exist. Valid tokens: 0 to {capacity.vocab_size - 1}."
+            )
+
+
+def _say(sequence: Running, output: Output) -> None:
+    """Tell a listener; one that raises harms nobody else."""
+    try:
+        sequence.request.listener(output)
+    except Exception:
+        LOGGER.exception("the listener of a sequence failed")
 
 
 def follow(runner: Runner) -> None:

@@ -16,6 +16,8 @@ Window = tuple[int, int] | None
 # On a CPU a long run of neighbouring pages is read where it lies; on a GPU one kernel for many short sequences
 # is worth a copy.
 VIEW_FROM = {"cpu": 256}
+# Positions of all sequences that are copied out together: on a CPU no more than its caches hold.
+COPY_UP_TO = {"cpu": 2048}
 NEVER = 1 << 62
 
 
@@ -114,6 +116,7 @@ class PagedWork:
         self._dtype, self._device = dtype, device
         self._kernel: PartialKernel = partial_kernel(device)
         self._view_from = VIEW_FROM.get(device.type, NEVER)
+        self._copy_up_to = COPY_UP_TO.get(device.type, NEVER)
         self._prepared: dict[Window, list[_Item]] = {}
 
     def attend(
@@ -195,8 +198,11 @@ class PagedWork:
                 short.setdefault(1 << (pages - 1).bit_length(), []).append((piece, first))
             else:
                 items.append(self._alone(piece, first, window))
-        for members in short.values():
-            items.append(self._together(members))
+        for pages, members in short.items():
+            count = max(1, self._copy_up_to // (pages * self.page_size))
+            items += [
+                self._together(members[at : at + count]) for at in range(0, len(members), count)
+            ]
         return items
 
     def _first_visible(self, piece: LocalPiece, window: Window) -> int:

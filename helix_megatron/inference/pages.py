@@ -156,6 +156,11 @@ class PageBook:
                 total[member] += count
         return total
 
+    def short(self, sequence: int, length: int) -> list[int]:
+        """The members that have too few free pages for a sequence to grow to that length."""
+        needed = self.missing([(sequence, length)])
+        return [m for m, pool in enumerate(self.pools) if needed[m] > pool.free]
+
     def emptiest(self, promised: list[int]) -> int:
         """The member with most pages that are neither used nor promised: where a new sequence begins."""
         free = [pool.free - others for pool, others in zip(self.pools, promised, strict=True)]

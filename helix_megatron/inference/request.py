@@ -81,8 +81,8 @@ class Request:
     Args:
         prompt: token ids, at least one.
         sampling: how to choose tokens.
-        listener: called with each `Output`, in order, from the engine's thread: it must return at once and not
-            raise. The last one has a `reason`.
+        listener: called with each `Output`, in order, from a thread of the engine: it must return at once and
+            not raise. The last one has a `reason`.
     """
 
     prompt: tuple[int, ...]
@@ -115,7 +115,7 @@ class Stats:
     Args:
         running, waiting: sequences now.
         pages_used, pages_total: of the key-value cache, over all ranks of a head group.
-        cache_bytes_used: keys and values in the pages in use, over all ranks.
+        cache_bytes_used: of the pages in use, over all ranks.
         prompt_tokens, generated_tokens, steps, preemptions: counters.
         step_seconds: in steps, a counter.
     """

@@ -15,21 +15,25 @@ from torch import Tensor
 from helix_megatron.inference.request import Sampling
 
 
-def sample(logits_BV: Tensor, samplings: Sequence[Sampling], indices: Sequence[int]) -> list[int]:
-    """One token for each row.
+def sample(
+    logits_BV: Tensor, samplings: Sequence[Sampling], indices: Sequence[int]
+) -> list[int | None]:
+    """One token for each row; None where a logit is infinite or no number.
 
     Args:
         logits_BV: [B, V].
         samplings: of the rows; one that is not greedy has a seed.
         indices: how many tokens each sequence has been given before.
     """
+    # -inf is how a model may exclude a token.
+    finite = ((logits_BV < float("inf")).all(-1) & logits_BV.isfinite().any(-1)).tolist()
     tokens = logits_BV.argmax(-1)
-    rows = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
+    rows = [row for row, s in enumerate(samplings) if finite[row] and not s.greedy]
     if rows:
         chosen = [samplings[row] for row in rows]
         draws = [_draw(samplings[row].seed, indices[row]) for row in rows]
         tokens[rows] = _sample(logits_BV[rows], chosen, draws)
-    return tokens.tolist()
+    return [token if good else None for token, good in zip(tokens.tolist(), finite, strict=True)]
 
 
 def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:

@@ -126,10 +126,6 @@ class Scheduler:
     def _admit(self) -> None:
         """Let sequences in, first come, first served, while all their tokens so far have pages."""
         while self.waiting and len(self.running) < self.max_sequences:
-            if sum(len(s.tokens) - s.computed for s in self.running if not s.decodes) >= (
-                self.prefill_chunk
-            ):
-                return  # enough to do
             sequence = self.waiting[0]
             promised = self._promised()
             member = self.book.emptiest(promised)
@@ -165,12 +161,17 @@ class Scheduler:
 
     def _grow(self, sequence: Running, count: int) -> bool:
         """Pages for more positions, if need be of those that came later; False if it was preempted itself."""
-        while not self.book.grow(sequence.number, sequence.computed + count):
-            last = self.running[-1]
+        length = sequence.computed + count
+        while not self.book.grow(sequence.number, length):
+            short = self.book.short(sequence.number, length)
+            last = next(s for s in reversed(self.running) if s is sequence or self._holds(s, short))
             self._preempt(last)
             if last is sequence:
                 return False
         return True
+
+    def _holds(self, sequence: Running, members: list[int]) -> bool:
+        return any(self.book.pages(sequence.number, member) for member in members)
 
     def _preempt(self, sequence: Running) -> None:
         self.running.remove(sequence)

@@ -21,8 +21,11 @@ from helix_megatron.inference.request import Capacity
 from helix_megatron.inference.runner import Runner, make_book, rank_layout
 from helix_megatron.inference.scheduler import Scheduler
 from helix_megatron.layout import HeadLayout
+from helix_megatron.megatron.dist_checkpoint import on_every_rank
 
-GPU_SHARE = 0.9  # of the memory that is free when the weights are there
+# Of the memory that is free when the weights are there. The rest is for a step: on a GPU attention over pages
+# copies them.
+GPU_SHARE = 0.6
 CPU_SHARE = 0.5  # of the memory that is available, over all ranks of the machine
 
 
@@ -66,16 +69,28 @@ def start(
     else:
         cache = choose_cache_layout(shape, options.cache_layout, machine).name
     pages = _pages(args, layout, options, cache, context, local)
-    runner = Runner(
-        model,
-        layout,
-        cache=cache,
-        pages=pages,
-        page_size=options.page_size,
-        max_context=max_context,
-        vocab_size=args.vocab_size,
-        attention=args.helix.attention,
-    )
+    book = make_book(cache, 1 if local else layout.segments, pages, options.page_size)
+    if not book.fits(min(context, 2)):
+        raise HelixError("the cache has no room for a single token. Give more --cache-memory.")
+
+    def make_runner() -> Runner:
+        try:
+            return Runner(
+                model,
+                layout,
+                cache=cache,
+                pages=pages,
+                page_size=options.page_size,
+                max_context=max_context,
+                vocab_size=args.vocab_size,
+                attention=args.helix.attention,
+            )
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise HelixError(
+                f"no memory for a cache of {pages:,} pages. Give --cache-memory less than was taken by itself."
+            ) from error
+
+    runner = on_every_rank(make_runner)
     if dist.get_rank():
         return runner, None
     if options.explain:
@@ -86,9 +101,6 @@ def start(
             f"{pages * runner.cache.page_bytes / 2**20:,.1f} MiB, {args.dtype}.",
             file=sys.stderr,
         )
-    book = make_book(cache, runner.book.members, pages, options.page_size)
-    if not book.fits(min(context, 2)):
-        raise HelixError("the cache has no room for a single token. Give more --cache-memory.")
     context = _longest_that_fits(book, max_context)
     scheduler = Scheduler(book, options.max_sequences, options.prefill_chunk)
     capacity = Capacity(args.vocab_size, context, options.max_sequences, max_waiting)
@@ -103,6 +115,8 @@ def _max_context(args: argparse.Namespace, asked: int | None) -> int:
         raise HelixError(
             f"--max-context is {asked}, and the model has learned {trained} positions. Give at most {trained}."
         )
+    if asked > trained and dist.get_rank() == 0:
+        print(f"The model was trained with contexts of {trained}, not {asked}.", file=sys.stderr)
     return asked
 
 
@@ -146,11 +160,12 @@ def _pages(
 
 def _memory() -> float:
     """Bytes that a rank may take for its cache. Collective."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] * GPU_SHARE
     hosts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
-    return psutil.virtual_memory().available * CPU_SHARE / hosts.count(socket.gethostname())
+    ranks = hosts.count(socket.gethostname())
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] * GPU_SHARE / -(-ranks // torch.cuda.device_count())
+    return psutil.virtual_memory().available * CPU_SHARE / ranks
 
 
 def _longest_that_fits(book: Any, context: int) -> int:

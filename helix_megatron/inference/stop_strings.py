@@ -16,6 +16,7 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
+        assert all(strings), "callers refuse empty ones"
         self._strings = tuple(strings)
         self._held = ""
         self.hit = False

@@ -149,7 +149,8 @@ def refuse_dynamic_inference() -> HelixError:
     """The error of an inference context whose kernels need whole heads in a paged cache."""
     return HelixError(
         "Megatron's dynamic inference context calls flash attention on a paged cache of whole key-value "
-        f"heads, which cut heads do not have. Use its static context, {STOCK}."
+        f"heads, which cut heads do not have. Use its static context; or helix generate and helix serve "
+        f"(helix_megatron.inference), whose paged cache knows cut heads; {STOCK}."
     )
 
 

@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helix_megatron.errors import HelixError, exit_on_error
-from helix_megatron.inference.command import ignore_megatron_warnings, run_command
+from helix_megatron.inference.command import ignore_megatron_warnings, opened, run_command, say
+from helix_megatron.local_ranks import end_with_parent
 from helix_megatron.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "helix serve"
 KEY_VARIABLE = "HELIX_API_KEY"
-FAREWELL_SECONDS = 1.0
+FAREWELL_SECONDS = 1.0  # for clients to be told, where there is no more to wait for
+GONE = "a process of the server is gone; its log says which."
 DEFAULTS = ServerSettings("model")
 
 
@@ -97,61 +100,94 @@ class _Asked(threading.Event):
         self.engine: Engine | None = None
         self.server: Server | None = None
         self._drain_seconds = drain_seconds
+        self._deadline = 0.0
 
     def set(self) -> None:
+        import torch.distributed as dist
+
         super().set()
-        if self.server is not None:
-            self.server.announce_stop()
-        if self.engine is not None:
-            self.engine.stop(self._drain_seconds)
+        if dist.get_rank():
+            return  # rank 0 says when it ends
+        if self.engine is None or self.server is None:
+            say("stopped while the model was loaded")
+            os._exit(128 + signal.SIGTERM)
+        self._deadline = time.monotonic() + self._drain_seconds
+        self.server.announce_stop()
+        self.engine.stop(self._drain_seconds)
+
+    @property
+    def seconds_left(self) -> float:
+        """Of those in which open requests may finish."""
+        return self._deadline - time.monotonic()
 
 
 def _serve(args: argparse.Namespace, options: argparse.Namespace) -> int:
     from helix_megatron.inference.engine import follow
     from helix_megatron.inference.start import start
-    from helix_megatron.inference.tokens import open_tokens
     from helix_megatron.serving.app import make_app
-    from helix_megatron.serving.server import Server
+    from helix_megatron.serving.server import Server, allow_many_connections, listen
     from helix_megatron.training.pretrain import process_group
     from helix_megatron.training.watchdog import watching
 
-    first = os.environ.get("RANK", "0") == "0"
-    tokens = open_tokens(args, _note if first else lambda text: None)
-    if first:
-        for note in args.notes:
-            _note(note)
     asked = _Asked(options.drain_seconds)
+    listener = None
+    if os.environ.get("RANK", "0") == "0":
+        allow_many_connections()
+        listener = listen(options.host, options.port)  # before the model is loaded
+    tokens = opened(args)
     # Ctrl-C in a terminal, where this process was started without ranks of its own.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
-    def farewell(reason: str) -> None:
+    def farewell(reason: str = "") -> None:
         if asked.engine is not None:
-            asked.engine.fail(reason)
+            asked.engine.fail(GONE)
         if asked.server is not None:
             asked.server.stop(FAREWELL_SECONDS)
 
+    end_with_parent(farewell)
+    problem = None
     with process_group(args), watching(asked, farewell):
-        runner, engine = start(args, options, max_waiting=options.max_waiting)
-        if engine is None:
-            follow(runner)
-            return 0
-        server = Server(make_app(engine, tokens, _settings(options)), options.host, options.port)
-        port = server.start()
-        asked.server, asked.engine = server, engine
-        if asked.is_set():  # while the model was loaded
-            engine.stop(0)
-        _note(
-            f"{_settings(options).model_name}: http://{options.host}:{port}/v1, "
-            f"{args.world_size} rank{'s' * (args.world_size != 1)}, contexts of up to "
-            f"{engine.capacity.max_context:,} tokens"
-        )
         try:
-            engine.run()
-            server.stop(FAREWELL_SECONDS)
-        except BaseException as error:
-            farewell(f"{type(error).__name__}: {error}")
+            runner, engine = start(args, options, max_waiting=options.max_waiting)
+            if engine is None:
+                follow(runner)
+            else:
+                assert listener is not None
+                app = make_app(engine, tokens, _settings(options))
+                server = Server(app, listener, max_connections=2 * options.max_open_requests)
+                _answer(engine, server, asked, args, options)
+        except HelixError as error:
+            problem = error  # raised when all ranks have taken leave of each other
+        except BaseException:
+            farewell()
             raise
+    if problem is not None:
+        raise problem
     return 0
+
+
+def _answer(
+    engine: Engine,
+    server: Server,
+    asked: _Asked,
+    args: argparse.Namespace,
+    options: argparse.Namespace,
+) -> None:
+    """Serve until asked to end. The other ranks follow, whatever happens here."""
+    try:
+        port = server.start()
+    except HelixError:
+        engine.stop(0)
+        engine.run()
+        raise
+    asked.server, asked.engine = server, engine
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    say(
+        f"{_settings(options).model_name}: http://{host}:{port}/v1, {args.world_size} "
+        f"rank{'s' * (args.world_size != 1)}, contexts of up to {engine.capacity.max_context:,} tokens"
+    )
+    engine.run()
+    server.stop(max(FAREWELL_SECONDS, asked.seconds_left))
 
 
 def _settings(options: argparse.Namespace) -> ServerSettings:
@@ -187,7 +223,3 @@ def _check_installed() -> None:
         raise HelixError(
             f"the server needs {error.name}. Install it: pip install 'helix_megatron[serve]'."
         ) from error
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -31,6 +31,10 @@ class Plan:
     stops: tuple[str, ...]
 
 
+# Of the prompt, by which a decoder knows whether a space belongs between it and the output.
+CONTEXT_TOKENS = 16
+
+
 class Choice:
     """One sequence: from the engine's tokens to text.
 
@@ -102,7 +106,9 @@ class Generation:
                 listener = mailbox.listener(functools.partial(self._put, index))
                 request = Request(prompt, sampling, listener)
                 stops = StopStrings(plan.stops)
-                self.choices.append(Choice(index, request, tokens.decoder(prompt), stops))
+                self.choices.append(
+                    Choice(index, request, tokens.decoder(prompt[-CONTEXT_TOKENS:]), stops)
+                )
         try:
             engine.submit([choice.request for choice in self.choices])
         except HelixError as error:

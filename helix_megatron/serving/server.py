@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import resource
 import socket
 import threading
 import time
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from helix_megatron.errors import HelixError
 from helix_megatron.serving.service import Service
@@ -17,6 +20,7 @@ from helix_megatron.serving.service import Service
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 30.0
+HEADER_SECONDS = 30.0
 # After the responses that are open were told to end: to send that, before connections are cut.
 FAREWELL_SECONDS = 2.0
 
@@ -25,8 +29,8 @@ class Server:
     """Serves an application of `make_app` until `stop`.
 
     Args:
-        host: an address of this machine; `0.0.0.0` or `::` for all.
-        port: 0 takes a free one.
+        listener: of `listen`.
+        max_connections: open at the same time; one more gets 503.
         keep_alive_seconds: after which a connection without requests is closed.
         access_log: one line for each request, to the logger `uvicorn.access`.
     """
@@ -34,20 +38,21 @@ class Server:
     def __init__(
         self,
         app: FastAPI,
-        host: str,
-        port: int,
+        listener: socket.socket,
+        max_connections: int = 2048,
         keep_alive_seconds: int = 30,
         access_log: bool = False,
     ) -> None:
         self._service: Service = app.state.service
-        self._host = host
-        self._port = port
+        self._socket = listener
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="helix-http", daemon=True)
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=PatientProtocol,  # whose parser, h11, refuses endless headers
+                limit_concurrency=max_connections,
                 access_log=access_log,
                 log_config=None,  # logging is the program's business
                 lifespan="off",
@@ -59,12 +64,11 @@ class Server:
         )
 
     def start(self) -> int:
-        """Listen; the port, when requests are answered.
+        """Answer requests; the port.
 
         Raises:
-            HelixError: the port is taken or not permitted, or the host is not of this machine.
+            HelixError: the server ended at once.
         """
-        self._socket = _bound(self._host, self._port)
         port = int(self._socket.getsockname()[1])
         self._thread.start()
         deadline = time.monotonic() + START_SECONDS
@@ -117,8 +121,39 @@ class Server:
                 logger.exception("the HTTP server ended")
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket with that address."""
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1; a new connection must send a whole header within some seconds."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEADER_SECONDS, self._close_if_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None:  # no request has begun
+            self.transport.close()
+
+
+def allow_many_connections() -> None:
+    """Raise this process's limit of open files as far as it may."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address of this machine.
+
+    Args:
+        host: `0.0.0.0` or `::` for all of this machine's.
+        port: 0 takes a free one.
+
+    Raises:
+        HelixError: the port is taken or not permitted, or the host is not of this machine.
+    """
     if not 0 <= port < 2**16:
         raise HelixError(f"The port is {port}. Valid: 1 to 65535, or 0 for a free one.")
     try:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from helix_megatron.observe import Call, observing
 
 BEAT_SECONDS = 1.0
+SAME_SIGNAL_SECONDS = 2.0
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 FIRST_BEATS_SECONDS = 0.05  # until every rank has been heard once
 DYING_SECONDS = 3.0  # a process closes its connections a little before it is gone
@@ -60,6 +61,7 @@ class Watchdog:
         farewell: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._farewell = farewell
+        self._asked_at = 0.0
         self._store, self._rank, self._world = store, rank, world_size
         self._asked_to_end = asked_to_end
         self._last = "no collective yet"
@@ -134,9 +136,10 @@ class Watchdog:
                 return
             if ready and signal.SIGTERM in self._reader.recv(64):
                 asked = self._asked_to_end
-                if asked is None or asked.is_set():  # or asked again
+                if asked is None or (asked.is_set() and not _one_wish(self._asked_at)):
                     self.fail("it was asked to terminate", 128 + signal.SIGTERM)
-                else:
+                elif not asked.is_set():
+                    self._asked_at = time.monotonic()
                     asked.set()
             try:
                 self._say({"state": "alive"})
@@ -240,9 +243,15 @@ def _setting(asked_to_end: threading.Event | None) -> Iterator[None]:
         return
     event = asked_to_end
 
+    asked_at: list[float] = []
+
     def handle(*_: object) -> None:
-        event.set()
-        signal.signal(signal.SIGTERM, before)
+        if not asked_at:
+            asked_at.append(time.monotonic())
+            event.set()
+        elif not _one_wish(asked_at[0]):
+            signal.signal(signal.SIGTERM, before)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, handle)
     try:
@@ -272,8 +281,16 @@ def _lives(word: dict[str, Any]) -> bool:
         return started and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-    except psutil.AccessDenied:
+    except (psutil.AccessDenied, OSError):  # it cannot be looked at, which says nothing about it
         return True
+
+
+def _one_wish(since: float) -> bool:
+    """Whether a signal belongs to one that came before.
+
+    systemd and Slurm send it to every process of a service, and a launcher passes its own on.
+    """
+    return time.monotonic() - since < SAME_SIGNAL_SECONDS
 
 
 def _ago(when: float) -> str:
