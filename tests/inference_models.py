@@ -124,7 +124,7 @@ def generate(
     return {
         "tokens": [c.tokens for c in collected],
         "reasons": [c.output.reason for c in collected if c.output],
-        "left": engine._scheduler.book.used,
+        "left": engine.stats().pages_used,
         "stats": engine.stats(),
     }
 

@@ -348,7 +348,7 @@ def test_namespace(models):
     )
     args = args_of("--dtype bf16 --seed 3", models("mixtral")[0], 2)
     assert (args.bf16, args.seed, args.sequence_parallel) == (True, 3, True)
-    assert args.notes[1] == "4 experts on 2 ranks: 2 whole ones on each."
+    assert args.notes[1] == "4 experts on 2 ranks: 2 on each, whole."
 
 
 def test_overrides_are_for_those_who_do_not_say_everything(models, tmp_path):

@@ -86,8 +86,12 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def ignore_megatron_warnings() -> None:
-    """Those of packages that it could use and of settings for GPUs, once for every rank."""
+    """Those of packages that it could use, of settings for GPUs, of old names of torch's functions.
+
+    Every rank would print them.
+    """
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
 
 
 def run_command(

@@ -9,6 +9,7 @@ follow(runner)                        # on every other rank
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import secrets
@@ -59,7 +60,7 @@ class Engine:
         self._stopping = False
         self._deadline = math.inf
         self._failure = ""
-        self._stats = Stats(pages_total=scheduler.book.total)
+        self._counters = Stats()  # those that only steps change
         # A page of the books stands for one in every head group; or, where all members keep segments of every
         # position, for one on every rank.
         layout = runner.layout
@@ -98,7 +99,17 @@ class Engine:
 
     def stats(self) -> Stats:
         """See `helix_megatron.inference.request.Engine`."""
-        return self._stats
+        scheduler = self._scheduler
+        used = scheduler.book.used
+        return dataclasses.replace(
+            self._counters,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._arrived),
+            pages_used=used,
+            pages_total=scheduler.book.total,
+            cache_bytes_used=used * self._page_bytes,
+            preemptions=scheduler.preemptions,
+        )
 
     def stop(self, within: float = math.inf) -> None:
         """See `helix_megatron.inference.request.Engine`. What has not ended within so many seconds is
@@ -205,17 +216,11 @@ class Engine:
             _say(sequence, output)
 
     def _count(self, plan: StepPlan, decoding: int, generated: int, seconds: float) -> None:
-        scheduler, before = self._scheduler, self._stats
-        self._stats = Stats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            pages_used=scheduler.book.used,
-            pages_total=scheduler.book.total,
-            cache_bytes_used=scheduler.book.used * self._page_bytes,
+        before = self._counters
+        self._counters = Stats(
             prompt_tokens=before.prompt_tokens + plan.num_tokens - decoding,
             generated_tokens=before.generated_tokens + generated,
             steps=before.steps + bool(plan.pieces),
-            preemptions=scheduler.preemptions,
             step_seconds=before.step_seconds + seconds * bool(plan.pieces),
         )
 

@@ -52,7 +52,7 @@ class PagedSelfAttention(nn.Module):
         if rotary_pos_emb is not None:
             tables: Any = (rotary_pos_emb, rotary_pos_emb)
             if isinstance(inner, VirtualSelfAttention):
-                tables = inner._rotary_tables(rotary_pos_emb)
+                tables = inner.own_rotary_tables(rotary_pos_emb)
             query, key = (
                 apply_rotary_pos_emb(
                     tensor,

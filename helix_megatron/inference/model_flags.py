@@ -265,7 +265,7 @@ def deal_experts(
         return rest if rest * expert_tensor == ranks and experts % rest == 0 else 1, expert_tensor
     if experts % ranks == 0:
         if ranks > 1:
-            note(f"{experts} experts on {ranks} ranks: {experts // ranks} whole ones on each.")
+            note(f"{experts} experts on {ranks} ranks: {experts // ranks} on each, whole.")
         return ranks, 1
     if _can_cut_experts(flags, ranks):
         note(f"{experts} experts on {ranks} ranks: every expert is cut for all of them.")

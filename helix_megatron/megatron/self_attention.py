@@ -77,10 +77,10 @@ class VirtualSelfAttention(SelfAttention):
         context = kwargs.get("inference_context") or kwargs.get("inference_params")
         if context is not None and not context.is_static_batching():
             raise refuse_dynamic_inference()
-        kwargs["rotary_pos_emb"] = self._rotary_tables(kwargs.get("rotary_pos_emb"))
+        kwargs["rotary_pos_emb"] = self.own_rotary_tables(kwargs.get("rotary_pos_emb"))
         return super().forward(hidden_states, attention_mask, **kwargs)
 
-    def _rotary_tables(self, tables: RotaryTables) -> RotaryTables:
+    def own_rotary_tables(self, tables: RotaryTables) -> RotaryTables:
         """The rotary tables of queries and keys, [S, .., rotary_dim] each, as this rank applies them."""
         if tables is None:
             return None

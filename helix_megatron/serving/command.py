@@ -26,6 +26,16 @@ KEY_VARIABLE = "HELIX_API_KEY"
 FAREWELL_SECONDS = 1.0  # for clients to be told, where there is no more to wait for
 GONE = "a process of the server is gone; its log says which."
 DEFAULTS = ServerSettings("model")
+# Fields of ServerSettings that are flags of the same name.
+LIMITS = {
+    "max_body_bytes": "of a request's body",
+    "max_choices": "n of a request, at most",
+    "max_prompts": "in the list of a request, at most",
+    "max_open_requests": "answered at the same time, at most",
+    "body_seconds": "in which a request's body must have come",
+    "send_seconds": "in which a client must take an event of its stream",
+}
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
@@ -67,15 +77,13 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         default=30.0,
         help="for open requests to finish after SIGTERM or Ctrl-C (default: %(default)s)",
     )
-    for name, text in (
-        ("max-body-bytes", "of a request's body"),
-        ("max-choices", "n of a request, at most"),
-        ("max-prompts", "in the list of a request, at most"),
-        ("max-open-requests", "answered at the same time, at most"),
-    ):
-        default = getattr(DEFAULTS, name.replace("-", "_"))
+    for name, text in LIMITS.items():
+        default = getattr(DEFAULTS, name)
         group.add_argument(
-            f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)"
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=f"{text} (default: %(default)s)",
         )
     add_engine_arguments(add_checkpoint_arguments(parser))
     return parser
@@ -181,6 +189,8 @@ def _answer(
         engine.run()
         raise
     asked.server, asked.engine = server, engine
+    if options.host not in LOOPBACK and not _settings(options).api_keys:
+        say(f"Anybody who reaches {options.host} may ask: there is no API key ({KEY_VARIABLE}).")
     host = f"[{options.host}]" if ":" in options.host else options.host
     say(
         f"{_settings(options).model_name}: http://{host}:{port}/v1, {args.world_size} "
@@ -207,10 +217,7 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
         model_name=options.model_name or Path(options.load).resolve().name,
         api_keys=tuple(keys),
         protect_metrics=options.protect_metrics,
-        max_body_bytes=options.max_body_bytes,
-        max_choices=options.max_choices,
-        max_prompts=options.max_prompts,
-        max_open_requests=options.max_open_requests,
+        **{name: getattr(options, name) for name in LIMITS},
     )
 
 

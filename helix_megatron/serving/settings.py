@@ -10,7 +10,7 @@ from helix_megatron.errors import HelixError
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How the server answers; its field docstrings are the flags' help.
+    """How the server answers.
 
     Args:
         model_name: that clients ask for, and that `/v1/models` lists.
