@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 
 POLL_SECONDS = 0.05
 FAREWELL_SECONDS = 10.0  # for the other ranks to end by themselves when one has died
-ASKED_SECONDS = 2.0  # the same, where the first one ended because it was asked to
+ASKED_SECONDS = 2.0  # the same, where one was asked to end, or has told the user what to put right
+USER_ERROR = 2
 PARENT = "HELIX_PARENT_PIPE"
 LOOPBACK = "lo"  # for gloo, where it exists: a host's name need not resolve
 
@@ -125,20 +126,20 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
             break
         failed = any(status not in (None, 0) for status in statuses)
         if deadline is None and (failed or statuses[0] == 0):
-            deadline = time.monotonic() + (FAREWELL_SECONDS if not asked else ASKED_SECONDS)
+            soon = asked or USER_ERROR in statuses
+            deadline = time.monotonic() + (ASKED_SECONDS if soon else FAREWELL_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
             _kill(processes)
             break
         time.sleep(POLL_SECONDS)
-    codes = [process.wait() for process in processes]
-    for rank, code in enumerate(codes):
-        if code < 0 and not asked:
-            name = signal.Signals(-code).name
+    for rank, status in enumerate(statuses):
+        if status is not None and status < 0 and not asked:  # not by this process
+            name = signal.Signals(-status).name
             print(f"rank {rank} was ended by {name}", file=sys.stderr, flush=True)
-    bad = [code for code in codes if code]
-    if not processes:
-        return 1
-    return 0 if not bad else next((code for code in bad if code > 0), 1)
+    codes = [process.wait() for process in processes]
+    if all(code == 0 for code in codes):
+        return 0 if processes else 1
+    return next((status for status in statuses if status is not None and status > 0), 1)
 
 
 def _kill(processes: list[subprocess.Popen[bytes]]) -> None:

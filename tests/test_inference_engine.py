@@ -101,14 +101,11 @@ def test_whole_heads_on_several_ranks(pool, reference):
 
 VARIANTS = {
     "plain": "",
-    "partial rotary": "--rotary-percent 0.5",
-    "interleaved": "--rotary-interleaved",
-    "learned positions": "--position-embedding-type learned_absolute",
-    "window": "--window-size 5",
-    "query-key norm": "--qk-layernorm",
-    "output gate": "--attention-output-gate",
-    "biases": "--add-qkv-bias",
-    "untied": "--untie-embeddings-and-output-weights",
+    "partial rotary, query-key norm": "--rotary-percent 0.5 --qk-layernorm",
+    "interleaved, biases": "--rotary-interleaved --add-qkv-bias",
+    "learned positions, untied": "--position-embedding-type learned_absolute "
+    "--untie-embeddings-and-output-weights",
+    "window, output gate": "--window-size 5 --attention-output-gate",
     "experts": "--num-experts 4 --moe-ffn-hidden-size 32",
 }
 
