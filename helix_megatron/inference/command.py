@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -25,13 +27,9 @@ PROGRAM = "helix generate"
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    from helix_megatron.inference.arguments import add_checkpoint_arguments
-    from helix_megatron.inference.batching_flags import add_engine_arguments
-
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Generate text from a checkpoint of Helix, Megatron or Hugging Face, at any layout.",
-        allow_abbrev=False,
+    parser = command_parser(
+        program,
+        "Generate text from a checkpoint of Helix, Megatron or Hugging Face, at any layout.",
     )
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", default=[], help="a text; may be given again")
@@ -66,8 +64,16 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per prompt, nothing else"
     )
-    add_engine_arguments(add_checkpoint_arguments(parser))
     return parser
+
+
+def command_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """With the flags of checkpoint, ranks, cache and batching."""
+    from helix_megatron.inference.arguments import add_checkpoint_arguments
+    from helix_megatron.inference.batching_flags import add_engine_arguments
+
+    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    return add_engine_arguments(add_checkpoint_arguments(parser))
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -121,6 +127,29 @@ def run_command(
     return run(args, options)
 
 
+@contextlib.contextmanager
+def ranks_together(
+    args: argparse.Namespace,
+    asked_to_end: threading.Event | None = None,
+    farewell: Callable[[str], None] = lambda reason: None,
+) -> Iterator[None]:
+    """The process group of the run, watched (`training.watchdog.watching`).
+
+    A `HelixError` from inside is raised when all ranks have taken leave of each other: it is all they say.
+    """
+    from helix_megatron.training.pretrain import process_group
+    from helix_megatron.training.watchdog import watching
+
+    problem = None
+    with process_group(args), watching(asked_to_end, farewell):
+        try:
+            yield
+        except HelixError as error:
+            problem = error
+    if problem is not None:
+        raise problem
+
+
 def opened(args: argparse.Namespace) -> Tokens:
     """The tokenizer, and on rank 0 a word on what was chosen for the user."""
     from helix_megatron.inference.tokens import open_tokens
@@ -140,8 +169,6 @@ def say(text: str) -> None:
 def _generate(args: argparse.Namespace, options: argparse.Namespace) -> int:
     from helix_megatron.inference.engine import follow
     from helix_megatron.inference.start import start
-    from helix_megatron.training.pretrain import process_group
-    from helix_megatron.training.watchdog import watching
 
     end_with_parent()
     tokens = opened(args)
@@ -155,18 +182,12 @@ def _generate(args: argparse.Namespace, options: argparse.Namespace) -> int:
     sampling = [
         _sampling(options, tokens.stop_tokens, args.seed + index) for index in range(len(prompts))
     ]
-    problem = None
-    with process_group(args), watching():
-        try:
-            runner, engine = start(args, options, max_waiting=len(prompts), longest=longest)
-            if engine is None:
-                follow(runner)
-            else:
-                _ask(engine, tokens, prompts, asked, sampling, options)
-        except HelixError as error:
-            problem = error  # raised when all ranks have taken leave of each other
-    if problem is not None:
-        raise problem
+    with ranks_together(args):
+        runner, engine = start(args, options, max_waiting=len(prompts), longest=longest)
+        if engine is None:
+            follow(runner)
+        else:
+            _ask(engine, tokens, prompts, asked, sampling, options)
     return 0
 
 

@@ -60,7 +60,7 @@ class Runner:
         self.group: ProcessGroup = megatron_state.get_tensor_model_parallel_group()
         self.layout = layout = rank_layout(layout, self.group.size())
         head_group: Any = parallel_state.get_intra_head_parallel_group()
-        local = layout.segments == 1 or attention == "segment-local"
+        local = is_local(layout, attention)
         if attention == "segment-local" and layout.segments > 1 and cache != "segment":
             raise HelixError(
                 f"cache layout {cache} keeps whole heads, and segment-local attention has none. Try "
@@ -68,14 +68,13 @@ class Runner:
             )
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        whole = not local and cache != "segment"
         self.book = make_book(cache, 1 if local else layout.segments, pages, page_size)
         self.cache = PagedCache(
             model.config.num_layers,
             pages,
             page_size,
             layout.group_kv_heads,
-            layout.head_dim if whole else layout.segment_dim,
+            kept_dims(layout, cache, local),
             self.dtype,
             self.device,
         )
@@ -164,6 +163,16 @@ class Runner:
 def rank_layout(layout: HeadLayout, ranks: int) -> HeadLayout:
     """The same for stock attention, too, whose ranks are head groups of one rank."""
     return dataclasses.replace(layout, head_groups=ranks // layout.segments)
+
+
+def is_local(layout: HeadLayout, attention: str) -> bool:
+    """Whether each rank attends by itself, so that all cache layouts are one."""
+    return layout.segments == 1 or attention == "segment-local"
+
+
+def kept_dims(layout: HeadLayout, cache: str, local: bool) -> int:
+    """Dimensions of a key or value as a rank keeps it: of a whole head, or of a segment."""
+    return layout.segment_dim if local or cache == "segment" else layout.head_dim
 
 
 def make_book(cache: str, members: int, pages: int, page_size: int) -> PageBook:

@@ -18,7 +18,7 @@ from helix_megatron.inference.choice import choose_cache_layout, explain_cache_l
 from helix_megatron.inference.engine import Engine
 from helix_megatron.inference.load import TORCH_DTYPES, inference_groups, load_model
 from helix_megatron.inference.request import Capacity
-from helix_megatron.inference.runner import Runner, make_book, rank_layout
+from helix_megatron.inference.runner import Runner, is_local, kept_dims, make_book, rank_layout
 from helix_megatron.inference.scheduler import Scheduler
 from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron.dist_checkpoint import on_every_rank
@@ -58,13 +58,8 @@ def start(
     element = TORCH_DTYPES[args.dtype].itemsize
     machine = MACHINES["cuda" if torch.cuda.is_available() else "cpu"]
     shape = DecodeShape(layout, options.max_sequences, context, element)
-    local = layout.segments == 1 or args.helix.attention == "segment-local"
-    if local:
-        if options.cache_layout not in ("auto", "segment") and layout.segments > 1:
-            raise HelixError(
-                f"--cache-layout {options.cache_layout} keeps whole heads, and segment-local attention "
-                "has none. Use segment, or auto."
-            )
+    local = is_local(layout, args.helix.attention)
+    if local and (layout.segments == 1 or options.cache_layout == "auto"):
         cache = "segment"
     else:
         cache = choose_cache_layout(shape, options.cache_layout, machine).name
@@ -129,7 +124,7 @@ def _pages(
     local: bool,
 ) -> int:
     """Pages of a rank's pool: for all sequences at their longest, as far as memory allows. Collective."""
-    dims = layout.segment_dim if local or cache == "segment" else layout.head_dim
+    dims = kept_dims(layout, cache, local)
     element = TORCH_DTYPES[args.dtype].itemsize
     position = 2 * args.num_layers * layout.group_kv_heads * dims * element
     page_bytes = position * options.page_size

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helix_megatron.errors import HelixError, exit_on_error
-from helix_megatron.inference.command import ignore_megatron_warnings, opened, run_command, say
+from helix_megatron.inference.command import (
+    command_parser,
+    ignore_megatron_warnings,
+    opened,
+    ranks_together,
+    run_command,
+    say,
+)
 from helix_megatron.local_ranks import end_with_parent
 from helix_megatron.serving.settings import ServerSettings
 
@@ -39,13 +46,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    from helix_megatron.inference.arguments import add_checkpoint_arguments
-    from helix_megatron.inference.batching_flags import add_engine_arguments
-
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Serve a checkpoint of Helix, Megatron or Hugging Face over HTTP as OpenAI does.",
-        allow_abbrev=False,
+    parser = command_parser(
+        program, "Serve a checkpoint of Helix, Megatron or Hugging Face over HTTP as OpenAI does."
     )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
@@ -85,7 +87,6 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
             default=default,
             help=f"{text} (default: %(default)s)",
         )
-    add_engine_arguments(add_checkpoint_arguments(parser))
     return parser
 
 
@@ -134,8 +135,6 @@ def _serve(args: argparse.Namespace, options: argparse.Namespace) -> int:
     from helix_megatron.inference.start import start
     from helix_megatron.serving.app import make_app
     from helix_megatron.serving.server import Server, allow_many_connections, listen
-    from helix_megatron.training.pretrain import process_group
-    from helix_megatron.training.watchdog import watching
 
     asked = _Asked(options.drain_seconds)
     listener = None
@@ -153,24 +152,15 @@ def _serve(args: argparse.Namespace, options: argparse.Namespace) -> int:
             asked.server.stop(FAREWELL_SECONDS)
 
     end_with_parent(farewell)
-    problem = None
-    with process_group(args), watching(asked, farewell):
-        try:
-            runner, engine = start(args, options, max_waiting=options.max_waiting)
-            if engine is None:
-                follow(runner)
-            else:
-                assert listener is not None
-                app = make_app(engine, tokens, _settings(options))
-                server = Server(app, listener, max_connections=2 * options.max_open_requests)
-                _answer(engine, server, asked, args, options)
-        except HelixError as error:
-            problem = error  # raised when all ranks have taken leave of each other
-        except BaseException:
-            farewell()
-            raise
-    if problem is not None:
-        raise problem
+    with ranks_together(args, asked, farewell):
+        runner, engine = start(args, options, max_waiting=options.max_waiting)
+        if engine is None:
+            follow(runner)
+        else:
+            assert listener is not None
+            app = make_app(engine, tokens, _settings(options))
+            server = Server(app, listener, max_connections=2 * options.max_open_requests)
+            _answer(engine, server, asked, args, options)
     return 0
 
 
@@ -196,7 +186,11 @@ def _answer(
         f"{_settings(options).model_name}: http://{host}:{port}/v1, {args.world_size} "
         f"rank{'s' * (args.world_size != 1)}, contexts of up to {engine.capacity.max_context:,} tokens"
     )
-    engine.run()
+    try:
+        engine.run()
+    except BaseException:  # every request has been told
+        server.stop(FAREWELL_SECONDS)
+        raise
     server.stop(max(FAREWELL_SECONDS, asked.seconds_left))
 
 
