@@ -1,4 +1,8 @@
-"""Packaging of helix_megatron: two-level attention partitioning for Megatron and DeepSpeed."""
+"""Packaging of helix_megatron: two-level attention partitioning for Megatron and DeepSpeed.
+
+Every range ends where the tests end: `scripts/lock.sh` resolves both ends of all of them, and
+`scripts/compatibility.sh` runs there (docs/compatibility.md).
+"""
 
 from pathlib import Path
 
@@ -10,7 +14,16 @@ VERSION = next(
     for line in (ROOT / "helix_megatron" / "__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
-SERVE = ["fastapi", "uvicorn", "pydantic>=2.12", "prometheus-client"]
+TOKENIZERS = "tokenizers>=0.22,<0.24"
+TENSORBOARD = "tensorboard>=2.18,<3"
+TRANSFORMERS = ["transformers>=5.2,<5.25", "accelerate>=1.1,<1.16"]
+DEEPSPEED = ["deepspeed>=0.19,<0.20"]
+SERVE = [
+    "fastapi>=0.115,<1",
+    "uvicorn>=0.32,<1",
+    "pydantic>=2.12,<3",
+    "prometheus-client>=0.21,<1",
+]
 
 setup(
     name="helix_megatron",
@@ -26,37 +39,37 @@ setup(
     },
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",  # newer cores need Python 3.12; see docs/limits.md
-        "numpy",
-        "safetensors",
-        "psutil",  # megatron-core's distributed checkpoints import it and do not declare it
-        "tqdm",
-        "rich",
-        "pyyaml",
-        "matplotlib",
+        "torch>=2.6,<2.16",
+        "megatron-core>=0.16.1,<0.20",  # 0.16.1 is the last one for Python 3.11
+        "numpy>=1.26,<3",
+        "safetensors>=0.4.3,<0.9",
+        "packaging>=23,<27",
+        "psutil>=6,<8",  # megatron-core's distributed checkpoints import it and do not declare it
+        "tqdm>=4.66,<5",
+        "rich>=13.7,<16",
+        "pyyaml>=6.0.2,<7",
+        "matplotlib>=3.9,<4",
     ],
     entry_points={"console_scripts": ["helix = helix_megatron.cli:main"]},
     extras_require={
-        "huggingface": ["transformers>=5,<6", "accelerate"],
+        "huggingface": TRANSFORMERS,
         "serve": SERVE,
-        "data": ["tokenizers"],
-        "tensorboard": ["tensorboard"],
-        "wandb": ["wandb"],
-        "nvml": ["nvidia-ml-py"],
-        "deepspeed": ["deepspeed>=0.19,<0.20"],
+        "data": [TOKENIZERS],
+        "tensorboard": [TENSORBOARD],
+        "wandb": ["wandb>=0.19,<1"],
+        "nvml": ["nvidia-ml-py>=12.560,<14"],
+        "deepspeed": DEEPSPEED,
         "test": [
-            "pytest",
-            "hypothesis",
-            "tokenizers",
-            "transformers>=5,<6",
-            "accelerate",
-            "deepspeed>=0.19,<0.20",
-            "tensorboard",
+            "pytest>=8.3.3,<10",
+            "hypothesis>=6.112,<7",
+            TOKENIZERS,
+            TENSORBOARD,
+            *TRANSFORMERS,
+            *DEEPSPEED,
             *SERVE,
-            "openai",
-            "httpx",
-            "schemathesis",
+            "openai>=2,<4",
+            "httpx>=0.27,<1",
+            "schemathesis>=4.20,<5",
             "ruff==0.17.5",
             "mypy==2.4.1",
         ],
