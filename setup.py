@@ -1,23 +1,24 @@
 """Packaging of helix_megatron: two-level attention partitioning for Megatron and DeepSpeed.
 
-Every range ends where the tests end: `scripts/lock.sh` resolves both ends of all of them, and
-`scripts/compatibility.sh` runs there (docs/compatibility.md).
+Every range ends where the tests end: `scripts/lock.sh` resolves both ends of each, and
+`scripts/compatibility.sh` runs the tests there (docs/compatibility.md).
 """
 
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = next(
-    line.split('"')[1]
-    for line in (ROOT / "helix_megatron" / "__init__.py").read_text().splitlines()
-    if line.startswith("__version__")
-)
+sys.path.insert(0, str(ROOT))
+
+from helix_megatron import __version__  # noqa: E402
+from helix_megatron.versions import TESTED  # noqa: E402
+
+HOST = {package: tested.requirement for package, tested in TESTED.items()}
 TOKENIZERS = "tokenizers>=0.22,<0.24"
 TENSORBOARD = "tensorboard>=2.18,<3"
-TRANSFORMERS = ["transformers>=5.2,<5.25", "accelerate>=1.1,<1.16"]
-DEEPSPEED = ["deepspeed>=0.19,<0.20"]
+TRANSFORMERS = [HOST["transformers"], HOST["accelerate"]]
 SERVE = [
     "fastapi>=0.115,<1",
     "uvicorn>=0.32,<1",
@@ -27,7 +28,7 @@ SERVE = [
 
 setup(
     name="helix_megatron",
-    version=VERSION,
+    version=__version__,
     description="Attention on more ranks than there are key-value heads, for Megatron and DeepSpeed",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
@@ -39,11 +40,10 @@ setup(
     },
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.6,<2.16",
-        "megatron-core>=0.16.1,<0.20",  # 0.16.1 is the last one for Python 3.11
+        HOST["torch"],
+        HOST["megatron-core"],  # 0.16.1 is the last one for Python 3.11
+        HOST["safetensors"],
         "numpy>=1.26,<3",
-        "safetensors>=0.4.3,<0.9",
-        "packaging>=23,<27",
         "psutil>=6,<8",  # megatron-core's distributed checkpoints import it and do not declare it
         "tqdm>=4.66,<5",
         "rich>=13.7,<16",
@@ -58,14 +58,14 @@ setup(
         "tensorboard": [TENSORBOARD],
         "wandb": ["wandb>=0.19,<1"],
         "nvml": ["nvidia-ml-py>=12.560,<14"],
-        "deepspeed": DEEPSPEED,
+        "deepspeed": [HOST["deepspeed"]],
         "test": [
             "pytest>=8.3.3,<10",
             "hypothesis>=6.112,<7",
             TOKENIZERS,
             TENSORBOARD,
             *TRANSFORMERS,
-            *DEEPSPEED,
+            HOST["deepspeed"],
             *SERVE,
             "openai>=2,<4",
             "httpx>=0.27,<1",
