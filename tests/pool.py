@@ -23,6 +23,7 @@ import faulthandler
 import gc
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.managers
 import os
 import pickle
 import random
@@ -155,6 +156,7 @@ class RankPool:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
         self._directory = tempfile.TemporaryDirectory(prefix="helix-pool-")
+        self._queues: multiprocessing.managers.SyncManager | None = None
         self._workers: dict[int, Worker] = {}
         self._started = 0
         # multiprocessing waits for its children at exit; this runs before that and ends them.
@@ -209,6 +211,9 @@ class RankPool:
             worker.process.join(GRACE_SECONDS)
         for rank in list(self._workers):
             self._discard(rank)
+        if self._queues is not None:
+            self._queues.shutdown()
+            self._queues = None
 
     def _start(self, world_size: int) -> list[Worker]:
         """The processes of these ranks; those that are missing or have died are started."""
@@ -233,8 +238,13 @@ class RankPool:
         stack_file = Path(self._directory.name, f"stack-{self._started}")
         stack_file.touch()
         ours, theirs = self._context.Pipe()
+        if self._queues is None:
+            self._queues = multiprocessing.get_context("spawn").Manager()
+        queues = (self._queues.address, bytes(multiprocessing.current_process().authkey))
         # Not a daemon: checkpoint writers start processes of their own, which daemons must not.
-        process = self._context.Process(target=_serve, args=(theirs, str(stack_file)), name=name)
+        process = self._context.Process(
+            target=_serve, args=(theirs, str(stack_file), queues), name=name
+        )
         process.start()
         theirs.close()
         return Worker(process, ours, stack_file)
@@ -327,13 +337,18 @@ def _report(
 # What follows runs in the ranks.
 
 
-def _serve(connection: multiprocessing.connection.Connection, stack_file: str) -> None:
+def _serve(
+    connection: multiprocessing.connection.Connection,
+    stack_file: str,
+    queues: tuple[Any, bytes],
+) -> None:
     """Run jobs until the pool closes the connection."""
     # Kept open for the life of the process: faulthandler writes to its descriptor.
     stacks = open(stack_file, "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=stacks)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the pool's business
     torch.set_num_threads(1)
+    _share_queues(*queues)
     connection.send_bytes(READY)
     while True:
         try:
@@ -341,6 +356,19 @@ def _serve(connection: multiprocessing.connection.Connection, stack_file: str) -
         except (EOFError, ConnectionError):
             return
         _run_job(connection, pickle.loads(job))
+
+
+def _share_queues(address: Any, key: bytes) -> None:
+    """Give megatron-core's checkpoint writer a queue of the pool's manager.
+
+    It would start a manager of its own at the first save: a process that imports torch, for every rank.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager = multiprocessing.managers.SyncManager(address, key)
+    manager.connect()
+    assert hasattr(filesystem_async, "_results_queue"), "megatron-core keeps its queue elsewhere"
+    filesystem_async._results_queue = manager.Queue()
 
 
 def _run_job(connection: multiprocessing.connection.Connection, job: Job) -> None:
@@ -398,6 +426,13 @@ def _tear_down() -> None:
     rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
     if rotary is not None:
         rotary.RotaryEmbedding.forward.cache_clear()  # it keeps models, and they their groups
+    wrapper = sys.modules.get("megatron.core.distributed.distributed_data_parallel")
+    if wrapper is not None:
+        # The distributed optimizer's views of parameters, and through their graph the wrapper's hooks, make a
+        # circle with the wrapper that Python's collector does not see. It keeps the model and its groups.
+        for value in gc.get_objects():
+            if type(value) is wrapper.DistributedDataParallel:
+                vars(value).clear()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     torch.set_default_dtype(torch.float32)
