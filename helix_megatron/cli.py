@@ -48,9 +48,9 @@ SUBCOMMANDS = {
         "serve a checkpoint over HTTP as OpenAI does",
     ),
     "doctor": (
-        "helix_megatron.megatron_lm.doctor",
+        "helix_megatron.doctor",
         "main",
-        "tell whether Helix fits a Megatron-LM checkout",
+        "tell what works in this environment, or whether Helix fits a Megatron-LM checkout",
     ),
 }
 

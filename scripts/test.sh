@@ -1,6 +1,15 @@
 #!/usr/bin/env bash
-# Run all tests. Options pass through to pytest: ./scripts/test.sh -k layout -x
+# Run the tests; docs/testing.md says what they prove. Options pass through to pytest.
+#
+#   ./scripts/test.sh                      the quick tier: every property, in ten minutes on two cores
+#   ./scripts/test.sh --full               every case at full length
+#   ./scripts/test.sh --full-part serving  one part of the full tier beside the quick one
+#   ./scripts/test.sh tests/test_layout.py -k uneven -x
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 helix_environment test
-exec python -m pytest "$@"
+# Two processes: one has the tests that use the pool of ranks, the other has the rest.
+case " $* " in
+  *" tests/"* | *" -n "*) exec python -m pytest "$@" ;;
+  *) exec python -m pytest -n 2 --dist loadgroup --durations=15 "$@" ;;
+esac

@@ -14,6 +14,7 @@ if "lo" in (name for _, name in socket.if_nameindex()):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name need not resolve
 
 import pytest
+import tiers
 import torch
 from pool import RankPool
 
@@ -28,9 +29,40 @@ def pool() -> Iterator[RankPool]:
     ranks.close()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("helix")
+    group.addoption(
+        "--full", action="store_true", help="run the full tier, too (see tests/tiers.py)"
+    )
+    group.addoption(
+        "--full-part",
+        action="append",
+        default=[],
+        choices=tiers.PARTS,
+        help="run this part of the full tier, too; may be given again",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """List every skipped and expectedly failing test with its reason, as `-rsx` does."""
     config.option.reportchars += "".join(c for c in "sx" if c not in config.option.reportchars)
+    config.addinivalue_line("markers", "full(part): runs with this part of the full tier only")
+    tiers.choose(set(tiers.PARTS if config.option.full else config.option.full_part))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out parts of the full tier that were not asked for, and say which tests stay in one worker.
+
+    Those that use the pool share one, and those of a module share its fixtures.
+    """
+    marks = {item: item.get_closest_marker("full") for item in items}
+    left = [item for item, mark in marks.items() if mark and not tiers.is_full(*mark.args)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+    for item in items:
+        group = "pool" if "pool" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -18,7 +18,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from helix_megatron.megatron_lm import doctor, patch
+from helix_megatron import doctor
+from helix_megatron.megatron_lm import patch
 from helix_megatron.megatron_lm.source import core_version, entry_point
 
 CHECKOUT = os.environ.get("HELIX_MEGATRON_LM", "")

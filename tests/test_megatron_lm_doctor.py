@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from helix_megatron import cli
+from helix_megatron import cli, doctor
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron import cpu_runtime, torch_adam
-from helix_megatron.megatron_lm import cpu, doctor, hooks, patch, source
+from helix_megatron.megatron_lm import cpu, hooks, patch, source
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = 'import time\n\n\ndef model():\n    pass\n\n\nif __name__ == "__main__":\n    model()\n'

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from helix_megatron.errors import HelixError, exit_on_error
@@ -12,31 +10,16 @@ from helix_megatron.megatron_lm import cpu, hooks, patch
 from helix_megatron.megatron_lm.source import bypasses, core_version, entry_point, find
 from helix_megatron.megatron_lm.table import NEWEST, OLDEST, HookTable, Version, dotted
 
-PROGRAM = "helix doctor"
 
-
-def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Print what fits and what does not.
+def examine_checkout(path: str, *, patch_only: bool, program: str) -> int:
+    """Print what fits a checkout and what does not, or only the patch of its script.
 
     Returns 0 if every hook of Helix fits, 1 if not; a path that is no checkout exits with 2.
     """
-    parser = argparse.ArgumentParser(prog=program, description=__doc__)
-    parser.add_argument(
-        "--megatron",
-        metavar="PATH",
-        required=True,
-        help="a checkout of Megatron-LM; nothing of it is imported",
-    )
-    parser.add_argument(
-        "--patch",
-        action="store_true",
-        help="print only a patch for this checkout's pretrain_gpt.py, for git apply --unidiff-zero",
-    )
-    args = parser.parse_args(argv)
     with exit_on_error(program):
-        checkout = Path(args.megatron)
+        checkout = Path(path)
         version = core_version(checkout)
-        if args.patch:
+        if patch_only:
             print(_patch(checkout), end="")
             return 0
         return _examine(checkout, version)
@@ -118,7 +101,3 @@ def _patch(checkout: Path) -> str:
             f"before anything of Megatron is called: {'; '.join(text.strip() for text in patch.LINES)}."
         )
     return patch.patch_text(entry)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
