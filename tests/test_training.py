@@ -1,4 +1,7 @@
-"""Training gives the same losses at every layout: fp32, 50 iterations, within 1e-4 of one process."""
+"""Training gives the same losses and gradient norms at every layout, in fp32, as one process.
+
+One layout is trained for 50 iterations, and all of them in the full tier; the others for 8.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import functools
 import math
 
 import pytest
+from tiers import is_full
 
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.validate import validate
@@ -117,18 +121,41 @@ def largest_difference(records: list[dict], others: list[dict], key: str = "lm_l
     return max(abs(a[key] - b[key]) for a, b in zip(records, others, strict=True))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# Trained for 50 iterations whatever the tier.
+LONG = "GQA, 4 ranks, m 2"
+IN_FULL_TIER = {
+    "2 ranks, m 2",
+    "8 ranks, m 4, sequence parallel",
+    "GQA, 8 ranks, m 4, all-to-all",
+    "MoE, 2 ranks, m 2",
+    "MoE, 8 ranks, m 2, EP 2, PP 2",
+}
+assert set(LAYOUTS) >= IN_FULL_TIER, "a layout was renamed"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full("training")] * (name in IN_FULL_TIER))
+        for name in LAYOUTS
+    ],
+)
 def test_losses_are_those_of_one_process(pool, reference, name):
     """Whoever turns Helix on trains the same model; learning must be real for this to mean something."""
     model, ranks, layout = LAYOUTS[name]
-    expected = reference(model)
-    records = run(pool, f"{SIZE} {model} {layout}", ranks)
-    assert len(records) == 50
+    iterations = 50 if name == LONG or is_full("training") else 8
+    expected = reference(f"{model} --train-iters {iterations}")
+    records = run(pool, f"{SIZE} {model} {layout} --train-iters {iterations}", ranks)
+    assert len(records) == iterations
     assert all(math.isfinite(record["lm_loss"]) for record in records)
-    assert records[-1]["lm_loss"] < records[0]["lm_loss"] - 1
+    learned = records[0]["lm_loss"] - records[-1]["lm_loss"]
+    assert learned > (1 if iterations == 50 else 0.25)
     assert largest_difference(records, expected) <= 1e-4
-    first = [records[0]["grad_norm"], expected[0]["grad_norm"]]
-    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    # Rounding grows with training, in a norm more than in a loss.
+    first = slice(0, 8)
+    norms = [[record["grad_norm"] for record in run[first]] for run in (records, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-4)
 
 
 @pytest.mark.parametrize(
