@@ -218,7 +218,7 @@ def test_events_measure_time() -> None:
 def attributes() -> dict[str, Any]:
     """The current value behind each target of the tables, and what torch.Tensor defines itself."""
     values: dict[str, Any] = {}
-    for patch in [*cpu_runtime.TABLE.patches, *torch_adam.TABLE.patches]:
+    for patch in [*cpu_runtime.TABLE.fitting(), *torch_adam.TABLE.fitting()]:
         module, _, path = patch.target.partition(":")
         value: Any = importlib.import_module(module)
         for name in path.split("."):

@@ -26,7 +26,7 @@ def checkout(folder: Path, version: tuple[int, int] = (0, 16), without: str = ""
         if hook.applies_to(version)
         for target in hook.targets
     ]
-    targets += [p.target for t in (cpu_runtime.TABLE, torch_adam.TABLE) for p in t.patches]
+    targets += [p.target for t in (cpu_runtime.TABLE, torch_adam.TABLE) for p in t.fitting(version)]
     modules: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for target in targets:
         module, _, attribute = target.partition(":")

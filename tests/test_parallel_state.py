@@ -192,7 +192,7 @@ def make_collections() -> list[bool]:
     kept = parallel_state.with_intra_head_groups(own)
     return [
         some.tp is tensor and some.ihp is intra_head and some.hgp is head_group,
-        not hasattr(some, "dp"),
+        getattr(some, "dp", None) is None,
         every.dp is megatron_state.get_data_parallel_group() and every.ihp is intra_head,
         added.cp is given.cp and added.ihp is intra_head and added.hgp is head_group,
         added is not given and not hasattr(given, "ihp"),

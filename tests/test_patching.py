@@ -80,6 +80,26 @@ def test_added_attributes_are_left_alone_where_they_exist(upstream: types.Module
     assert not hasattr(upstream, "forgotten")
 
 
+def test_rows_of_other_versions_are_left_out(upstream: types.ModuleType) -> None:
+    """What a version of upstream does not have is no error there; what it has more of is not touched."""
+    patches = PatchTable("upstream", ">=1,<4", "the test", lambda: (2, 1, 3))
+    patches.replace("upstream:old", before=(2,))(lambda old: 2)
+    patches.replace("upstream:new", since=(2, 2))(lambda old: 2)
+    patches.replace("upstream:constant", since=(2, 1), before=(2, 2))(lambda old: 2)
+    patches.install()
+    assert upstream.constant == 2
+    patches.uninstall()
+    assert [patch.target for patch in patches.fitting((3,))] == ["upstream:new"]
+    patches.replace("upstream:missing", since=(2,))(lambda old: 2)
+    with pytest.raises(HelixError) as caught:
+        patches.install()
+    assert upstream.constant == 1
+    assert str(caught.value) == (
+        "upstream 2.1.3 has no upstream.missing, which the test replaces. It is written for upstream >=1,<4: "
+        "try pip install 'upstream>=1,<4'."
+    )
+
+
 @pytest.mark.parametrize(
     "target", ["upstream:missing", "upstream:Derived.missing.deeper", "no_such_module:attribute"]
 )

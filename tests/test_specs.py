@@ -69,7 +69,7 @@ class StandInTransformerEngine(LocalSpecProvider):
     def column_parallel_layer_norm_linear(self) -> type:
         return TELayerNormColumnParallelLinear
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **newer: Any) -> type:
         return TENorm
 
     def core_attention(self) -> type:

@@ -18,9 +18,12 @@ from helix_megatron.kernels import AttentionKernel
 from helix_megatron.layout import HeadLayout
 from helix_megatron.masks import AttentionMask
 from helix_megatron.megatron.random import fork_head_group_state
-from helix_megatron.megatron.support import refuse_packed_sequences
+from helix_megatron.megatron.support import STOCK, refuse_packed_sequences
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
+
+WITHOUT_EFFECT = ("cp_comm_type", "pg_collection", "name", "pp_layer_offset")
+"""What Megatron may give a core attention to build it, and the exchanges do not need."""
 
 
 class HelixCoreAttention(MegatronModule):
@@ -46,6 +49,9 @@ class HelixCoreAttention(MegatronModule):
         **newer: Any,
     ) -> None:
         super().__init__(config=config)
+        _refuse_unknown(
+            {name: value for name, value in newer.items() if name not in WITHOUT_EFFECT}
+        )
         self.layout, self.group, self.exchange, self.kernel = layout, group, exchange, kernel
         self.attn_mask_type = attn_mask_type
         # apply_query_key_layer_scaling divides by the layer number and multiplies back: nothing in fp32.
@@ -65,6 +71,7 @@ class HelixCoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
+        **newer: Any,
     ) -> Tensor:
         """query, key, value as in `partitioned_attention`; attention_mask is True where hidden.
 
@@ -76,6 +83,7 @@ class HelixCoreAttention(MegatronModule):
             raise HelixError(
                 "an attention bias does not work with exact Helix attention. Leave attention_bias at None."
             )
+        _refuse_unknown(newer)
         mask_type = attn_mask_type or self.attn_mask_type
         mask = AttentionMask(
             causal=mask_type in CAUSAL,
@@ -103,3 +111,13 @@ class HelixCoreAttention(MegatronModule):
             return fork_head_group_state()
         # With sequence parallelism the whole block runs in this rank's own state already.
         return nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
+
+
+def _refuse_unknown(given: dict[str, Any]) -> None:
+    """What a later Megatron gives its core attention must not be dropped in silence."""
+    for name, value in given.items():
+        if value is not None:
+            raise HelixError(
+                f"Megatron gave its core attention {name} = {value!r}, which exact Helix attention does not "
+                f"know. Leave it at None, {STOCK}."
+            )

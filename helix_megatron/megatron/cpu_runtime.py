@@ -1,7 +1,7 @@
 """Run megatron-core without a GPU: training, checkpoints and inference over gloo.
 
-`install()` puts stand-ins for what megatron-core 0.16.1 takes from CUDA; `uninstall()` removes them. Where
-CUDA is available nothing happens. File and line in the docstrings are those of megatron/core in 0.16.1.
+`install()` puts stand-ins for what megatron-core takes from CUDA; `uninstall()` removes them. Where CUDA is
+available nothing happens. What only some versions have is marked with them. File and line in the docstrings are those of megatron/core in 0.16.1.
 
 Three settings remain the caller's, since they are configuration and not faults:
 
@@ -23,10 +23,10 @@ from torch.overrides import _get_current_function_mode_stack
 
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron import cpu_devices, torch_adam
+from helix_megatron.megatron.core_version import SUPPORTED, found_version
 from helix_megatron.megatron.patching import PatchTable
 
-MEGATRON_CORE = "0.16.1"
-TABLE = PatchTable("megatron-core", MEGATRON_CORE, "the CPU runtime")
+TABLE = PatchTable("megatron-core", SUPPORTED, "the CPU runtime", found_version)
 _RANDOM = "megatron.core.tensor_parallel.random"
 _mode = cpu_devices.CudaMeansCpu()
 
@@ -216,7 +216,7 @@ def _gather_unequal_parts(upstream: Any) -> Callable[..., torch.Tensor]:
     return gather
 
 
-@TABLE.replace("megatron.core.transformer.moe.moe_utils:te_general_gemm", adds=True)
+@TABLE.replace("megatron.core.transformer.moe.moe_utils:te_general_gemm", adds=True, before=(0, 17))
 def _no_transformer_engine_gemm(upstream: Any) -> None:
     """moe_utils.py:34 imports it with Transformer Engine; without, :1192 is a `NameError`.
 

@@ -9,6 +9,9 @@ does, where, and why that fails; it takes the upstream object and returns what s
     def synchronize(upstream):
         \"\"\"p2p_communication.py:398 waits for the device: there is none.\"\"\"
         return lambda device=None: None
+
+What only some versions of the package have is a row with `since=` and `before=`: there it is needed, and it is
+not missed in the others.
 """
 
 from __future__ import annotations
@@ -19,13 +22,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from packaging.version import parse as parse_version
+
 from helix_megatron.errors import HelixError
+from helix_megatron.megatron.core_version import Version, dotted
 
 _MISSING = object()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Versioned:
+    """A row of a table that holds for some versions of the package.
+
+    `since` is the first version that has what is replaced, `before` the first that no longer has it.
+    """
+
+    since: Version = ()
+    before: Version | None = None
+
+    def applies_to(self, version: Version) -> bool:
+        """Whether this version of the package has what the row replaces."""
+        return self.since <= version and (self.before is None or version < self.before)
+
+
 @dataclass(frozen=True)
-class Patch:
+class Patch(Versioned):
     """One attribute to replace.
 
     `target` is `module:attribute` or `module:Class.attribute`. `adds` marks an attribute that upstream
@@ -55,14 +76,22 @@ class _Replaced:
 class PatchTable:
     """Replacements that are applied together or not at all.
 
-    `package` and `version` name what the table was written for; `purpose` says in the error, after
-    "which ... needs", who needs a target that is not there.
+    `package` and `version` name what the table was written for, the latter one version or a specifier such as
+    `>=1.2,<2`; `purpose` says in the error, after "which", who replaces a target that is not there.
+    `find_version` tells which version is in use; by default the installed package says so.
     """
 
-    def __init__(self, package: str, version: str, purpose: str) -> None:
+    def __init__(
+        self,
+        package: str,
+        version: str,
+        purpose: str,
+        find_version: Callable[[], Version] | None = None,
+    ) -> None:
         self.package = package
         self.version = version
         self.purpose = purpose
+        self.find_version = find_version or self._installed_version
         self.patches: list[Patch] = []
         self._replaced: list[_Replaced] = []
 
@@ -71,24 +100,35 @@ class PatchTable:
         return bool(self._replaced)
 
     def replace(
-        self, *targets: str, adds: bool = False
+        self,
+        *targets: str,
+        adds: bool = False,
+        since: Version = (),
+        before: Version | None = None,
     ) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
         """Decorator that adds a replacement of one or several targets to the table."""
 
         def register(stand_in: Callable[[Any], Any]) -> Callable[[Any], Any]:
-            self.patches += [Patch(target, stand_in, adds) for target in targets]
+            self.patches += [
+                Patch(target, stand_in, adds, since=since, before=before) for target in targets
+            ]
             return stand_in
 
         return register
 
+    def fitting(self, version: Version | None = None) -> list[Patch]:
+        """The patches for a version of the package; for the one in use by default."""
+        version = self.find_version() if version is None else version
+        return [patch for patch in self.patches if patch.applies_to(version)]
+
     def install(self) -> None:
-        """Apply all patches; nothing happens when they are in place.
+        """Apply all patches for the version in use; nothing happens when they are in place.
 
         Raises `HelixError` if a target does not exist, before anything has been replaced.
         """
         if self.installed:
             return
-        found = [(patch, *self._find(patch)) for patch in self.patches]
+        found = [(patch, *self._find(patch)) for patch in self.fitting()]
         stand_ins = [
             (owner, name, upstream, patch.stand_in(upstream))
             for patch, owner, name, upstream in found
@@ -120,13 +160,19 @@ class PatchTable:
             raise self._unknown_version(patch)
         return owner, name, upstream
 
-    def _unknown_version(self, patch: Patch) -> HelixError:
+    def _installed_version(self) -> Version:
+        """The release that is installed; () where nothing says."""
         try:
-            version = importlib.metadata.version(self.package)
+            return parse_version(importlib.metadata.version(self.package)).release
         except importlib.metadata.PackageNotFoundError:
-            version = "an unknown version"
+            return ()
+
+    def _unknown_version(self, patch: Patch) -> HelixError:
+        version = dotted(self.find_version()) or "of an unknown version"
+        exact = self.version[0].isdigit()
+        wanted = f"{self.package}=={self.version}" if exact else f"'{self.package}{self.version}'"
         return HelixError(
             f"{self.package} {version} has no {patch.target.replace(':', '.')}, which "
             f"{self.purpose} replaces. It is written for {self.package} {self.version}: try "
-            f"pip install {self.package}=={self.version}."
+            f"pip install {wanted}."
         )

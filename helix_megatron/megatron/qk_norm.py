@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, listed
 from helix_megatron.head_norm import head_mean
 from helix_megatron.layout import HeadLayout
+from helix_megatron.megatron.support import STOCK
 
-KINDS = ("LayerNorm", "RMSNorm", "L2Norm")
+PARAMETERS = {"LayerNorm": {"weight", "bias"}, "RMSNorm": {"weight"}, "L2Norm": set()}
+KINDS = tuple(PARAMETERS)
+PACKAGES = ("torch", "megatron", "transformer_engine", "helix_megatron")
 
 
 class PartitionedNorm(nn.Module):
@@ -84,9 +86,29 @@ class PartitionedNorm(nn.Module):
         return weight if self.whole else weight[self.dims]
 
 
-def norm_kind(submodule: Any, normalization: str) -> str | None:
-    """Which norm a spec's `q_layernorm` or `k_layernorm` stands for; None for no norm."""
-    module = getattr(submodule, "module", submodule)
-    if module is None or module is IdentityOp:
+def norm_kind(built: nn.Module | None, name: str) -> str | None:
+    """Which of `KINDS` a query or key norm is that Megatron has built; None for no norm.
+
+    A spec may name none and leave the choice to the configuration, and a builder may give an instance of
+    another class than its own, so only the instance tells.
+
+    Args:
+        built: what the stock layer holds as `q_layernorm` or `k_layernorm`.
+        name: how the layer calls it, for the error.
+
+    Raises:
+        HelixError: it is another module, whose arithmetic Helix cannot repeat on cut heads.
+    """
+    if built is None or isinstance(built, IdentityOp):
         return None
-    return "L2Norm" if module is L2Norm else normalization
+    package, kind = type(built).__module__.partition(".")[0], type(built).__name__
+    if kind in ("TorchNorm", "FusedLayerNorm"):
+        kind = getattr(built, "normalization", "LayerNorm")
+    parameters = {parameter for parameter, _ in built.named_parameters()}
+    if package not in PACKAGES or PARAMETERS.get(kind) != parameters:
+        raise HelixError(
+            f"{name} of self-attention is {type(built).__module__}.{type(built).__qualname__} with parameters "
+            f"{listed(sorted(parameters))}, and Helix can normalise cut heads only as the {listed(KINDS)} of "
+            f"{listed(PACKAGES)} do. Name one of those in the layer spec, {STOCK}."
+        )
+    return kind

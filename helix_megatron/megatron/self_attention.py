@@ -13,22 +13,28 @@ import dataclasses
 import functools
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from torch import Tensor
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from helix_megatron import parallel_state
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, listed
 from helix_megatron.kernels import AttentionKernel
 from helix_megatron.kernels.sdpa import sdpa
 from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron.checkpoint import permuted
 from helix_megatron.megatron.core_attention import HelixCoreAttention
+from helix_megatron.megatron.core_version import SUPPORTED
 from helix_megatron.megatron.qk_norm import PartitionedNorm, norm_kind
-from helix_megatron.megatron.support import refuse_dynamic_inference
+from helix_megatron.megatron.support import STOCK, refuse_dynamic_inference
 from helix_megatron.megatron.transformer_config import attention_layout
+
+PARTS = ("core_attention", "linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
+"""The parts of Megatron's self-attention that can be cut; see `_refuse_unknown_parts`."""
 
 RotaryTables = Tensor | tuple[Tensor, Tensor] | None
 
@@ -128,10 +134,11 @@ class HelixSelfAttention(VirtualSelfAttention):
     ) -> None:
         self._kernel = kernel
         super().__init__(config, submodules, *args, **kwargs)
+        _refuse_unknown_parts(self)
         columns = torch.as_tensor(self.layout.rotary_columns(self.intra_head_group.rank()))
         self.register_buffer("rotary_columns", columns, persistent=False)
         for name in ("q_layernorm", "k_layernorm"):
-            setattr(self, name, self._norm(name, getattr(submodules, name)))
+            setattr(self, name, self._norm(name, getattr(self, name)))
 
     def _prepare(
         self,
@@ -150,9 +157,7 @@ class HelixSelfAttention(VirtualSelfAttention):
             exchange=config.helix.exchange,
             kernel=self._kernel,
         )
-        return dataclasses.replace(
-            submodules, core_attention=core_attention, q_layernorm=None, k_layernorm=None
-        )
+        return dataclasses.replace(submodules, core_attention=core_attention)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """As stock; queries come in whole heads where the layout deals them whole."""
@@ -189,8 +194,9 @@ class HelixSelfAttention(VirtualSelfAttention):
             query = query[..., self.rotary_columns]
         return query, cut
 
-    def _norm(self, name: str, submodule: Any) -> PartitionedNorm | None:
-        kind = norm_kind(submodule, self.config.normalization)
+    def _norm(self, name: str, built: nn.Module | None) -> PartitionedNorm | None:
+        """The norm of cut heads that does what the one does that Megatron has built."""
+        kind = norm_kind(built, name)
         if kind is None:
             return None
         return PartitionedNorm(
@@ -198,7 +204,7 @@ class HelixSelfAttention(VirtualSelfAttention):
             self.layout,
             self.intra_head_group,
             whole=name == "q_layernorm" and self.layout.query_layout == "heads",
-            eps=self.config.layernorm_epsilon,
+            eps=getattr(built, "eps", self.config.layernorm_epsilon),
             zero_centered=self.config.layernorm_zero_centered_gamma,
             dtype=self.config.params_dtype,
             device=None if self.config.use_cpu_initialization else torch.cuda.current_device(),
@@ -217,3 +223,25 @@ def _check_groups(layout: HeadLayout, pg_collection: Any) -> None:
     assert intra_head.rank() == tensor.rank() % layout.segments, (
         "segments of a group are neighbours"
     )
+
+
+def _refuse_unknown_parts(layer: HelixSelfAttention) -> None:
+    """Raise unless all that the stock constructor has built is in `PARTS`.
+
+    What a later Megatron adds might act on whole heads, and would act on segments here without a word. Plain
+    settings are no parts: tests/test_host_settings.py compares those with what is known.
+    """
+    state = layer._modules | layer._parameters | layer._buffers | vars(layer)
+    unknown = {
+        name: type(value).__name__
+        for name, value in state.items()
+        if (callable(value) or isinstance(value, Tensor))
+        and not isinstance(value, IdentityOp)
+        and name not in (*PARTS, "_kernel")
+    }
+    if unknown:
+        parts = (f"{name} ({kind})" for name, kind in sorted(unknown.items()))
+        raise HelixError(
+            f"self-attention of megatron-core {megatron.core.__version__} has {listed(parts)}, and Helix can "
+            f"cut {listed(PARTS)} only. Use megatron-core{SUPPORTED}, {STOCK}."
+        )

@@ -137,12 +137,17 @@ def check_supported(config: Any, helix: HelixConfig) -> None:
                 f"{helix.intra_head_parallel_size}: {why}. {instead}, {STOCK}."
             )
     backend = getattr(getattr(config, "attention_backend", None), "name", "auto")
-    if helix.attention == "exact" and backend in ("flash", "fused"):
-        warnings.warn(
-            f"attention_backend = {backend} has no effect with exact Helix attention, which calls torch's "
-            "scaled_dot_product_attention; that takes a fused kernel by itself where one fits.",
-            stacklevel=2,
-        )
+    version = getattr(config, "flash_attention_version", None)
+    for setting, given in (
+        (f"attention_backend = {backend}", backend in ("flash", "fused")),
+        (f"flash_attention_version = {version}", version is not None),
+    ):
+        if helix.attention == "exact" and given:
+            warnings.warn(
+                f"{setting} has no effect with exact Helix attention, which calls torch's "
+                "scaled_dot_product_attention; that takes a fused kernel by itself where one fits.",
+                stacklevel=2,
+            )
 
 
 def refuse_dynamic_inference() -> HelixError:

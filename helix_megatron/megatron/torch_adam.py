@@ -1,7 +1,7 @@
 """Two faults of megatron-core's distributed optimizer that appear with torch's Adam.
 
 They show when neither apex nor Transformer Engine is installed, with or without a GPU, and only when a
-checkpoint is loaded. `install` repairs them.
+checkpoint is loaded. `install` repairs them. File and line are those of megatron/core in 0.16.1.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
+from helix_megatron.megatron.core_version import SUPPORTED, found_version
 from helix_megatron.megatron.patching import PatchTable
 
 TABLE = PatchTable(
-    "megatron-core", "0.16.1", "the repair of the distributed optimizer with torch's Adam"
+    "megatron-core",
+    SUPPORTED,
+    "the repair of the distributed optimizer with torch's Adam",
+    found_version,
 )
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 

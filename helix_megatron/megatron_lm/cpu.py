@@ -80,7 +80,7 @@ def uninstall() -> None:
 
 def _without_triton() -> None:
     """training/initialize.py imports batch-invariant kernels, and these triton, in 0.16 whether used or not."""
-    from helix_megatron.megatron_lm.table import found_version
+    from helix_megatron.megatron.core_version import found_version
 
     if found_version()[:2] >= (0, 17) or importlib.util.find_spec("triton") is not None:
         return

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.megatron.core_version import Version, dotted
 from helix_megatron.megatron_lm import cpu, hooks, patch
 from helix_megatron.megatron_lm.source import bypasses, core_version, entry_point, find
-from helix_megatron.megatron_lm.table import NEWEST, OLDEST, HookTable, Version, dotted
+from helix_megatron.megatron_lm.table import NEWEST, OLDEST, HookTable
 
 
 def examine_checkout(path: str, *, patch_only: bool, program: str) -> int:
@@ -32,7 +33,7 @@ def _examine(checkout: Path, version: tuple[int, ...]) -> int:
     print("Hooks of Helix:")
     problems += _table(checkout, hooks.TABLE, version[:2])
     print("Stand-ins for a GPU, used only without CUDA:")
-    without_gpu = _table(checkout, cpu.TABLE, version[:2]) + _cpu_runtime(checkout)
+    without_gpu = _table(checkout, cpu.TABLE, version[:2]) + _cpu_runtime(checkout, version[:2])
     in_order, text = patch.state_of(checkout, version[:2])
     print(f"Patch of {patch.SCRIPT} (instead of the launcher, for forks): {text}.")
     problems += not in_order
@@ -62,11 +63,11 @@ def _table(checkout: Path, table: HookTable, version: Version) -> int:
     )
 
 
-def _cpu_runtime(checkout: Path) -> int:
+def _cpu_runtime(checkout: Path, version: Version) -> int:
     """The same for what stands in for a GPU in megatron.core."""
     from helix_megatron.megatron import cpu_runtime, torch_adam
 
-    patches = [*cpu_runtime.TABLE.patches, *torch_adam.TABLE.patches]
+    patches = [*cpu_runtime.TABLE.fitting(version), *torch_adam.TABLE.fitting(version)]
     needed = [("CPU runtime", patch.target) for patch in patches if not patch.adds]
     return _targets(checkout, needed, {target for _, target in needed})
 

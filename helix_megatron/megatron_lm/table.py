@@ -6,7 +6,6 @@ object and returns what stands in for it. Undoing is the same for all: `uninstal
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -14,35 +13,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron.patching import Patch, PatchTable
+from helix_megatron.megatron.core_version import Version, dotted, found_core, found_version
+from helix_megatron.megatron.patching import Patch, PatchTable, Versioned
 
-Version = tuple[int, ...]
 OLDEST: Version = (0, 16)
 NEWEST: Version = (0, 20)
 """Range of megatron.core's (major, minor) for which the hooks were written; 0.20 is the main branch."""
 
 
 @dataclass(frozen=True)
-class Hook:
+class Hook(Versioned):
     """A named unit of one or several replacements.
 
     Args:
         name: a short name, for people.
         targets: `module:attribute` or `module:Class.attribute`, all replaced alike.
         stand_in: makes the replacement from upstream's object.
-        since: first version of the core that has the targets.
-        before: first version that no longer has them, if any.
     """
 
     name: str
     targets: tuple[str, ...]
     stand_in: Callable[[Any], Any]
-    since: Version = OLDEST
-    before: Version | None = None
-
-    def applies_to(self, version: Version) -> bool:
-        """Whether this version of the core has what the hook replaces."""
-        return self.since <= version and (self.before is None or version < self.before)
 
     @property
     def change(self) -> str:
@@ -66,7 +57,8 @@ class HookTable(PatchTable):
     """Hooks that are applied together or not at all."""
 
     def __init__(self, purpose: str) -> None:
-        super().__init__("Megatron-LM", f"{dotted(OLDEST)} to {dotted(NEWEST)}", purpose)
+        known = f"{dotted(OLDEST)} to {dotted(NEWEST)}"
+        super().__init__("Megatron-LM", known, purpose, found_version)
         self.hooks: list[Hook] = []
 
     def hook(
@@ -76,8 +68,8 @@ class HookTable(PatchTable):
 
         def register(stand_in: Callable[[Any], Any]) -> Callable[[Any], Any]:
             assert inspect.getdoc(stand_in), f"hook {name} says nothing about itself"
-            self.hooks.append(Hook(name, targets, stand_in, since, before))
-            return stand_in
+            self.hooks.append(Hook(name, targets, stand_in, since=since, before=before))
+            return self.replace(*targets, since=since, before=before)(stand_in)
 
         return register
 
@@ -102,12 +94,6 @@ class HookTable(PatchTable):
                 "as they are.",
                 stacklevel=2,
             )
-        self.patches = [
-            Patch(target, hook.stand_in)
-            for hook in self.hooks
-            if hook.applies_to(version[:2])
-            for target in hook.targets
-        ]
         super().install()
 
     def _find(self, patch: Patch) -> tuple[Any, str, Any]:
@@ -124,30 +110,3 @@ class HookTable(PatchTable):
             f"written for megatron.core {self.version}: see docs/megatron-lm.md, and `helix doctor "
             "--megatron PATH` for what fits."
         )
-
-
-def dotted(version: tuple[int, ...]) -> str:
-    """`0.16` for (0, 16)."""
-    return ".".join(map(str, version))
-
-
-def found_version() -> tuple[int, ...]:
-    """(major, minor, patch) of the megatron.core that Python finds first.
-
-    Raises:
-        HelixError: there is none.
-    """
-    try:
-        package = importlib.import_module("megatron.core.package_info")
-        return package.MAJOR, package.MINOR, package.PATCH
-    except (ImportError, AttributeError) as error:
-        raise HelixError(
-            "no megatron.core can be imported that says its version. Give the path of a script in a "
-            "Megatron-LM checkout, or put a checkout on PYTHONPATH."
-        ) from error
-
-
-def found_core() -> str:
-    """The megatron.core in use and where it is, for messages."""
-    package = importlib.import_module("megatron.core.package_info")
-    return f"megatron.core {dotted(found_version())} at {package.__file__}"
