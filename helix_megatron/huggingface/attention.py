@@ -8,7 +8,7 @@ the library's own forward rotates both alike.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from helix_megatron.huggingface.shard import Sharding
 
 NAME = "helix"
+
+# What models of other families pass to attention functions, and what changes the result there. Other keywords
+# are accepted: new releases of the library pass new ones, most of them for other implementations.
+CHANGES_SCORES = ("softcap", "position_bias", "s_aux", "sinks", "indices", "block_indices")
 
 
 class PartitionedAttention(Partitioned):
@@ -48,17 +52,20 @@ class PartitionedAttention(Partitioned):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As the library's own: hidden_states [B, L, D] → ([B, L, D], None), replicated.
 
         position_embeddings: cosine and sine [B or 1, L, d] of whole heads.
+        kwargs: a cache under whatever name (`past_key_values`, `cache`), and what the library passes to
+            attention functions.
 
         Raises:
-            HelixError: the model's attention implementation was changed after sharding.
+            HelixError: the model's attention implementation was changed after sharding, or something was
+                passed that does not work with cut heads.
         """
         self._check_implementation()
+        cache, kwargs = _without_cache(kwargs)
         sharding, layout = self.sharding, self.sharding.plan.layout
         x = to_ranks(hidden_states, sharding.tensor_group, purpose="tensor/attention")
         kv_shape = (layout.group_kv_heads, layout.segment_dim)
@@ -76,12 +83,12 @@ class PartitionedAttention(Partitioned):
         q = _rotate(q, *(cut_tables if layout.query_layout == "segments" else tables))
         k = _rotate(k, *cut_tables)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            # The static caches of transformers 5.2 write where they are told to, and else at the beginning.
+            places = [{name: kwargs[name]} for name in ("cache_position",) if name in kwargs]
+            k, v = cache.update(k, v, self.layer_idx, *places)
 
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        output, _ = ALL_ATTENTION_FUNCTIONS[NAME](
+        output, _ = helix_attention(
             self,
             q,
             k,
@@ -137,11 +144,11 @@ def helix_attention(
         )
     if output_attentions:
         raise refuse_output_attentions()
-    for name in ("softcap", "position_bias", "cache"):
-        if unused.get(name) is not None:
+    for name, given in unused.items():
+        if given is not None and (name in CHANGES_SCORES or _stores_keys(given)):
             raise HelixError(
-                f"{name} does not work with Helix attention, which has plain scores and the library's dynamic "
-                f"and static caches. Leave {name} at None."
+                f"{name}, a {type(given).__name__}, does not work with Helix attention, which has plain scores "
+                f"and the library's own caches (transformers.Cache). Leave {name} at None."
             )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     queries, keys = query.size(2), key.size(2)
@@ -177,11 +184,23 @@ def refuse_output_attentions() -> HelixError:
 
 def register() -> None:
     """Make `helix` an attention implementation of `transformers`. Again is the same as once."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, helix_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+    AttentionInterface.register(NAME, helix_attention)
+    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+
+
+def _without_cache(kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(the library's cache among keywords or None, the other keywords): its name is not the same in all releases."""
+    from transformers import Cache
+
+    rest = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)}
+    return next((kwargs[name] for name in kwargs if name not in rest), None), rest
+
+
+def _stores_keys(value: object) -> bool:
+    """Whether something is a cache of another kind, whose keys would be left out in silence."""
+    return hasattr(value, "update") and not isinstance(value, (Mapping, Set))
 
 
 def _rotate(x_BLHD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
