@@ -198,7 +198,9 @@ def test_classes_stay_as_they_were(tmp_path):
         assert Metadata.polluted == 1
     finally:
         del Metadata.polluted
-        Metadata.version = before[0]["version"]
+        del Metadata.version
+        if "version" in before[0]:  # torch 2.6 has none
+            Metadata.version = before[0]["version"]
 
 
 def forged(**changes):

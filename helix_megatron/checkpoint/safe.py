@@ -305,9 +305,9 @@ class SafeFileSystemReader(FileSystemReader):
         self._trust = trust
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = load_metadata(
-            Path(self._get_metadata_path(kwargs.get("rank"))), trust=self._trust
-        )
+        rank = kwargs.get("rank")  # of a checkpoint whose ranks wrote metadata of their own
+        name = METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
+        metadata = load_metadata(Path(self.path) / name, trust=self._trust)
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork
+from torch._C._distributed_c10d import _create_work_from_future
+from torch.futures import Future
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_megatron.graph import costs, operators, values
@@ -232,7 +233,7 @@ class Recorder(TorchDispatchMode):
         assert call is not None, f"{func} was called past torch.distributed's groups"
         outputs, inputs = operators.tensors_of_collective(name, args)
         result = func._schema.returns
-        work = FakeWork().boxed()
+        work = _finished_work()
         done = (args[0], work) if len(result) == 2 else work
         if call.group.size() == 1:
             return done
@@ -343,3 +344,10 @@ def _sequence_number() -> int:
 
 def _number_of(node: Any) -> int:
     return node._sequence_nr()
+
+
+def _finished_work() -> torch.ScriptObject:
+    """What an operator of a collective returns for `wait`; torch 2.6 has no `FakeWork`."""
+    done: Future[None] = Future()
+    done.set_result(None)
+    return _create_work_from_future(done).boxed()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from accelerate import DistributedType, ParallelismConfig
@@ -40,6 +39,7 @@ class ShardedTrainer(Trainer):
             _check(args, sharding.plan.num_ranks)
             ranks = sharding.plan.num_ranks
             args.parallelism_config = _TensorParallelism(tp_size=ranks)
+            args.average_tokens_across_devices = True  # only so does the library count tokens once
             # accelerate asks the model how it was sharded, and would wrap it for data parallelism otherwise.
             model.config.distributed_config = {"tp_size": ranks}
         super().__init__(model=model, args=args, **kwargs)
@@ -54,15 +54,30 @@ class ShardedTrainer(Trainer):
         if self.processing_class is not None and self.args.should_save:
             self.processing_class.save_pretrained(directory)
 
-    def _clip_grad_norm(self, model: Any) -> Tensor:
-        if sharding_of(model) is None:
-            return super()._clip_grad_norm(model)
-        return clip_grad_norm_(model, self.args.max_grad_norm)
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's own, without its factor for replicas, for which transformers 5.2 takes all ranks."""
+        asked = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices &= sharding_of(self.model) is None
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = asked
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if sharding_of(model) is None or grad_norm is not None:
-            return super()._get_grad_norm(model, grad_norm)
-        return clip_grad_norm_(model, math.inf)
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the library's own; then norms of gradients, with and without clipping, are the whole model's.
+
+        All releases of the library ask `Accelerator.clip_grad_norm_` for norms, each in another method.
+        """
+        super().create_accelerator_and_postprocess()
+        sharding, accelerator = sharding_of(self.model), self.accelerator
+
+        def clip(parameters: Any, max_norm: float, norm_type: int = 2) -> Tensor:
+            assert sharding is not None and norm_type == 2
+            accelerator.unscale_gradients()
+            return clip_grad_norm_(parameters, max_norm, sharding.tensor_group)
+
+        if sharding is not None:
+            accelerator.clip_grad_norm_ = clip
 
 
 def _check(args: Any, ranks: int) -> None:
