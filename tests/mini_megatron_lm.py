@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron.core.package_info import MINOR
+
 ARGUMENTS = '''
 """Flags, their validation, and the transformer configuration."""
 import argparse
@@ -176,6 +178,17 @@ FILES = {
     "megatron/legacy/fused_kernels/__init__.py": "def load(args):\n    raise OSError('no nvcc')\n",
     "pretrain_gpt.py": SCRIPT,
 }
+# What the checkout of the installed core's version no longer does.
+if MINOR >= 18:  # initialize.py no longer imports `validate_args` by name
+    by_name = "from megatron.training.arguments import parse_args, validate_args"
+    calls = INITIALIZE.replace(by_name, "from megatron.training import arguments")
+    for name in ("parse_args(", "validate_args("):
+        calls = calls.replace(f" {name}", f" arguments.{name}")
+    FILES["megatron/training/initialize.py"] = calls
+if MINOR >= 17:  # nothing is compiled when training starts
+    FILES["megatron/training/training.py"] = TRAINING.replace(
+        "from megatron.legacy import fused_kernels\n", ""
+    ).replace("    fused_kernels.load(get_args())\n", "")
 
 
 def write(folder: Path) -> Path:

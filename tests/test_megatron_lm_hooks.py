@@ -18,6 +18,7 @@ from megatron.core.package_info import __version__ as core_version
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
+from helix_megatron.megatron.core_version import found_version
 from helix_megatron.megatron_lm import cpu, hooks, settings
 from helix_megatron.megatron_lm.table import NEWEST, HookTable
 
@@ -234,13 +235,15 @@ def test_flags_and_validation_meet_their_callers(host, monkeypatch) -> None:
         "auto",
         False,
     )
-    for validate in (host.arguments.validate_args, host.initialize.validate_args):
+    by_name = getattr(host.initialize, "validate_args", None)
+    assert (by_name is None) == (found_version() >= (0, 18))
+    for validate in filter(None, (host.arguments.validate_args, by_name)):
         settings.forget()
         assert validate(args).validated
         assert settings.current().helix == HelixConfig(2)
     args.num_attention_heads = 3
     with pytest.raises(SystemExit) as caught:
-        host.initialize.validate_args(args)
+        host.arguments.validate_args(args)
     assert caught.value.code == 2
 
 
@@ -314,21 +317,22 @@ def test_the_cpu_set_is_complete_or_absent(host) -> None:
     """A stand-in that cannot be placed must leave neither the others nor cpu_runtime behind."""
     from helix_megatron.megatron import cpu_runtime
 
-    fused = sys.modules["megatron.legacy.fused_kernels"]
-    load = fused.load
-    del fused.load
+    initialize = host.training.initialize_megatron
+    del host.training.initialize_megatron
     before = torch.cuda.device_count
     with pytest.raises(
-        HelixError, match=r"has no megatron.legacy.fused_kernels.load, which the CPU stand-ins"
+        HelixError,
+        match=r"has no megatron.training.training.initialize_megatron, which the CPU stand-ins",
     ):
         cpu.install()
     assert torch.cuda.device_count is before
     assert not cpu_runtime.is_installed() and not cpu.TABLE.installed
-    fused.load = load
+    host.training.initialize_megatron = initialize
     assert cpu.install() and cpu.install()
     try:
         assert torch.cuda.device_count() == 1
-        fused.load(None)
+        if found_version() < (0, 17):
+            sys.modules["megatron.legacy.fused_kernels"].load(None)
     finally:
         cpu.uninstall()
     assert torch.cuda.device_count is before and not cpu_runtime.is_installed()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -151,6 +153,41 @@ def test_groups_can_be_destroyed_and_made_again(pool):
     assert (
         pool.run(destroy_and_make_again, world_size=4) == [[False, 2, *after, 4, *after, True]] * 4
     )
+
+
+def left_behind(m: int | None) -> tuple[int, int]:
+    """(groups, threads) more than before groups were made, used and destroyed; None: Megatron's alone."""
+    from megatron.core import parallel_state as megatron_state
+
+    def count() -> tuple[int, int]:
+        gc.collect()
+        return len(dist.distributed_c10d._world.pg_map), psutil.Process().num_threads()
+
+    before = count()
+    if m is None:
+        megatron_state.initialize_model_parallel(4)
+        megatron_state.destroy_model_parallel()
+    else:
+        parallel_state.initialize_model_parallel(4, intra_head_parallel_size=m)
+        for group in (
+            parallel_state.get_intra_head_parallel_group(),
+            parallel_state.get_head_group_parallel_group(),
+        ):
+            dist.all_reduce(torch.ones(1), group=group)
+        del group
+        parallel_state.destroy_model_parallel()
+    dist.barrier()
+    after = count()
+    return after[0] - before[0], after[1] - before[1]
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_destroyed_groups_leave_nothing_behind(pool, m):
+    """A gloo group has three threads that wake up all the time. Many worlds in one process, as in tests and
+    notebooks, must not pile up more of them than Megatron's own groups do."""
+    alone = pool.run(left_behind, None, world_size=4)
+    for ours, theirs in zip(pool.run(left_behind, m, world_size=4), alone, strict=True):
+        assert ours <= theirs
 
 
 def register_after_megatron() -> list[Any]:

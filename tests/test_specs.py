@@ -12,7 +12,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -27,7 +27,7 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.kernels.sdpa import sdpa
 from helix_megatron.megatron.self_attention import HelixSelfAttention, SegmentLocalSelfAttention
-from helix_megatron.megatron.specs import helix_spec
+from helix_megatron.megatron.specs import LATENT_LAYERS, helix_spec
 
 EXACT = HelixConfig(2)
 SEGMENT_LOCAL = HelixConfig(2, "segment-local")
@@ -186,6 +186,74 @@ def test_every_layer_of_a_block_is_replaced():
     inside = helix_spec(whole, EXACT)
     assert differences(whole, inside) == {f"submodules.{path}" for path in wanted}
     assert snapshot(spec) == before, "the given spec was changed"
+
+
+def stack(**layers: ModuleSpec) -> ModuleSpec:
+    """The spec of a hybrid stack, whose modules have other names before megatron-core 0.18."""
+    try:
+        from megatron.core.models.hybrid import hybrid_block
+    except ImportError:
+        from megatron.core.ssm import mamba_block
+
+        names = mamba_block.MambaStack, mamba_block.MambaStackSubmodules
+    else:
+        names = hybrid_block.HybridStack, hybrid_block.HybridStackSubmodules
+    return ModuleSpec(module=names[0], submodules=names[1](**layers))
+
+
+def test_the_attention_layer_of_a_hybrid_stack_is_replaced():
+    """Its pattern says what is built: without this, stock attention under its star, and an error about
+    divisors from deep inside."""
+    spec = stack(attention_layer=local(), mlp_layer=local(), moe_layer=IdentityOp)
+    spec.submodules.mlp_layer.submodules.self_attention = IdentityOp
+    before = snapshot(spec)
+    wanted = {
+        f"submodules.attention_layer.{ATTENTION}.{part}" for part in ("module", "params.kernel")
+    }
+    replaced = helix_spec(spec, EXACT)
+    assert differences(spec, replaced) == wanted
+    assert (
+        helix_spec(replaced, EXACT).submodules.attention_layer
+        is replaced.submodules.attention_layer
+    )
+    assert snapshot(spec) == before, "the given spec was changed"
+
+
+def test_latent_attention_of_a_hybrid_stack_is_refused_where_it_is_built():
+    """Megatron's own stack specs hold every kind of layer, so the spec itself is no mistake."""
+    known = {field.name for field in dataclasses.fields(stack().submodules)}
+    latent = {name: local(multi_latent_attention=True) for name in LATENT_LAYERS if name in known}
+    replaced = helix_spec(stack(attention_layer=local(), **latent), EXACT).submodules
+    for name in latent:
+        with pytest.raises(HelixError, match=f"layer pattern asks for the {name} of the stack"):
+            build_module(getattr(replaced, name), config=None, layer_number=1)
+    others = {
+        "mamba_layer",
+        "gdn_layer",
+        "attention_layer",
+        "mlp_layer",
+        "moe_layer",
+        "mtp_block_spec",
+    }
+    assert known <= others | {*LATENT_LAYERS}, "a later Megatron has another kind of layer"
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        (ModuleSpec(module=IdentityOp, submodules=[local()]), "SelfAttention"),
+        (stack(attention_layer=local(), mlp_layer=local()), "SelfAttention"),
+        (ModuleSpec(module=SelfAttention), "SelfAttention"),
+        ([local(), local(multi_latent_attention=True)], "MLASelfAttention, SelfAttention"),
+    ],
+    ids=["unknown", "wrong place", "attention alone", "list"],
+)
+def test_attention_that_stays_is_an_error(spec, names):
+    """A spec of a kind that is not known must not pass as replaced."""
+    with pytest.raises(
+        HelixError, match=f"^the spec holds {names} where Helix does not replace attention"
+    ):
+        helix_spec(spec, EXACT)
 
 
 def test_layers_without_self_attention_stay_as_they_are():

@@ -20,9 +20,9 @@ from helix_megatron import parallel_state
 from helix_megatron.checkpoint.sources import Source, open_source
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.megatron import cpu_runtime
-from helix_megatron.megatron.dist_checkpoint import on_every_rank
 from helix_megatron.megatron.fill import VOCABULARY, fill_weights
 from helix_megatron.megatron.optional import available_backends
+from helix_megatron.megatron.outcomes import on_every_rank
 from helix_megatron.megatron.random import seed_model_parallel
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
 from helix_megatron.training.model import build_chunk, transformer_config

@@ -21,7 +21,7 @@ from helix_megatron.inference.request import Capacity
 from helix_megatron.inference.runner import Runner, is_local, kept_dims, make_book, rank_layout
 from helix_megatron.inference.scheduler import Scheduler
 from helix_megatron.layout import HeadLayout
-from helix_megatron.megatron.dist_checkpoint import on_every_rank
+from helix_megatron.megatron.outcomes import on_every_rank
 
 # Of the memory that is free when the weights are there. The rest is for a step: on a GPU attention over pages
 # copies them.

@@ -1,7 +1,7 @@
 """Run megatron-core without a GPU: training, checkpoints and inference over gloo.
 
 `install()` puts stand-ins for what megatron-core takes from CUDA; `uninstall()` removes them. Where CUDA is
-available nothing happens. What only some versions have is marked with them. File and line in the docstrings are those of megatron/core in 0.16.1.
+available nothing happens. File and line in the docstrings are those of megatron/core in 0.16.1.
 
 Three settings remain the caller's, since they are configuration and not faults:
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import multiprocessing
 import os
 import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -28,11 +29,11 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from helix_megatron.checkpoint import manifest as manifests
@@ -40,8 +41,12 @@ from helix_megatron.checkpoint import safe
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest
 from helix_megatron.checkpoint.store import Store, writing_errors
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.megatron.notices import hide_notices
+from helix_megatron.megatron.outcomes import on_every_rank, on_first_rank
 
-T = TypeVar("T")
+# `CheckpointSaver` drives megatron-core's own writer; from 0.17 on nvidia-resiliency-ext's is the default.
+_choices = inspect.signature(dist_checkpointing.save).parameters
+WRITER: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in _choices else {}
 
 
 def sharding_metadata() -> dict[str, Any]:
@@ -56,36 +61,6 @@ def sharding_metadata() -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": megatron_state.get_data_parallel_group(with_context_parallel=True),
     }
-
-
-def on_first_rank(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and give every rank its result, or the `HelixError` that it raised."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except HelixError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise HelixError(outcome[1])
-    return outcome[0]
-
-
-def on_every_rank(function: Callable[[], T]) -> T:
-    """Call `function` on every rank; when it raises `HelixError` on one, all ranks raise that of the first."""
-    result: Any = None
-    problem = None
-    try:
-        result = function()
-    except HelixError as error:
-        problem = str(error)
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for text in problems:
-        if text is not None:
-            raise HelixError(text)
-    return result
 
 
 # ------------------------------------------------------------------------ save
@@ -124,10 +99,12 @@ class CheckpointSaver:
         staging = on_first_rank(lambda: self.store.begin(iteration))
         with self._aborting(iteration):
             group = megatron_state.get_data_parallel_group(with_context_parallel=True)
-            strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), group)
+            parts = TorchDistSaveShardedStrategy("torch_dist", 1)
+            strategy = FullyParallelSaveStrategyWrapper(parts, group)
+            hide_notices()
             with _problems_of(staging):
                 request = dist_checkpointing.save(
-                    state, str(staging), strategy, async_sharded_save=True
+                    state, str(staging), strategy, async_sharded_save=True, **WRITER
                 )
             request = self._with_manifest(request, iteration, staging, manifest)
             if self.asynchronous:

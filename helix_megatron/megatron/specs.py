@@ -1,17 +1,19 @@
-"""Replace self-attention in any GPT layer or block spec, local or Transformer Engine, dense or MoE."""
+"""Replace self-attention in any layer, block or hybrid stack spec, local or Transformer Engine, or MoE."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Any
 
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import get_module
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, listed
 from helix_megatron.kernels import AttentionKernel
 from helix_megatron.kernels.sdpa import sdpa
 from helix_megatron.megatron.self_attention import (
@@ -19,31 +21,65 @@ from helix_megatron.megatron.self_attention import (
     SegmentLocalSelfAttention,
     VirtualSelfAttention,
 )
+from helix_megatron.megatron.support import STOCK
+
+LATENT_LAYERS = ("mla_layer", "dsa_layer")
+"""Layers of a hybrid stack whose attention is latent or sparse; a stack's spec has them whether used or not."""
+
+
+class RefusedLayer:
+    """Stands for a layer that a hybrid stack can build and Helix cannot cut."""
+
+    def __init__(self, *args: Any, layer: str, **kwargs: Any) -> None:
+        raise HelixError(
+            f"the model's layer pattern asks for the {layer} of the stack, whose latent or sparse attention "
+            f"has no heads that can be cut. Use the attention layer (*) instead, {STOCK}."
+        )
 
 
 def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel = sdpa) -> Any:
-    """A layer or block spec with self-attention replaced; everything else is shared with the given one.
+    """A layer, block or stack spec with self-attention replaced; everything else is shared with the given one.
+
+    In a stack of `HybridModel` (`MambaModel` before megatron-core 0.18) the attention layer (`*`) is replaced.
 
     Args:
-        spec: a layer's or block's `ModuleSpec`, or a block's `TransformerBlockSubmodules`. It is not changed.
-            With m = 1 it is returned as it is: stock attention. A replaced spec stays as it is, too.
+        spec: a layer's, block's or stack's `ModuleSpec`, or the submodules of a block or stack. It is not
+            changed. With m = 1 it is returned as it is: stock attention. A replaced spec stays as it is, too.
         helix: the partitioning; must be that of the transformer configuration that builds the layer.
         kernel: local attention of `exact`.
 
     Raises:
         HelixError: the spec's self-attention is not Megatron's `SelfAttention`, or was replaced for the other
-            kind of attention.
+            kind of attention; or attention remains that could not be replaced.
     """
     if not helix.active:
         return spec
-    if isinstance(spec, TransformerBlockSubmodules):
-        layers = [helix_spec(layer, helix, kernel=kernel) for layer in spec.layer_specs]
-        return dataclasses.replace(spec, layer_specs=layers)
-    if isinstance(spec.submodules, TransformerBlockSubmodules):
-        return dataclasses.replace(
-            spec, submodules=helix_spec(spec.submodules, helix, kernel=kernel)
+    replaced = _replaced(spec, helix, kernel)
+    if left := sorted(set(_stock_attention(replaced))):
+        raise HelixError(
+            f"the spec holds {listed(left)} where Helix does not replace attention: it would stay as it is. "
+            "Replaced is the self_attention of a layer, of a block's layers, and of a stack's attention_layer. "
+            f"Use such a spec, {STOCK}."
         )
-    attention = getattr(spec.submodules, "self_attention", None)
+    return replaced
+
+
+def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel) -> Any:
+    if isinstance(spec, TransformerBlockSubmodules):
+        layers = [_replaced(layer, helix, kernel) for layer in spec.layer_specs]
+        return dataclasses.replace(spec, layer_specs=layers)
+    if hasattr(spec, "attention_layer"):
+        refused = {
+            name: ModuleSpec(module=RefusedLayer, params={"layer": name})
+            for name in LATENT_LAYERS
+            if getattr(spec, name, IdentityOp) is not IdentityOp
+        }
+        attention = _replaced(spec.attention_layer, helix, kernel)
+        return dataclasses.replace(spec, attention_layer=attention, **refused)
+    submodules: Any = getattr(spec, "submodules", None)
+    if isinstance(submodules, TransformerBlockSubmodules) or hasattr(submodules, "attention_layer"):
+        return dataclasses.replace(spec, submodules=_replaced(submodules, helix, kernel))
+    attention = getattr(submodules, "self_attention", None)
     if attention is None or attention is IdentityOp:
         return spec  # a layer without attention
     exact = helix.attention == "exact"
@@ -64,5 +100,23 @@ def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel = sdpa)
         )
     params = {**attention.params, "kernel": kernel} if exact else attention.params
     replaced = dataclasses.replace(attention, module=wanted, params=params)
-    submodules = dataclasses.replace(spec.submodules, self_attention=replaced)
+    submodules = dataclasses.replace(submodules, self_attention=replaced)
     return dataclasses.replace(spec, submodules=submodules)
+
+
+def _stock_attention(value: Any) -> Iterator[str]:
+    """Names of Megatron's attention classes anywhere in a spec."""
+    if isinstance(value, ModuleSpec):
+        yield from _stock_attention(get_module(value))
+        yield from _stock_attention(value.submodules)
+    elif isinstance(value, type):
+        if issubclass(value, Attention) and not issubclass(value, VirtualSelfAttention):
+            yield value.__name__
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _stock_attention(getattr(value, field.name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _stock_attention(item)
+    elif isinstance(value, functools.partial):
+        yield from _stock_attention(value.func)

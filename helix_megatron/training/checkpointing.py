@@ -23,6 +23,7 @@ from helix_megatron.checkpoint.store import Store
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron import dist_checkpoint, torch_adam
 from helix_megatron.megatron.optimizer_state import PARTS, load_optimizer, optimizers_of
+from helix_megatron.megatron.outcomes import on_first_rank
 from helix_megatron.megatron.random import random_states, restore_random_states
 from helix_megatron.megatron.segment_local import as_segment_local
 from helix_megatron.training.checkpoint_flags import (
@@ -72,7 +73,7 @@ class Checkpointing:
         self._saver: dist_checkpoint.CheckpointSaver | None = None
         if args.save:
             store = Store(args.save)
-            dist_checkpoint.on_first_rank(store.prepare)  # now, not after hours of training
+            on_first_rank(store.prepare)  # now, not after hours of training
             self._saver = dist_checkpoint.CheckpointSaver(
                 store,
                 asynchronous=args.async_save,
@@ -100,9 +101,7 @@ class Checkpointing:
             return Progress()
         path = Path(args.load_path)
         manifest = dist_checkpoint.verify(path, trust=args.trust_checkpoint)
-        saved = dist_checkpoint.on_first_rank(
-            lambda: stored_arguments(path, manifest, trust=args.trust_checkpoint)
-        )
+        saved = on_first_rank(lambda: stored_arguments(path, manifest, trust=args.trust_checkpoint))
         with_optimizer = not (args.no_load_optim or args.finetune)
         with_random = not (args.no_load_rng or args.finetune)
         state = self._state(

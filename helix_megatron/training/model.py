@@ -17,6 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from helix_megatron.megatron.dropout import use_layout_free_dropout
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 from helix_megatron.megatron.norms import use_available_norms
+from helix_megatron.megatron.notices import hide_notices
 from helix_megatron.megatron.optional import available_backends
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
@@ -145,6 +146,7 @@ def build_chunk(
     )
     spec = helix_spec(spec if use_engine else use_available_norms(spec), config.helix)
     place = {"ignore_virtual": False, "vp_stage": virtual_stage}
+    hide_notices()
     model = GPTModel(
         config,
         spec,

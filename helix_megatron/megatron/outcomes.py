@@ -1,0 +1,42 @@
+"""What one rank found out, known to all: results, and errors that every rank raises alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from helix_megatron.errors import HelixError
+
+T = TypeVar("T")
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and give every rank its result, or the `HelixError` that it raised."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except HelixError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise HelixError(outcome[1])
+    return outcome[0]
+
+
+def on_every_rank(function: Callable[[], T]) -> T:
+    """Call `function` on every rank; when it raises `HelixError` on one, all ranks raise that of the first."""
+    result: Any = None
+    problem = None
+    try:
+        result = function()
+    except HelixError as error:
+        problem = str(error)
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for text in problems:
+        if text is not None:
+            raise HelixError(text)
+    return result
