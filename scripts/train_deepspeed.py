@@ -342,7 +342,7 @@ def reporting(
                 consumed_tokens=step * tokens,
                 elapsed_seconds=time.perf_counter() - start,
                 loss_scale=float(engine._get_optimizer_loss_scale() or 1.0),
-                skipped=not engine._step_applied,
+                skipped=not engine.was_step_applied(),
             )
             writers.write(metrics)
             line.update(metrics)

@@ -28,4 +28,5 @@ def use_cpu() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # A release without this table compiles the library once; nothing else depends on it.
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False

@@ -29,12 +29,13 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
+    **others: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """Cut a model as the block `"helix"` of its DeepSpeed configuration says, and give it to DeepSpeed.
 
     The arguments and the result are those of `deepspeed.initialize`: `config` (or its older names) is a
     dictionary or the path of a JSON file. Without the block, or with one that cuts nothing, they are handed on
-    as they are.
+    as they are, and so is what newer releases take besides (`others`).
 
     The model is changed in place, and its parameters stay the same objects, so an optimizer may have been made
     of them before. It must be the same on all ranks: equal seeds or files. Each tensor parallel rank must be
@@ -53,21 +54,23 @@ def initialize(
     """
     import deepspeed
 
-    call = {
+    given = {
         "args": args,
         "model": model,
         "optimizer": optimizer,
         "model_parameters": model_parameters,
         "training_data": training_data,
         "lr_scheduler": lr_scheduler,
-        "distributed_port": distributed_port,
         "mpu": mpu,
         "dist_init_required": dist_init_required,
         "collate_fn": collate_fn,
         "config": config,
         "mesh_param": mesh_param,
         "config_params": config_params,
+        "distributed_port": None if distributed_port == DISTRIBUTED_PORT else distributed_port,
     }
+    # Only what the caller gave: a release may have dropped an argument, and then nobody gives it.
+    call = {name: value for name, value in given.items() if value is not None} | others
     settings = _settings(args, config, config_params)
     block = None if settings is None else read_block(settings)
     if block is None or not block.active:
@@ -75,7 +78,9 @@ def initialize(
 
     assert settings is not None
     from helix_megatron.deepspeed.support import check_call, check_settings
+    from helix_megatron.deepspeed.upstream import require
 
+    require()
     check_settings(settings)
     check_call(call)
     deepspeed.init_distributed(
@@ -99,15 +104,12 @@ def _initialize(
 
     model: nn.Module = call["model"]
     prepare_upstream(settings, model)
-    block, mpu, cut = cut_model(model, block, call["mpu"], dist.get_world_size())
+    block, mpu, cut = cut_model(model, block, call.get("mpu"), dist.get_world_size())
     check_zero_3(settings, cut.host)
     # The block stays in the configuration, which DeepSpeed saves with every checkpoint.
-    call |= {
-        "config": {**settings, KEY: block.to_dict()},
-        "config_params": None,
-        "mpu": mpu,
-    }
-    with _without_config_file(call["args"]):
+    call.pop("config_params", None)
+    call |= {"config": {**settings, KEY: block.to_dict()}, "mpu": mpu}
+    with _without_config_file(call.get("args")):
         engine, *rest = deepspeed.initialize(**call)
     cut.attach(engine)
     guard_checkpoints(engine, cut)

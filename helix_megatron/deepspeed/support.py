@@ -71,7 +71,7 @@ def check_call(call: Mapping[str, Any]) -> None:
     """
     from deepspeed.runtime.pipe.module import PipelineModule
 
-    model, optimizer = call["model"], call["optimizer"]
+    model, optimizer = call.get("model"), call.get("optimizer")
     if model is None:
         raise HelixError("initialize needs a model: pass model=...")
     if isinstance(model, PipelineModule):
@@ -79,7 +79,7 @@ def check_call(call: Mapping[str, Any]) -> None:
             f'a PipelineModule does not go together with the block "{KEY}": DeepSpeed\'s pipeline makes its '
             "own groups and takes no mpu. Pass the model itself, or leave the block out."
         )
-    if call["mesh_param"]:
+    if call.get("mesh_param"):
         raise HelixError(
             f'mesh_param = {call["mesh_param"]!r} does not go together with the block "{KEY}": it makes '
             "groups of data and sequence parallel ranks only. Leave it out."

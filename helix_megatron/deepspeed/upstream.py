@@ -1,19 +1,23 @@
-"""DeepSpeed's own faults that a model cut by tensor parallelism meets, each mended by one named replacement.
+"""What Helix takes from DeepSpeed, and DeepSpeed's own faults that a cut model meets.
 
-File and line are those of DeepSpeed 0.19.8. A table is installed only where its fault would be met; `uninstall`
-puts back what was there.
+Each fault is mended by one named replacement. File and line are those of DeepSpeed 0.19.8. A table is installed
+only where its fault would be met; `uninstall` puts back what was there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from helix_megatron.errors import HelixError
 from helix_megatron.megatron.patching import PatchTable
+from helix_megatron.needs import Need, unmet
 
 DEEPSPEED = "0.19.8"
+TESTED = "0.19.0 to 0.19.8"
 MARKS = ("tensor_model_parallel", "model_parallel")
 
 UNFUSED_NORM = PatchTable("deepspeed", DEEPSPEED, "bf16 or fp16 without ZeRO")
@@ -72,3 +76,61 @@ def _gather_flat(upstream: Any) -> Callable[..., Any]:
         return torch.cat(list(everyone.view(ranks, *input_.shape)), dim=dim)
 
     return gather
+
+
+# ------------------------------------------------------------------------ what is needed
+
+_ENGINE = "deepspeed:DeepSpeedEngine"
+NEEDS = (
+    Need(
+        "deepspeed:initialize",
+        "the engine cannot be made of the model that was cut",
+        ("model", "config", "mpu"),
+    ),
+    Need("deepspeed:init_distributed", "ranks cannot meet before the model is cut"),
+    Need("deepspeed:get_accelerator", "ranks cannot meet before the model is cut"),
+    Need(
+        f"{_ENGINE}.save_checkpoint",
+        "a checkpoint does not say how the model was cut",
+        ("save_dir", "tag"),
+    ),
+    Need(
+        f"{_ENGINE}.load_checkpoint",
+        "a checkpoint that was cut in another way would be loaded",
+        ("load_dir", "tag"),
+    ),
+    Need(f"{_ENGINE}.save_16bit_model", "one rank's part of the weights would be saved as a model"),
+    Need(
+        "deepspeed.runtime.pipe.module:PipelineModule",
+        "a pipeline, which makes its own groups, would go unnoticed",
+    ),
+    Need("deepspeed.moe.layer:MoE", "faults of its MoE layer would go unnoticed"),
+    Need(
+        "deepspeed.runtime.tensor_parallel.init_utils:load_ds_config",
+        "the configuration cannot be read from a file",
+    ),
+    Need(
+        f"{_ENGINE}._get_optimizer_loss_scale",
+        "auxiliary losses of megatron-core's experts are not scaled in fp16",
+    ),
+)
+MENDS = tuple(
+    Need(patch.target, f"a fault that {table.purpose} meets cannot be mended")
+    for table in (UNFUSED_NORM, MOE_GATHER)
+    for patch in table.patches
+)
+
+
+def require() -> None:
+    """Raise what the installed DeepSpeed lacks for cutting a model.
+
+    Raises:
+        HelixError: something is missing; the text says what it breaks.
+    """
+    if problems := unmet("deepspeed", TESTED, NEEDS):
+        raise HelixError(problems[0])
+
+
+def check() -> list[str]:
+    """All that Helix needs and the installed DeepSpeed has not, in sentences; none if it is not installed."""
+    return [] if find_spec("deepspeed") is None else unmet("deepspeed", TESTED, (*NEEDS, *MENDS))

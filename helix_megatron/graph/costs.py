@@ -14,6 +14,10 @@ from helix_megatron.graph.model import Spec
 _aten = torch.ops.aten
 ATTENTION = torch.ops.helix.attention.default
 ATTENTION_BACKWARD = torch.ops.helix.attention_backward.default
+MATRIX_PRODUCTS = {
+    _aten.mm.default,
+    getattr(_aten.mm, "dtype", None),
+}  # torch 2.6 has no second one
 # Forward: scores and weighted values. Backward: scores again, and gradients of weights, values, keys, queries.
 BACKWARD_PRODUCTS = 5 / 2
 
@@ -38,7 +42,7 @@ def spec_of(tensor: Tensor) -> Spec:
 
 def flops_of(func: Any, args: Sequence[Any], inputs: Sequence[Spec]) -> int:
     """FLOPs of a matrix product (2·m·k·n) or of attention; 0 for any other operator."""
-    if func in (_aten.mm.default, _aten.mm.dtype):
+    if func in MATRIX_PRODUCTS:
         (m, k), (_, n) = inputs[0].shape, inputs[1].shape
         return 2 * m * k * n
     if func is _aten.addmm.default:

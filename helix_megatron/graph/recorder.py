@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.futures import Future
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -169,10 +169,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._paused:
-            return values.execute(func, args, kwargs)
         if func.namespace == "c10d":
             return self._run_collective(func, args)
+        if self._paused:
+            return values.execute(func, args, kwargs)
         if func.namespace not in ("aten", "helix") or func in operators.TRANSPARENT:
             return self._pass_on(func, args, kwargs)
         self.storages.now = len(self.nodes)
@@ -229,12 +229,13 @@ class Recorder(TorchDispatchMode):
 
     def _run_collective(self, func: Any, args: Any) -> Any:
         """Nothing moves: the outputs have their shapes already."""
+        work = _finished_work()
+        done = (args[0], work) if len(func._schema.returns) == 2 else work
+        if self._paused:
+            return done
         call, name = self._call, func._schema.name.split("::")[1].strip("_")
         assert call is not None, f"{func} was called past torch.distributed's groups"
         outputs, inputs = operators.tensors_of_collective(name, args)
-        result = func._schema.returns
-        work = _finished_work()
-        done = (args[0], work) if len(result) == 2 else work
         if call.group.size() == 1:
             return done
         self.storages.now = len(self.nodes)

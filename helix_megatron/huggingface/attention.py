@@ -76,7 +76,7 @@ class PartitionedAttention(Partitioned):
         if q_norm is not None and k_norm is not None:
             q, k = q_norm(q), k_norm(k)
 
-        assert position_embeddings is not None
+        assert position_embeddings is not None  # `shard` looked at the names
         tables = [table.unsqueeze(2) for table in position_embeddings]
         columns = sharding.segment_index(x.device)
         cut_tables = [table[..., columns] for table in tables]
@@ -191,7 +191,7 @@ def register() -> None:
 
 
 def _without_cache(kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(the library's cache among keywords or None, the other keywords): its name is not the same in all releases."""
+    """(the library's cache among keywords or None, the other keywords): releases give it different names."""
     from transformers import Cache
 
     rest = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)}

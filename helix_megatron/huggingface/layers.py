@@ -46,15 +46,23 @@ class RowParallelLinear(Partitioned):
 class PartitionedMLP(Partitioned):
     """A gated MLP of which this rank has a part of the intermediate dimension. `down_proj` sums."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., D] → [.., D], both replicated."""
-        return super().forward(to_ranks(x, self.sharding.tensor_group, purpose="tensor/mlp"))
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[.., D] → [.., D], both replicated. What else the library passes goes on to its own code."""
+        x = to_ranks(x, self.sharding.tensor_group, purpose="tensor/mlp")
+        return super().forward(x, *args, **kwargs)
 
 
 class PartitionedExperts(Partitioned):
     """Stacked experts, each with a part of its intermediate dimension; every rank routes every token alike."""
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """hidden_states [tokens, D], top_k_index and top_k_weights [tokens, K] → [tokens, D], replicated."""
         group, purpose = self.sharding.tensor_group, "tensor/experts"
         part = super().forward(
@@ -62,6 +70,8 @@ class PartitionedExperts(Partitioned):
             top_k_index,
             # A routing weight multiplies each rank's part of the output, so its gradient is a sum, too.
             to_ranks(top_k_weights, group, purpose=purpose),
+            *args,
+            **kwargs,
         )
         return sum_of(part, group, purpose=purpose)
 

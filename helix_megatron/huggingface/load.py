@@ -75,12 +75,13 @@ def from_pretrained(
         mlp=mlp,
         kernel=kernel,
     )
+    # While parameters are on the meta device: the library initialises those, too.
+    _fill_buffers(model, torch.device(device or "cpu"))
     _fill_parameters(
         model, files, family_of(config.model_type).experts, torch.device(device or "cpu")
     )
-    _fill_buffers(model, torch.device(device or "cpu"))
     _load_generation_config(model, directory)
-    model.config._name_or_path = str(directory)
+    model.config.name_or_path = str(directory)
     return model.eval()
 
 
@@ -183,13 +184,8 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-    # The library initialises what is not marked as loaded.
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True
     with torch.device(device):
         model.initialize_weights()
-    for parameter in model.parameters():
-        del parameter._is_hf_initialized
 
 
 def _load_generation_config(model: Any, directory: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.huggingface import upstream
 from helix_megatron.huggingface.cuts import Cut, block_cut, kv_cut, query_cut
 from helix_megatron.huggingface.families import Family, family_of
 from helix_megatron.layout import HeadLayout
@@ -103,11 +104,7 @@ def plan(
     for path, module in model.named_modules():
         for name, cut in _cuts_of(module, family, layout, mlp):
             cuts[f"{path}.{name}" if path else name] = cut
-    if not cuts and layout.num_ranks > 1:
-        raise HelixError(
-            f"{type(model).__name__} has no {family.attention} with q_proj, k_proj, v_proj and o_proj. It is "
-            "written for transformers 5.23; give it a model that the library made, not a wrapped one."
-        )
+    _check_modules(model, family, mlp)
     if embeddings:
         cuts |= _vocabulary_cuts(model, tensor_parallel_size)
     return Plan(helix, family, layout, cuts, embeddings, mlp)
@@ -164,6 +161,28 @@ def _vocabulary_cuts(model: Any, ranks: int) -> dict[str, Cut]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in weights
     }
+
+
+def _check_modules(model: Any, family: Family, mlp: bool) -> None:
+    """A module that goes by another name would stay whole, and attention would then be wrong."""
+    classes = {type(module).__name__: module for module in model.modules()}
+    if family.attention not in classes:
+        raise _not_found(model, f"no {family.attention} with q_proj, k_proj, v_proj and o_proj")
+    if what := upstream.check_attention(classes[family.attention]):
+        raise _not_found(model, what)
+    if mlp and not {family.mlp, family.stacked_experts} & classes.keys():
+        raise _not_found(
+            model,
+            f"no {family.mlp} and no {family.stacked_experts}",
+            "leave them whole with mlp=False, or ",
+        )
+
+
+def _not_found(model: Any, what: str, instead: str = "") -> HelixError:
+    return HelixError(
+        f"{type(model).__name__} has {what}. Helix knows the models of transformers {upstream.TESTED}; "
+        f"{instead}give it one that such a release made, not a wrapped one."
+    )
 
 
 def _check_setting(model: Any, helix: HelixConfig) -> None:

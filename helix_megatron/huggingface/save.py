@@ -171,7 +171,7 @@ class _Writer:
 
     def _write_configurations(self) -> None:
         config = copy.deepcopy(self._model.config)
-        config._attn_implementation_internal = self._sharding.attention_before
+        config._attn_implementation = self._sharding.attention_before
         vars(config).pop("distributed_config", None)  # the Trainer's, of this run
         config.dtype = str(self._model.dtype).removeprefix("torch.")
         config.architectures = [type(self._model).__name__]

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.huggingface import attention, layers
+from helix_megatron.huggingface import attention, layers, upstream
 from helix_megatron.huggingface.cuts import Cut
 from helix_megatron.huggingface.groups import intra_head_group_of
 from helix_megatron.huggingface.plan import Plan, as_config, modules_of, plan
@@ -91,6 +91,7 @@ def shard(
     Raises:
         HelixError: the model is sharded already, or its type, a setting or a size does not fit.
     """
+    upstream.require()
     helix = as_config(helix)
     _check_state(model)
     what = plan(model, helix, tensor_group.size(), embeddings=embeddings, mlp=mlp)
@@ -146,11 +147,11 @@ def _check_state(model: Any) -> None:
             "this model is sharded already. Make a new one, or load it with "
             "helix_megatron.huggingface.from_pretrained."
         )
-    if getattr(model, "_tp_plan_applied", False) or getattr(model, "_tp_size", None):
+    if model.tp_size is not None:
         raise HelixError(
             "this model was loaded with the library's own tensor parallelism (tp_plan). Load it without."
         )
-    if getattr(model, "use_kernels", False):
+    if model.use_kernels:
         raise HelixError(
             "this model runs kernels from the Hub in place of its modules (use_kernels = True). "
             "Set model.use_kernels = False."

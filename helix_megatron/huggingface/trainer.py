@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import DistributedType, ParallelismConfig
 from torch import Tensor
 from transformers import Trainer
 
 from helix_megatron.errors import HelixError
+from helix_megatron.huggingface import upstream
 from helix_megatron.huggingface.gradients import clip_grad_norm_
 from helix_megatron.huggingface.save import save_pretrained
 from helix_megatron.huggingface.shard import sharding_of
-
-
-class _TensorParallelism(ParallelismConfig):
-    """accelerate 1.15 refuses to start on CPU ranks (parallelism_config.py:389), and then works on them."""
-
-    def _validate_accelerator(self, accelerator: Any) -> None:
-        if accelerator.distributed_type != DistributedType.MULTI_CPU:
-            super()._validate_accelerator(accelerator)
 
 
 class ShardedTrainer(Trainer):
@@ -37,8 +29,9 @@ class ShardedTrainer(Trainer):
         sharding = sharding_of(model)
         if sharding is not None:
             _check(args, sharding.plan.num_ranks)
+            upstream.require_trainer()
             ranks = sharding.plan.num_ranks
-            args.parallelism_config = _TensorParallelism(tp_size=ranks)
+            args.parallelism_config = _tensor_parallelism(ranks)
             args.average_tokens_across_devices = True  # only so does the library count tokens once
             # accelerate asks the model how it was sharded, and would wrap it for data parallelism otherwise.
             model.config.distributed_config = {"tp_size": ranks}
@@ -78,6 +71,19 @@ class ShardedTrainer(Trainer):
 
         if sharding is not None:
             accelerator.clip_grad_norm_ = clip
+
+
+def _tensor_parallelism(ranks: int) -> Any:
+    from accelerate import DistributedType, ParallelismConfig
+
+    class TensorParallelism(ParallelismConfig):
+        """accelerate 1.15 refuses to start on CPU ranks (parallelism_config.py:389), and then works on them."""
+
+        def _validate_accelerator(self, accelerator: Any) -> None:
+            if accelerator.distributed_type != DistributedType.MULTI_CPU:
+                super()._validate_accelerator(accelerator)
+
+    return TensorParallelism(tp_size=ranks)
 
 
 def _check(args: Any, ranks: int) -> None:
