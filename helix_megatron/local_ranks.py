@@ -17,8 +17,11 @@ import time
 from collections.abc import Callable, Sequence
 
 POLL_SECONDS = 0.05
-FAREWELL_SECONDS = 10.0  # for the other ranks to end by themselves when one has died
-ASKED_SECONDS = 2.0  # the same, where one was asked to end, or has told the user what to put right
+# For the other ranks to end by themselves when one has ended; a busy machine needs more than a moment.
+FAREWELL_SECONDS = 60.0
+ASKED_SECONDS = (
+    2.0  # where one that was asked to end failed, or has told the user what to put right
+)
 USER_ERROR = 2
 PARENT = "HELIX_PARENT_PIPE"
 LOOPBACK = "lo"  # for gloo, where it exists: a host's name need not resolve
@@ -126,7 +129,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
             break
         failed = any(status not in (None, 0) for status in statuses)
         if deadline is None and (failed or statuses[0] == 0):
-            soon = asked or USER_ERROR in statuses
+            soon = failed and (asked or USER_ERROR in statuses)
             deadline = time.monotonic() + (ASKED_SECONDS if soon else FAREWELL_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
             _kill(processes)

@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import contextlib
 import threading
+import unittest.mock
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 from fastapi import FastAPI
+from waiting import LIMIT
 
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import (
@@ -24,6 +26,7 @@ from helix_megatron.inference.request import (
     Stats,
     StoppingError,
 )
+from helix_megatron.serving import server as server_module
 from helix_megatron.serving.app import make_app
 from helix_megatron.serving.server import Server, listen
 from helix_megatron.serving.settings import ServerSettings
@@ -73,6 +76,18 @@ def echo(request: Request) -> Iterator[int]:
         yield from request.prompt
 
 
+def until_set(event: threading.Event) -> Callable[[Request], Iterator[int]]:
+    """A script that goes on until the event is set: tests say when a text ends."""
+
+    def script(request: Request) -> Iterator[int]:
+        while not event.is_set():
+            yield ord("a")
+        while True:
+            yield END
+
+    return script
+
+
 class FakeEngine:
     """Emits one token of each sequence at each tick, from a thread of its own.
 
@@ -80,6 +95,7 @@ class FakeEngine:
         capacity: as a real engine has it.
         tick: seconds between tokens; 0 yields to other threads only.
         script: the tokens of a request, endlessly.
+        start_at: sequences that must have come before the first token: so many do run at once.
     """
 
     def __init__(
@@ -87,6 +103,7 @@ class FakeEngine:
         capacity: Capacity = CAPACITY,
         tick: float = 0.0,
         script: Callable[[Request], Iterator[int]] = echo,
+        start_at: int = 1,
     ) -> None:
         self.capacity = capacity
         self.tick = tick
@@ -94,6 +111,7 @@ class FakeEngine:
         self.cancelled: list[Request] = []
         self.most_running = 0
         self._script = script
+        self._start_at = start_at
         self._failure = ""
         self._stopping = False
         self._running: dict[Request, tuple[Iterator[int], int]] = {}
@@ -173,14 +191,14 @@ class FakeEngine:
             self._changed.notify_all()
         request.listener(Output(reason="error", error=reason))
 
-    def idle(self, seconds: float = 5.0) -> bool:
+    def idle(self, seconds: float = LIMIT) -> bool:
         """Wait until no sequence is left; whether that came true."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: not self._running and not self._waiting, timeout=seconds
             )
 
-    def busy(self, count: int = 1, seconds: float = 5.0) -> bool:
+    def busy(self, count: int = 1, seconds: float = LIMIT) -> bool:
         """Wait until so many sequences run; whether that came true."""
         with self._changed:
             return self._changed.wait_for(lambda: len(self._running) >= count, timeout=seconds)
@@ -189,7 +207,11 @@ class FakeEngine:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._running or self._waiting or self._stopping or self._failure
+                    lambda: (
+                        ((self._running or self._waiting) and len(self.submitted) >= self._start_at)
+                        or self._stopping
+                        or self._failure
+                    )
                 )
                 if self._failure or (self._stopping and not self._running and not self._waiting):
                     return
@@ -236,26 +258,32 @@ class Served:
 
     def openai(self, **options: Any) -> openai.OpenAI:
         """OpenAI's own client, without retries: tests must see the first error."""
-        options = {"api_key": "none", "max_retries": 0, "timeout": 20, **options}
+        options = {"api_key": "none", "max_retries": 0, "timeout": LIMIT, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def http(self, **options: Any) -> httpx.Client:
         """A plain client."""
-        return httpx.Client(base_url=self.url, timeout=20, **options)
+        return httpx.Client(base_url=self.url, timeout=LIMIT, **options)
 
 
 @contextlib.contextmanager
-def serving(engine: FakeEngine | None = None, **settings: Any) -> Iterator[Served]:
-    """A real server at a free port. The model's name is `org/model`."""
+def serving(
+    engine: FakeEngine | None = None, tokens: FakeTokens | None = None, **settings: Any
+) -> Iterator[Served]:
+    """A real server at a free port. The model's name is `org/model`. It waits longer than a test does."""
     engine = engine or FakeEngine()
-    app = make_app(engine, FakeTokens(), ServerSettings(**{"model_name": MODEL, **settings}))
-    server = Server(app, listen("127.0.0.1", 0))
-    port = server.start()
-    try:
-        yield Served(engine, server, f"http://127.0.0.1:{port}")
-    finally:
-        server.stop()
-        engine.stop()
+    patience = {"body_seconds": LIMIT, "send_seconds": LIMIT}
+    settings = {"model_name": MODEL, **patience, **settings}
+    server_limits = dict.fromkeys(["START_SECONDS", "HEADER_SECONDS", "FAREWELL_SECONDS"], LIMIT)
+    with unittest.mock.patch.multiple(server_module, **server_limits):
+        app = make_app(engine, tokens or FakeTokens(), ServerSettings(**settings))
+        server = Server(app, listen("127.0.0.1", 0))
+        port = server.start()
+        try:
+            yield Served(engine, server, f"http://127.0.0.1:{port}")
+        finally:
+            server.stop()
+            engine.stop()
 
 
 async def post(app: FastAPI, path: str, body: bytes, strict: bool = True) -> tuple[int, bytes]:

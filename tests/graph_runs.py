@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+import pickle
 import warnings
 from typing import TYPE_CHECKING
 
 from helix_megatron.graph.model import Graph, Node
 
 if TYPE_CHECKING:
-    from helix_megatron.graph.trace import RankTrace
+    pass
 
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2 --bf16"
 HELIX = "--tensor-model-parallel-size 4 --intra-head-parallel-size 2 --sequence-parallel"
@@ -30,23 +30,25 @@ def flags(run: str) -> list[str]:
 
 
 @functools.cache
-def _traced(run: str, backward: bool, micro_batches: int) -> Graph:
+def _traced(run: str, backward: bool, micro_batches: int) -> bytes:
+    """Pickled: some hundred tests want a copy each, and that is many times faster than copy.deepcopy."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's, of packages
         from helix_megatron.graph.build import build
         from helix_megatron.graph.flags import parse
 
         args = parse(flags(run), "helix graph")
-        return build(args, backward=backward, micro_batches=micro_batches)
+        return pickle.dumps(build(args, backward=backward, micro_batches=micro_batches))
 
 
 def traced(run: str = HELIX, *, backward: bool = True, micro_batches: int = 1) -> Graph:
     """The graph of a small run; a copy, to be changed at will."""
-    return copy.deepcopy(_traced(run, backward, micro_batches))
+    return pickle.loads(_traced(run, backward, micro_batches))
 
 
 @functools.cache
-def _ranks_of(run: str) -> tuple[list[RankTrace], dict]:
+def _ranks_of(run: str) -> bytes:
+    """Pickled: (traces of the ranks, settings)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's, of packages
         from helix_megatron.graph.flags import parse, settings_of
@@ -54,7 +56,7 @@ def _ranks_of(run: str) -> tuple[list[RankTrace], dict]:
 
         args = parse(flags(run), "helix graph")
         settings = settings_of(args) | {"backward": True, "micro_batches": 1}
-        return trace_all(args, backward=True), settings
+        return pickle.dumps((trace_all(args, backward=True), settings))
 
 
 def reordered(run: str, rank: int, first: tuple[str, str], second: tuple[str, str]) -> Graph:
@@ -65,7 +67,7 @@ def reordered(run: str, rank: int, first: tuple[str, str], second: tuple[str, st
     """
     from helix_megatron.graph.build import COMPLETE, join
 
-    traces, settings = copy.deepcopy(_ranks_of(run))
+    traces, settings = pickle.loads(_ranks_of(run))
     traced = traces[rank]
     here, there = (_place(traced.nodes, *one) for one in (first, second))
     moved = traced.nodes[there]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as megatron_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from waiting import wait_until
 
 from helix_megatron.checkpoint.manifest import Manifest, verify
 from helix_megatron.checkpoint.store import Store
@@ -109,14 +110,13 @@ def main() -> None:
 
 def wait_for_save(directory: str, before: int, child: int) -> None:
     """Until the child has saved once, so that kills fall into saves and not into its start."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (Store(directory).latest() or 0) > before:
-            return
+
+    def has_saved() -> bool:
         if os.waitpid(child, os.WNOHANG)[0]:
             raise RuntimeError("the saving process ended by itself")
-        time.sleep(0.005)
-    raise RuntimeError("no save within a minute")
+        return (Store(directory).latest() or 0) > before
+
+    wait_until(has_saved, "the child has saved")
 
 
 if __name__ == "__main__":

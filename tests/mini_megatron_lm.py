@@ -48,7 +48,7 @@ def parse_args():
     if args.yaml_cfg:  # the command line is ignored, as upstream does
         args = argparse.Namespace(**{k: v for k, v in vars(args).items() if "helix" not in k})
     args.num_layers, args.hidden_size = 2, 16
-    args.rotary_interleaved, args.distributed_timeout_minutes = False, 1
+    args.rotary_interleaved, args.distributed_timeout_minutes = False, 10
     args.hidden_dropout, args.params_dtype = 0.0, torch.float32
     args.use_cpu_initialization, args.bias_dropout_fusion = True, False
     args.bias_activation_fusion = args.masked_softmax_fusion = False

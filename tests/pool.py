@@ -43,10 +43,13 @@ import torch
 import torch.distributed
 
 MAX_WORLD_SIZE = 16
-START_SECONDS = 120.0  # the first process imports torch and megatron-core; the machine may be busy
-GRACE_SECONDS = 5.0  # for the ranks whose peer has failed
-CLEAN_UP_SECONDS = 60.0
-STACK_SECONDS = 2.0  # for a process to write where it is
+# All of these only end a hang; the machine may have a hundred times its load.
+ANSWER_SECONDS = 300.0
+START_SECONDS = 600.0  # the first process imports torch and megatron-core
+GRACE_SECONDS = 30.0  # for the ranks whose peer has failed
+CLEAN_UP_SECONDS = 300.0
+STACK_SECONDS = 30.0  # for a process to write where it is
+STACK_QUIET_SECONDS = 0.3  # after which what it wrote is taken to be all
 # What keeps a destroyed group alive (DeepSpeed, a reference cycle) keeps its gloo threads, each of which
 # wakes up 100 times a second: some hundred of them slow all later tests down several times.
 MAX_IDLE_THREADS = 60
@@ -144,8 +147,10 @@ class Worker:
         if self.process.is_alive() and self.process.pid:
             os.kill(self.process.pid, signal.SIGUSR1)
             deadline = time.monotonic() + STACK_SECONDS
-            while not self.stack_file.stat().st_size and time.monotonic() < deadline:
-                time.sleep(0.05)
+            size, before = 0, -1
+            while time.monotonic() < deadline and not 0 < size == before:
+                time.sleep(STACK_QUIET_SECONDS)
+                size, before = self.stack_file.stat().st_size, size
         return self.stack_file.read_text() or "(no stack)"
 
 
@@ -167,7 +172,7 @@ class RankPool:
         function: Callable[..., Any],
         *args: Any,
         world_size: int,
-        timeout: float = 60,
+        timeout: float = ANSWER_SECONDS,
         **kwargs: Any,
     ) -> list[Any]:
         """Call `function(*args, **kwargs)` on ranks 0 to world_size - 1; their results in order.

@@ -9,6 +9,7 @@ import json
 import math
 
 import pytest
+from tiers import sized
 
 from helix_megatron import cli
 from helix_megatron.bench.layout_ranks import Measured
@@ -19,6 +20,7 @@ from helix_megatron.exchanges import choose
 from helix_megatron.exchanges.choice import MACHINES
 from helix_megatron.training.validate import attention_shape
 
+ROUNDS = sized("training", full=2, quick=1)
 MODEL = [
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2"),
     *("--seq-length", "32", "--micro-batch-size", "1"),
@@ -101,11 +103,11 @@ def test_stock_megatron_is_among_the_rivals():
 
 
 def test_layouts_are_measured_side_by_side(capsys, tmp_path):
-    """Two launches of each layout on real ranks: a row each with the bytes that tensor parallelism and the
+    """Launches of each layout on real ranks: a row each with the bytes that tensor parallelism and the
     exchange send, equal losses, JSON and a picture."""
     path, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
     layouts = ["--layout", "tp=1", "--layout", "tp=2,m=2"]
-    flags = [*MODEL, "--ranks", "2", "--rounds", "2", "--iterations", "2", "--warm-up", "1"]
+    flags = [*MODEL, "--ranks", "2", "--rounds", str(ROUNDS), "--iterations", "2", "--warm-up", "1"]
     assert bench(*flags, *layouts, "--json", str(path), "--plot", str(picture)) == 0
     printed = capsys.readouterr()
     assert "tp=1 on 2 ranks" in printed.err
@@ -122,7 +124,7 @@ def test_layouts_are_measured_side_by_side(capsys, tmp_path):
     assert stock["sent_bytes_per_token"][0] == 0
     assert stock["sent_bytes_per_token"][1] > 0
     for result in (stock, helix):
-        assert len(result["rounds"]) == 2
+        assert len(result["rounds"]) == ROUNDS
         assert result["exposed_ms_per_token"]["median"] > 0
         assert result["comm_ms_per_token"]["median"] > 0
         assert 0 < result["flop_utilisation"] < 1

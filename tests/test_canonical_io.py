@@ -109,9 +109,7 @@ def test_megatron_loads_what_is_written(pool, tmp_path, model, sizes, world_size
     """Strictly: no key that the model asks for is missing, objects included, and every value is right."""
     flags = flags_of(model)
     folder = write(tmp_path / "written", flags, whole_model(flags))
-    ranks = pool.run(
-        load_in_megatron, flags, sizes, world_size, str(folder), world_size=world_size, timeout=90
-    )
+    ranks = pool.run(load_in_megatron, flags, sizes, world_size, str(folder), world_size=world_size)
     assert ranks == [[]] * world_size
     safe.inspect(folder)  # and nothing in it looks hostile
 
@@ -122,9 +120,7 @@ def test_what_megatron_saves_is_read(pool, tmp_path, model, sizes, world_size):
     flags = flags_of(model)
     folder = tmp_path / "saved"
     folder.mkdir()
-    pool.run(
-        save_in_megatron, flags, sizes, world_size, str(folder), world_size=world_size, timeout=90
-    )
+    pool.run(save_in_megatron, flags, sizes, world_size, str(folder), world_size=world_size)
     reader = CanonicalReader(folder, flags)
     assert reader.names == [tensor.name for tensor in catalog(flags)]
     for name, value in whole_model(flags).items():

@@ -255,7 +255,7 @@ def run_asynchronously() -> bool:
 
 def test_asynchronous_forms_return_before_the_others_join(pool):
     """Else nothing overlaps. And they may be awaited in another order, and again."""
-    assert pool.run(run_asynchronously, world_size=2, timeout=20) == [True, True]
+    assert pool.run(run_asynchronously, world_size=2) == [True, True]
 
 
 def run_half_precision() -> list[float]:

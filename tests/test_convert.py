@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_checkpoints import CONFIGS, OWN, TOKENIZER, hashes, write_hugging_face
+from waiting import PROGRAM_LIMIT
 
 from helix_megatron import cli
 from helix_megatron.checkpoint import huggingface_io
@@ -297,7 +298,7 @@ print(sorted({"torch", "numpy.random", "megatron", "transformers"} & set(sys.mod
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=PROGRAM_LIMIT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
     )
     assert "convert checkpoints between Hugging Face" in run.stdout
@@ -327,7 +328,7 @@ def test_the_script_is_the_same_command(tmp_path):
         [*command, "--to", "canonical"],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PROGRAM_LIMIT,
         check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )

@@ -77,7 +77,7 @@ def logits_of_rank(
         intra_head_parallel_size=args.intra_head_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        distributed_timeout_minutes=1,
+        distributed_timeout_minutes=10,
     )
     seed_model_parallel(1)
     config = transformer_config(args)
@@ -122,9 +122,7 @@ def relative_error(
     directory, expected = models(name)
     ranks = parallel.get("tensor_model_parallel_size", 1)
     ranks *= parallel.get("pipeline_model_parallel_size", 1)
-    found = pool.run(
-        logits_of_rank, str(directory), changed or {}, parallel, world_size=ranks, timeout=60
-    )
+    found = pool.run(logits_of_rank, str(directory), changed or {}, parallel, world_size=ranks)
     have = [logits for logits in found if logits is not None]
     assert have and all(logits.shape == expected.shape for logits in have)
     assert expected.abs().max() > 1 and expected.isfinite().all()
@@ -137,7 +135,13 @@ def relative_error(
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        (name, layout)
+        pytest.param(
+            name,
+            layout,
+            # 4 ranks with 2 head groups have all that 2 ranks have.
+            marks=[pytest.mark.full("conversion")]
+            * (layout == "2 ranks, m 2" and name not in {"llama 3", "qwen2 moe"}),
+        )
         for name in MODELS
         for layout in LAYOUTS
         if " with " not in name or layout == "4 ranks, m 2"  # variants of a family

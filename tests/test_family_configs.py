@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hf_models import MODELS, config_of
+from waiting import PROGRAM_LIMIT
 
 from helix_megatron.checkpoint.families import (
     FAMILIES,
@@ -261,7 +262,7 @@ def test_maps_are_made_without_heavy_imports():
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent.parent,
-        timeout=60,
+        timeout=PROGRAM_LIMIT,
         check=False,
     )
     assert run.stdout.split("\n")[:2] == ["15", "[]"], run.stderr

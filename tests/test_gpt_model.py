@@ -39,7 +39,7 @@ def build(flags: str, world_size: int) -> tuple[Any, Any, Any]:
         args.tensor_model_parallel_size,
         intra_head_parallel_size=args.intra_head_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        distributed_timeout_minutes=1,
+        distributed_timeout_minutes=10,
     )
     seed_model_parallel(args.seed)
     config = transformer_config(args)

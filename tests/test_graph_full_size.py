@@ -1,4 +1,4 @@
-"""The paper's model at its full size: 16 ranks, 4 layers, forward and backward, traced, checked and written."""
+"""The paper's model at its full size: 16 ranks, forward and backward, traced, checked and written."""
 
 from __future__ import annotations
 
@@ -8,24 +8,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiers import sized
+from waiting import PROGRAM_LIMIT
+
 from helix_megatron.config import HelixConfig
 from helix_megatron.exchanges import AttentionShape, choose
 from helix_megatron.graph.model import Graph
 
 ROOT = Path(__file__).parent.parent
 SECONDS, GIGABYTES = 60, 4
+LAYERS = sized("graph", full=4, quick=2)
 
 
 def test_the_papers_model_is_traced_checked_and_written_in_a_minute(tmp_path):
-    """168 GB per activation tensor of the whole batch, 3.2 billion weights: none of it may be allocated."""
+    """168 GB per activation tensor of the whole batch, billions of weights: none of it may be allocated."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     flags = ["--preset", "paper-dense", "--backward", "--check", "--jobs", "1"]
+    flags += ["--num-layers", str(LAYERS)]
     run = subprocess.run(
         [sys.executable, "-m", "helix_megatron.graph.command", *flags, "--output", str(tmp_path)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=600,
+        timeout=PROGRAM_LIMIT,
         check=False,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -39,8 +44,8 @@ def test_the_papers_model_is_traced_checked_and_written_in_a_minute(tmp_path):
     assert len(graph.ranks) == 16
     layout = HelixConfig(4).layout(16, 16, 512, 16)
     shape = AttentionShape(layout, batch=1, query_length=10000, key_length=10000)
-    exchanged = 4 * 2 * choose(shape, "gather-kv").bytes(shape)
-    tokens, hidden, ffn, vocabulary, layers = 10000, 8192, 32768, 256, 4
+    exchanged = LAYERS * 2 * choose(shape, "gather-kv").bytes(shape)
+    tokens, hidden, ffn, vocabulary, layers = 10000, 8192, 32768, 256, LAYERS
     products = layers * (4 * hidden * hidden + 2 * hidden * ffn) + hidden * vocabulary
     attention = layers * 2 * 2 * 16 * (tokens * (tokens + 1) // 2) * 512
     flops = 3 * 2 * tokens * products + 3.5 * attention

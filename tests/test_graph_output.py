@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from graph_runs import BASELINE, HELIX, flags, traced
+from waiting import PROGRAM_LIMIT
 
 from helix_megatron.checkpoint.manifest import Manifest, write_manifest
 from helix_megatron.errors import HelixError
@@ -228,7 +229,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=PROGRAM_LIMIT,
         check=False,
     )
 
@@ -352,7 +353,7 @@ def test_help_answers_without_torch():
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
+        timeout=PROGRAM_LIMIT,
         check=False,
     )
     assert run.returncode == 0, run.stderr

@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from graph_runs import BASELINE, HELIX, traced
+from waiting import PROGRAM_LIMIT
 
 from helix_megatron.graph.build import attention_view, mlp_view
 from helix_megatron.graph.checks import run_checks
@@ -85,7 +86,7 @@ def browse(page: Path, profile: Path, *arguments: str) -> tuple[str, list[str]]:
         [BROWSER, *FLAGS.split(), f"--user-data-dir={profile}", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PROGRAM_LIMIT,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import types
 from typing import Any
 
@@ -10,6 +9,7 @@ import inference_models as models
 import numpy as np
 import pytest
 import torch
+from tiers import is_full, sized
 
 from helix_megatron.inference.cache_layouts import NAMES, DecodeShape, cache_layout
 from helix_megatron.inference.request import Request, Sampling
@@ -20,7 +20,16 @@ from helix_megatron.megatron.self_attention import HelixSelfAttention
 GREEDY = Sampling(max_tokens=256, temperature=0)
 ONE_LAYER = "--num-layers 1"
 SHORT = Sampling(max_tokens=24, temperature=0)
-FULL = {("MHA", 4): "batch", ("GQA", 4): "segment", ("MQA", 4): "sequence", ("MQA", 8): "batch"}
+# Of the quick tier: one cache layout for each kind of heads generates 256 tokens, on 2 ranks, and one kind runs
+# on 8 ranks. The full tier has all of them everywhere.
+LONG = {"MHA": "batch", "GQA": "segment", "MQA": "sequence"}
+RANKS = [
+    pytest.param(
+        kind, ranks, marks=[pytest.mark.full("inference")] * (ranks == 8 and kind != "MQA")
+    )
+    for kind in models.HEADS
+    for ranks in (2, 4, 8)
+]
 # Segments for 2, 4 and 8 ranks: as few as the key-value heads allow, so that all three kinds of cut appear.
 SEGMENTS = {"MHA": {2: 2, 4: 2, 8: 2}, "GQA": {2: 2, 4: 2, 8: 4}, "MQA": {2: 2, 4: 4, 8: 8}}
 
@@ -52,20 +61,18 @@ def three_caches(text: str, world_size: int, samplings: dict[str, Sampling]) -> 
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("kind", models.HEADS)
+@pytest.mark.parametrize(("kind", "ranks"), RANKS)
 def test_256_greedy_tokens_are_those_of_one_process(pool, reference, kind, ranks):
     """Every cache layout, prompts of mixed lengths, one token of which every step depends on all before."""
     expected = reference(kind, 256)
     assert len({tuple(tokens) for tokens in expected}) == len(expected), "prompts that say the same"
     segments = SEGMENTS[kind][ranks]
     text = models.flags(*models.HEADS[kind], ranks=ranks, segments=segments, more=ONE_LAYER)
-    # Many ranks on 2 cores take long: 256 tokens of one layout each there, unless all are asked for.
-    whole = (
-        NAMES if ranks == 2 or os.environ.get("HELIX_ALL_TOKENS") else FULL.get((kind, ranks), ())
-    )
-    samplings = {cache: GREEDY if cache in whole else SHORT for cache in NAMES}
-    answers = pool.run(three_caches, text, ranks, samplings, world_size=ranks, timeout=240)
+    long = {LONG[kind]} if ranks == 2 else set()
+    samplings = {
+        cache: GREEDY if is_full("inference") or cache in long else SHORT for cache in NAMES
+    }
+    answers = pool.run(three_caches, text, ranks, samplings, world_size=ranks)
     for cache in NAMES:
         count = samplings[cache].max_tokens
         assert answers[0][cache]["tokens"] == [tokens[:count] for tokens in expected], cache
@@ -86,8 +93,10 @@ def test_both_query_layouts(pool, reference, query_layout):
 def test_one_process(pool, reference):
     """Without segments the same engine serves the stock layer."""
     text = models.flags(*models.HEADS["GQA"], more=ONE_LAYER)
-    answer = pool.run(models.generate, text, 1, "batch", models.prompts(), GREEDY, world_size=1)[0]
-    assert answer["tokens"] == reference("GQA", 256)
+    sampling = sized("inference", full=GREEDY, quick=SHORT)
+    answer = pool.run(models.generate, text, 1, "batch", models.prompts(), sampling, world_size=1)
+    expected = [tokens[: sampling.max_tokens] for tokens in reference("GQA", 256)]
+    assert answer[0]["tokens"] == expected
 
 
 def test_whole_heads_on_several_ranks(pool, reference):
@@ -305,17 +314,17 @@ def bytes_of_a_token(text: str, world_size: int, cache: str, contexts: list[int]
 
 @pytest.mark.parametrize("query_layout", ["heads", "segments"])
 @pytest.mark.parametrize("cache", NAMES)
-def test_bytes_of_a_token_at_1k_4k_and_16k(pool, cache, query_layout):
+def test_bytes_of_a_token(pool, cache, query_layout):
     """Independent of the context for batch and sequence, and what the cost model says for all three."""
-    contexts = [1023, 4095, 16383]
+    contexts = sized("inference", full=[1023, 4095, 16383], quick=[255, 1023])
     more = f"--helix-query-layout {query_layout}"
     text = models.flags(4, 1, ranks=4, segments=4, more=more)
     found = pool.run(bytes_of_a_token, text, 4, cache, contexts, world_size=4)
-    sent = [sum(rank[i] for rank in found) for i in range(3)]
+    sent = [sum(rank[i] for rank in found) for i in range(len(contexts))]
     layout = HeadLayout(4, 1, 16, 1, 4, query_layout)
     shapes = [DecodeShape(layout, 4, context + 1, 4) for context in contexts]
     assert sent == [2 * 4 * cache_layout(cache).bytes(shape) for shape in shapes]  # layers, ranks
-    assert (sent[0] == sent[1] == sent[2]) == (cache != "segment")
+    assert (len(set(sent)) == 1) == (cache != "segment")
     assert sent[0] > 0
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import sized
 
 from helix_megatron.inference.cache_layouts import CACHE_LAYOUTS, NAMES, DecodeShape, cache_layout
 from helix_megatron.inference.choice import choose_cache_layout, explain_cache_layout
@@ -41,7 +42,7 @@ def check_book(book: PageBook, lengths: dict[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("members", "dealt"), BOOKS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sized("inference", full=60, quick=20), deadline=None)
 @given(data=st.data())
 def test_a_position_has_one_slot(members, dealt, data):
     """Whatever sequences come, grow and go."""
@@ -114,7 +115,7 @@ def sequence(number: int, prompt: int, output: int) -> Running:
 
 
 @pytest.mark.parametrize(("members", "dealt"), BOOKS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=sized("inference", full=40, quick=20), deadline=None)
 @given(
     asked=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12),
     chunk=st.integers(1, 16),

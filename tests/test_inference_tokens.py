@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import sized
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -128,7 +129,7 @@ CUTS = st.lists(st.integers(0, 200), max_size=12)
 
 
 @given(TEXTS, CUTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=sized("inference", full=100, quick=20), deadline=None)
 def test_bytes_come_back_however_they_are_split(text, cuts):
     """Half a character must never be shown, and nothing may be lost."""
     tokens = ByteTokens()
@@ -139,7 +140,7 @@ def test_bytes_come_back_however_they_are_split(text, cuts):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS, cuts=CUTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sized("inference", full=60, quick=20), deadline=None)
 def test_text_does_not_depend_on_the_split(kind, text, cuts):
     """The oracle decodes all tokens at once."""
     tokenizer = backend(kind)
@@ -157,7 +158,7 @@ def test_text_does_not_depend_on_the_split(kind, text, cuts):
 
 @pytest.mark.parametrize("kind", ["byte-level BPE", "Metaspace"])
 @given(ids=st.lists(st.integers(0, 550), max_size=25), cuts=CUTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sized("inference", full=60, quick=20), deadline=None)
 def test_any_tokens_at_all(kind, ids, cuts):
     """A model need not write valid UTF-8: random tokens, special ones among them."""
     tokenizer = backend(kind)
@@ -165,7 +166,7 @@ def test_any_tokens_at_all(kind, ids, cuts):
 
 
 @given(st.lists(st.integers(0, 300), max_size=25), CUTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sized("inference", full=60, quick=20), deadline=None)
 def test_any_bytes_at_all(ids, cuts):
     """The same for bytes, and tokens that are none add nothing."""
     whole = bytes(token for token in ids if token < 256).decode(errors="replace")

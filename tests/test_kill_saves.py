@@ -9,19 +9,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import sized
+from waiting import PROGRAM_LIMIT
 
-KILLS = 20
+KILLS = sized("checkpoints", full=20, quick=5)
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["synchronous", "asynchronous"])
 def test_a_kill_at_any_moment_loses_nothing(tmp_path, flags):
-    """20 kills at random moments of saves that follow each other without a pause: 20 readable stores."""
+    """Kills at random moments of saves that follow each other without a pause: every store is readable."""
     script = Path(__file__).with_name("kill_saves.py")
     command = [sys.executable, str(script), str(tmp_path / "store"), str(KILLS), "1", *flags]
     (tmp_path / "store").mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment
+        command, capture_output=True, text=True, timeout=PROGRAM_LIMIT, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     trials = json.loads(done.stdout.splitlines()[-1])

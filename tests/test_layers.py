@@ -22,6 +22,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from waiting import PROGRAM_LIMIT
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "helix_megatron"
@@ -186,7 +187,7 @@ print(sorted({"torch", "megatron", "deepspeed"} & set(sys.modules)))
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=PROGRAM_LIMIT,
         check=False,
     )
     assert run.returncode == 0, run.stderr

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from waiting import PROGRAM_LIMIT
 
 from helix_megatron import doctor
 from helix_megatron.megatron_lm import patch
@@ -67,7 +68,7 @@ def torchrun(ranks: int, *command: object, path: object = "") -> subprocess.Comp
         + [str(word) for word in command],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=PROGRAM_LIMIT,
         check=False,
         env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(path)},
     )

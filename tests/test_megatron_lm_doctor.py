@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from waiting import PROGRAM_LIMIT
 
 from helix_megatron import cli, doctor
 from helix_megatron.errors import HelixError
@@ -203,7 +204,7 @@ def test_the_patches_apply_and_are_recognised(tmp_path, capsys, version) -> None
             ["git", "apply", "--unidiff-zero", *check, str(file)],
             cwd=tmp_path,
             check=True,
-            timeout=60,
+            timeout=PROGRAM_LIMIT,
             env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)},
         )
     script = (tmp_path / "pretrain_gpt.py").read_text()

@@ -58,7 +58,7 @@ def arguments(**given: object) -> argparse.Namespace:
         "rotary_percent": 0.5,
         "rotary_interleaved": False,
         "seed": 7,
-        "distributed_timeout_minutes": 1,
+        "distributed_timeout_minutes": 10,
         "save": None,
         "load": None,
     }

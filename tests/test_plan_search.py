@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PROGRAM_LIMIT
 
 from helix_megatron.errors import HelixError
 from helix_megatron.plan.clusters import CLUSTERS, Cluster, cluster_of
@@ -337,7 +338,7 @@ print(json.dumps({"cpu": time.process_time(), "status": status, "torch": "torch"
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=120,
+        timeout=PROGRAM_LIMIT,
         check=False,
     )
     assert run.returncode == 0, run.stderr

@@ -4,6 +4,7 @@ tensors. The paper's model: hidden 8192, 16 heads of 512, FFN 32768, 10000 token
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 
 import pytest
@@ -20,6 +21,7 @@ from helix_megatron.plan.score import predict_training
 from helix_megatron.plan.settings import Job, Software
 from helix_megatron.plan.traffic import layer_traffic
 
+IN_FULL_TIER = functools.partial(pytest.param, marks=pytest.mark.full("graph"))
 RANKS, TOKENS = 16, 10000
 CLUSTER = CLUSTERS["dgx-h100"]
 # What runs on a CPU: Megatron's unfused modules, a fused attention kernel for heads of any width.
@@ -55,7 +57,14 @@ def _refusal(layer: Layer, exchange: str, batch: int) -> str:
 
 @pytest.mark.parametrize(
     ("segments", "kv_heads", "sequence_parallel"),
-    [(2, 16, True), (4, 16, True), (8, 16, True), (16, 16, True), (4, 4, True), (4, 16, False)],
+    [
+        (2, 16, True),
+        IN_FULL_TIER(4, 16, True),
+        IN_FULL_TIER(8, 16, True),
+        (16, 16, True),
+        (4, 4, True),
+        (4, 16, False),
+    ],
 )
 def test_predicted_bytes_equal_traced_ones(segments, kv_heads, sequence_parallel):
     """Every layout of 16 ranks, every exchange that fits it, forward and backward: not a byte apart."""
@@ -151,9 +160,11 @@ def cut(layout: Layout) -> Layout:
 
 @pytest.mark.parametrize(
     ("tp", "pp", "segments"),
-    [(16, 1, m) for m in (1, 2, 4, 8, 16)]
-    + [(8, 2, m) for m in (1, 2, 4, 8)]
-    + [(4, 4, m) for m in (1, 2, 4)],
+    [
+        (case if case in {(16, 1, 1), (16, 1, 16), (8, 2, 2), (4, 4, 4)} else IN_FULL_TIER(*case))
+        for case in [(16 // pp, pp, m) for pp in (1, 2, 4) for m in (1, 2, 4, 8, 16)]
+        if case[2] <= case[0]
+    ],
 )
 def test_every_layout_of_16_ranks_is_predicted(tp, pp, segments):
     """The paper's model at full size, first and last pipeline stage: TP × PP and all m × n."""
@@ -170,8 +181,8 @@ def test_every_layout_of_16_ranks_is_predicted(tp, pp, segments):
     ("preset", "layout"),
     [
         ("llama-3-70b", Layout(tp=16, segments=2, recompute="full")),
-        ("llama-3-70b", Layout(tp=16, segments=4)),
-        ("qwen3-32b", Layout(tp=16, segments=2)),
+        IN_FULL_TIER("llama-3-70b", Layout(tp=16, segments=4)),
+        IN_FULL_TIER("qwen3-32b", Layout(tp=16, segments=2)),
         ("qwen3-32b", Layout(tp=16, segments=2, recompute="selective")),
         ("mixtral-8x7b", Layout(tp=16, segments=2, ep=8)),
     ],

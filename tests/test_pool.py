@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def raise_on(bad_rank: int) -> None:
 
 def sleep_on(slow_rank: int) -> None:
     if dist.get_rank() == slow_rank:
-        time.sleep(1000)
+        threading.Event().wait()
     dist.barrier()
 
 
@@ -120,34 +121,33 @@ def test_every_run_starts_clean(pool: RankPool) -> None:
 @pytest.mark.parametrize("bad_rank", [0, 2])
 def test_the_traceback_of_the_first_cause_is_shown(pool: RankPool, bad_rank: int) -> None:
     """The other ranks only see a closed connection, which explains nothing."""
-    start = time.monotonic()
     with pytest.raises(RankError) as caught:
-        pool.run(raise_on, bad_rank, world_size=4, timeout=300)
+        pool.run(raise_on, bad_rank, world_size=4)
     message = str(caught.value)
     assert f"Rank {bad_rank} raised:\nTraceback" in message
     assert "in raise_on" in message
     assert f"ValueError: rank {bad_rank} has a bad day" in message
     assert message.count("Traceback") == 1
-    assert time.monotonic() - start < 100
+    assert "did not answer" not in message, "nobody may have waited until the pool gave up"
     assert len(pool.run(process_id, world_size=4)) == 4
 
 
 def test_a_hung_rank_is_named_with_its_stack(pool: RankPool) -> None:
     """A hang must end within the timeout, say where it is, and leave a usable pool."""
-    start = time.monotonic()
-    with pytest.raises(RankError, match=r"Ranks that did not answer: 0, 1\.") as caught:
-        pool.run(sleep_on, 1, world_size=2, timeout=2)
-    assert time.monotonic() - start < 100
+    for timeout in (2, 20, 200):  # on a slow machine the rank is not there yet after the first
+        with pytest.raises(RankError, match=r"Ranks that did not answer: 0, 1\.") as caught:
+            pool.run(sleep_on, 1, world_size=2, timeout=timeout)
+        if "in sleep_on" in str(caught.value):
+            break
     assert "in sleep_on" in str(caught.value)
     assert pool.run(rank_and_sum, 1, world_size=2) == [(0, 1), (1, 1)]
 
 
 def test_a_killed_rank_is_noticed_at_once(pool: RankPool) -> None:
     """A crash (out of memory, a signal) must not look like a hang."""
-    start = time.monotonic()
-    with pytest.raises(RankError, match=r"Rank 1 died with exit code -9\."):
-        pool.run(die_on, 1, world_size=4, timeout=300)
-    assert time.monotonic() - start < 100
+    with pytest.raises(RankError, match=r"Rank 1 died with exit code -9\.") as caught:
+        pool.run(die_on, 1, world_size=4)
+    assert "did not answer" not in str(caught.value), "it was found by its end, not by its silence"
     assert pool.run(rank_and_sum, 1, world_size=4) == [(rank, 6) for rank in range(4)]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_checkpoints import build, flags_of, whole_model
 from torch import Tensor
+from waiting import PROGRAM_LIMIT
 
 from helix_megatron.checkpoint.catalog import catalog
 from helix_megatron.checkpoint.partition import RankLayout
@@ -86,7 +87,6 @@ def test_each_rank_loads_its_file(pool, tmp_path, model, sizes, world_size):
         world_size,
         str(tmp_path / "ranks"),
         world_size=world_size,
-        timeout=90,
     )
     assert wrong == [[]] * world_size
 
@@ -150,7 +150,7 @@ def test_deepspeed_loads_them(tmp_path):
         [sys.executable, "-c", DEEPSPEED, str(folder), str(_free_port())],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PROGRAM_LIMIT,
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )

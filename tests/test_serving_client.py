@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -12,8 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from fake_engine import CAPACITY, END, MODEL, FakeEngine, Served, serving
+from tiers import sized
+from waiting import LIMIT, PROGRAM_LIMIT
 
 ASK = [{"role": "user", "content": "hello "}]
+CLIENTS = sized("serving", full=200, quick=40)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,13 @@ def client(served) -> openai.OpenAI:
 def test_no_torch():
     """The server's side must start fast, and run where there is no torch."""
     code = "import sys, helix_megatron.serving.server; print('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PROGRAM_LIMIT,
+    )
     assert run.stdout.strip() == "False"
 
 
@@ -159,9 +169,11 @@ def test_choices(served, client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings(stream):
     """They cross tokens, are not returned, and free the engine at once; their beginnings are text."""
-    options = {"model": MODEL, "prompt": "one STOX STOP two ", "max_tokens": 2000, "stream": stream}
-    # Slow enough that it cannot have ended by itself before it is told to.
-    with serving(FakeEngine(tick=0.01)) as served, served.openai() as client:
+    tokens = 10**6  # which take hours: only the stop string can have ended the text
+    options = {"model": MODEL, "prompt": "one STOX STOP two ", "max_tokens": tokens}
+    options["stream"] = stream
+    capacity = dataclasses.replace(CAPACITY, max_context=2 * tokens)
+    with serving(FakeEngine(capacity, tick=0.01)) as served, served.openai() as client:
         answer = client.completions.create(**options, stop=["STOP", "never"])
         chunks = list(answer) if stream else [answer]
         assert "".join(chunk.choices[0].text for chunk in chunks) == "one STOX "
@@ -189,7 +201,7 @@ def test_models(client):
 
 
 def test_many_clients_at_once():
-    """Two hundred streams of the asynchronous client: all are complete, and none gets another's text."""
+    """Many streams of the asynchronous client: all are complete, and none gets another's text."""
 
     async def one(client: openai.AsyncOpenAI, number: int) -> str:
         stream = await client.completions.create(
@@ -198,15 +210,17 @@ def test_many_clients_at_once():
         return "".join([chunk.choices[0].text async for chunk in stream])
 
     async def all_of_them(url: str) -> list[str]:
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            return await asyncio.gather(*(one(client, number) for number in range(200)))
+        async with openai.AsyncOpenAI(
+            base_url=url, api_key="none", max_retries=0, timeout=LIMIT
+        ) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(CLIENTS)))
 
-    with serving(FakeEngine(tick=0.005)) as served:
+    with serving(FakeEngine(tick=0.005, start_at=CLIENTS // 2 + 1)) as served:
         texts = asyncio.run(all_of_them(f"{served.url}/v1"))
         most = served.engine.most_running
     for number, text in enumerate(texts):
         assert text == "".join(itertools.islice(itertools.cycle(f"<{number}>"), 60))
-    assert most > 100
+    assert most > CLIENTS // 2
 
 
 def test_threads(served):

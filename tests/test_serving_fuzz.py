@@ -1,4 +1,4 @@
-"""Ten thousand random bodies, and whatever the published schema permits: never a 5xx, always the shape.
+"""Thousands of random bodies, and whatever the published schema permits: never a 5xx, always the shape.
 
 The engine behind is a fake, so a 5xx can only be the server's own mistake.
 """
@@ -23,12 +23,14 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from tiers import sized
+from waiting import LIMIT
 
 from helix_megatron.serving.app import make_app
 from helix_megatron.serving.replies import ChatReply, CompletionReply, ErrorReply
 from helix_megatron.serving.settings import ServerSettings
 
-BODIES = 10_000
+BODIES = sized("serving", full=10_000, quick=1_000)
 PATHS = ("/v1/completions", "/v1/chat/completions")
 CHAT = {
     "model": MODEL,
@@ -137,7 +139,7 @@ def places(value: Any):
             yield from places(inner)
 
 
-def test_ten_thousand_bodies(capsys):
+def test_random_bodies(capsys):
     """Of these, enough are accepted and enough are refused that both are tested."""
 
     async def send_all() -> collections.Counter[int]:
@@ -168,7 +170,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=20,
 )
-quickly = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+quickly = settings(
+    max_examples=sized("serving", full=300, quick=50),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @quickly
@@ -192,7 +198,11 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
 
 @schema.parametrize()
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=sized("serving", full=40, quick=10),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 def test_published_schema(case):
     """Requests made from the schema: every response is documented with its status, type and schema."""
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
@@ -203,7 +213,8 @@ def test_published_schema(case):
             status_code_conformance,
             content_type_conformance,
             response_schema_conformance,
-        ]
+        ],
+        timeout=LIMIT,  # for a response; 10 s by default
     )
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.requests import Request
+from tiers import sized
 
 from helix_megatron.inference.request import MAX_SEED, Output
 from helix_megatron.inference.stop_strings import StopStrings
@@ -36,7 +37,7 @@ def first_stop(text: str, strings: list[str]) -> str | None:
     return None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=sized("serving", full=500, quick=100), deadline=None)
 @given(st.lists(LETTERS, max_size=8), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
 def test_stop_strings(pieces, strings):
     """Wherever the pieces are cut: the text before the first stop string, and all of it without one."""

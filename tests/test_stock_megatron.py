@@ -13,6 +13,7 @@ import pytest
 import torch
 from pool import RankError
 from test_training_checkpoints import EP, TP, M, run
+from waiting import PROGRAM_LIMIT
 
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.training.arguments import parse_args
@@ -65,7 +66,7 @@ def stock(action: str, directory: Path, model: dict[str, Any], scratch: Path) ->
         [sys.executable, str(script), action, str(directory), str(description)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PROGRAM_LIMIT,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
     )
@@ -99,7 +100,7 @@ def test_stock_megatron_core_loads_what_helix_saved(pool, tmp_path, name):
     run(pool, f"{flags} {layout} --save {directory}", ranks)
     theirs = stock("load", Store(directory).resolve(), model, tmp_path)
     load = f"{flags} {layout} --load {directory} --finetune"
-    by_rank = pool.run(losses_on_ranks, load, ranks, world_size=ranks, timeout=120)
+    by_rank = pool.run(losses_on_ranks, load, ranks, world_size=ranks)
     for ours in by_rank:
         assert ours == pytest.approx(theirs, abs=1e-6)
 
@@ -111,7 +112,7 @@ def test_helix_loads_what_stock_megatron_core_saved(pool, tmp_path, name):
     directory = tmp_path / "iter_0000001"
     theirs = stock("save", directory, model, tmp_path)
     load = f"{flags} {layout} --load {directory} --finetune"
-    by_rank = pool.run(losses_on_ranks, load, ranks, world_size=ranks, timeout=120)
+    by_rank = pool.run(losses_on_ranks, load, ranks, world_size=ranks)
     for ours in by_rank:
         assert ours == pytest.approx(theirs, abs=1e-6)
 
@@ -124,4 +125,4 @@ def test_weights_without_a_place_are_refused(pool, tmp_path):
     stock("save", directory, untied, tmp_path)
     load = f"{flags} {layout} --load {directory} --finetune"
     with pytest.raises(RankError, match=r"has no place for: output_layer\.weight"):
-        pool.run(losses_on_ranks, load, ranks, world_size=ranks, timeout=120)
+        pool.run(losses_on_ranks, load, ranks, world_size=ranks)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PROGRAM_LIMIT
 
 from helix_megatron.training.pretrain import main
 
@@ -214,7 +215,7 @@ def test_exit_code_of_the_script_itself(launcher):
         text=True,
         env=environment,
         check=False,
-        timeout=60,
+        timeout=PROGRAM_LIMIT,
     )
     assert ended.returncode == 2
     assert ("does not divide" in ended.stderr) == (not launcher), "only the first rank speaks"

@@ -96,7 +96,7 @@ def build(flags: dict[str, Any], sizes: tuple[int, ...], query_layout: str, worl
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
         intra_head_parallel_size=m,
-        distributed_timeout_minutes=1,
+        distributed_timeout_minutes=10,
     )
     seed_model_parallel(1)
     config = transformer_config(args)

@@ -19,10 +19,10 @@ from helix_megatron.serving.service import Service
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 30.0
-HEADER_SECONDS = 30.0
+START_SECONDS = 300.0  # only ends a hang
+HEADER_SECONDS = 60.0  # as long as a body may take
 # After the responses that are open were told to end: to send that, before connections are cut.
-FAREWELL_SECONDS = 2.0
+FAREWELL_SECONDS = 10.0
 
 
 class Server:

@@ -29,10 +29,10 @@ import torch.distributed as dist
 from helix_megatron.observe import Call, observing
 
 BEAT_SECONDS = 1.0
-SAME_SIGNAL_SECONDS = 2.0
+SAME_SIGNAL_SECONDS = 10.0
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 FIRST_BEATS_SECONDS = 0.05  # until every rank has been heard once
-DYING_SECONDS = 3.0  # a process closes its connections a little before it is gone
+DYING_SECONDS = 10.0  # a process closes its connections a little before it is gone
 QUIET_SECONDS = 5.0  # a rank that says nothing for so long is stopped, or its machine is overloaded
 SILENCE_SECONDS = 30.0  # a rank on another host that says nothing for so long is gone
 COLLECTIVE_FAILURE = re.compile(
@@ -97,7 +97,7 @@ class Watchdog:
         """End of a run that went well."""
         self._ended.set()
         self._writer.send(b"\0")  # wakes the thread
-        self._thread.join(timeout=5 * BEAT_SECONDS)
+        self._thread.join(timeout=30 * BEAT_SECONDS)
         self._say({"state": "done"})
         signal.set_wakeup_fd(self._old_wakeup)
         signal.signal(signal.SIGTERM, self._old_handler)
@@ -211,7 +211,8 @@ def watching(
     """Watch the other ranks inside the block. A single process has nobody to watch.
 
     Args:
-        asked_to_end: set by SIGTERM, which otherwise ends the process. A second SIGTERM ends it anyway.
+        asked_to_end: set by SIGTERM, which otherwise ends the process. A second SIGTERM, 10 s later or
+            more, ends it anyway.
         farewell: called with the reason where the watch ends this process.
     """
     if dist.get_world_size() == 1:

@@ -1,0 +1,25 @@
+"""Waits of tests: for events, not for seconds.
+
+A limit only ends a hang, so it is generous: with a hundred times its load a machine is slower, and green.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LIMIT = 300.0  # seconds, also for clients, sockets and short programs
+PROGRAM_LIMIT = 600.0  # seconds for programs that import torch, on several ranks
+
+
+def wait_until(condition: Callable[[], T], what: str, limit: float = LIMIT) -> T:
+    """Wait until a condition is true; its value. `what` says which, for the one who looks at a hang."""
+    deadline = time.monotonic() + limit
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"Waited {limit:g} s in vain until {what}.")
+        time.sleep(0.01)
+    return value
