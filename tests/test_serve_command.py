@@ -185,7 +185,7 @@ def test_many_streams_of_which_some_are_cut_off(checkpoint, expected):
                 )
             )
 
-    # Room for 4 to 8 sequences on a rank, so that some must give up their pages again, however few come at once.
+    # Room for 4 to 8 sequences on a rank: some must give up their pages again, however few come at once.
     sequences = sized("serving", full="48", quick="24")
     flags = ("--max-sequences", sequences, "--cache-memory", "0.0001")
     with served(checkpoint, *flags, *CUT) as server:
