@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiers import sized
 from waiting import PROGRAM_LIMIT
 
 from helix_megatron.config import HelixConfig
@@ -17,14 +16,13 @@ from helix_megatron.graph.model import Graph
 
 ROOT = Path(__file__).parent.parent
 SECONDS, GIGABYTES = 60, 4
-LAYERS = sized("graph", full=4, quick=2)
+LAYERS = 4
 
 
 def test_the_papers_model_is_traced_checked_and_written_in_a_minute(tmp_path):
     """168 GB per activation tensor of the whole batch, billions of weights: none of it may be allocated."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     flags = ["--preset", "paper-dense", "--backward", "--check", "--jobs", "1"]
-    flags += ["--num-layers", str(LAYERS)]
     run = subprocess.run(
         [sys.executable, "-m", "helix_megatron.graph.command", *flags, "--output", str(tmp_path)],
         capture_output=True,
