@@ -7,11 +7,12 @@ the host itself raises it before it changes a model.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from helix_megatron.versions import TESTED, found_version
 
 _MISSING: Any = object()
 
@@ -30,27 +31,19 @@ class Need:
     parameters: tuple[str, ...] = ()
 
 
-def unmet(package: str, tested: str, needs: Iterable[Need]) -> list[str]:
-    """A sentence for each need that the installed package does not meet; none when all is well.
-
-    tested: the releases that Helix is tested with, such as "5.2 to 5.24".
-    """
+def unmet(package: str, needs: Iterable[Need]) -> list[str]:
+    """A sentence for each need that the installed package does not meet; none when all is well."""
     return [
-        sentence(package, tested, what, need.without)
-        for need in needs
-        if (what := _lack(need)) is not None
+        sentence(package, what, need.without) for need in needs if (what := _lack(need)) is not None
     ]
 
 
-def sentence(package: str, tested: str, what: str, without: str) -> str:
-    """What is missing, what it breaks, and what to do."""
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        version = "of an unknown version"
+def sentence(package: str, what: str, without: str) -> str:
+    """What is missing, what it breaks, and what to do. `package` is one of `versions.TESTED`."""
+    version, tested = found_version(package) or "of an unknown version", TESTED[package]
     return (
-        f"{package} {version} has {what}: {without}. Helix is tested with {package} {tested}; install one "
-        "of those."
+        f"{package} {version} has {what}: {without}. Helix is tested with {package} {tested.lowest} to "
+        f"{tested.newest}; try pip install '{tested.requirement}'."
     )
 
 

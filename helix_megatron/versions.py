@@ -17,6 +17,7 @@ from pathlib import Path
 
 from helix_megatron.errors import HelixError
 
+Version = tuple[int, ...]
 GO_ON = "HELIX_UNTESTED_VERSIONS"
 PYTHONS = ("3.11", "3.12", "3.13")
 
@@ -77,10 +78,15 @@ TESTED = {
 }
 
 
-def numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> Version:
     """The three numbers of a release: (2, 13, 0) of `2.13.0+cpu` and of `2.13`."""
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
     return tuple(int(number or 0) for number in found.groups()) if found else (0, 0, 0)
+
+
+def dotted(version: Version) -> str:
+    """`0.16` for (0, 16)."""
+    return ".".join(map(str, version))
 
 
 def _is_development_version(version: str) -> bool:

@@ -54,7 +54,7 @@ def test_a_release_without_a_name(monkeypatch, owner, name, said):
     (problem,) = check()
     assert f".{name}: " in problem
     assert said in problem
-    assert "Helix is tested with deepspeed 0.19.0 to 0.19.8; install one of those." in problem
+    assert "Helix is tested with deepspeed 0.19.0 to 0.19.8; try pip install" in problem
     with pytest.raises(HelixError) as error:
         initialize(model=torch.nn.Linear(1, 1), config=ACTIVE)
     assert str(error.value) == problem

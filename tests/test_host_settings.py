@@ -7,7 +7,6 @@ import inspect
 import logging
 import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from pool import RankError
 
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron.core_attention import HelixCoreAttention
-from helix_megatron.megatron.core_version import SUPPORTED
 from helix_megatron.megatron.notices import NOTICES, hide_notices
 from helix_megatron.megatron.self_attention import PARTS
 from helix_megatron.megatron.support import REFUSED
@@ -211,12 +209,6 @@ def test_what_a_later_megatron_gives_its_core_attention_is_refused():
         HelixError, match=r"gave its core attention sinks = 1, which exact Helix attention"
     ):
         core.forward(*[None] * 4, sinks=1)  # type: ignore[arg-type]
-
-
-def test_the_supported_range_is_that_of_the_package():
-    """Messages tell people what to install."""
-    setup = Path(__file__).parent.parent.joinpath("setup.py").read_text()
-    assert f'"megatron-core{SUPPORTED}"' in setup
 
 
 def test_only_the_notices_are_hidden(capsys):

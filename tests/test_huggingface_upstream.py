@@ -142,7 +142,7 @@ def test_a_release_without_an_attribute(monkeypatch, owner, name, said):
     without(monkeypatch, owner, name)
     (problem,) = [problem for problem in check() if f".{name}:" in problem]
     assert said in problem
-    assert "Helix is tested with transformers 5.2 to 5.24; install one of those." in problem
+    assert "Helix is tested with transformers 5.2.0 to 5.24.0; try pip install" in problem
     with pytest.raises(HelixError) as error:
         shard(model, 2, tensor_group=None)  # type: ignore[arg-type]
     assert str(error.value) == problem

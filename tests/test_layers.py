@@ -1,9 +1,10 @@
 """Dependencies point down: what a module may import, and what it may know about processes.
 
-    errors ← layout ← config ← arguments
+    errors ← versions
+           ← layout ← config ← arguments
            ← observe, meter, collectives, masks, replicated, head_norm
            ← kernels, exchanges
-           ← attention, parallel_state
+           ← attention, parallel_state, patching, needs
            ← checkpoint (files: no host)
            ← hosts: megatron, deepspeed, huggingface
            ← everything else (training, data, bench, …)
@@ -31,19 +32,20 @@ HOSTS = ("megatron", "deepspeed", "huggingface")
 HOST_IMPORTS = {("deepspeed", "huggingface"), ("deepspeed", "megatron")}
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("versions",),
     ("layout",),
     ("config",),
     ("arguments",),
     ("observe", "meter", "collectives", "masks", "replicated", "head_norm"),
     ("kernels", "exchanges"),
-    ("attention", "parallel_state"),
+    ("attention", "parallel_state", "patching", "needs"),
     ("checkpoint",),
     HOSTS,
 )
 TOP = len(LAYERS)
 BELOW_HOSTS = {part for layer in LAYERS[:-1] for part in layer}
 # Algorithms: they take groups as arguments, so these ways to find one out are closed to them.
-ALGORITHMS = BELOW_HOSTS - {"parallel_state"}
+ALGORITHMS = BELOW_HOSTS - {"parallel_state", "versions"}
 GLOBALS = {"WORLD", "get_rank", "get_world_size", "is_initialized", "_get_default_group", "environ"}
 # What calls of collectives begin with, `collective` being a variable that holds one.
 COLLECTIVES = ("dist.", "_all_gather", "_reduce_scatter", "collective")

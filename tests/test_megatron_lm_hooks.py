@@ -18,9 +18,8 @@ from megatron.core.package_info import __version__ as core_version
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron.core_version import found_version
 from helix_megatron.megatron_lm import cpu, hooks, settings
-from helix_megatron.megatron_lm.table import NEWEST, HookTable
+from helix_megatron.megatron_lm.table import NEWEST, HookTable, found_version
 
 
 @pytest.fixture

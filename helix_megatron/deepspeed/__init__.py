@@ -7,6 +7,10 @@
 `initialize` has the signature and the results of `deepspeed.initialize`. Without the block, it is it.
 """
 
+from helix_megatron import versions
+
+versions.require("torch", "deepspeed")
+
 from helix_megatron.deepspeed.config import HelixBlock, read_block
 from helix_megatron.deepspeed.initialize import initialize
 

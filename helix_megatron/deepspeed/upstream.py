@@ -13,15 +13,13 @@ from typing import Any
 import torch
 
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron.patching import PatchTable
 from helix_megatron.needs import Need, unmet
+from helix_megatron.patching import PatchTable
 
-DEEPSPEED = "0.19.8"
-TESTED = "0.19.0 to 0.19.8"
 MARKS = ("tensor_model_parallel", "model_parallel")
 
-UNFUSED_NORM = PatchTable("deepspeed", DEEPSPEED, "bf16 or fp16 without ZeRO")
-MOE_GATHER = PatchTable("deepspeed", DEEPSPEED, "DeepSpeed's MoE layer with tensor parallelism")
+UNFUSED_NORM = PatchTable("deepspeed", "bf16 or fp16 without ZeRO")
+MOE_GATHER = PatchTable("deepspeed", "DeepSpeed's MoE layer with tensor parallelism")
 
 
 @UNFUSED_NORM.replace(
@@ -127,10 +125,10 @@ def require() -> None:
     Raises:
         HelixError: something is missing; the text says what it breaks.
     """
-    if problems := unmet("deepspeed", TESTED, NEEDS):
+    if problems := unmet("deepspeed", NEEDS):
         raise HelixError(problems[0])
 
 
 def check() -> list[str]:
     """All that Helix needs and the installed DeepSpeed has not, in sentences; none if it is not installed."""
-    return [] if find_spec("deepspeed") is None else unmet("deepspeed", TESTED, (*NEEDS, *MENDS))
+    return [] if find_spec("deepspeed") is None else unmet("deepspeed", (*NEEDS, *MENDS))

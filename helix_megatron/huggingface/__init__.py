@@ -8,6 +8,10 @@
 `shard` cuts a model that is loaded already; `plan` says, without a process group, what it would cut.
 """
 
+from helix_megatron import versions
+
+versions.require("torch", "transformers", "accelerate", "safetensors")
+
 from helix_megatron.huggingface.cuts import Cut
 from helix_megatron.huggingface.gradients import clip_grad_norm_, grad_norm
 from helix_megatron.huggingface.groups import Groups, make_groups

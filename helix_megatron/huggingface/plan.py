@@ -12,6 +12,7 @@ from helix_megatron.huggingface import upstream
 from helix_megatron.huggingface.cuts import Cut, block_cut, kv_cut, query_cut
 from helix_megatron.huggingface.families import Family, family_of
 from helix_megatron.layout import HeadLayout
+from helix_megatron.versions import TESTED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,9 +180,10 @@ def _check_modules(model: Any, family: Family, mlp: bool) -> None:
 
 
 def _not_found(model: Any, what: str, instead: str = "") -> HelixError:
+    tested = TESTED["transformers"]
     return HelixError(
-        f"{type(model).__name__} has {what}. Helix knows the models of transformers {upstream.TESTED}; "
-        f"{instead}give it one that such a release made, not a wrapped one."
+        f"{type(model).__name__} has {what}. Helix knows the models of transformers {tested.lowest} to "
+        f"{tested.newest}; {instead}give it one that such a release made, not a wrapped one."
     )
 
 

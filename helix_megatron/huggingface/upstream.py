@@ -10,9 +10,6 @@ from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface.families import FAMILIES, Family
 from helix_megatron.needs import Need, sentence, unmet
 
-TESTED = "5.2 to 5.24"
-ACCELERATE = "1.15"
-
 NEEDS = (
     Need("transformers:AttentionInterface.register", "no attention function can be registered"),
     Need("transformers:AttentionMaskInterface.register", "no mask function can be registered"),
@@ -104,7 +101,7 @@ def require() -> None:
     Raises:
         HelixError: something is missing; the text says what it breaks.
     """
-    if problems := unmet("transformers", TESTED, NEEDS):
+    if problems := unmet("transformers", NEEDS):
         raise HelixError(problems[0])
 
 
@@ -114,8 +111,8 @@ def require_trainer() -> None:
     Raises:
         HelixError: something is missing; the text says what it breaks.
     """
-    problems = unmet("transformers", TESTED, TRAINER_NEEDS)
-    if problems := problems or unmet("accelerate", ACCELERATE, ACCELERATE_NEEDS):
+    problems = unmet("transformers", TRAINER_NEEDS)
+    if problems := problems or unmet("accelerate", ACCELERATE_NEEDS):
         raise HelixError(problems[0])
 
 
@@ -126,9 +123,9 @@ def check() -> list[str]:
     """
     if find_spec("transformers") is None:
         return []
-    problems = unmet("transformers", TESTED, (*NEEDS, *TRAINER_NEEDS))
+    problems = unmet("transformers", (*NEEDS, *TRAINER_NEEDS))
     if find_spec("accelerate") is not None:
-        problems += unmet("accelerate", ACCELERATE, ACCELERATE_NEEDS)
+        problems += unmet("accelerate", ACCELERATE_NEEDS)
     for kind, family in FAMILIES.items():
         problems += _check_family(kind, family)
     return problems
@@ -148,7 +145,7 @@ def _check_family(kind: str, family: Family) -> list[str]:
     breaks = f"models of type {kind} cannot be sharded"
 
     def said(what: str) -> str:
-        return sentence("transformers", TESTED, what, breaks)
+        return sentence("transformers", what, breaks)
 
     try:
         with torch.device("meta"):

@@ -23,10 +23,9 @@ from torch.overrides import _get_current_function_mode_stack
 
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron import cpu_devices, torch_adam
-from helix_megatron.megatron.core_version import SUPPORTED, found_version
-from helix_megatron.megatron.patching import PatchTable
+from helix_megatron.patching import PatchTable
 
-TABLE = PatchTable("megatron-core", SUPPORTED, "the CPU runtime", found_version)
+TABLE = PatchTable("megatron-core", "the CPU runtime")
 _RANDOM = "megatron.core.tensor_parallel.random"
 _mode = cpu_devices.CudaMeansCpu()
 

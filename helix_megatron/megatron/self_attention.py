@@ -28,10 +28,10 @@ from helix_megatron.kernels.sdpa import sdpa
 from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron.checkpoint import permuted
 from helix_megatron.megatron.core_attention import HelixCoreAttention
-from helix_megatron.megatron.core_version import SUPPORTED
 from helix_megatron.megatron.qk_norm import PartitionedNorm, norm_kind
 from helix_megatron.megatron.support import STOCK, refuse_dynamic_inference
 from helix_megatron.megatron.transformer_config import attention_layout
+from helix_megatron.versions import TESTED
 
 PARTS = ("core_attention", "linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
 """The parts of Megatron's self-attention that can be cut; see `_refuse_unknown_parts`."""
@@ -243,5 +243,6 @@ def _refuse_unknown_parts(layer: HelixSelfAttention) -> None:
         parts = (f"{name} ({kind})" for name, kind in sorted(unknown.items()))
         raise HelixError(
             f"self-attention of megatron-core {megatron.core.__version__} has {listed(parts)}, and Helix can "
-            f"cut {listed(PARTS)} only. Use megatron-core{SUPPORTED}, {STOCK}."
+            f"cut {listed(PARTS)} only. Try pip install "
+            f"'{TESTED['megatron-core'].requirement}', {STOCK}."
         )

@@ -10,15 +10,9 @@ from typing import Any
 
 import torch
 
-from helix_megatron.megatron.core_version import SUPPORTED, found_version
-from helix_megatron.megatron.patching import PatchTable
+from helix_megatron.patching import PatchTable
 
-TABLE = PatchTable(
-    "megatron-core",
-    SUPPORTED,
-    "the repair of the distributed optimizer with torch's Adam",
-    found_version,
-)
+TABLE = PatchTable("megatron-core", "the repair of the distributed optimizer with torch's Adam")
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 

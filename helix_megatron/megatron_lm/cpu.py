@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron_lm.table import HookTable
+from helix_megatron.megatron_lm.table import HookTable, found_version
 
 TABLE = HookTable("the CPU stand-ins")
 BATCH_INVARIANT = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
@@ -80,8 +80,6 @@ def uninstall() -> None:
 
 def _without_triton() -> None:
     """training/initialize.py imports batch-invariant kernels, and these triton, in 0.16 whether used or not."""
-    from helix_megatron.megatron.core_version import found_version
-
     if found_version()[:2] >= (0, 17) or importlib.util.find_spec("triton") is not None:
         return
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from helix_megatron.errors import HelixError, exit_on_error
-from helix_megatron.megatron.core_version import Version, dotted
 from helix_megatron.megatron_lm import cpu, hooks, patch
 from helix_megatron.megatron_lm.source import bypasses, core_version, entry_point, find
-from helix_megatron.megatron_lm.table import NEWEST, OLDEST, HookTable
+from helix_megatron.megatron_lm.table import KNOWN, NEWEST, OLDEST, HookTable
+from helix_megatron.versions import Version, dotted
 
 
 def examine_checkout(path: str, *, patch_only: bool, program: str) -> int:
@@ -46,12 +46,11 @@ def _examine(checkout: Path, version: tuple[int, ...]) -> int:
 
 
 def _familiar(version: tuple[int, ...]) -> str:
-    known = f"{dotted(OLDEST)} to {dotted(NEWEST)}"
     if version < OLDEST:
-        return f"older than Helix's hooks know ({known})"
+        return f"older than Helix's hooks know ({KNOWN})"
     if version > NEWEST:
-        return f"newer than Helix's hooks know ({known})"
-    return f"one that Helix's hooks know ({known})"
+        return f"newer than Helix's hooks know ({KNOWN})"
+    return f"one that Helix's hooks know ({KNOWN})"
 
 
 def _table(checkout: Path, table: HookTable, version: Version) -> int:

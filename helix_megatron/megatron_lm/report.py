@@ -12,11 +12,10 @@ import torch.distributed as dist
 
 from helix_megatron import parallel_state
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron.core_version import found_core, found_version
 from helix_megatron.megatron_lm import cpu, hooks
 from helix_megatron.megatron_lm.settings import Settings
 from helix_megatron.megatron_lm.source import find
-from helix_megatron.megatron_lm.table import HookTable
+from helix_megatron.megatron_lm.table import HookTable, found_core, found_version
 
 
 def report_and_exit(settings: Settings) -> NoReturn:

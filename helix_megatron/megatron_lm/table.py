@@ -6,6 +6,7 @@ object and returns what stands in for it. Undoing is the same for all: `uninstal
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -13,12 +14,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron.core_version import Version, dotted, found_core, found_version
-from helix_megatron.megatron.patching import Patch, PatchTable, Versioned
+from helix_megatron.patching import Patch, PatchTable, Versioned
+from helix_megatron.versions import Version, dotted
 
 OLDEST: Version = (0, 16)
 NEWEST: Version = (0, 20)
 """Range of megatron.core's (major, minor) for which the hooks were written; 0.20 is the main branch."""
+KNOWN = f"{dotted(OLDEST)} to {dotted(NEWEST)}"
+
+
+def found_version() -> Version:
+    """(major, minor, patch) of the megatron.core that Python finds first, be it installed or a checkout.
+
+    Raises:
+        HelixError: there is none.
+    """
+    try:
+        package = importlib.import_module("megatron.core.package_info")
+        return package.MAJOR, package.MINOR, package.PATCH
+    except (ImportError, AttributeError) as error:
+        raise HelixError(
+            "no megatron.core can be imported that says its version. Give the path of a script in a "
+            "Megatron-LM checkout, or put a checkout on PYTHONPATH."
+        ) from error
+
+
+def found_core() -> str:
+    """The megatron.core in use and where it is, for messages."""
+    package = importlib.import_module("megatron.core.package_info")
+    return f"megatron.core {dotted(found_version())} at {package.__file__}"
 
 
 @dataclass(frozen=True)
@@ -57,8 +81,7 @@ class HookTable(PatchTable):
     """Hooks that are applied together or not at all."""
 
     def __init__(self, purpose: str) -> None:
-        known = f"{dotted(OLDEST)} to {dotted(NEWEST)}"
-        super().__init__("Megatron-LM", known, purpose, found_version)
+        super().__init__("megatron-core", purpose)
         self.hooks: list[Hook] = []
 
     def hook(
@@ -85,12 +108,12 @@ class HookTable(PatchTable):
         version = found_version()
         if version[:2] < OLDEST:
             raise HelixError(
-                f"{found_core()} is older than what {self.purpose} know. Known: {self.version}. Check out "
+                f"{found_core()} is older than what {self.purpose} know. Known: {KNOWN}. Check out "
                 "core_v0.16.1 or later."
             )
         if version[:2] > NEWEST:
             warnings.warn(
-                f"{found_core()} is newer than what {self.purpose} know ({self.version}). They are applied "
+                f"{found_core()} is newer than what {self.purpose} know ({KNOWN}). They are applied "
                 "as they are.",
                 stacklevel=2,
             )
@@ -107,6 +130,6 @@ class HookTable(PatchTable):
     def _unknown_version(self, patch: Patch) -> HelixError:
         return HelixError(
             f"{found_core()} has no {patch.target.replace(':', '.')}, which {self.purpose} replace. They are "
-            f"written for megatron.core {self.version}: see docs/megatron-lm.md, and `helix doctor "
+            f"written for megatron.core {KNOWN}: see docs/megatron-lm.md, and `helix doctor "
             "--megatron PATH` for what fits."
         )

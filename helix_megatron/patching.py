@@ -3,7 +3,7 @@
 A `PatchTable` is a list of named replacements. Each is a function with a docstring that says what upstream
 does, where, and why that fails; it takes the upstream object and returns what stands in for it:
 
-    TABLE = PatchTable("torch", "2.13.0", "the dummy streams")
+    TABLE = PatchTable("torch", "the dummy streams")
 
     @TABLE.replace("torch.cuda:synchronize")
     def synchronize(upstream):
@@ -17,15 +17,12 @@ not missed in the others.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from packaging.version import parse as parse_version
-
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron.core_version import Version, dotted
+from helix_megatron.versions import TESTED, Version, found_version, numbers
 
 _MISSING = object()
 
@@ -76,22 +73,13 @@ class _Replaced:
 class PatchTable:
     """Replacements that are applied together or not at all.
 
-    `package` and `version` name what the table was written for, the latter one version or a specifier such as
-    `>=1.2,<2`; `purpose` says in the error, after "which", who replaces a target that is not there.
-    `find_version` tells which version is in use; by default the installed package says so.
+    `package`, one of `versions.TESTED`, is what they replace parts of. `purpose` says in an error, after
+    "which", who replaces a target that is not there.
     """
 
-    def __init__(
-        self,
-        package: str,
-        version: str,
-        purpose: str,
-        find_version: Callable[[], Version] | None = None,
-    ) -> None:
+    def __init__(self, package: str, purpose: str) -> None:
         self.package = package
-        self.version = version
         self.purpose = purpose
-        self.find_version = find_version or self._installed_version
         self.patches: list[Patch] = []
         self._replaced: list[_Replaced] = []
 
@@ -118,7 +106,8 @@ class PatchTable:
 
     def fitting(self, version: Version | None = None) -> list[Patch]:
         """The patches for a version of the package; for the one in use by default."""
-        version = self.find_version() if version is None else version
+        if version is None:
+            version = numbers(found_version(self.package) or "")
         return [patch for patch in self.patches if patch.applies_to(version)]
 
     def install(self) -> None:
@@ -128,7 +117,7 @@ class PatchTable:
         """
         if self.installed:
             return
-        found = [(patch, *self._find(patch)) for patch in self.fitting()]
+        found = self.check()
         stand_ins = [
             (owner, name, upstream, patch.stand_in(upstream))
             for patch, owner, name, upstream in found
@@ -139,6 +128,13 @@ class PatchTable:
             own = vars(owner).get(name, _MISSING) if isinstance(owner, type) else upstream
             setattr(owner, name, stand_in)
             self._replaced.append(_Replaced(owner, name, own))
+
+    def check(self) -> list[tuple[Patch, Any, str, Any]]:
+        """What the patches for the version in use find, and replace nothing; as `_find` for each.
+
+        Raises `HelixError` if a target does not exist.
+        """
+        return [(patch, *self._find(patch)) for patch in self.fitting()]
 
     def uninstall(self) -> None:
         """Put everything back, last patch first."""
@@ -160,19 +156,11 @@ class PatchTable:
             raise self._unknown_version(patch)
         return owner, name, upstream
 
-    def _installed_version(self) -> Version:
-        """The release that is installed; () where nothing says."""
-        try:
-            return parse_version(importlib.metadata.version(self.package)).release
-        except importlib.metadata.PackageNotFoundError:
-            return ()
-
     def _unknown_version(self, patch: Patch) -> HelixError:
-        version = dotted(self.find_version()) or "of an unknown version"
-        exact = self.version[0].isdigit()
-        wanted = f"{self.package}=={self.version}" if exact else f"'{self.package}{self.version}'"
+        version = found_version(self.package) or "of an unknown version"
+        tested = TESTED[self.package]
         return HelixError(
             f"{self.package} {version} has no {patch.target.replace(':', '.')}, which "
-            f"{self.purpose} replaces. It is written for {self.package} {self.version}: try "
-            f"pip install {wanted}."
+            f"{self.purpose} replaces. It is written for {self.package} {tested.lowest} to "
+            f"{tested.newest}: try pip install '{tested.requirement}'."
         )
