@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     tiers.choose(set(tiers.PARTS if config.option.full else config.option.full_part))
 
 
+@pytest.hookimpl(tryfirst=True)  # the workers read the groups in theirs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out parts of the full tier that were not asked for, and say which tests stay in one worker.
 

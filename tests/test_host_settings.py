@@ -176,7 +176,7 @@ def test_a_part_that_a_later_megatron_adds_is_refused(pool, added, kind):
     with pytest.raises(RankError) as error:
         pool.run(build_layer, added, world_size=2)
     assert re.search(
-        rf"has v_part \({kind}\), and Helix can cut {', '.join(PARTS)} only. Use megatron-core>=",
+        rf"has v_part \({kind}\), and Helix can cut {', '.join(PARTS)} only. Try pip install 'megatron-core>=",
         str(error.value),
     )
 

@@ -170,7 +170,7 @@ def test_a_release_that_renames_a_class(monkeypatch, kind, said):
     with pytest.raises(HelixError) as error:
         plan(tiny_model("llama"), 2, 2)
     assert said in str(error.value)
-    assert "Helix knows the models of transformers 5.2 to 5.24" in str(error.value)
+    assert "Helix knows the models of transformers 5.2.0 to 5.24.0" in str(error.value)
     assert any(f"no {kind} in its LlamaForCausalLM" in problem for problem in check())
 
 
