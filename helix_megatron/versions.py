@@ -71,7 +71,7 @@ TESTED = {
         VersionRange("torch", "2.6.0", "2.15.0"),
         VersionRange("megatron-core", "0.16.1", "0.19.2"),
         VersionRange("transformers", "5.2.0", "5.24.0"),
-        VersionRange("accelerate", "1.1.0", "1.15.0"),
+        VersionRange("accelerate", "1.15.0", "1.15.0"),
         VersionRange("deepspeed", "0.19.0", "0.19.8"),
         VersionRange("safetensors", "0.4.3", "0.8.0"),
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from typing import Any
 
+import deepspeed_runs
 import pytest
 import torch
+from deepspeed_runs import ON_2, Run
 
 from helix_megatron.deepspeed.cpu import use_cpu
 
@@ -83,3 +86,27 @@ def test_a_release_without_the_table_of_operators(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed.ops", types.ModuleType("deepspeed.ops"))
     monkeypatch.setattr(deepspeed, "ops", sys.modules["deepspeed.ops"])
     use_cpu()
+
+
+def run_notices(directory: str) -> list[str]:
+    """Notices of deprecation whose cause is a line of Helix, from an engine that trains, saves and loads."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        engine = deepspeed_runs.build_engine(Run(ON_2, stage=1, precision="bf16"))
+        deepspeed_runs.step(engine, 0)
+        engine.save_checkpoint(directory)
+        engine.load_checkpoint(directory)
+    kinds = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+    return [
+        f"{one.filename}:{one.lineno} {one.message}"
+        for one in seen
+        if issubclass(one.category, kinds) and "helix_megatron" in one.filename
+    ]
+
+
+def test_no_notice_of_deprecation(pool, tmp_path):
+    """A notice today is an error in a release to come. DeepSpeed's own calls of torch give some."""
+    for notices in pool.run(
+        run_notices, str(tmp_path), world_size=2, timeout=deepspeed_runs.TIMEOUT
+    ):
+        assert notices == []

@@ -113,7 +113,9 @@ class Server:
 
         try:
             # Not uvicorn.Server.run: the loop is needed here, to end responses.
-            with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
+            # Releases of uvicorn that do not choose a loop in this way get asyncio's.
+            choose = getattr(self._uvicorn.config, "get_loop_factory", lambda: None)
+            with asyncio.Runner(loop_factory=choose()) as runner:
                 runner.run(serve())
         except BaseException as error:
             self._failure = error
