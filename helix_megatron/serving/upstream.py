@@ -23,5 +23,5 @@ NEEDS = (
 
 
 def check() -> list[str]:
-    """All that `helix serve` needs and the installed uvicorn has not, in sentences; none if it is not installed."""
+    """What `helix serve` needs and the installed uvicorn has not, in sentences; none without uvicorn."""
     return [] if find_spec("uvicorn") is None else unmet("uvicorn", TESTED, NEEDS)
