@@ -21,7 +21,7 @@ TENSORBOARD = "tensorboard>=2.18,<3"
 TRANSFORMERS = [HOST["transformers"], HOST["accelerate"]]
 SERVE = [
     "fastapi>=0.115,<1",
-    "uvicorn>=0.32,<1",
+    HOST["uvicorn"],
     "pydantic>=2.12,<3",
     "prometheus-client>=0.21,<1",
 ]

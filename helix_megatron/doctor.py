@@ -35,8 +35,8 @@ class Host:
     name: str
     packages: tuple[str, ...]
     modules: tuple[str, ...]
-    check: str = ""
-    install: str = ""
+    check: str
+    install: str
 
 
 HOSTS = (
@@ -65,7 +65,8 @@ HOSTS = (
         "helix serve",
         ("fastapi", "uvicorn", "pydantic", "prometheus-client"),
         ("helix_megatron.serving.app", "helix_megatron.serving.server"),
-        install="pip install 'helix_megatron[serve]'",
+        "helix_megatron.serving.upstream:check",
+        "pip install 'helix_megatron[serve]'",
     ),
 )
 
@@ -142,7 +143,7 @@ def _examine_host(host: Host) -> tuple[str, list[str]]:
             for module in host.modules:
                 importlib.import_module(module)
             module, _, function = host.check.partition(":")
-            problems = getattr(importlib.import_module(module), function)() if module else []
+            problems = getattr(importlib.import_module(module), function)()
     except HelixError as error:
         problems = [str(error)]
     except Exception as error:  # whatever an unknown release does when it is imported

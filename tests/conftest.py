@@ -13,12 +13,18 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 if "lo" in (name for _, name in socket.if_nameindex()):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name need not resolve
 
+import hypothesis
 import pytest
 import tiers
 import torch
 from pool import RankPool
 
 torch.set_num_threads(1)
+# On a busy machine an example, and its making, may take any time.
+hypothesis.settings.register_profile(
+    "helix", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("helix")
 
 
 @pytest.fixture(scope="session")

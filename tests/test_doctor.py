@@ -33,7 +33,7 @@ def test_everything_works_here(capsys, monkeypatch):
 
 def test_a_host_that_is_not_installed_is_no_problem(capsys, monkeypatch):
     """Whoever does not use DeepSpeed needs only to know how to get it."""
-    host = Host("Other", ("no-such-package",), ("nothing",), install="pip install other")
+    host = Host("Other", ("no-such-package",), ("nothing",), "nothing:check", "pip install other")
     code, text = examine(capsys, host, monkeypatch=monkeypatch)
     assert code == 0
     assert "  Other           not installed (no-such-package): pip install other\n" in text
@@ -55,7 +55,7 @@ def test_a_release_outside_the_range(capsys, monkeypatch):
     fake = types.ModuleType("fake_host")
     fake.check = check  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_host", fake)
-    hosts = [Host(name, ("torch",), (), "fake_host:check") for name in ("One", "Two")]
+    hosts = [Host(name, ("torch",), (), "fake_host:check", "") for name in ("One", "Two")]
     code, text = examine(capsys, *hosts, monkeypatch=monkeypatch)
     assert code == 1
     assert "<- outside" in next(line for line in text.splitlines() if line.startswith("torch "))
@@ -66,7 +66,7 @@ def test_a_release_outside_the_range(capsys, monkeypatch):
 def test_a_release_that_renamed_what_we_import(capsys, monkeypatch):
     """An ImportError of a host is a sentence with its version, and no traceback."""
     monkeypatch.setitem(sys.modules, "fake_host", types.ModuleType("fake_host"))
-    host = Host("Other", ("torch",), ("fake_host.renamed",), install="pip install other")
+    host = Host("Other", ("torch",), ("fake_host.renamed",), "", "pip install other")
     code, text = examine(capsys, host, monkeypatch=monkeypatch)
     assert code == 1
     found = versions.found_version("torch")
@@ -80,7 +80,7 @@ def test_missing_parts_are_said(capsys, monkeypatch):
     fake.check = lambda: ["torch has no such_thing, which Other replaces."]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_host", fake)
     code, text = examine(
-        capsys, Host("Other", ("torch",), (), "fake_host:check"), monkeypatch=monkeypatch
+        capsys, Host("Other", ("torch",), (), "fake_host:check", ""), monkeypatch=monkeypatch
     )
     assert code == 1
     assert text.endswith("what to do\n  torch has no such_thing, which Other replaces.\n")

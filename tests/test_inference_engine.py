@@ -63,18 +63,22 @@ def three_caches(text: str, world_size: int, samplings: dict[str, Sampling]) -> 
 
 @pytest.mark.parametrize(("kind", "ranks"), RANKS)
 def test_256_greedy_tokens_are_those_of_one_process(pool, reference, kind, ranks):
-    """Every cache layout, prompts of mixed lengths, one token of which every step depends on all before."""
+    """Every cache layout, prompts of mixed lengths, one token of which every step depends on all before.
+
+    On 8 ranks the quick tier has one layout.
+    """
     expected = reference(kind, 256)
     assert len({tuple(tokens) for tokens in expected}) == len(expected), "prompts that say the same"
     segments = SEGMENTS[kind][ranks]
     text = models.flags(*models.HEADS[kind], ranks=ranks, segments=segments, more=ONE_LAYER)
     long = {LONG[kind]} if ranks == 2 else set()
+    caches = NAMES if is_full("inference") or ranks < 8 else (LONG[kind],)
     samplings = {
-        cache: GREEDY if is_full("inference") or cache in long else SHORT for cache in NAMES
+        cache: GREEDY if is_full("inference") or cache in long else SHORT for cache in caches
     }
     answers = pool.run(three_caches, text, ranks, samplings, world_size=ranks)
-    for cache in NAMES:
-        count = samplings[cache].max_tokens
+    for cache, sampling in samplings.items():
+        count = sampling.max_tokens
         assert answers[0][cache]["tokens"] == [tokens[:count] for tokens in expected], cache
         assert answers[0][cache]["reasons"] == ["length"] * len(expected)
         assert [answer[cache]["left"] for answer in answers] == [0] * ranks, "pages left behind"
@@ -205,7 +209,8 @@ def relative_errors(pool, kind: str, more: str, ranks: int, **options: Any) -> d
 @pytest.mark.parametrize("name", VARIANTS)
 def test_fp64_logits_equal_one_process(pool, name):
     """Chunks, decoding and sequences that join later: the same numbers as one full forward pass."""
-    errors = relative_errors(pool, "GQA", VARIANTS[name], 4)
+    ranks = 4 if is_full("inference") or name in ("plain", "experts") else 2
+    errors = relative_errors(pool, "GQA", VARIANTS[name], ranks)
     assert max(errors.values()) <= 1e-10, errors
 
 

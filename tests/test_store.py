@@ -266,7 +266,16 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+IN_FULL_TIER = {"next", "again"}  # what they do is a part of the two that keep
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(name, marks=[pytest.mark.full("checkpoints")] * (name in IN_FULL_TIER))
+        for name in SCENARIOS
+    ],
+)
 def test_killed_at_every_file_operation(memory_path, scenario):
     """SIGKILL before and after each operation: a reader finds the old or the new, then saving goes on.
 

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 from helix_megatron.needs import Need, unmet
 
-TESTED = "0.32 and later"
 NEEDS = (
     Need(
         "uvicorn.protocols.http.h11_impl:H11Protocol.connection_made",
@@ -24,4 +23,4 @@ NEEDS = (
 
 def check() -> list[str]:
     """What `helix serve` needs and the installed uvicorn has not, in sentences; none without uvicorn."""
-    return [] if find_spec("uvicorn") is None else unmet("uvicorn", TESTED, NEEDS)
+    return [] if find_spec("uvicorn") is None else unmet("uvicorn", NEEDS)
