@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import platform
 import sys
 import warnings
@@ -137,6 +138,7 @@ def _examine_host(host: Host) -> tuple[str, list[str]]:
     absent = [package for package in host.packages if found_version(package) is None]
     if absent:
         return f"not installed ({', '.join(absent)}): {host.install}", []
+    logging.disable(logging.WARNING)  # DeepSpeed says on import that there is no accelerator
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -152,6 +154,8 @@ def _examine_host(host: Host) -> tuple[str, list[str]]:
             f"{host.name} cannot be imported with {versions}: {type(error).__name__}: {error}. Install tested "
             f"versions: {host.install}."
         ]
+    finally:
+        logging.disable(logging.NOTSET)
     return "works" if not problems else "does not work", problems
 
 
