@@ -39,8 +39,8 @@ def measure_cases(cases: list[DecodeCase]) -> list[dict[str, Any]]:
     "changes",
     [
         {"query_layout": "heads"},
-        {"query_layout": "segments"},
-        {"kv_heads": 2},
+        pytest.param({"query_layout": "segments"}, marks=pytest.mark.full("inference")),
+        pytest.param({"kv_heads": 2}, marks=pytest.mark.full("inference")),
         {"kv_heads": 2, "segments": 4},
     ],
     ids=["heads", "segments", "2 groups", "2 kv heads in a group"],
