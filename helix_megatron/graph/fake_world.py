@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    get_moe_layer_wise_logging_tracker,
-)
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -39,13 +37,17 @@ def fake_world(rank: int, args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
+def _router_losses() -> dict[str, Any]:
+    """Where Megatron keeps them: from 0.18 on in a tracker, of which the older function gives a copy."""
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):
+        return moe_utils.get_moe_metrics_tracker().metrics
+    return moe_utils.get_moe_layer_wise_logging_tracker()
+
+
 @contextlib.contextmanager
 def _fresh_router_losses() -> Iterator[None]:
     """What Megatron keeps of router losses from step to step, as a new process has it: nothing."""
-    losses, scale = (
-        get_moe_layer_wise_logging_tracker(),
-        MoEAuxLossAutoScaler.main_loss_backward_scale,
-    )
+    losses, scale = _router_losses(), MoEAuxLossAutoScaler.main_loss_backward_scale
     kept = dict(losses)
     losses.clear()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
