@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import pickle
@@ -271,3 +272,24 @@ def test_small_files_are_as_megatron_writes_them(tmp_path):
     assert formats["sharded_backend"] == "torch_dist"
     common = safe.load_pt(folder / "common.pt")
     assert vars(common["args"]).items() >= BASE.items()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_arguments_inside_a_distcp_file(tmp_path, trust):
+    """megatron-core 0.19 no longer writes common.pt: its arguments are an object among the tensors."""
+    state = {safe.COMMON_KEY: [{"args": argparse.Namespace(num_layers=3), "iteration": 5}]}
+    dcp.save(state | {"weight": torch.ones(2)}, checkpoint_id=tmp_path, no_dist=True)
+    common = safe.load_common(tmp_path, trust=trust)
+    assert (common["args"].num_layers, common["iteration"]) == (3, 5)
+    torch.save({"iteration": 6}, tmp_path / "common.pt")  # 0.18 and before
+    assert safe.load_common(tmp_path, trust=trust) == {"iteration": 6}
+
+
+def test_no_arguments_anywhere(tmp_path):
+    """Half a copy must say what it lacks."""
+    dcp.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(HelixError, match=r"has neither common\.pt nor common_state/shard_0_1\."):
+        safe.load_common(tmp_path)
+    (tmp_path / ".metadata").unlink()
+    with pytest.raises(HelixError, match=r"common\.pt"):
+        safe.load_common(tmp_path)

@@ -137,7 +137,7 @@ def test_checkpoints_of_stock_megatron(tmp_path):
     save(tmp_path, 8, "a")
     with pytest.raises(HelixError, match=r"iter_0000007/helix\.json is missing: half of a"):
         Store(tmp_path).resolve(7)
-    (tmp_path / "iter_0000008" / "common.pt").touch()
+    (tmp_path / "iter_0000008" / ".metadata").touch()
     (tmp_path / "iter_0000008" / "metadata.json").touch()
     (tmp_path / "iter_0000008" / MANIFEST_NAME).unlink()
     assert Store(tmp_path).complete() == []

@@ -36,6 +36,8 @@ from helix_megatron.errors import HelixError
 __all__ = ["SafeFileSystemReader", "inspect", "load_metadata", "load_pt"]
 
 METADATA_NAME = ".metadata"
+COMMON_NAME = "common.pt"
+COMMON_KEY = "common_state/shard_0_1"
 LAYOUTS = {"torch.strided": torch.strided, "torch.sparse_coo": torch.sparse_coo}
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": (
@@ -193,6 +195,23 @@ def _metadata_problems(metadata: Any) -> Iterator[str]:
             yield f"{index.fqn} has the offset and length {numbers}"
 
 
+def load_common(directory: Path, *, trust: bool = False) -> dict[str, Any]:
+    """What a distributed checkpoint holds beside tensors: arguments, iteration and the like.
+
+    megatron-core keeps it in `common.pt`, and from 0.19 on as an object in one of the `.distcp` files.
+
+    Raises:
+        HelixError: it is missing, damaged, or asks for what is not allowed.
+    """
+    if (directory / COMMON_NAME).exists() or not (directory / METADATA_NAME).exists():
+        return load_pt(directory / COMMON_NAME, trust=trust)
+    metadata = load_metadata(directory / METADATA_NAME, trust=trust)
+    for _, place, content in _objects(directory, metadata, only=COMMON_KEY):
+        value = load_pt(content, name=place, trust=trust)
+        return value[0] if isinstance(value, list) else value
+    raise HelixError(f"{directory} has neither {COMMON_NAME} nor {COMMON_KEY}. {DAMAGED}")
+
+
 def inspect(directory: Path | str, *, trust: bool = False) -> None:
     """Read every pickle of a checkpoint, so that stock readers may read it next.
 
@@ -241,12 +260,14 @@ def _check_backend(path: Path) -> None:
         )
 
 
-def _objects(directory: Path, metadata: Metadata) -> Iterator[tuple[str, str, bytes]]:
+def _objects(
+    directory: Path, metadata: Metadata, only: str | None = None
+) -> Iterator[tuple[str, str, bytes]]:
     """(key, name for errors, content) of everything in `.distcp` files that is no tensor."""
     keys = {
         key
         for key, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, BytesStorageMetadata)
+        if isinstance(entry, BytesStorageMetadata) and only in (None, key)
     }
     by_file: dict[str, list[tuple[int, int, str]]] = {}
     for index, place in metadata.storage_data.items():

@@ -25,8 +25,8 @@ from helix_megatron.checkpoint.huggingface_io import INDEX, WEIGHTS, HuggingFace
 from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, RankReader, rank_directory
+from helix_megatron.checkpoint.safe import load_common
 from helix_megatron.checkpoint.store import Store
-from helix_megatron.checkpoint.torch_files import load_pt
 from helix_megatron.checkpoint.verified import VerifiedFiles
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
@@ -358,18 +358,17 @@ def layout_of(manifest: Manifest) -> RankLayout:
 
 
 def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
-    """Model flags of a checkpoint that Megatron-LM wrote, from the arguments that it keeps in `common.pt`.
+    """Model flags of a checkpoint that Megatron-LM wrote, from the arguments that it keeps.
 
     Raises:
         HelixError: there are none.
     """
-    path = directory / "common.pt"
-    common = load_pt(path, trust=trust)
+    common = load_common(directory, trust=trust)
     arguments = vars(common["args"]) if isinstance(common, dict) and "args" in common else {}
     if "num_layers" not in arguments:
         raise HelixError(
-            f"{path} has no arguments of Megatron-LM, so the model's sizes are not known. Save the checkpoint "
-            "with Megatron-LM or with this package's training script."
+            f"{directory} has no arguments of Megatron-LM, so the model's sizes are not known. Save the "
+            "checkpoint with Megatron-LM or with this package's training script."
         )
     names = (*FUNCTION_FLAGS, *OTHER_FLAGS)
     flags = {name: arguments[name] for name in names if name in arguments}

@@ -49,7 +49,7 @@ POINTER = "latest_checkpointed_iteration.txt"
 CHECKPOINT = re.compile(r"iter_(\d{7,})")
 REPLACED = re.compile(r"\.iter_(\d{7,})\.replaced")
 LEFTOVER = re.compile(r"\.iter_(\d{7,})\.(saving-[0-9a-f]+|removing)")
-STOCK_FILES = ("metadata.json", "common.pt")  # megatron-core writes the first one last
+STOCK_FILES = ("metadata.json", ".metadata")  # megatron-core writes the first one last
 
 
 def is_complete(directory: Path) -> bool:

@@ -41,6 +41,7 @@ from helix_megatron.checkpoint import safe
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest
 from helix_megatron.checkpoint.store import Store, writing_errors
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.megatron.core_version import dotted, found_version
 from helix_megatron.megatron.notices import hide_notices
 from helix_megatron.megatron.outcomes import on_every_rank, on_first_rank
 
@@ -274,6 +275,11 @@ def load(directory: Path, state: dict[str, Any], *, trust: bool = False) -> dict
         HelixError: a tensor is missing or has another shape; nothing has been read then.
     """
     stored = on_first_rank(lambda: stored_shapes(directory, trust=trust))
+    if safe.COMMON_KEY in stored and found_version() < (0, 19):
+        raise HelixError(
+            f"{directory} was saved with megatron-core 0.19 or later, whose checkpoints megatron-core "
+            f"{dotted(found_version())} cannot read. Load it with megatron-core 0.19."
+        )
     state = _without_absent_objects(state, stored)
     on_every_rank(lambda: _check_shapes(directory, state, stored))
     asked: list[Any] = [None] * dist.get_world_size()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.checkpoint.manifest import Manifest, has_manifest, read_manifest
+from helix_megatron.checkpoint.safe import load_common
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.errors import HelixError, listed
 
@@ -111,23 +112,13 @@ def stored_arguments(path: Path, manifest: Manifest | None, *, trust: bool) -> d
     """Model flags and place in the data: from the manifest, else from the arguments that Megatron-LM saved."""
     if manifest is not None:
         return manifest.model | manifest.extra
-    common = _common(path / "common.pt", trust)
+    common = load_common(path, trust=trust)
     arguments = dict(vars(common["args"])) if "args" in common else {}
     heads = arguments.get("num_attention_heads")
     if heads is not None and not arguments.get("group_query_attention"):
         arguments["num_query_groups"] = heads  # Megatron-LM leaves 1 there
     simple = (bool, int, float, str, list, type(None))
     return {name: value for name, value in arguments.items() if isinstance(value, simple)}
-
-
-def _common(path: Path, trust: bool) -> dict[str, Any]:
-    if trust:
-        import torch
-
-        return torch.load(path, map_location="cpu", weights_only=False)
-    from helix_megatron.checkpoint import safe
-
-    return safe.load_pt(path)
 
 
 def converts_to_segment_local(args: argparse.Namespace, saved: dict[str, Any]) -> bool:
