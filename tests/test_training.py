@@ -105,7 +105,7 @@ def train(flags: str, world_size: int) -> list[dict[str, float]]:
 
 def run(pool, flags: str, world_size: int = 1) -> list[dict[str, float]]:
     """What the first rank measured; all ranks must report the same losses."""
-    by_rank = pool.run(train, flags, world_size, world_size=world_size, timeout=180)
+    by_rank = pool.run(train, flags, world_size, world_size=world_size)
     losses = [[record["lm_loss"] for record in records] for records in by_rank]
     assert all(other == losses[0] for other in losses), "ranks disagree about the loss"
     return by_rank[0]

@@ -104,7 +104,7 @@ def train(flags: str, world_size: int) -> list[dict[str, float]]:
 
 def run(pool, flags: str, world_size: int = 1) -> list[dict[str, float]]:
     """What the first rank measured; all ranks must report the same losses."""
-    by_rank = pool.run(train, flags, world_size, world_size=world_size, timeout=180)
+    by_rank = pool.run(train, flags, world_size, world_size=world_size)
     losses = [[record["lm_loss"] for record in records] for records in by_rank]
     assert all(other == losses[0] for other in losses)
     return by_rank[0]
@@ -416,7 +416,7 @@ def test_every_damaged_file_is_found_before_a_tensor_is_used(pool, saved, tmp_pa
         # Without its manifest it is no complete checkpoint, see test_store.py.
         if (name, damage) != ("helix.json", "remove")
     ]
-    by_rank = pool.run(problems_of, str(good), str(tmp_path), damaged, world_size=2, timeout=120)
+    by_rank = pool.run(problems_of, str(good), str(tmp_path), damaged, world_size=2)
     assert by_rank[0] == by_rank[1]
     for (name, damage), problem in zip(damaged, by_rank[0], strict=True):
         assert name in problem, (name, damage, problem)

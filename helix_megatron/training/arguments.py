@@ -306,7 +306,7 @@ CHECKPOINTING: tuple[Row, ...] = (
         "--exit-signal-handler",
         None,
         False,
-        "save and end on SIGTERM; a second one, 10 s later, ends at once",
+        "save and end on SIGTERM; a second one, 5 s later, ends at once",
     ),
 )
 

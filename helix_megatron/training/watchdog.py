@@ -29,7 +29,7 @@ import torch.distributed as dist
 from helix_megatron.observe import Call, observing
 
 BEAT_SECONDS = 1.0
-SAME_SIGNAL_SECONDS = 10.0
+SAME_SIGNAL_SECONDS = 5.0
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 FIRST_BEATS_SECONDS = 0.05  # until every rank has been heard once
 DYING_SECONDS = 10.0  # a process closes its connections a little before it is gone
@@ -211,7 +211,7 @@ def watching(
     """Watch the other ranks inside the block. A single process has nobody to watch.
 
     Args:
-        asked_to_end: set by SIGTERM, which otherwise ends the process. A second SIGTERM, 10 s later or
+        asked_to_end: set by SIGTERM, which otherwise ends the process. A second SIGTERM, 5 s later or
             more, ends it anyway.
         farewell: called with the reason where the watch ends this process.
     """
