@@ -488,18 +488,3 @@ def test_bf16_is_no_worse_than_stock_in_bf16(pool):
     for cache, ours in cached.items():
         assert all(np.isfinite(rows).all() and abs(rows).max() > 0 for rows in ours), cache
         assert 0 < error(ours) <= 2 * error(stock), cache
-
-
-def sampled(text: str, world_size: int, cache: str, seed: int) -> list[list[int]] | None:
-    sampling = Sampling(max_tokens=16, temperature=1.5, top_k=50, top_p=0.9, seed=seed)
-    answer = models.generate(text, world_size, cache, models.prompts(), sampling)
-    return answer.get("tokens")
-
-
-def test_sampled_tokens_belong_to_the_seed(pool):
-    """The same at every layout and whatever else is in the batch; others for another seed."""
-    heads = models.HEADS["GQA"]
-    alone = pool.run(sampled, models.flags(*heads), 1, "batch", 7, world_size=1)[0]
-    text = models.flags(*heads, ranks=4, segments=2)
-    assert pool.run(sampled, text, 4, "sequence", 7, world_size=4)[0] == alone
-    assert pool.run(sampled, text, 4, "batch", 8, world_size=4)[0] != alone

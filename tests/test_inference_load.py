@@ -23,7 +23,7 @@ from helix_megatron import cli
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.arguments import add_checkpoint_arguments, inference_args
-from helix_megatron.inference.model_flags import Description, check_cuts, deal_experts
+from helix_megatron.inference.model_flags import Description, check_cuts
 from helix_megatron.inference.tokens import ByteTokens, open_tokens
 
 FP32, FP64 = 1e-5, 1e-10
@@ -440,41 +440,6 @@ def test_what_does_not_fit_is_told_before_a_rank_starts(models, name, ranks, com
         return
     with pytest.raises(HelixError, match=text):
         args_of(command, models(name)[0], ranks)
-
-
-MOE = {"num_experts": 6, "moe_ffn_hidden_size": 24, "hidden_size": 32, "num_layers": 1}
-MOE |= {"num_attention_heads": 4}
-
-
-@pytest.mark.parametrize(
-    ("flags", "ranks", "asked", "expected"),
-    [
-        ({}, 2, (None, None), (2, 1)),
-        ({"disable_bias_linear": True}, 4, (None, None), (1, 4)),
-        ({}, 4, (None, None), "Valid pairs .*: 1 and 1, 2 and 1. 2 and 1 keep the fewest copies"),
-        (
-            {"disable_bias_linear": True},
-            16,
-            (None, None),
-            "24 columns do not divide by 16. Valid pairs .*2 and 8. 2 and 8 keep the fewest",
-        ),
-        ({}, 4, (2, None), (2, 1)),
-        ({"disable_bias_linear": True}, 4, (1, None), (1, 4)),
-        ({}, 4, (1, None), (1, 1)),
-        ({"disable_bias_linear": True}, 4, (None, 2), (2, 2)),
-        ({"disable_bias_linear": True}, 8, (None, 2), (1, 2)),
-        ({}, 4, (3, 2), (3, 2)),
-        ({"num_experts": None}, 4, (None, None), (1, None)),
-    ],
-)
-def test_experts_are_dealt_whole_or_cut(flags, ranks, asked, expected):
-    """Whole ones need the fewest messages; an odd number of them is cut; and biases cannot be cut."""
-    flags = MOE | flags
-    if isinstance(expected, str):
-        with pytest.raises(HelixError, match=expected):
-            deal_experts(flags, ranks, *asked, note=print)
-    else:
-        assert deal_experts(flags, ranks, *asked, note=print) == expected
 
 
 def test_newest_or_the_iteration_asked_for(models, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inference_models as models
 import numpy as np
 import pytest
 import torch
@@ -189,3 +190,18 @@ def test_paged_attention_equals_attention_over_gathered_keys(dtype, window):
 def test_devices_without_flash_attention_get_plain_torch():
     assert partial_kernel(torch.device("cuda")) is unfused
     assert partial_kernel(torch.device("cpu")) is fused_on_cpu
+
+
+def sampled(text: str, world_size: int, cache: str, seed: int) -> list[list[int]] | None:
+    sampling = Sampling(max_tokens=16, temperature=1.5, top_k=50, top_p=0.9, seed=seed)
+    answer = models.generate(text, world_size, cache, models.prompts(), sampling)
+    return answer.get("tokens")
+
+
+def test_sampled_tokens_belong_to_the_seed(pool):
+    """The same at every layout and whatever else is in the batch; others for another seed."""
+    heads = models.HEADS["GQA"]
+    alone = pool.run(sampled, models.flags(*heads), 1, "batch", 7, world_size=1)[0]
+    text = models.flags(*heads, ranks=4, segments=2)
+    assert pool.run(sampled, text, 4, "sequence", 7, world_size=4)[0] == alone
+    assert pool.run(sampled, text, 4, "batch", 8, world_size=4)[0] != alone
