@@ -73,7 +73,7 @@ TESTED = {
         VersionRange("transformers", "5.2.0", "5.24.0"),
         VersionRange("accelerate", "1.15.0", "1.15.0"),
         VersionRange("deepspeed", "0.19.0", "0.19.8"),
-        VersionRange("safetensors", "0.4.3", "0.8.0"),
+        VersionRange("safetensors", "0.7.0", "0.8.0"),
         VersionRange("uvicorn", "0.32.0", "0.54.0"),
     )
 }
