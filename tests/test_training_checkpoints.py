@@ -371,6 +371,16 @@ def test_a_changed_schedule_is_taken_when_asked_for(pool, saved):
     assert kept[0]["learning_rate"] != records[0]["learning_rate"]
 
 
+def test_a_changed_learning_rate_is_taken_when_asked_for(pool, saved):
+    """Parameter groups carry the rates, too: the checkpoint's there, and this command's in the schedule, would
+    go by the checkpoint's without a word."""
+    more = f"{BASE} --train-iters 4 --lr-decay-style constant --load {saved('')}"
+    taken = run(pool, f"{more} --lr 0.25 --override-opt-param-scheduler")
+    assert taken[-1]["learning_rate"] == 0.25
+    kept = run(pool, f"{more} --lr 0.25 --use-checkpoint-opt-param-scheduler")
+    assert kept[-1]["learning_rate"] < 0.25
+
+
 def test_segment_local_checkpoints_say_what_they_are(pool, tmp_path):
     """Its checkpoint is that of a model with m times the heads, at any n, and carries its name."""
     from helix_megatron.checkpoint.manifest import read_manifest

@@ -14,7 +14,9 @@ from helix_megatron.errors import HelixError
 
 INTACT = "Checkpoints that were complete before are intact."
 # How libraries written in C++ and Rust word what Python calls OSError.
-TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|iostream error|file write failed")
+TORCH_WRITER = re.compile(
+    r"PytorchStreamWriter|inline_container|iostream error|file write failed|error: <class 'OSError'>"
+)
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 EXPLANATIONS = {
@@ -98,7 +100,8 @@ def _error_number(error: Exception, path: Path) -> int | None:
     if rust:
         return int(rust.group(1))
     if isinstance(error, RuntimeError) and TORCH_WRITER.search(str(error)):
-        # torch.save does not tell why it could not write. When the disk is nearly full, that is why.
+        # Neither torch.save nor megatron-core 0.19 tells why it could not write. When the disk is nearly
+        # full, that is why.
         usage = shutil.disk_usage(_existing(path))
         if usage.free < max(1 << 20, usage.total // 1000):
             return errno.ENOSPC

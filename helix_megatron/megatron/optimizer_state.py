@@ -19,6 +19,8 @@ from helix_megatron.errors import HelixError
 PARTS = "optimizer_parts"  # where the sharded tensors are read to, apart from the stored settings
 # What tells parameter groups apart; expert groups have the settings of their ordinary counterparts.
 IDENTITY = ("wd_mult", "lr_mult", "is_decoupled_lr")
+# The schedule's, which the scheduler compares; from 0.19 on megatron-core tells groups apart by them, too.
+SCHEDULE = ("max_lr", "min_lr")
 
 
 def optimizers_of(optimizer: Any) -> list[Any]:
@@ -74,4 +76,12 @@ def _matching(stored: list[dict[str, Any]], group: dict[str, Any]) -> dict[str, 
         )
     expert = group["is_expert_parallel"]
     best = next((g for g in same if g["is_expert_parallel"] == expert), same[0])
-    return copy.deepcopy(best) | {"is_expert_parallel": expert}
+    current = {name: group[name] for name in SCHEDULE if name in group}
+    return copy.deepcopy(best) | current | {"is_expert_parallel": expert}
+
+
+def take_schedule(optimizer: Any, scheduler: Any) -> None:
+    """Give the parameter groups the learning rates of a schedule that was read from a checkpoint."""
+    for one in optimizers_of(optimizer):
+        for group in one.optimizer.param_groups:
+            group |= {name: getattr(scheduler, name) for name in SCHEDULE if name in group}

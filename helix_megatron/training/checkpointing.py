@@ -22,7 +22,12 @@ from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron import dist_checkpoint, torch_adam
-from helix_megatron.megatron.optimizer_state import PARTS, load_optimizer, optimizers_of
+from helix_megatron.megatron.optimizer_state import (
+    PARTS,
+    load_optimizer,
+    optimizers_of,
+    take_schedule,
+)
 from helix_megatron.megatron.outcomes import on_first_rank
 from helix_megatron.megatron.random import random_states, restore_random_states
 from helix_megatron.megatron.segment_local import as_segment_local
@@ -147,6 +152,8 @@ class Checkpointing:
                 "--lr-decay-style, or --override-opt-param-scheduler to take this command's, or "
                 "--use-checkpoint-opt-param-scheduler to take the checkpoint's."
             ) from error
+        if self.args.use_checkpoint_opt_param_scheduler:
+            take_schedule(self.optimizer, self.scheduler)
 
     def _load_random_states(self, states: Any) -> None:
         fresh = random_states()
