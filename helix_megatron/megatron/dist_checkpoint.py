@@ -41,9 +41,9 @@ from helix_megatron.checkpoint import safe
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest
 from helix_megatron.checkpoint.store import Store, writing_errors
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.megatron.core_version import dotted, found_version
 from helix_megatron.megatron.notices import hide_notices
 from helix_megatron.megatron.outcomes import on_every_rank, on_first_rank
+from helix_megatron.versions import found_version, numbers
 
 # `CheckpointSaver` drives megatron-core's own writer; from 0.17 on nvidia-resiliency-ext's is the default.
 _choices = inspect.signature(dist_checkpointing.save).parameters
@@ -275,10 +275,11 @@ def load(directory: Path, state: dict[str, Any], *, trust: bool = False) -> dict
         HelixError: a tensor is missing or has another shape; nothing has been read then.
     """
     stored = on_first_rank(lambda: stored_shapes(directory, trust=trust))
-    if safe.COMMON_KEY in stored and found_version() < (0, 19):
+    core = found_version("megatron-core") or ""
+    if safe.COMMON_KEY in stored and numbers(core) < (0, 19):
         raise HelixError(
             f"{directory} was saved with megatron-core 0.19 or later, whose checkpoints megatron-core "
-            f"{dotted(found_version())} cannot read. Load it with megatron-core 0.19."
+            f"{core} cannot read. Load it with megatron-core 0.19."
         )
     state = _without_absent_objects(state, stored)
     on_every_rank(lambda: _check_shapes(directory, state, stored))
