@@ -71,7 +71,10 @@ def start() -> None:
     deepspeed.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.comm.comm.cdb = None  # of a process group that is gone
     deepspeed.zero.Init.param_id = 0  # ranks must number their parameters alike
-    groups._release_process_group_references()
+    for name, value in vars(groups).items():
+        if name.isupper() and ("GROUP" in name or "MPU" in name):
+            value.clear() if isinstance(value, dict) else setattr(groups, name, None)
+    groups.mpu, groups.mesh_device, groups.expert_tensor_parallel_world_size = None, None, 1
     upstream.UNFUSED_NORM.uninstall()
     upstream.MOE_GATHER.uninstall()
     upstream.MOE_GATHER.install()
