@@ -72,7 +72,7 @@ def _checked(script: str) -> str:
     if not found:
         raise HelixError(
             f"no megatron.training beside {script} nor on PYTHONPATH. The script must be in a Megatron-LM "
-            "checkout (the package megatron-core alone has no training loop)."
+            "checkout; the package megatron-core has a training loop only since 0.18."
         )
     return path
 

@@ -161,7 +161,7 @@ def test_a_trainer_that_asks_elsewhere_for_norms(monkeypatch):
     ("kind", "said"),
     [
         ("LlamaAttention", "has no LlamaAttention with q_proj, k_proj, v_proj and o_proj"),
-        ("LlamaMLP", "has no LlamaMLP and no LlamaExperts"),
+        ("LlamaMLP", "has no LlamaMLP and no LlamaExperts, but Renamed"),
     ],
 )
 def test_a_release_that_renames_a_class(monkeypatch, kind, said):

@@ -15,6 +15,8 @@ import mini_megatron_lm
 import pytest
 from waiting import PROGRAM_LIMIT
 
+from helix_megatron.megatron_lm.table import found_version
+
 HEADS = ["--num-attention-heads", "2", "--helix-layout-free-init"]
 FOUR = ["--tensor-model-parallel-size", "4", "--intra-head-parallel-size", "2"]
 
@@ -143,8 +145,11 @@ def test_no_script_and_no_checkout(tmp_path) -> None:
     lonely = tmp_path / "train.py"
     lonely.write_text("print('ran')")
     done = launch(lonely)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "no megatron.training beside" in done.stderr
+    if found_version() >= (0, 18):  # whose package has megatron.training
+        assert (done.returncode, done.stdout) == (0, "ran\n")
+    else:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "no megatron.training beside" in done.stderr
     done = launch()
     assert done.returncode == 2
     assert done.stderr.startswith("usage: torchrun")

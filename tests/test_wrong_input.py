@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.utils.cpp_extension  # noqa: F401 - says once, when imported, that there is no GPU
 from waiting import PROGRAM_LIMIT
 
 from helix_megatron.training.pretrain import main

@@ -171,10 +171,13 @@ def _check_modules(model: Any, family: Family, mlp: bool) -> None:
         raise _not_found(model, f"no {family.attention} with q_proj, k_proj, v_proj and o_proj")
     if what := upstream.check_attention(classes[family.attention]):
         raise _not_found(model, what)
-    if mlp and not {family.mlp, family.stacked_experts} & classes.keys():
+    if not mlp or {family.mlp, family.stacked_experts} & classes.keys():
+        return
+    alike = [name for name, module in classes.items() if hasattr(module, "down_proj")]
+    if alike:  # MLPs of another kind stay whole
         raise _not_found(
             model,
-            f"no {family.mlp} and no {family.stacked_experts}",
+            f"no {family.mlp} and no {family.stacked_experts}, but {listed(alike)}",
             "leave them whole with mlp=False, or ",
         )
 
