@@ -47,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=tiers.PARTS,
         help="run this part of the full tier, too; may be given again",
     )
+    group.addoption("--compatibility", action="store_true", help="run the compatibility tier only")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,15 +59,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # the workers read the groups in theirs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out parts of the full tier that were not asked for, and say which tests stay in one worker.
+    """Leave out the tiers that were not asked for, and say which tests stay in one worker.
 
     Those that use the pool share one, and those of a module share its fixtures.
     """
-    marks = {item: item.get_closest_marker("full") for item in items}
-    left = [item for item, mark in marks.items() if mark and not tiers.is_full(*mark.args)]
+    only = tiers.COMPATIBILITY if config.option.compatibility else ""
+    chosen, left = [], []
+    for item in items:
+        mark = item.get_closest_marker("full")
+        in_tier = item.nodeid.startswith(only) and (not mark or tiers.is_full(*mark.args))
+        (chosen if in_tier else left).append(item)
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+        items[:] = chosen
     for item in items:
         group = "pool" if "pool" in item.fixturenames else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))

@@ -34,3 +34,44 @@ def is_full(part: str) -> bool:
 def sized(part: str, *, full: T, quick: T) -> T:
     """One of two sizes of a test."""
     return full if is_full(part) else quick
+
+
+# The compatibility tier, by the beginnings of names: what touches megatron-core, transformers, DeepSpeed and
+# uvicorn. It runs in environments with other versions of them (scripts/compatibility.sh).
+COMPATIBILITY = tuple(
+    f"tests/test_{name}"
+    for name in (
+        "versions.py",
+        "doctor.py",
+        # megatron-core
+        "host_settings.py",
+        "specs.py",
+        "transformer_config.py",
+        "parallel_state.py",
+        "cpu_runtime.py",
+        "norms.py",
+        "self_attention.py",
+        "gpt_model.py",
+        "stock_megatron.py",
+        "canonical_io.py",
+        "training.py::test_losses_are_those_of_one_process[4 ranks",
+        "training.py::test_losses_are_those_of_one_process[details",
+        "training.py::test_losses_are_those_of_one_process[MoE",
+        "training_checkpoints.py::test_round_trips_are_bit_exact[",
+        "training_checkpoints.py::test_a_resumed_run_continues_bit_for_bit[one process",
+        "training_checkpoints.py::test_a_full_disk",
+        "megatron_lm_hooks.py",
+        "graph_trace.py",
+        # transformers, accelerate, safetensors
+        "huggingface_upstream.py",
+        "huggingface_models.py",
+        "huggingface_training.py",
+        "huggingface_files.py",
+        # DeepSpeed
+        "deepspeed_upstream.py",
+        "deepspeed_initialize.py",
+        "deepspeed_training.py::test_thirty_steps",
+        # uvicorn
+        "serving_errors.py",
+    )
+)
