@@ -36,4 +36,4 @@ python - <<'PY'
 from helix_megatron.versions import TESTED, found_version
 print(f"compatibility tier: {', '.join(f'{name} {found_version(name)}' for name in TESTED)}")
 PY
-exec python -m pytest -n 2 --dist loadgroup --compatibility --durations=5 "$@"
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --compatibility --durations=5 "$@"

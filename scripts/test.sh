@@ -8,8 +8,8 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 helix_environment test
-# Two processes: one has the tests that use the pool of ranks, the other has the rest.
+# Two workers, each with a pool of ranks of its own; a file stays with one.
 case " $* " in
   *" tests/"* | *" -n "*) exec python -m pytest "$@" ;;
-  *) exec python -m pytest -n 2 --dist loadgroup --durations=15 "$@" ;;
+  *) exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@" ;;
 esac

@@ -57,11 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
     tiers.choose(set(tiers.PARTS if config.option.full else config.option.full_part))
 
 
-@pytest.hookimpl(tryfirst=True)  # the workers read the groups in theirs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tiers that were not asked for, and say which tests stay in one worker.
+    """Leave out the tiers that were not asked for; begin with the files that take longest.
 
-    Those that use the pool share one, and those of a module share its fixtures.
+    Each of two workers takes the next file, so the last ones must be short.
     """
     only = tiers.COMPATIBILITY if config.option.compatibility else ""
     chosen, left = [], []
@@ -72,9 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = chosen
-    for item in items:
-        group = "pool" if "pool" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: tiers.LONGEST_FIRST.get(item.path.stem, len(tiers.LONGEST_FIRST)))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -75,3 +75,29 @@ COMPATIBILITY = tuple(
         "serving_errors.py",
     )
 )
+
+LONGEST_FIRST = {
+    f"test_{name}": place
+    for place, name in enumerate(
+        (
+            "inference_engine",
+            "training_checkpoints",
+            "serve_command",
+            "training",
+            "inference_load",
+            "deepspeed_training",
+            "huggingface_models",
+            "watchdog",
+            "bench",
+            "families",
+            "deepspeed_initialize",
+            "megatron_lm_launch",
+            "stock_megatron",
+            "bench_decode",
+            "pool",
+            "evidence",
+            "report",
+            "cpu_runtime",
+        )
+    )
+}
