@@ -116,7 +116,8 @@ DEEPSPEED = """
 import os, sys, torch
 sys.path[:0] = sys.argv[3:]
 os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
-os.environ["DS_ACCELERATOR"] = "cpu"
+from helix_megatron.deepspeed.cpu import use_cpu
+use_cpu()  # compiles nothing
 import deepspeed
 model = torch.nn.Module()
 state = torch.load(os.path.join(sys.argv[1], "step7", "mp_rank_00_model_states.pt"), weights_only=True)

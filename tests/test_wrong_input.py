@@ -186,7 +186,7 @@ def test_wrong_input_is_one_paragraph_and_exit_code_2(name, files, capsys, monke
     assert not started
     message = capsys.readouterr().err
     assert "Traceback" not in message
-    assert message.startswith("pretrain_gpt.py: error: ")
+    assert message.startswith("pretrain_gpt.py: error:")
     assert "\n\n" not in message.strip(), "one paragraph"
     assert text in re.sub(r"\s+", " ", message)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.checkpoint.manifest import Manifest, has_manifest, read_manifest
-from helix_megatron.checkpoint.safe import load_common
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.errors import HelixError, listed
 
@@ -110,6 +109,8 @@ def checkpoint_defaults(path: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def stored_arguments(path: Path, manifest: Manifest | None, *, trust: bool) -> dict[str, Any]:
     """Model flags and place in the data: from the manifest, else from the arguments that Megatron-LM saved."""
+    from helix_megatron.checkpoint.safe import load_common  # needs torch
+
     if manifest is not None:
         return manifest.model | manifest.extra
     common = load_common(path, trust=trust)
