@@ -68,7 +68,7 @@ class VersionRange:
 TESTED = {
     tested.package: tested
     for tested in (
-        VersionRange("torch", "2.6.0", "2.15.0"),
+        VersionRange("torch", "2.13.0", "2.15.0"),
         VersionRange("megatron-core", "0.16.1", "0.19.2"),
         VersionRange("transformers", "5.2.0", "5.24.0"),
         VersionRange("accelerate", "1.15.0", "1.15.0"),

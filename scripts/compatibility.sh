@@ -3,7 +3,7 @@
 # an environment of its own, which stays for the next time. docs/compatibility.md says what ran where.
 #
 #   scripts/compatibility.sh newest    Python 3.12 and the newest of everything (.venv-newest, 8 GB)
-#   scripts/compatibility.sh lowest    Python 3.11 and the lowest of everything (.venv-lowest, 6 GB)
+#   scripts/compatibility.sh lowest    Python 3.11 and the lowest of everything (.venv-lowest)
 #
 # Options after the end pass through to pytest. Where the Python or the packages cannot be had it says so and ends
 # with 0: nothing was tested.

@@ -149,7 +149,7 @@ def test_losses_are_those_of_one_process(pool, reference, name):
     assert len(records) == iterations
     assert all(math.isfinite(record["lm_loss"]) for record in records)
     learned = records[0]["lm_loss"] - records[-1]["lm_loss"]
-    assert learned > (1 if iterations == 50 else 0.25)
+    assert learned > (1 if iterations == 50 else 0.2)
     assert largest_difference(records, expected) <= 1e-4
     # Rounding grows with training, in a norm more than in a loss.
     first = slice(0, 8)
