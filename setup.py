@@ -61,7 +61,7 @@ setup(
         "deepspeed": [HOST["deepspeed"]],
         "test": [
             "pytest>=8.3.3,<10",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.8,<4",
             "hypothesis>=6.112,<7",
             TOKENIZERS,
             TENSORBOARD,
