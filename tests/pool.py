@@ -77,6 +77,8 @@ TEAR_DOWN = [
     ("megatron.core.parallel_state", "destroy_model_parallel"),
     ("megatron.core.num_microbatches_calculator", "destroy_num_microbatches_calculator"),
     ("megatron.core.rerun_state_machine", "destroy_rerun_state_machine"),
+    # Of megatron-core 0.18 and later; earlier ones keep a dictionary, which is emptied below.
+    ("megatron.core.transformer.moe.moe_logging", "destroy_moe_metrics_tracker"),
     # Left behind by an exception in the middle of a recompute.
     ("megatron.core.tensor_parallel.random", "_unset_checkpointing"),
     ("helix_megatron.megatron.cpu_runtime", "uninstall"),

@@ -38,16 +38,17 @@ def install() -> bool:
 
     Raises `HelixError`, with nothing replaced, for a megatron-core that lacks what is to be replaced.
     """
+    if TABLE.installed:
+        return True
     if torch.cuda.is_available():
         return False
-    if not TABLE.installed:
-        TABLE.install()
-        try:
-            torch_adam.install()
-        except HelixError:
-            TABLE.uninstall()
-            raise
-        _mode.__enter__()
+    TABLE.install()
+    try:
+        torch_adam.install()
+    except HelixError:
+        TABLE.uninstall()
+        raise
+    _mode.__enter__()
     return True
 
 

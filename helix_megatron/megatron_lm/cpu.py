@@ -46,10 +46,10 @@ def install() -> bool:
 
     from helix_megatron.megatron import cpu_runtime
 
+    if TABLE.installed:  # asked first: the stand-ins may make torch believe in a GPU
+        return True
     if torch.cuda.is_available():
         return False
-    if TABLE.installed:
-        return True
     had_runtime = cpu_runtime.is_installed()
     cpu_runtime.install()
     try:
