@@ -19,9 +19,8 @@ from collections.abc import Callable, Sequence
 POLL_SECONDS = 0.05
 # For the other ranks to end by themselves when one has ended; a busy machine needs more than a moment.
 FAREWELL_SECONDS = 60.0
-ASKED_SECONDS = (
-    2.0  # where one that was asked to end failed, or has told the user what to put right
-)
+# The same where one failed that was asked to end, or that has told the user what to put right.
+ASKED_SECONDS = 2.0
 USER_ERROR = 2
 PARENT = "HELIX_PARENT_PIPE"
 LOOPBACK = "lo"  # for gloo, where it exists: a host's name need not resolve

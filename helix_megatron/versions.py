@@ -14,6 +14,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helix_megatron.errors import HelixError
 
@@ -115,15 +116,19 @@ def _core_version() -> str | None:
         return None
     if spec is None or spec.origin is None:
         return None
-    tree = ast.parse(Path(spec.origin).with_name("package_info.py").read_text(encoding="utf-8"))
-    values = {
+    source = Path(spec.origin).with_name("package_info.py").read_text(encoding="utf-8")
+    return "{MAJOR}.{MINOR}.{PATCH}{PRE_RELEASE}".format_map(constants(ast.parse(source)))
+
+
+def constants(module: ast.Module) -> dict[str, Any]:
+    """The names that a module gives constants to, and these."""
+    return {
         target.id: node.value.value
-        for node in tree.body
+        for node in module.body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    return "{MAJOR}.{MINOR}.{PATCH}{PRE_RELEASE}".format_map(values)
 
 
 def require(*packages: str) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests; docs/testing.md says what they prove. Options pass through to pytest.
 #
-#   ./scripts/test.sh                      the quick tier: every property, in ten minutes on two cores
+#   ./scripts/test.sh                      the quick tier: every property
 #   ./scripts/test.sh --full               every case at full length
 #   ./scripts/test.sh --full-part serving  one part of the full tier beside the quick one
 #   ./scripts/test.sh tests/test_layout.py -k uneven -x

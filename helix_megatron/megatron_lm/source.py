@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helix_megatron.errors import HelixError
+from helix_megatron.versions import constants
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,9 @@ def core_version(checkout: Path) -> tuple[int, ...]:
             f"{checkout} has no megatron/core/package_info.py, so it is no checkout of Megatron-LM. Give the "
             "folder that holds pretrain_gpt.py and megatron/."
         )
-    numbers = {
-        target.id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    numbers = constants(tree)
     try:
-        return tuple(int(numbers[name]) for name in ("MAJOR", "MINOR", "PATCH"))  # type: ignore[arg-type]
+        return tuple(int(numbers[name]) for name in ("MAJOR", "MINOR", "PATCH"))
     except (KeyError, TypeError, ValueError) as error:
         raise HelixError(
             f"{checkout}/megatron/core/package_info.py does not say MAJOR, MINOR and PATCH, so this is a "

@@ -302,12 +302,7 @@ CHECKPOINTING: tuple[Row, ...] = (
     ),
     ("--exit-interval", int, None, "end after an iteration that is a multiple of this"),
     ("--exit-duration-in-mins", float, None, "save and end after so many minutes"),
-    (
-        "--exit-signal-handler",
-        None,
-        False,
-        "save and end on SIGTERM; a second one, 5 s later, ends at once",
-    ),
+    ("--exit-signal-handler", None, False, "save and end on SIGTERM; at once on one 5 s later"),
 )
 
 LOGGING: tuple[Row, ...] = (
