@@ -13,6 +13,7 @@ import json
 import random
 from typing import Any
 
+import pytest
 import schemathesis
 from fake_engine import CAPACITY, MODEL, FakeEngine, FakeTokens, post
 from fastapi import FastAPI
@@ -207,6 +208,16 @@ def test_published_schema(case):
     """Requests made from the schema: every response is documented with its status, type and schema."""
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
         case.body["model"] = MODEL  # else nearly all were a 404
+    validate(case)
+
+
+@pytest.mark.parametrize(("path", "body"), [(PATHS[0], COMPLETION), (PATHS[1], CHAT)])
+def test_events_are_those_of_the_schema(path, body):
+    validate(schema[path]["POST"].Case(body=body | {"stream": True}))
+
+
+def validate(case: schemathesis.Case) -> None:
+    """The response to this request is documented with its status, type and schema."""
     case.call_and_validate(
         checks=[
             schemathesis.checks.not_a_server_error,

@@ -32,7 +32,10 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def streamed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that answers whole, or with `stream` in events."""
-    events = {"schema": {"type": "string"}, "example": "data: {…}\n\ndata: [DONE]\n\n"}
+    data = {"type": "string", "description": "A part of the answer in JSON; at last, [DONE]."}
+    # Before OpenAPI 3.2 the schema of a stream of events is that of each event.
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    events = {"schema": event, "example": "data: {…}\n\ndata: [DONE]\n\n"}
     return {
         200: {
             "model": model,
