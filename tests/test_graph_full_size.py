@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from waiting import PROGRAM_LIMIT
 
 from helix_megatron.config import HelixConfig
@@ -19,6 +20,7 @@ SECONDS, GIGABYTES = 60, 4
 LAYERS = 4
 
 
+@pytest.mark.full("graph")
 def test_the_papers_model_is_traced_checked_and_written_in_a_minute(tmp_path):
     """168 GB per activation tensor of the whole batch, billions of weights: none of it may be allocated."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -351,10 +351,11 @@ def test_an_endless_header_is_refused():
 
 def test_a_connection_that_says_nothing_is_closed(monkeypatch):
     """Idle connections must not use up the server's files."""
-    with serving() as served, monkeypatch.context() as patch, connected(served) as raw:
-        patch.setattr(server_module, "HEADER_SECONDS", 0.2)
-        raw.sendall(b"GET /health HTTP/1.1\r\nX: ")
-        assert raw.recv(64) == b""
+    with serving() as served, monkeypatch.context() as patch:
+        patch.setattr(server_module, "HEADER_SECONDS", 0.2)  # before the server accepts
+        with connected(served) as raw:
+            raw.sendall(b"GET /health HTTP/1.1\r\nX: ")
+            assert raw.recv(64) == b""
 
 
 def test_port_taken():
