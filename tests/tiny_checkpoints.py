@@ -66,7 +66,8 @@ def flags_of(model: str) -> dict[str, Any]:
 def value_of(tensor: CanonicalTensor) -> np.ndarray:
     """Different at every element of every tensor, and exact in fp32."""
     start = zlib.crc32(tensor.name.encode()) % 1_000_003
-    return (start + np.arange(tensor.numel, dtype=np.float32)).reshape(tensor.shape)
+    values = start + np.arange(tensor.numel)
+    return values.astype(np.float32).reshape(tensor.shape)
 
 
 def build(flags: dict[str, Any], sizes: tuple[int, ...], query_layout: str, world_size: int) -> Any:
