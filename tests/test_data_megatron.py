@@ -20,13 +20,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from test_preprocess import train_bpe
 
 from helix_megatron.data.batches import KEYS, micro_batches
-from helix_megatron.data.megatron_datasets import (
+from helix_megatron.data.indexed_files import (
     add_documents,
-    build_megatron_datasets,
     check_indexed_dataset,
-    parse_data_path,
     write_indexed_datasets,
 )
+from helix_megatron.data.megatron_datasets import build_megatron_datasets, parse_data_path
 from helix_megatron.data.text import ByteTokenizer, build_tokenizer
 from helix_megatron.errors import HelixError
 
@@ -364,7 +363,7 @@ def test_a_dataset_of_another_tokenizer(tmp_path):
 
 def test_documents_too_long_for_the_format(tmp_path, monkeypatch):
     """Lengths are int32; nothing may be left of the attempt."""
-    monkeypatch.setattr("helix_megatron.data.megatron_datasets.MAX_DOCUMENT_TOKENS", 4)
+    monkeypatch.setattr("helix_megatron.data.indexed_files.MAX_DOCUMENT_TOKENS", 4)
     with pytest.raises(HelixError, match="a document has 5 tokens; the format's limit is 4"):
         write(tmp_path / "x", [b"abc", b"abcd"])
     assert list(tmp_path.iterdir()) == []

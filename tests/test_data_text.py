@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import pydoc_data.topics
 import sys
@@ -64,6 +65,8 @@ def test_files_are_joined_in_the_order_given(tmp_path):
     (tmp_path / "a").write_bytes(b"first \xff")
     (tmp_path / "b").write_bytes(b"second\r\n")
     assert read_text([tmp_path / "b", str(tmp_path / "a")]) == b"second\r\n\n\nfirst \xff"
+    (tmp_path / "a").write_bytes(gzip.compress(b"\xef\xbb\xbffirst"))
+    assert read_text([tmp_path / "a"]) == b"first", "neither a mark nor compressed bytes are text"
 
 
 @pytest.mark.parametrize(

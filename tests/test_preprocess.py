@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 import re
 import runpy
 import signal
 import subprocess
 import sys
+import tarfile
+import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +25,9 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from helix_megatron.data import documents
 from helix_megatron.data import preprocess as module
-from helix_megatron.data.megatron_datasets import check_indexed_dataset
+from helix_megatron.data.indexed_files import check_indexed_dataset
 from helix_megatron.data.preprocess import main
 from helix_megatron.data.text import ByteTokenizer, HuggingFaceTokenizer
 
@@ -137,16 +145,67 @@ def test_plain_text_by_file_and_by_paragraph(capsys):
     assert capsys.readouterr().err.count("tokenizing: 100%") == 2
 
 
-def test_formats_by_suffix_and_by_flag(corpus):
-    """Text and JSON lines can be mixed; the flag overrules the suffix."""
-    Path("a.txt").write_text('{"text": "as JSON"}\n\n{"text": "more"}\n')
-    run("--input", "a.txt", corpus, "--output-prefix", "auto")
-    assert documents_of("auto_text_document")[0] == Path("a.txt").read_text()
-    assert len(documents_of("auto_text_document")) == 51
-    run("--input", "a.txt", "--output-prefix", "json", "--input-format", "jsonl")
-    assert documents_of("json_text_document") == ["as JSON", "more"]
-    run("--input", corpus, "--output-prefix", "text", "--input-format", "text")
-    assert documents_of("text_text_document") == [Path(corpus).read_text()]
+@pytest.mark.parametrize("name", ["x.ndjson", "x.JSONL", "part-00000", "a.txt", "a.json.gz"])
+def test_json_lines_are_known_by_their_content(name, capsys):
+    """Whatever the file is called: braces and keys must not become tokens unless they are asked for."""
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    Path(name).write_bytes(pack(b'\n{"text": "as JSON"}\n\n{"text": "more"}\n'))
+    Path("b.txt").write_text("{a}")
+    run("--input", name, "b.txt", "--output-prefix", "auto")
+    assert documents_of("auto_text_document") == ["as JSON", "more", "{a}"]
+    assert f"reading {name} as JSON lines; b.txt as plain text\n" in capsys.readouterr().err
+    run("--input", name, "--output-prefix", "text", "--input-format", "text")
+    assert documents_of("text_text_document")[0].startswith('\n{"text": "as')
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_files_are_read(corpus, capsys, pack):
+    """As `zcat` gives them, several parts one after the other too; a part of one is refused."""
+    lines = Path(corpus).read_bytes().splitlines(keepends=True)
+    whole = pack(b"".join(lines[:20])) + pack(b"".join(lines[20:]))
+    Path("packed").write_bytes(whole)
+    run("--input", "packed", "--output-prefix", "out")
+    assert documents_of("out_text_document") == [record["text"] for record in RECORDS]
+    assert f"{sum(map(len, lines)):,} bytes" in capsys.readouterr().out
+    for damaged in (whole[:-20], whole[:40] + b"?" * 40 + whole[80:]):
+        Path("packed").write_bytes(damaged)
+        run("--input", "packed", "--output-prefix", "no", status=2)
+        assert "packed cannot be decompressed: " in one_paragraph(capsys)
+
+
+def test_zstandard_is_read_by_a_package_of_its_own(capsys, monkeypatch):
+    """Python's library has it from 3.14 on; who has not the package is told its name."""
+    Path("x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd and more")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    run("--input", "x.jsonl.zst", "--output-prefix", "out", status=2)
+    assert "Try pip install zstandard, or decompress the file." in one_paragraph(capsys)
+
+    class Decompressor:
+        def stream_reader(self, stream, read_across_frames):
+            assert read_across_frames  # as of `cat a.zst b.zst`
+            return io.BytesIO(b'{"text": "' + stream.read()[4:] + b'"}\n')
+
+    stand_in = types.SimpleNamespace(ZstdDecompressor=Decompressor, ZstdError=RuntimeError)
+    monkeypatch.setitem(sys.modules, "zstandard", stand_in)
+    run("--input", "x.jsonl.zst", "--output-prefix", "out")
+    assert documents_of("out_text_document") == [" and more"]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b"\xef\xbb\xbftext", ["text"]),
+        (b'\xef\xbb\xbf\n{"text": "a"}\n', ["a"]),
+        (b'{"text": "\\ufeffa"}\n\xef\xbb\xbf{"text": "b"}\n', ["a", "b"]),
+        (gzip.compress(b'\xef\xbb\xbf{"text": "a"}\n'), ["a"]),
+    ],
+    ids=["text", "before a blank line", "in and before a line", "compressed"],
+)
+def test_a_byte_order_mark_is_no_text(content, texts):
+    """It would be three tokens of a document, or hide that the file holds JSON lines."""
+    Path("x").write_bytes(content)
+    run("--input", "x", "--output-prefix", "out")
+    assert documents_of("out_text_document") == texts
 
 
 @given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=12), limit=st.integers(1, 100))
@@ -154,9 +213,10 @@ def test_formats_by_suffix_and_by_flag(corpus):
 def test_any_text_survives_in_batches_of_any_size(tmp_path_factory, texts, limit):
     """Where one batch ends and the next begins must not show."""
     directory = tmp_path_factory.mktemp("any")
+    texts = [text.removeprefix("\ufeff") for text in texts]
     (directory / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BATCH_BYTES", limit)
+        patch.setattr(documents, "BATCH_BYTES", limit)
         flags = ("--input", f"{directory}/x.jsonl", "--output-prefix", f"{directory}/o")
         empty = not any(texts)
         run(*flags, status=2 if empty else 0)
@@ -167,7 +227,7 @@ def test_any_text_survives_in_batches_of_any_size(tmp_path_factory, texts, limit
 def test_workers_write_what_one_process_writes(corpus, monkeypatch):
     """Processes finish in any order; the files are the same byte for byte."""
     train_bpe(Path("tokenizer.json"), "<eos>")
-    monkeypatch.setattr(module, "BATCH_BYTES", 100)
+    monkeypatch.setattr(documents, "BATCH_BYTES", 100)
     monkeypatch.setattr(module, "BATCHES_IN_FLIGHT", 2)
     flags = ("--tokenizer-model", "tokenizer.json", "--append-eod")
     run("--input", corpus, "--output-prefix", "one", *flags)
@@ -251,6 +311,10 @@ def one_paragraph(capsys) -> str:
         ("--input latin.txt --tokenizer-model t.json", r"latin\.txt, line 4 is not UTF-8: .* 0xe9"),
         (f"--input latin.txt {PARAGRAPHS}", r"latin\.txt, line 4 is not UTF-8"),
         (f"--input last.txt {PARAGRAPHS}", r"last\.txt, line 4 is not UTF-8"),
+        ("--input wide", "wide is text in UTF-16 or UTF-32; convert it with iconv -t UTF-8"),
+        ("--input x.zip", r"x\.zip is a zip archive; give the files in it"),
+        ("--input x.tgz", r"x\.tgz is a tar archive; give the files in it"),
+        ("--input list", "list, line 1 holds a JSON list, not an object"),
     ],
 )
 def test_wrong_input_is_one_paragraph(capsys, flags, message):
@@ -260,6 +324,12 @@ def test_wrong_input_is_one_paragraph(capsys, flags, message):
     Path("empty.txt").touch()
     Path("latin.txt").write_bytes(b"\n\ngood\ncaf\xe9\n\nend")
     Path("last.txt").write_bytes(b"good\n\ngood\ncaf\xe9")
+    Path("wide").write_text("text", "utf-16")
+    Path("list").write_text('[{"text": "x"}]')
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        archive.write("a.txt")
+    with tarfile.open("x.tgz", "w:gz") as archive:
+        archive.add("a.txt")
     train_bpe(Path("t.json"), "<eos>")
     before = listing()
     prefix = () if "--output-prefix" in flags else ("--output-prefix", "out")
@@ -307,7 +377,7 @@ def test_an_interrupted_run_leaves_nothing(corpus, monkeypatch, number, raised, 
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(module, "add_documents", interrupted)
-    monkeypatch.setattr(module, "BATCH_BYTES", 500)
+    monkeypatch.setattr(documents, "BATCH_BYTES", 500)
     handler = signal.getsignal(signal.SIGTERM)
     of_shell = signal.signal(
         signal.SIGINT, signal.default_int_handler

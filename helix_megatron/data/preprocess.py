@@ -18,24 +18,34 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from helix_megatron.data.megatron_datasets import add_documents, write_indexed_datasets
+from helix_megatron.data.documents import (
+    BOM,
+    DOCUMENT_RULES,
+    INPUT_FORMATS,
+    Document,
+    Input,
+    batches,
+    is_compressed,
+    read_documents,
+    recognise,
+    said,
+)
+from helix_megatron.data.indexed_files import add_documents, write_indexed_datasets
 from helix_megatron.data.text import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from helix_megatron.errors import HelixError, exit_on_error, listed
 
-BATCH_BYTES = 1 << 20  # large enough that a worker's answer costs little beside its work
 BATCHES_IN_FLIGHT = 4  # per worker; bounds memory when writing is slower than reading
-INPUT_FORMATS = ("auto", "text", "jsonl")
-DOCUMENT_RULES = ("file", "blank-line")
 
 
 @dataclass(frozen=True)
@@ -47,15 +57,6 @@ class Encoding:
     eod_token: str | None = None
     append_eod: bool = False
     json_keys: tuple[str, ...] = ("text",)
-
-
-class Document(NamedTuple):
-    """One document as it was read: a line of JSON or raw text, and where it begins."""
-
-    path: str
-    line: int
-    content: bytes
-    is_json: bool
 
 
 @dataclass
@@ -86,58 +87,6 @@ class Summary:
             f"{self.seconds:.1f} s ({self.size / 1e6 / self.seconds:.1f} MB/s)\n"
             f"--data-path {' '.join(self.prefixes)}"
         )
-
-
-# ------------------------------------------------------------------ read
-
-
-def read_documents(
-    paths: Sequence[str], input_format: str = "auto", split_documents: str = "file"
-) -> Iterator[Document]:
-    """The documents of the files in order. Blank lines of JSON files are passed over."""
-    for path in paths:
-        with open(path, "rb") as stream:
-            if is_json_lines(path, input_format):
-                for number, line in enumerate(stream, start=1):
-                    if not line.isspace():
-                        yield Document(path, number, line, is_json=True)
-            elif split_documents == "file":
-                yield Document(path, 1, stream.read(), is_json=False)
-            else:
-                yield from _paragraphs(path, stream)
-
-
-def is_json_lines(path: str, input_format: str) -> bool:
-    """Whether a file holds JSON lines: by its suffix, `.jsonl` or `.json`, if the format is `auto`."""
-    by_suffix = path.endswith((".jsonl", ".json"))
-    return by_suffix if input_format == "auto" else input_format == "jsonl"
-
-
-def _paragraphs(path: str, lines: Iterable[bytes]) -> Iterator[Document]:
-    paragraph: list[bytes] = []
-    number = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.isspace():
-            paragraph.append(line)
-        elif paragraph:
-            yield Document(path, number - len(paragraph), b"".join(paragraph), is_json=False)
-            paragraph = []
-    if paragraph:
-        yield Document(path, number - len(paragraph) + 1, b"".join(paragraph), is_json=False)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Consecutive documents, `BATCH_BYTES` or a little more at a time."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.content)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 # ------------------------------------------------------------------ encode
@@ -198,7 +147,7 @@ def _texts(document: Document, keys: Sequence[str]) -> dict[str, bytes]:
                 f"strings: {listed(strings)}. Choose with --json-keys."
             )
     try:
-        return {key: record[key].encode() for key in keys}
+        return {key: record[key].encode().removeprefix(BOM) for key in keys}
     except UnicodeEncodeError as error:
         raise HelixError(
             f"{where} has half a surrogate pair, which is no character: {error}. Correct the line."
@@ -281,16 +230,20 @@ def preprocess(
     Raises:
         HelixError: wrong input or settings. Nothing is left behind.
     """
-    _check(inputs, encoding, input_format, split_documents, workers)
+    files = _check(inputs, encoding, input_format, split_documents, workers)
     prefixes = [f"{output_prefix}_{key}_document" for key in encoding.json_keys]
     _tokenizer.cache_clear()  # the file may have changed since the last call
     token_type = _token_type(_tokenizer(encoding))
-    documents = read_documents(inputs, input_format, split_documents or "file")
-    summary = Summary(prefixes, size=sum(os.path.getsize(path) for path in inputs))
+    documents = read_documents(files, split_documents or "file")
+    summary = Summary(prefixes)
+    # How much text a compressed file holds shows when it has been read.
+    known = not any(map(is_compressed, inputs))
+    total = sum(map(os.path.getsize, inputs)) if known else None
+    print(said(files), file=sys.stderr)
     with (
         write_indexed_datasets(prefixes, token_type, overwrite=overwrite) as builders,
-        tqdm(total=summary.size, unit="B", unit_scale=True, desc="tokenizing") as bar,
-        contextlib.closing(_encoded(encoding, _batches(documents), workers)) as encoded,
+        tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing") as bar,
+        contextlib.closing(_encoded(encoding, batches(documents), workers)) as encoded,
     ):
         begin = time.perf_counter()
         for batch in encoded:
@@ -300,6 +253,7 @@ def preprocess(
                 summary.tokens += len(batch.tokens[key])
             summary.empty += batch.empty
             bar.update(batch.size)
+        summary.size = total or int(bar.n)
         bar.update(summary.size - bar.n)  # separators between documents belong to no batch
         for prefix, builder in zip(prefixes, builders, strict=True):
             if not builder.sequence_lengths:
@@ -313,17 +267,18 @@ def preprocess(
 
 def _check(
     inputs: Sequence[str], encoding: Encoding, input_format: str, split: str | None, workers: int
-) -> None:
+) -> list[Input]:
     for path in inputs:
         if not os.path.isfile(path) or not os.access(path, os.R_OK):
             state = "cannot be read" if os.path.isfile(path) else "does not exist"
             raise HelixError(
                 f"the input file {path} {'is a directory' if os.path.isdir(path) else state} (looked "
-                f"from {os.getcwd()}). Valid: text files, or JSON lines with the suffix .jsonl or .json."
+                f"from {os.getcwd()}). Valid: files of text or of JSON lines."
             )
     if workers < 1:
         raise HelixError(f"--workers {workers} is not positive. Valid: 1 to {os.cpu_count()}.")
-    json_inputs = [path for path in inputs if is_json_lines(path, input_format)]
+    files = recognise(inputs, input_format)
+    json_inputs = [path for path, is_json in files if is_json]
     keys = encoding.json_keys
     if len(set(keys)) < len(keys) or any(os.sep in key for key in keys):
         raise HelixError(
@@ -340,6 +295,7 @@ def _check(
             f"--split-documents {split} has no meaning for JSON lines, where every line is a "
             "document. Leave it out, or set --input-format text."
         )
+    return files
 
 
 # ------------------------------------------------------------------ command line
@@ -351,7 +307,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input", dest="inputs", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
     parser.add_argument(
-        "--input-format", choices=INPUT_FORMATS, default="auto", help="auto: by suffix"
+        "--input-format",
+        choices=INPUT_FORMATS,
+        default="auto",
+        help="what the files hold; auto looks at their names and their first lines",
     )
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY")
     parser.add_argument(

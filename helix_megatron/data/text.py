@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from helix_megatron.data.documents import open_input
 from helix_megatron.errors import HelixError, listed
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def _read_file(path: Path) -> bytes:
     if path.is_dir():
         raise HelixError(f"{path} is a directory. Name its files, for example --text {path}/*.txt.")
     try:
-        return path.read_bytes()
+        with open_input(str(path)) as stream:
+            return stream.read()
     except OSError as error:
         raise HelixError(
             f"cannot read the text file {path}: {error.strerror} (looked for it from {Path.cwd()}). "
@@ -256,12 +258,41 @@ class ByteTokenizer:
         )
 
 
+def read_tokenizer_file(path: str, otherwise: str) -> tuple[Any, dict[str, int]]:
+    """A tokenizer of the Hugging Face `tokenizers` library and its vocabulary, added tokens included.
+
+    Truncation and padding in the file are switched off, for they would silently cut documents.
+
+    Args:
+        otherwise: what a user can give who has not the library.
+
+    Raises:
+        HelixError: the library is not installed, or the file is not one of its tokenizers.
+    """
+    try:
+        from tokenizers import Tokenizer as Backend
+    except ImportError as error:
+        raise HelixError(
+            f"{path} needs the package tokenizers, which is not installed. Try pip install tokenizers, or "
+            f"{otherwise}."
+        ) from error
+    try:
+        backend = Backend.from_file(path)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise HelixError(
+            f"{path} is not a tokenizer file of the tokenizers library: {error}. Export one with "
+            f"tokenizer.save('tokenizer.json'), or give {otherwise}."
+        ) from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, backend.get_vocab(with_added_tokens=True)
+
+
 class HuggingFaceTokenizer:
     """A `tokenizer.json` of the Hugging Face `tokenizers` library.
 
     Special tokens that the file would add around a text (BOS and the like) are not added: a document
-    in a `.bin` file is ended by `eod` alone. Truncation and padding in the file are switched off, for
-    they would silently cut documents.
+    in a `.bin` file is ended by `eod` alone.
 
     Args:
         path: the JSON file, or a directory that holds `tokenizer.json`.
@@ -280,23 +311,7 @@ class HuggingFaceTokenizer:
                 "the Hugging Face tokenizers library, or its directory; --tokenizer-type byte needs no "
                 "file."
             )
-        try:
-            from tokenizers import Tokenizer as Backend
-        except ImportError as error:
-            raise HelixError(
-                "--tokenizer-model needs the package tokenizers, which is not installed. "
-                "Try pip install tokenizers, or --tokenizer-type byte."
-            ) from error
-        try:
-            self._backend = Backend.from_file(path)
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise HelixError(
-                f"{path} is not a tokenizer file of the tokenizers library: {error}. Export one with "
-                "tokenizer.save('tokenizer.json')."
-            ) from error
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        self._backend, self.vocab = read_tokenizer_file(path, "--tokenizer-type byte")
         # Ids may have gaps, so this is not the number of tokens.
         self.vocab_size = max(self.vocab.values(), default=-1) + 1
         self.eod = self._eod(path, eod_token)
