@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
@@ -180,15 +179,27 @@ def test_zstandard_is_read_by_a_package_of_its_own(capsys, monkeypatch):
     run("--input", "x.jsonl.zst", "--output-prefix", "out", status=2)
     assert "Try pip install zstandard, or decompress the file." in one_paragraph(capsys)
 
-    class Decompressor:
-        def stream_reader(self, stream, read_across_frames):
-            assert read_across_frames  # as of `cat a.zst b.zst`
-            return io.BytesIO(b'{"text": "' + stream.read()[4:] + b'"}\n')
+    class Frame:
+        """Half a frame has come to no end."""
 
-    stand_in = types.SimpleNamespace(ZstdDecompressor=Decompressor, ZstdError=RuntimeError)
+        eof, unused_data = False, b""
+
+        def decompress(self, data: bytes) -> bytes:
+            text, self.eof, self.unused_data = data[4:].partition(b"\x28\xb5\x2f\xfd")
+            self.unused_data = self.eof + self.unused_data
+            self.eof = text.endswith(b"\n")
+            return text
+
+    library = types.SimpleNamespace(decompressobj=Frame)
+    stand_in = types.SimpleNamespace(ZstdDecompressor=lambda: library, ZstdError=RuntimeError)
     monkeypatch.setitem(sys.modules, "zstandard", stand_in)
+    frames = [b'\x28\xb5\x2f\xfd{"text": "%c"}\n' % letter for letter in b"ab"]
+    Path("x.jsonl.zst").write_bytes(b"".join(frames))
     run("--input", "x.jsonl.zst", "--output-prefix", "out")
-    assert documents_of("out_text_document") == [" and more"]
+    assert documents_of("out_text_document") == ["a", "b"]
+    Path("x.jsonl.zst").write_bytes(b"".join(frames)[:-1])
+    run("--input", "x.jsonl.zst", "--output-prefix", "no", status=2)
+    assert "cannot be decompressed: its last frame is not whole" in one_paragraph(capsys)
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,7 @@ def open_input(path: str) -> Iterator[BinaryIO]:
             module = _decompressor(path, library)
             errors = (getattr(module, name, EOFError) for name in ("LZMAError", "ZstdError"))
             damage = (EOFError, zlib.error, OSError, *errors)
-            raw: Any = stream
-            if library == "zstandard":
-                raw = module.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-            else:
-                raw = module.open(stream)
+            raw = _Zstandard(module, stream) if library == "zstandard" else module.open(stream)
             stream = stack.enter_context(io.BufferedReader(raw))
         try:
             for magic, kind in NOT_TEXT.items():
@@ -139,9 +135,37 @@ def _decompressor(path: str, library: str) -> Any:
         return importlib.import_module(library)
     except ImportError as error:
         raise HelixError(
-            f"{path} is compressed, and reading it needs the package {library}, which is not installed. Try pip "
-            f"install {library}, or decompress the file."
+            f"{path} is compressed, and reading it needs the package {library}, which is not installed. Try "
+            f"pip install {library}, or decompress the file."
         ) from error
+
+
+class _Zstandard(io.RawIOBase):
+    """The text of Zstandard frames. The package's own reader takes a part of a file for a whole one."""
+
+    def __init__(self, module: Any, stream: BinaryIO) -> None:
+        self._module, self._stream = module, stream
+        self._frame: Any = None
+        self._text = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            ended = self._frame is None or self._frame.eof
+            data = self._frame.unused_data if self._frame and ended else b""
+            data = data or self._stream.read(BATCH_BYTES // 8)
+            if not data and not ended:
+                raise EOFError("its last frame is not whole")
+            if not data:
+                return 0
+            if ended:
+                self._frame = self._module.ZstdDecompressor().decompressobj()
+            self._text = self._frame.decompress(data)
+        size = min(len(buffer), len(self._text))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
 
 
 def read_documents(inputs: Sequence[Input], split_documents: str = "file") -> Iterator[Document]:
