@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import socket
 import threading
 import unittest.mock
 from collections import deque
@@ -42,14 +43,17 @@ class FakeTokens:
     vocab_size = END + 1
     stop_tokens = frozenset({END})
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, begin: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def chat_text(self, messages: Sequence[dict[str, Any]]) -> str:
         """The last message only, so that tests can say what is echoed."""
-        if messages[-1]["role"] != "user":
+        if messages[-1]["role"] not in ("user", "tool"):
             raise HelixError("The last message is not the user's. Valid: a conversation that asks.")
-        return self.encode(messages[-1]["content"])
+        return str(messages[-1]["content"])
+
+    def close(self) -> None:
+        pass
 
     def decoder(self, after: Sequence[int] = ()) -> FakeTextStream:
         return FakeTextStream()
@@ -261,6 +265,11 @@ class Served:
         options = {"api_key": "none", "max_retries": 0, "timeout": LIMIT, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
+    def connect(self) -> socket.socket:
+        """A connection without a client's manners."""
+        port = int(self.url.rsplit(":")[-1])
+        return socket.create_connection(("127.0.0.1", port), timeout=LIMIT)
+
     def http(self, **options: Any) -> httpx.Client:
         """A plain client."""
         return httpx.Client(base_url=self.url, timeout=LIMIT, **options)
@@ -268,7 +277,10 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    engine: FakeEngine | None = None, tokens: FakeTokens | None = None, **settings: Any
+    engine: FakeEngine | None = None,
+    tokens: FakeTokens | None = None,
+    max_connections: int = 2048,
+    **settings: Any,
 ) -> Iterator[Served]:
     """A real server at a free port. The model's name is `org/model`. It waits longer than a test does."""
     engine = engine or FakeEngine()
@@ -277,13 +289,20 @@ def serving(
     server_limits = dict.fromkeys(["START_SECONDS", "HEADER_SECONDS", "FAREWELL_SECONDS"], LIMIT)
     with unittest.mock.patch.multiple(server_module, **server_limits):
         app = make_app(engine, tokens or FakeTokens(), ServerSettings(**settings))
-        server = Server(app, listen("127.0.0.1", 0))
+        server = Server(app, listen("127.0.0.1", 0), max_connections)
         port = server.start()
         try:
             yield Served(engine, server, f"http://127.0.0.1:{port}")
         finally:
             server.stop()
             engine.stop()
+
+
+def head(path: str = "completions", length: int | None = None) -> bytes:
+    """The header of a request, whose body comes in chunks if it has no length."""
+    body = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    content = f"Host: x\r\nContent-Type: application/json\r\n{body}\r\n\r\n"
+    return f"POST /v1/{path} HTTP/1.1\r\n{content}".encode()
 
 
 async def post(app: FastAPI, path: str, body: bytes, strict: bool = True) -> tuple[int, bytes]:

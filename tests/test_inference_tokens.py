@@ -8,6 +8,8 @@ import itertools
 import json
 import socket
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,11 @@ from tokenizers import (
     processors,
     trainers,
 )
+from waiting import LIMIT, wait_until
 
 from helix_megatron.data.text import default_text
 from helix_megatron.errors import HelixError
+from helix_megatron.inference.templates import ChatTemplate
 from helix_megatron.inference.tokens import (
     ByteTokens,
     FileTokens,
@@ -128,16 +132,6 @@ TEXTS = st.lists(PIECES | st.characters(codec="utf-8"), max_size=25).map("".join
 CUTS = st.lists(st.integers(0, 200), max_size=12)
 
 
-@given(TEXTS, CUTS)
-@settings(max_examples=sized("inference", full=100, quick=20), deadline=None)
-def test_bytes_come_back_however_they_are_split(text, cuts):
-    """Half a character must never be shown, and nothing may be lost."""
-    tokens = ByteTokens()
-    ids = tokens.encode(text)
-    assert streamed(tokens.decoder(), split(ids, cuts)) == text
-    assert streamed(tokens.decoder(), [ids]) == bytes(ids).decode()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS, cuts=CUTS)
 @settings(max_examples=sized("inference", full=60, quick=20), deadline=None)
@@ -168,7 +162,7 @@ def test_any_tokens_at_all(kind, ids, cuts):
 @given(st.lists(st.integers(0, 300), max_size=25), CUTS)
 @settings(max_examples=sized("inference", full=60, quick=20), deadline=None)
 def test_any_bytes_at_all(ids, cuts):
-    """The same for bytes, and tokens that are none add nothing."""
+    """The same for bytes; half a character is never shown, and tokens that are none add nothing."""
     whole = bytes(token for token in ids if token < 256).decode(errors="replace")
     assert streamed(ByteTokens().decoder(), split(ids, cuts)) == whole
 
@@ -215,20 +209,29 @@ def test_a_model_directory_brings_its_tokenizer(tmp_path, monkeypatch):
     own = backend("byte-level BPE")
     assert tokens.vocab_size == own.get_vocab_size()
     assert tokens.stop_tokens == {1, 7, 9}
+    (tmp_path / "config.json").write_text('{"eos_token_id": null}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert configured_stops(tmp_path) == {0}
     plain = own.encode("naïve 日", add_special_tokens=False).ids
     assert tokens.encode("naïve 日") == [0, *plain], "in front yes, an end of the text no"
     assert tokens.encode("") == [0]
     assert streamed(tokens.decoder(), [[*plain, 2], [1]]) == "naïve 日", (
         "special tokens are not text"
     )
-    chat = tokens.encode_chat([{"role": "user", "content": "hi"}])
+    messages = [{"role": "user", "content": "hi"}]
+    monkeypatch.undo()  # the template has a process of its own, and that is reached without the network, too
+    chat = tokens.encode(tokens.chat_text(messages), begin=False)
+    assert chat == tokens._tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     assert own.decode(chat, skip_special_tokens=False) == "<|turn|>user: hi\n<|turn|>assistant:"
     with pytest.raises(HelixError, match=r"refuses these messages: no system"):
-        tokens.encode_chat([{"role": "system", "content": "hi"}])
+        tokens.chat_text([{"role": "system", "content": "hi"}])
     with pytest.raises(HelixError, match="half of a surrogate pair"):
         tokens.encode("a\ud800")
     with pytest.raises(HelixError, match="half of a surrogate pair"):
-        tokens.encode_chat([{"role": "user", "content": "a\ud800"}])
+        tokens.encode(tokens.chat_text([{"role": "user", "content": "a\ud800"}]))
+    tokens.close()
 
 
 def test_a_converted_checkpoint_has_it_in_a_folder_of_its_own(tmp_path):
@@ -240,7 +243,7 @@ def test_a_converted_checkpoint_has_it_in_a_folder_of_its_own(tmp_path):
     assert streamed(tokens.decoder(), [output]) == "café"
     assert streamed(tokens.decoder(tokens.encode("a")), [output]) == " café"
     with pytest.raises(HelixError, match=r"no chat template.*--tokenizer DIR"):
-        tokens.encode_chat([{"role": "user", "content": "hi"}])
+        tokens.chat_text([{"role": "user", "content": "hi"}])
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "."])
@@ -253,7 +256,7 @@ def test_a_file_by_its_name(tmp_path, name):
     assert tokens.encode("a b")[0] == 0 and tokens.encode("a b")[-1] != 1
     assert streamed(tokens.decoder(), [tokens.encode("a b"), [1]]) == "a b"
     with pytest.raises(HelixError, match=r"a tokenizer.json alone has no chat template"):
-        tokens.encode_chat([])
+        tokens.chat_text([])
 
 
 def test_a_model_of_bytes_needs_no_tokenizer(tmp_path):
@@ -268,7 +271,7 @@ def test_a_model_of_bytes_needs_no_tokenizer(tmp_path):
     with pytest.raises(HelixError, match="half of a surrogate pair"):
         tokens.encode("\ud800")
     with pytest.raises(HelixError, match="a model of bytes has no chat template"):
-        tokens.encode_chat([])
+        tokens.chat_text([])
     documents = open_tokens(namespace(tmp_path, 257), notes.append)
     assert "token 256 ends a document" in notes[-1]
     assert (documents.vocab_size, documents.stop_tokens) == (257, {256})
@@ -303,7 +306,7 @@ def with_code(folder: Path) -> Path:
             {"tokenizer": "byte", "vocab_size": 100},
             "has 256 tokens, and the model knows",
         ),
-        (broken, {}, "is no tokenizer file of the tokenizers library"),
+        (broken, {}, "is not a tokenizer file of the tokenizers library"),
         (with_code, {}, r"the tokenizer in .* cannot be read: "),
     ],
 )
@@ -323,15 +326,6 @@ def test_another_models_tokenizer(tmp_path):
         open_tokens(namespace(tmp_path / "model", 300, tokenizer=str(tmp_path)))
 
 
-def test_configured_stops(tmp_path):
-    """None, one or several."""
-    assert configured_stops(tmp_path) == frozenset()
-    (tmp_path / "config.json").write_text('{"eos_token_id": null}')
-    assert configured_stops(tmp_path) == frozenset()
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
-    assert configured_stops(tmp_path) == {0}
-
-
 def test_the_libraries_are_asked_for_by_name(tmp_path, monkeypatch):
     """Neither is a dependency of the package."""
     backend("Metaspace").save(str(tmp_path / "tokenizer.json"))
@@ -343,3 +337,58 @@ def test_the_libraries_are_asked_for_by_name(tmp_path, monkeypatch):
         HelixError, match=r"pip install transformers, or give --tokenizer tokenizer.json"
     ):
         HuggingFaceTokens(tmp_path)
+
+
+# -------------------------------------------------------------------------- chat templates
+
+CHAT = "{{ bos }}{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set x = 'x' * 10 ** 10 %}",
+        "{{ messages[0].role * 10 ** 8 }}",
+        "{% set ns = namespace(x='x') %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{{ (messages | length * 10) ** (10 ** 8) }}",
+    ],
+)
+def test_a_template_that_takes_too_much_is_ended(program):
+    """Time, memory or text: a server goes on, and the next conversation finds a new process."""
+    text = "{% if messages[0].content == 'bad' %}" + program + "{% endif %}" + CHAT
+    template = ChatTemplate(text, {"bos": "<s>"}, seconds=0.5)
+    for _ in range(2):
+        with pytest.raises(
+            HelixError, match=r"chat template (did not end within 5 s|refuses these)"
+        ):
+            template.render([{"role": "user", "content": "bad"}])
+        assert template.render([{"role": "user", "content": "good"}]) == "<s>good"
+    template.close()
+
+
+def test_a_template_is_ended_with_the_server():
+    """A thread may wait for it: what ends the server must not wait for that thread."""
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = ChatTemplate(loop, {}, seconds=LIMIT)
+    with ThreadPoolExecutor() as threads:
+        rendering = threads.submit(template.render, [{"role": "user", "content": "x"}])
+        wait_until(lambda: template._process, "the process is there")
+        template.close()
+        with pytest.raises(HelixError):
+            rendering.result(LIMIT)
+
+
+@pytest.mark.parametrize("make", [FileTokens, HuggingFaceTokens])
+def test_others_go_on_while_a_long_text_is_tokenised(tmp_path, make):
+    """The library holds Python's lock in some of its calls: then no event loop would answer."""
+    save("byte-level BPE", tmp_path)
+    tokens = make(tmp_path / "tokenizer.json" if make is FileTokens else tmp_path)
+    text = "".join(chr(65 + place * place % 57) for place in range(400_000))
+    seen = 0
+    with ThreadPoolExecutor() as threads:
+        work = threads.submit(tokens.encode, text)
+        while not work.done():
+            seen += 1
+            time.sleep(0.001)
+    assert seen > 20

@@ -8,7 +8,6 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -223,30 +222,11 @@ def test_many_clients_at_once():
     assert most > CLIENTS // 2
 
 
-def test_threads(served):
-    """Blocking clients in threads, and the metrics that remain."""
-    with ThreadPoolExecutor(8) as threads, served.openai() as client:
-        work = [
-            threads.submit(client.completions.create, model=MODEL, prompt="x", max_tokens=20)
-            for _ in range(40)
-        ]
-        assert {future.result().choices[0].text for future in work} == {"x" * 20}
-
-
-@pytest.mark.parametrize(
-    ("status", "kind", "options"),
-    [
-        (400, openai.BadRequestError, {"temperature": 3}),
-        (400, openai.BadRequestError, {"extra_body": {"temprature": 1}}),
-        (400, openai.BadRequestError, {"max_tokens": 5000}),
-        (404, openai.NotFoundError, {"model": "other"}),
-    ],
-)
-def test_errors_are_the_clients(client, status, kind, options):
+def test_errors_are_the_clients(client):
     """The client finds message, param and code where it looks for them."""
-    with pytest.raises(kind) as error:
-        client.completions.create(**{"model": MODEL, "prompt": "x", **options})
-    assert error.value.status_code == status
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=MODEL, prompt="x", max_tokens=5000)
+    assert error.value.status_code == 400
     assert error.value.type == "invalid_request_error"
-    assert error.value.param
+    assert (error.value.param, error.value.code) == ("prompt", "context_length_exceeded")
     assert error.value.body["message"]

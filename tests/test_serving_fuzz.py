@@ -17,8 +17,7 @@ import pytest
 import schemathesis
 from fake_engine import CAPACITY, MODEL, FakeEngine, FakeTokens, post
 from fastapi import FastAPI
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
@@ -166,35 +165,6 @@ def test_random_bodies(capsys):
 
 
 APP = make_fuzzed()
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=20,
-)
-quickly = settings(
-    max_examples=sized("serving", full=300, quick=50),
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-
-
-@quickly
-@given(st.sampled_from(PATHS), st.binary(max_size=300))
-def test_random_bytes(path, body):
-    """None of them is a request."""
-    assert check(path, *asyncio.run(post(APP, path, body))) == 400
-
-
-@quickly
-@given(
-    st.sampled_from(PATHS),
-    st.dictionaries(st.sampled_from([*COMPLETION, *CHAT, "stop", "n", "echo", "stream"]), JSON),
-)
-def test_random_json(path, body):
-    """The right fields with any JSON in them, NaN and lone surrogates included."""
-    check(path, *asyncio.run(post(APP, path, json.dumps(body | {"max_tokens": 1}).encode())))
-
-
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
 

@@ -8,7 +8,7 @@ import json
 import threading
 
 import pytest
-from fake_engine import CAPACITY, MODEL, FakeTokens
+from fake_engine import CAPACITY, MODEL, FakeEngine, FakeTokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -18,9 +18,9 @@ from tiers import sized
 from helix_megatron.inference.request import MAX_SEED, Output
 from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.serving.api_errors import ApiError, encoded, shown
+from helix_megatron.serving.app import make_app
 from helix_megatron.serving.body import DISCARD_FACTOR, read_body
 from helix_megatron.serving.mailbox import Inbox, Mailbox
-from helix_megatron.serving.planning import plan
 from helix_megatron.serving.replies import ChatDelta, ErrorDetail
 from helix_megatron.serving.schema import ChatRequest, CompletionRequest, parse
 from helix_megatron.serving.settings import ServerSettings
@@ -124,16 +124,18 @@ def test_endless_body():
         return {"type": "http.request", "body": bytes(100), "more_body": True}
 
     limits = ServerSettings(MODEL, max_body_bytes=1000)
-    request = Request({"type": "http", "headers": []}, receive)
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"type": "http", "headers": headers}, receive)
     with pytest.raises(ApiError, match="larger than 1000 bytes"):
         asyncio.run(read_body(request, limits))
     assert chunks == DISCARD_FACTOR * 10 + 1
 
 
 def planned(body: dict, kind=CompletionRequest, context: int = 100):
-    request = parse(json.dumps({"model": MODEL} | body).encode(), kind)
     capacity = dataclasses.replace(CAPACITY, max_context=context)
-    return plan(request, FakeTokens(), capacity, ServerSettings(MODEL))
+    app = make_app(FakeEngine(capacity), FakeTokens(), ServerSettings(MODEL))
+    text = json.dumps({"model": MODEL} | body).encode()
+    return asyncio.run(app.state.service.planned(text, kind))[1]
 
 
 def test_lengths():
@@ -162,22 +164,26 @@ def test_sampling():
     assert planned({"prompt": "x", "seed": -1}).samplings[0][0].seed == MAX_SEED
 
 
-def test_developer_is_system():
-    """Chat templates do not know OpenAI's new name."""
-    heard = []
-
-    class Tokens(FakeTokens):
-        def encode_chat(self, messages):
-            heard.extend(messages)
-            return [1]
-
-    body = {
-        "model": MODEL,
-        "messages": [{"role": "developer", "content": "a"}, {"role": "user", "content": "b"}],
-    }
-    request = parse(json.dumps(body).encode(), ChatRequest)
-    plan(request, Tokens(), CAPACITY, ServerSettings(MODEL))
-    assert heard == [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+def test_what_templates_are_told():
+    """They know `system`, OpenAI's old name of `developer`, and want arguments of tools as values."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [
+        {"role": "developer", "content": "a", "annotations": [], "refusal": None},
+        {"role": "user", "content": [{"type": "text", "text": "b"}], "name": "me"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "c"},
+        {"role": "tool", "content": "d", "tool_call_id": "1"},
+    ]
+    body = {"model": MODEL, "messages": messages, "tools": [{}], "tool_choice": "none"}
+    request = parse(json.dumps(body).encode(), ChatRequest, 100)
+    parsed = call | {"function": {"name": "f", "arguments": {"x": 1}}}
+    assert [message.plain() for message in request.messages] == [
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": "b", "name": "me"},
+        {"role": "assistant", "content": "", "reasoning_content": "c", "tool_calls": [parsed]},
+        {"role": "tool", "content": "d", "tool_call_id": "1"},
+    ]
+    with pytest.raises(ApiError, match="tools is not supported"):
+        parse(json.dumps(body | {"tool_choice": "auto"}).encode(), ChatRequest, 100)
 
 
 def test_what_a_decoder_should_not_say():

@@ -316,7 +316,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt)
     for name in options.prompt_file:
         try:
-            prompts.append(Path(name).read_text())
+            prompts.append(Path(name).read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise HelixError(f"cannot read the prompt file {name}: {error}.") from error
     if not prompts:
@@ -326,5 +326,5 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 def _encode(tokens: Tokens, prompt: str, chat: bool) -> list[int]:
     if chat:
-        return tokens.encode_chat([{"role": "user", "content": prompt}])
+        return tokens.encode(tokens.chat_text([{"role": "user", "content": prompt}]), begin=False)
     return tokens.encode(prompt)

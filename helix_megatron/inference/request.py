@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from helix_megatron.errors import HelixError
 
@@ -140,6 +140,10 @@ class StoppingError(HelixError):
     """The engine takes no more requests: it is stopping, or it has failed."""
 
 
+class TemplateLimitError(HelixError):
+    """The model's chat template took more time or memory than it may."""
+
+
 class Engine(Protocol):
     """What the server needs of an engine. All methods may be called from any thread."""
 
@@ -158,7 +162,7 @@ class Engine(Protocol):
         """Stop a sequence and free its pages. Its listener hears `cancelled`, unless it ended before."""
 
     def stats(self) -> Stats:
-        """Now."""
+        """What the engine does now, and has done."""
 
     def stop(self) -> None:
         """Take no more requests, finish those that are there, and end the engine's loop."""
@@ -174,15 +178,26 @@ class Tokens(Protocol):
     vocab_size: int
     stop_tokens: frozenset[int]  # that end a text: end of sequence, end of turn
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with what the model wants in front (beginning of sequence)."""
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """Token ids of a text. Takes time and memory in proportion to it, and lets other threads run.
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer.
+        Args:
+            begin: with what the model wants in front (beginning of sequence).
+
+        Raises:
+            HelixError: it is no text.
+        """
+
+    def chat_text(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The text of a conversation, ready for the assistant's answer, to be encoded without `begin`.
 
         Raises:
             HelixError: the model has no chat template, or the template refuses these messages.
+            TemplateLimitError: the template takes too long.
         """
+
+    def close(self) -> None:
+        """End what was started for `chat_text`, which fails from now on."""
 
     def decoder(self, after: Sequence[int] = ()) -> TextStream:
         """A decoder of one sequence's output, which comes after these tokens."""

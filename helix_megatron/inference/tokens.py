@@ -14,9 +14,10 @@ from typing import Any
 
 from helix_megatron.checkpoint.huggingface_io import read_json
 from helix_megatron.checkpoint.sources import SIDECARS
-from helix_megatron.data.text import EOD_NAMES
+from helix_megatron.data.text import EOD_NAMES, read_tokenizer_file
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.inference.request import TextStream, Tokens
+from helix_megatron.inference.templates import ChatTemplate
 
 BYTES = 256
 UNKNOWN = (
@@ -160,7 +161,43 @@ class ByteStream:
 # ------------------------------------------------------------------------- tokenizers
 
 
-class ByteTokens:
+class _Tokens:
+    """What tokenizers have in common. `owner` names them in errors."""
+
+    owner: str
+    vocab_size: int
+    stop_tokens: frozenset[int]
+    _encode: Callable[[str, bool], list[int]]
+    _decode: Callable[[list[int]], str]
+    _front: Sequence[int] = ()
+    _template: ChatTemplate | None = None
+
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """Token ids of a text, after those that the model wants in front."""
+        _utf8(text)
+        return [*(self._front if begin else ()), *self._encode(text, False)]
+
+    def chat_text(self, messages: Sequence[dict[str, Any]]) -> str:
+        """A conversation by the chat template, up to where the assistant's answer begins."""
+        if self._template is None:
+            raise HelixError(
+                f"{self.owner} has no chat template, so a conversation cannot be turned into tokens. Send a "
+                "plain prompt, or give --tokenizer DIR with a tokenizer that has a template "
+                "(tokenizer_config.json or chat_template.jinja)."
+            )
+        return self._template.render(messages)
+
+    def close(self) -> None:
+        """End the process of the chat template."""
+        if self._template is not None:
+            self._template.close()
+
+    def decoder(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder of one sequence's output, which follows the tokens `after`."""
+        return TokenStream(self._decode, after, self.stop_tokens)
+
+
+class ByteTokens(_Tokens):
     """Every byte of a text in UTF-8 is a token. With more than 256 of them, 256 ends a document.
 
     So it is for models that the training script trains without a tokenizer, and on Megatron's files of bytes.
@@ -168,6 +205,8 @@ class ByteTokens:
     Raises:
         HelixError: the model has fewer tokens than there are bytes.
     """
+
+    owner = "a model of bytes"
 
     def __init__(self, vocab_size: int = BYTES) -> None:
         if vocab_size < BYTES:
@@ -178,21 +217,17 @@ class ByteTokens:
         self.vocab_size = min(vocab_size, BYTES + 1)
         self.stop_tokens = frozenset(range(BYTES, self.vocab_size))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, begin: bool = True) -> list[int]:
         """The bytes of a text."""
         # What a shell could not decode comes as lone surrogates, which stand for the bytes themselves.
         return list(_utf8(text, "surrogateescape"))
-
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """There is none."""
-        raise HelixError(_no_template("a model of bytes"))
 
     def decoder(self, after: Sequence[int] = ()) -> TextStream:
         """A decoder of one sequence's output."""
         return ByteStream()
 
 
-class FileTokens:
+class FileTokens(_Tokens):
     """A `tokenizer.json` of the `tokenizers` library, with the special tokens in front that it asks for.
 
     Args:
@@ -203,45 +238,22 @@ class FileTokens:
         HelixError: no tokenizer, or the library is not installed.
     """
 
+    owner = "a tokenizer.json alone"
+
     def __init__(self, path: Path, stop_tokens: Collection[int] = ()) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise HelixError(
-                f"{path} needs the package tokenizers, which is not installed. Try pip install tokenizers, or "
-                "--tokenizer byte."
-            ) from error
-        try:
-            self._backend = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise HelixError(
-                f"{path} is no tokenizer file of the tokenizers library: {error}. {GIVE}."
-            ) from error
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        self._backend, vocabulary = read_tokenizer_file(str(path), "--tokenizer byte")
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         by_name = [vocabulary[name] for name in EOD_NAMES if name in vocabulary]
         self.stop_tokens = frozenset(stop_tokens or by_name[:1])
-        self._front = front(
-            lambda text, special: self._backend.encode(text, add_special_tokens=special).ids
-        )
+        self._decode = self._backend.decode
+        self._front = front(self._encode)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, after those that belong in front."""
-        _utf8(text)
-        return [*self._front, *self._backend.encode(text, add_special_tokens=False).ids]
-
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """There is none in this file."""
-        raise HelixError(_no_template("a tokenizer.json alone"))
-
-    def decoder(self, after: Sequence[int] = ()) -> TextStream:
-        """A decoder of one sequence's output, which follows the tokens `after`."""
-        return TokenStream(self._backend.decode, after, self.stop_tokens)
+    def _encode(self, text: str, special: bool) -> list[int]:
+        # In batches of one: `encode` would keep all other threads waiting.
+        return self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
 
-class HuggingFaceTokens:
+class HuggingFaceTokens(_Tokens):
     """A tokenizer that `transformers.AutoTokenizer` reads.
 
     Args:
@@ -253,7 +265,7 @@ class HuggingFaceTokens:
     """
 
     def __init__(self, directory: Path, stop_tokens: Collection[int] = ()) -> None:
-        self._directory = directory
+        self.owner = str(directory)
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -279,36 +291,15 @@ class HuggingFaceTokens:
         own = self._tokenizer.eos_token_id
         self.stop_tokens = frozenset(stop_tokens) | ({own} if own is not None else set())
         self._front = front(self._encode)
+        if self._tokenizer.chat_template:
+            self._template = self._chat_template()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, after those that the model wants in front."""
-        _utf8(text)
-        return [*self._front, *self._encode(text, False)]
-
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation by the chat template, up to where the assistant's answer begins."""
-        if not self._tokenizer.chat_template:
-            raise HelixError(_no_template(str(self._directory)))
-        for message in messages:
-            _utf8(str(message.get("content")))
+    def _chat_template(self) -> ChatTemplate | None:
         try:
-            return list(
-                self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=False,
-                )
-            )
-        except Exception as error:  # a template is a program: it fails in every way
-            raise HelixError(
-                f"the model's chat template refuses these messages: {error}. Most want roles user and "
-                "assistant in turns, and some no role system."
-            ) from error
-
-    def decoder(self, after: Sequence[int] = ()) -> TextStream:
-        """A decoder of one sequence's output, which follows the tokens `after`."""
-        return TokenStream(self._decode, after, self.stop_tokens)
+            template = self._tokenizer.get_chat_template()
+        except ValueError:  # several templates, and none for plain conversations
+            return None
+        return ChatTemplate(template, self._tokenizer.special_tokens_map)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=special)
@@ -353,14 +344,6 @@ def _utf8(text: str, errors: str = "strict") -> bytes:
             f"character {error.start} of the text is half of a surrogate pair ({text[error.start]!r}), which "
             "is no text by itself. Send the whole pair, or UTF-8."
         ) from error
-
-
-def _no_template(owner: str) -> str:
-    return (
-        f"{owner} has no chat template, so a conversation cannot be turned into tokens. Send a plain prompt, "
-        "or give --tokenizer DIR with a tokenizer that has a template (tokenizer_config.json or "
-        "chat_template.jinja)."
-    )
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ EXPLANATIONS = {
     405: "The path does not have this method.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    415: "The body is not JSON.",
+    415: "The body is not sent as JSON.",
     429: "Too many requests wait. `Retry-After` says when to try again.",
     500: "The engine failed.",
     503: "The server is stopping, or its engine has failed.",
@@ -40,11 +40,11 @@ class ApiError(Exception):
     """An answer that is not a success.
 
     Args:
-        status: of HTTP.
-        message: for people: the value, the valid values, what to try.
+        status: the status of HTTP.
+        message: what people read: the value, the valid values, what to try.
         param: the field of the request that is wrong.
-        code: for programs, where OpenAI has one.
-        headers: of the response, beyond the usual.
+        code: what programs read, where OpenAI has a code for it.
+        headers: headers of the response, beyond the usual.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
-        """OpenAI's family of the error."""
+        """Which of OpenAI's families the error belongs to."""
         if self.status == HTTPStatus.TOO_MANY_REQUESTS:
             return "rate_limit_error"
         server = self.status >= HTTPStatus.INTERNAL_SERVER_ERROR
         return "server_error" if server else "invalid_request_error"
 
     def reply(self) -> ErrorReply:
-        """The body."""
+        """The body of the response."""
         return ErrorReply(
             error=ErrorDetail(
                 message=self.message, type=self.type, param=self.param, code=self.code
@@ -101,7 +101,7 @@ def from_engine(error: HelixError, failure: str) -> ApiError:
     """What the engine's (or the tokeniser's) refusal means to a client.
 
     Args:
-        failure: of the engine, empty while it runs well.
+        failure: why the engine failed; empty while it runs well.
     """
     if isinstance(error, QueueFullError):
         return too_many(str(error))
@@ -111,19 +111,19 @@ def from_engine(error: HelixError, failure: str) -> ApiError:
 
 
 def too_many(message: str) -> ApiError:
-    """429, to be tried again."""
+    """The answer 429, which says when to try again."""
     return ApiError(
         429, message, code="rate_limit_exceeded", headers={"Retry-After": str(RETRY_SECONDS)}
     )
 
 
 def unavailable(reason: str) -> ApiError:
-    """503: this server will not answer any more."""
+    """The answer 503: this server takes no requests any more."""
     return ApiError(503, f"The server takes no requests: {reason}", code="service_unavailable")
 
 
 def mistake() -> ApiError:
-    """500 for what should not happen: what exactly is in the log, and not for clients."""
+    """The answer 500 to what should not happen. What it was stands in the log and is not for clients."""
     return ApiError(500, "The server made a mistake; its log says more.")
 
 

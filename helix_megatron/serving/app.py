@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from helix_megatron.inference.request import Engine, Tokens
 from helix_megatron.serving.api_errors import encoded, install_error_handlers, unavailable
@@ -41,19 +43,31 @@ def make_app(engine: Engine, tokens: Tokens, settings: ServerSettings) -> FastAP
 
     Args:
         engine: `submit` and `cancel` are called from the event loop: they must return at once.
-        tokens: `encode` and `encode_chat` are called from one worker thread, decoders from the event loop's.
+        tokens: `encode` and `chat_text` are called from a thread each, decoders from the event loop's.
     """
     service = Service(engine, tokens, settings)
-    # A path with a slash too many is an error like any other, not a redirection.
     app = FastAPI(title="Helix", redirect_slashes=False, redoc_url=None)
     app.state.service = service
     app.add_middleware(Observed, metrics=service.metrics)
+    app.add_middleware(PlainPaths)
     install_error_handlers(app)
     _add_generation(app, service)
     _add_models(app, service)
     _add_operations(app, service)
     publish(app, [CompletionRequest, ChatRequest])
     return app
+
+
+class PlainPaths:
+    """ASGI middleware that takes a path with slashes too many for the one without: clients join them so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["path"] = re.sub("/+", "/", scope["path"]).rstrip("/") or "/"
+        await self.app(scope, receive, send)
 
 
 def _key(service: Service) -> list[Any]:
@@ -111,7 +125,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 async def _collected(service: Service, plan: Plan, started: float, shape: Shape) -> Response:
-    """A whole response."""
+    """Answer with all texts at once, when the last one has ended."""
     with service.generation(plan, started) as generation:
         texts: list[list[str]] = [[] for _ in generation.choices]
         while generation.open:
@@ -135,13 +149,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", dependencies=_key(service), responses=errors(401, 500))
     async def models() -> ModelList:
-        """The models that this server has: one."""
+        """List the one model that this server has."""
         return ModelList(data=[card])
 
     # Names of models contain slashes.
     @app.get("/v1/models/{model:path}", dependencies=_key(service), responses=errors(401, 404, 500))
     async def model_card(model: str) -> ModelCard:
-        """One model, by its name."""
+        """Tell of the model by its name."""
         require_model(model, service.settings)
         return card
 
@@ -152,7 +166,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         """Whether requests are taken. It never asks for a key."""
         if service.trouble:
             raise unavailable(service.trouble)
-        return Health()
+        reason = service.chat_trouble or None
+        return Health(status="degraded" if reason else "ok", reason=reason)
 
     protection = service.settings.protect_metrics
 
@@ -164,5 +179,5 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         response_class=Response,
     )
     async def metrics() -> Response:
-        """In Prometheus' text format."""
+        """The server's metrics in Prometheus' text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
@@ -28,10 +29,12 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
         ApiError: 408, 413 or 415.
         ClientDisconnect: the client went away.
     """
-    content_type = request.headers.get("content-type", "application/json")
-    media_type = content_type.partition(";")[0].strip().lower()
+    # A page of another origin can make a browser send a body without a type, or with one of a form.
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError(415, f"Content-Type is {media_type[:80]!r}. Valid: application/json.")
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise ApiError(415, f"Content-Encoding is {coding[:80]!r}. Valid: leave it out.")
     limit = settings.max_body_bytes
     if "expect" in request.headers and _declared(request) > limit:
         raise _too_large(limit)  # the client waits for leave to send
@@ -48,7 +51,7 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
                 else:
                     body.clear()
             if size <= limit:
-                return bytes(body)
+                return bytes(body).removeprefix(codecs.BOM_UTF8)
     if size > limit:
         raise _too_large(limit)
     raise ApiError(

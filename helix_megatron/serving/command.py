@@ -22,7 +22,7 @@ from helix_megatron.inference.command import (
     say,
 )
 from helix_megatron.local_ranks import end_with_parent
-from helix_megatron.serving.settings import ServerSettings
+from helix_megatron.serving.settings import MOST_SECONDS, ServerSettings
 
 if TYPE_CHECKING:
     from helix_megatron.inference.engine import Engine
@@ -31,16 +31,19 @@ if TYPE_CHECKING:
 PROGRAM = "helix serve"
 KEY_VARIABLE = "HELIX_API_KEY"
 FAREWELL_SECONDS = 1.0  # for clients to be told, where there is no more to wait for
+GRACE_SECONDS = 5.0  # for the end of what was drained
 GONE = "a process of the server is gone; its log says which."
+UNANSWERED = "the server is stopping, and a process of it does not answer."
 DEFAULTS = ServerSettings("model")
+MOST_NUMBER = 2**31 - 1
 # Fields of ServerSettings that are flags of the same name.
 LIMITS = {
-    "max_body_bytes": "of a request's body",
-    "max_choices": "n of a request, at most",
-    "max_prompts": "in the list of a request, at most",
-    "max_open_requests": "answered at the same time, at most",
-    "body_seconds": "in which a request's body must have come",
-    "send_seconds": "in which a client must take an event of its stream",
+    "max_body_bytes": "the longest body of a request",
+    "max_choices": "the largest n of a request",
+    "max_prompts": "the most prompts in the list of a request",
+    "max_open_requests": "how many requests are read or answered at the same time",
+    "body_seconds": "the time in which a request's body must have come",
+    "send_seconds": "the time in which a client must take an event of its stream",
 }
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -50,34 +53,39 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         program, "Serve a checkpoint of Helix, Megatron or Hugging Face over HTTP as OpenAI does."
     )
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     group.add_argument(
-        "--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)"
+        "--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)"
+    )
+    group.add_argument(
+        "--port",
+        type=int,
+        default=8000,
+        help="the port to listen at; 0 takes a free one (default: %(default)s)",
     )
     group.add_argument(
         "--model-name",
-        help="that clients ask for (default: the name of the checkpoint's directory)",
+        help="the name that clients ask for (default: that of the checkpoint's directory)",
     )
     group.add_argument(
         "--api-key-file",
         metavar="FILE",
-        help=f"keys, one a line, of which a request needs one; beside those in {KEY_VARIABLE}, separated by "
-        "commas (default: no key is asked for)",
+        help="a file of keys, one a line, of which a request needs one; more are taken from the variable "
+        f"{KEY_VARIABLE}, separated by commas (default: no key is asked for)",
     )
     group.add_argument(
-        "--protect-metrics", action="store_true", help="ask for a key at /metrics, too"
+        "--protect-metrics", action="store_true", help="a key is asked for at /metrics, too"
     )
     group.add_argument(
         "--max-waiting",
         type=int,
         default=256,
-        help="sequences that may wait for their turn; one more is refused with 429 (default: %(default)s)",
+        help="how many sequences may wait for their turn; one more is refused with 429 (default: %(default)s)",
     )
     group.add_argument(
         "--drain-seconds",
         type=float,
         default=30.0,
-        help="for open requests to finish after SIGTERM or Ctrl-C (default: %(default)s)",
+        help="the time that open requests have to finish after SIGTERM or Ctrl-C (default: %(default)s)",
     )
     for name, text in LIMITS.items():
         default = getattr(DEFAULTS, name)
@@ -97,7 +105,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     with exit_on_error(program):
         _check_installed()
         options = build_parser(program).parse_args(arguments)
-        _settings(options)
+        options.settings = _settings(options)
         return run_command("serve", options, arguments, _serve)
 
 
@@ -123,6 +131,17 @@ class _Asked(threading.Event):
         self._deadline = time.monotonic() + self._drain_seconds
         self.server.announce_stop()
         self.engine.stop(self._drain_seconds)
+        last_resort = threading.Timer(self._drain_seconds + GRACE_SECONDS, self._leave)
+        last_resort.daemon = True
+        last_resort.start()
+
+    def _leave(self) -> None:
+        """End this process although the engine has not: a rank that is stopped holds it in a collective."""
+        assert self.engine is not None and self.server is not None
+        unfinished = self.engine.fail(UNANSWERED)
+        self.server.stop(FAREWELL_SECONDS)
+        say(f"The server did not end by itself. {unfinished} sequences were not finished.")
+        os._exit(1 if unfinished else 0)
 
     @property
     def seconds_left(self) -> float:
@@ -158,7 +177,7 @@ def _serve(args: argparse.Namespace, options: argparse.Namespace) -> int:
             follow(runner)
         else:
             assert listener is not None
-            app = make_app(engine, tokens, _settings(options))
+            app = make_app(engine, tokens, options.settings)
             server = Server(app, listener, max_connections=2 * options.max_open_requests)
             _answer(engine, server, asked, args, options)
     return 0
@@ -179,11 +198,11 @@ def _answer(
         engine.run()
         raise
     asked.server, asked.engine = server, engine
-    if options.host not in LOOPBACK and not _settings(options).api_keys:
+    if options.host not in LOOPBACK and not options.settings.api_keys:
         say(f"Anybody who reaches {options.host} may ask: there is no API key ({KEY_VARIABLE}).")
     host = f"[{options.host}]" if ":" in options.host else options.host
     say(
-        f"{_settings(options).model_name}: http://{host}:{port}/v1, {args.world_size} "
+        f"{options.settings.model_name}: http://{host}:{port}/v1, {args.world_size} "
         f"rank{'s' * (args.world_size != 1)}, contexts of up to {engine.capacity.max_context:,} tokens"
     )
     try:
@@ -195,24 +214,38 @@ def _answer(
 
 
 def _settings(options: argparse.Namespace) -> ServerSettings:
-    keys = [key for key in os.environ.get(KEY_VARIABLE, "").split(",") if key]
+    keys = []
+    if KEY_VARIABLE in os.environ:
+        keys += _keys(os.environ[KEY_VARIABLE].split(","), f"the variable {KEY_VARIABLE}")
     if options.api_key_file:
         try:
-            keys += Path(options.api_key_file).read_text().split()
-        except OSError as error:
+            text = Path(options.api_key_file).read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
             raise HelixError(
-                f"cannot read the key file {options.api_key_file}: {error.strerror}."
+                f"cannot read the key file {options.api_key_file}: {reason}. Give one key a line."
             ) from error
-        if not keys:
-            raise HelixError(f"the key file {options.api_key_file} is empty. Give one key a line.")
-    if options.max_waiting < 0 or options.drain_seconds < 0:
-        raise HelixError("--max-waiting and --drain-seconds must be at least 0.")
+        keys += _keys(text.splitlines(), f"the key file {options.api_key_file}")
+    for name, most in (("max_waiting", MOST_NUMBER), ("drain_seconds", MOST_SECONDS)):
+        value = getattr(options, name)
+        if not 0 <= value <= most:
+            raise HelixError(f"--{name.replace('_', '-')} is {value}. Valid: 0 to {most}.")
     return ServerSettings(
         model_name=options.model_name or Path(options.load).resolve().name,
         api_keys=tuple(keys),
         protect_metrics=options.protect_metrics,
         **{name: getattr(options, name) for name in LIMITS},
     )
+
+
+def _keys(texts: Sequence[str], source: str) -> list[str]:
+    """The keys of one source. Who names a source and gives no key does not mean that anybody may ask."""
+    keys = [text.strip() for text in texts if text.strip()]
+    if not keys:
+        raise HelixError(
+            f"{source} holds no key. Give one or more, or leave it out to ask for none."
+        )
+    return keys
 
 
 def _check_installed() -> None:

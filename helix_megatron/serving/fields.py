@@ -41,16 +41,23 @@ NEUTRAL_CHAT = NEUTRAL | {
     "verbosity": (),
     "web_search_options": (),
 }
-# Clients send an assistant's answer back as they received it.
-NEUTRAL_MESSAGE: dict[str, tuple[object, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
+# Clients send an assistant's answer back as they received it, with what other servers and libraries add to it.
+NEUTRAL_MESSAGE: dict[str, tuple[object, ...]] = {"audio": (), "function_call": ()}
+IGNORED_OF_MESSAGE = frozenset(
+    {
+        "annotations",
+        "images",
+        "provider_specific_fields",
+        "reasoning",
+        "reasoning_details",
+        "refusal",
+        "thinking_blocks",
+    }
+)
+NEUTRAL_PART: dict[str, tuple[object, ...]] = dict.fromkeys(
+    ("file", "image_url", "input_audio", "refusal", "video_url"), ()
+)
+IGNORED_OF_PART = frozenset({"annotations", "cache_control"})
 
 
 def same(left: object, right: object) -> bool:

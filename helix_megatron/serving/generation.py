@@ -21,9 +21,9 @@ class Plan:
     """What a request asks of the engine, ready to be submitted.
 
     Args:
-        prompts: token ids.
-        samplings: of each prompt's choices. Choices are numbered prompt by prompt.
-        stops: stop strings.
+        prompts: the token ids of each prompt.
+        samplings: how each prompt's choices are sampled. Choices are numbered prompt by prompt.
+        stops: the strings that end a choice.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -31,7 +31,7 @@ class Plan:
     stops: tuple[str, ...]
 
 
-# Of the prompt, by which a decoder knows whether a space belongs between it and the output.
+# A decoder knows by the end of the prompt whether a space belongs between it and the output.
 CONTEXT_TOKENS = 16
 
 
@@ -149,7 +149,7 @@ class Generation:
         self._inbox.put((0, error))
 
     def usage(self) -> Usage:
-        """So far."""
+        """The tokens that were read and generated so far."""
         completion = sum(choice.tokens for choice in self.choices)
         return Usage(
             prompt_tokens=self._prompt_tokens,

@@ -47,19 +47,19 @@ class Mailbox:
 
 
 class Inbox(Generic[Item]):
-    """Items of one response, taken together with all that came meanwhile. Of one event loop."""
+    """The items of one response, each taken with all that came meanwhile. It belongs to one event loop."""
 
     def __init__(self) -> None:
         self._items: list[Item] = []
         self._filled = asyncio.Event()
 
     def put(self, item: Item) -> None:
-        """Add one."""
+        """Add an item."""
         self._items.append(item)
         self._filled.set()
 
     async def take(self) -> list[Item]:
-        """All that are there, at least one."""
+        """Wait for an item; it, and all that came with it."""
         await self._filled.wait()
         self._filled.clear()
         items, self._items = self._items, []

@@ -22,7 +22,7 @@ UNKNOWN_ROUTE = (
 
 
 class Metrics:
-    """Of one application, in a registry of its own."""
+    """The metrics of one application, in a registry of its own."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = registry = CollectorRegistry()
@@ -55,10 +55,12 @@ class Metrics:
             registry=registry,
         )
         self.prompt_tokens = Counter(
-            "helix_prompt_tokens", "In accepted requests, as in their usage.", registry=registry
+            "helix_prompt_tokens",
+            "Prompt tokens of accepted requests, as in their usage.",
+            registry=registry,
         )
         self.generated_tokens = Counter(
-            "helix_generated_tokens", "In responses, as in their usage.", registry=registry
+            "helix_generated_tokens", "Tokens in responses, as in their usage.", registry=registry
         )
         self.failed_streams = Counter(
             "helix_failed_streams",
@@ -68,7 +70,7 @@ class Metrics:
         registry.register(EngineCollector(engine))
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -81,10 +83,13 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
         gauges: dict[str, tuple[str, float]] = {
-            "helix_engine_running_sequences": ("That are generated now.", stats.running),
-            "helix_engine_waiting_sequences": ("That wait to be generated.", stats.waiting),
-            "helix_cache_pages_used": ("Of the key-value cache, in use.", stats.pages_used),
-            "helix_cache_pages": ("Of the key-value cache, all.", stats.pages_total),
+            "helix_engine_running_sequences": ("Sequences that are generated now.", stats.running),
+            "helix_engine_waiting_sequences": (
+                "Sequences that wait to be generated.",
+                stats.waiting,
+            ),
+            "helix_cache_pages_used": ("Pages of the key-value cache in use.", stats.pages_used),
+            "helix_cache_pages": ("Pages of the key-value cache.", stats.pages_total),
             "helix_cache_used_bytes": (
                 "Keys and values in the pages in use, over all ranks.",
                 stats.cache_bytes_used,
@@ -101,7 +106,7 @@ class EngineCollector(Collector):
             ),
             "helix_engine_generated_tokens": ("Tokens generated.", stats.generated_tokens),
             "helix_engine_steps": ("Steps of the engine.", stats.steps),
-            "helix_engine_step_seconds": ("Time in steps.", stats.step_seconds),
+            "helix_engine_step_seconds": ("Time spent in steps.", stats.step_seconds),
             "helix_engine_preemptions": ("Sequences that gave up their pages.", stats.preemptions),
         }
         for name, (text, value) in gauges.items():

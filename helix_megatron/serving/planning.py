@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from helix_megatron.inference.request import MAX_SEED, Capacity, Sampling, Tokens
+from collections.abc import Sequence
+
+from helix_megatron.inference.request import MAX_SEED, Capacity, Sampling
 from helix_megatron.serving.api_errors import ApiError, shown
 from helix_megatron.serving.generation import Plan
 from helix_megatron.serving.schema import ChatRequest, CompletionRequest, GenerationRequest
@@ -13,42 +15,73 @@ COMPLETION_TOKENS = (
 )
 
 
-def plan(
-    request: CompletionRequest | ChatRequest,
-    tokens: Tokens,
-    capacity: Capacity,
-    settings: ServerSettings,
-) -> Plan:
-    """Tokenise, and check what depends on the model. Long texts take their time.
+# Tokens of English have 4 characters on average, long runs of spaces up to 16; longer texts do not fit.
+CHARACTERS_PER_TOKEN = 16
+
+
+def check(request: GenerationRequest, capacity: Capacity, settings: ServerSettings) -> None:
+    """Refuse what can be refused before a text is tokenised.
 
     Raises:
         ApiError: 400 or 404.
-        HelixError: the model has no chat template, or it refuses these messages.
     """
     require_model(request.model, settings)
     choices = request.n or 1
     _at_most("n", choices, settings.max_choices, "Try several requests.")
-    if isinstance(request, CompletionRequest):
-        param = "prompt"
-        wanted = request.prompts
-        _at_most("prompt", len(wanted), settings.max_prompts, "Try several requests.", "prompts")
-        _at_most(
-            "n",
-            choices * len(wanted),
-            capacity.max_sequences + capacity.max_waiting,
-            "That is what the engine generates and queues at once. Try several requests.",
-            "sequences",
+    if not isinstance(request, CompletionRequest):
+        return
+    wanted = request.prompts
+    _at_most("prompt", len(wanted), settings.max_prompts, "Try several requests.", "prompts")
+    _at_most(
+        "n",
+        choices * len(wanted),
+        capacity.max_sequences + capacity.max_waiting,
+        "That is what the engine generates and queues at once. Try several requests.",
+        "sequences",
+    )
+    for one in wanted:
+        if isinstance(one, str):
+            check_size(len(one), capacity, "prompt")
+
+
+def check_size(characters: int, capacity: Capacity, param: str) -> None:
+    """Refuse a text that cannot fit: finding out how many tokens it has would take all others' time.
+
+    Raises:
+        ApiError: 400.
+    """
+    limit = CHARACTERS_PER_TOKEN * capacity.max_context
+    if characters > limit:
+        raise ApiError(
+            400,
+            f"The prompt has {characters} characters. The context holds {capacity.max_context} tokens, and "
+            f"texts of more than {limit} characters are not tried. Try a shorter prompt.",
+            param=param,
+            code="context_length_exceeded",
         )
-        prompts = [tokens.encode(one) if isinstance(one, str) else one for one in wanted]
-        default = COMPLETION_TOKENS
-    else:
-        param = "messages"
-        prompts = [tokens.encode_chat([message.plain() for message in request.messages])]
-        default = capacity.max_context
+
+
+def plan(
+    request: GenerationRequest,
+    prompts: Sequence[Sequence[int]],
+    stop_tokens: frozenset[int],
+    capacity: Capacity,
+) -> Plan:
+    """What the engine is asked for these prompts.
+
+    Args:
+        prompts: the token ids of each.
+        stop_tokens: of the model.
+
+    Raises:
+        ApiError: 400.
+    """
+    chat = isinstance(request, ChatRequest)
+    param, default = ("messages", capacity.max_context) if chat else ("prompt", COMPLETION_TOKENS)
     samplings = []
     for prompt in prompts:
         length = _length(len(prompt), request.length, default, capacity.max_context, param)
-        samplings.append(_samplings(request, choices, length, tokens.stop_tokens))
+        samplings.append(_samplings(request, request.n or 1, length, stop_tokens))
     return Plan(tuple(map(tuple, prompts)), tuple(samplings), tuple(request.stops))
 
 

@@ -13,7 +13,7 @@ Finish = Literal["stop", "length"]
 
 
 class ErrorDetail(BaseModel):
-    """One error."""
+    """What is wrong, for people and for programs."""
 
     message: str
     type: str
@@ -28,7 +28,7 @@ class ErrorReply(BaseModel):
 
 
 class Usage(BaseModel):
-    """In tokens. Of several prompts the sum; a prompt counts once, however many choices it has."""
+    """Tokens of all prompts together; a prompt counts once, however many choices it has."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -36,7 +36,7 @@ class Usage(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One text."""
+    """One text of a response or an event."""
 
     index: int
     text: str
@@ -45,7 +45,7 @@ class CompletionChoice(BaseModel):
 
 
 class CompletionReply(BaseModel):
-    """Of `/v1/completions`."""
+    """The answer of `/v1/completions`."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -64,7 +64,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One of the answers to a conversation."""
 
     index: int
     message: ChatMessage
@@ -73,7 +73,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatReply(BaseModel):
-    """Of `/v1/chat/completions`."""
+    """The answer of `/v1/chat/completions`."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -84,7 +84,7 @@ class ChatReply(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One model."""
+    """What is known of a model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -94,16 +94,17 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Of `/v1/models`."""
+    """The answer of `/v1/models`."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Health(BaseModel):
-    """Of `/health`, while the engine works."""
+    """The answer of `/health` while requests are taken; `degraded` says which ones fail."""
 
-    status: Literal["ok"] = "ok"
+    status: Literal["ok", "degraded"] = "ok"
+    reason: Omitted[str] = None
 
 
 class CompletionChunk(BaseModel):
@@ -125,7 +126,7 @@ class ChatDelta(BaseModel):
 
 
 class ChatChunkChoice(BaseModel):
-    """News of one answer."""
+    """What is new of one answer."""
 
     index: int
     delta: ChatDelta

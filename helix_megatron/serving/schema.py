@@ -1,10 +1,12 @@
 """What a client may ask, as OpenAI's reference has it: types are strict, numbers are bounded.
 
-Unknown fields are refused (`fields.complaint`), so that a misspelt one is not silently without effect.
+Unknown fields are refused, so that a misspelt one is not silently without effect.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -39,18 +41,26 @@ def _publish(schema: JsonDict, model: type[Any]) -> None:
 
 
 class _Strict(BaseModel):
-    """No conversions: "1" is not 1, and true is not 1."""
+    """No conversions: "1" is not 1, and true is not 1; but 16.0 is 16, as in JSON Schema."""
 
-    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra=_publish)
+    model_config = ConfigDict(strict=True, extra="ignore", json_schema_extra=_publish)
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     ignored: ClassVar[frozenset[str]] = frozenset()
 
-    @model_validator(mode="after")
-    def _no_other_fields(self) -> _Strict:
-        found = fields.complaint(type(self).model_fields, self.model_extra or {}, self.neutral)
+    @model_validator(mode="before")
+    @classmethod
+    def _no_other_fields(cls, values: Any) -> Any:
+        """Before the types: who misspells a required field must not only hear that it is missing."""
+        if not isinstance(values, dict):
+            return values
+        found = fields.complaint(cls.model_fields, values, cls.neutral, cls.ignored)
         if found:
-            raise PydanticCustomError("unsupported", "{message}", {"message": found[1]})
-        return self
+            details = {"field": found[0][:80], "message": found[1].removesuffix(".")}
+            raise PydanticCustomError("unsupported", "{message}", details)
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in values.items()
+        }
 
 
 def _kind(value: object) -> str | None:
@@ -83,11 +93,11 @@ Prompt = Annotated[
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     Annotated[StopString, Tag("string")]
-    | Annotated[list[StopString], Field(min_length=1, max_length=MAX_STOPS), Tag("strings")],
+    | Annotated[list[StopString], Field(max_length=MAX_STOPS), Tag("strings")],
     Discriminator(
-        _kind,
+        lambda value: "strings" if value == [] else _kind(value),
         custom_error_type="stop",
-        custom_error_message=f"Valid: a string, or a list of 1 to {MAX_STOPS} strings",
+        custom_error_message=f"Valid: a string, or a list of up to {MAX_STOPS} strings",
     ),
 ]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -96,6 +106,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class TextPart(_Strict):
     """A part of a message."""
 
+    neutral = fields.NEUTRAL_PART
+    ignored = fields.IGNORED_OF_PART
     type: Literal["text"]
     text: str
 
@@ -112,22 +124,50 @@ Content = Annotated[
 
 
 class Message(_Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation. What templates may look at is passed on to them."""
 
     neutral = fields.NEUTRAL_MESSAGE
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    ignored = fields.IGNORED_OF_MESSAGE
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = Field(default=None, description="Only an assistant may say nothing.")
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, JsonValue]] | None = None
+    tool_call_id: str | None = None
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError(
+                "no_content", "content is required for role {role}", {"role": self.role}
+            )
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """As chat templates have it: they know no `developer`, which is OpenAI's new name of `system`."""
-        content = self.content
+        content = self.content or ""
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        role = "system" if self.role == "developer" else self.role
+        calls = [_with_parsed_arguments(call) for call in self.tool_calls or ()]
+        others = self.model_dump(include={"name", "reasoning_content", "tool_call_id"})
+        others = others | {"tool_calls": calls or None}
+        return {"role": role, "content": content} | {
+            name: value for name, value in others.items() if value is not None
+        }
+
+
+def _with_parsed_arguments(call: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """A call of a tool as templates have it: OpenAI's API has its arguments as JSON in a string."""
+    function = call.get("function")
+    if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
+        with contextlib.suppress(ValueError):
+            return call | {"function": function | {"arguments": from_json(arguments)}}
+    return call
 
 
 class StreamOptions(_Strict):
-    """How to stream."""
+    """What a stream holds besides the text."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(
@@ -163,7 +203,7 @@ class GenerationRequest(_Strict):
 
     @property
     def length(self) -> int | None:
-        """How many tokens at most, if the client said so."""
+        """The most tokens to generate, if the client said so."""
         return self.max_tokens
 
     @model_validator(mode="after")
@@ -176,7 +216,7 @@ class GenerationRequest(_Strict):
 
 
 class CompletionRequest(GenerationRequest):
-    """Of `/v1/completions`."""
+    """The body of `/v1/completions`."""
 
     neutral = fields.NEUTRAL_COMPLETION
 
@@ -207,12 +247,20 @@ class CompletionRequest(GenerationRequest):
 
 
 class ChatRequest(GenerationRequest):
-    """Of `/v1/chat/completions`."""
+    """The body of `/v1/chat/completions`."""
 
     neutral = fields.NEUTRAL_CHAT
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=LARGEST_TOKEN)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tools_that_are_not_used(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        choices = {"tools": values.get("tool_choice"), "functions": values.get("function_call")}
+        return {name: value for name, value in values.items() if choices.get(name) != "none"}
 
     @property
     def length(self) -> int | None:
@@ -235,34 +283,45 @@ class ChatRequest(GenerationRequest):
 Body = TypeVar("Body", bound=GenerationRequest)
 
 
-def parse(body: bytes, model: type[Body]) -> Body:
+def parse(body: bytes, model: type[Body], most_messages: int) -> Body:
     """The body of a request.
+
+    Args:
+        most_messages: the most messages and parts of messages that are looked at.
 
     Raises:
         ApiError: 400, with the first thing that is wrong.
     """
+    gc.disable()  # millions of lists that come at once are not garbage: looking for it stops all threads
     try:
         # Its depth is bounded, other than that of Python's own parser; NaN is not JSON.
         values: JsonValue = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.") from None
+    finally:
+        gc.enable()
     if not isinstance(values, dict):
         raise ApiError(400, f"The body is {shown(values)}. Valid: a JSON object.")
-    # Before the types: who misspells a required field must not only hear that it is missing.
-    found = fields.complaint(model.model_fields, values, model.neutral, model.ignored)
-    if found:
-        name, message = found
-        raise ApiError(400, message, param=name[:80])
+    messages = values.get("messages")
+    if isinstance(messages, list):
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        count = len(messages) + sum(len(one) for one in contents if isinstance(one, list))
+        if count > most_messages:
+            raise ApiError(
+                400,
+                f"The conversation has {count} messages and parts, more than the context has tokens: "
+                f"{most_messages}. Try a shorter one.",
+                param="messages",
+                code="context_length_exceeded",
+            )
     try:
-        return model.model_validate(
-            {name: values[name] for name in values if name in model.model_fields}
-        )
+        return model.model_validate(values)
     except ValidationError as error:
         raise _first(error, model) from None
 
 
 def _first(error: ValidationError, model: type[GenerationRequest]) -> ApiError:
-    details = error.errors(include_url=False, include_context=False)[0]
+    details = error.errors(include_url=False)[0]
     path = ""
     for step in details["loc"]:
         if isinstance(step, int):
@@ -274,7 +333,8 @@ def _first(error: ValidationError, model: type[GenerationRequest]) -> ApiError:
         text = f"{path} is required."
     elif not path:
         path = details["type"] if details["type"] in model.model_fields else ""
-        text = f"{message}."
+        path = details.get("ctx", {}).get("field", path)
+        text = message if message.endswith("?") else f"{message}."
     else:
         value = details["input"]
         text = (

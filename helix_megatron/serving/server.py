@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 START_SECONDS = 300.0  # only ends a hang
 HEADER_SECONDS = 60.0  # as long as a body may take
 # After the responses that are open were told to end: to send that, before connections are cut.
-FAREWELL_SECONDS = 10.0
+FAREWELL_SECONDS = 3.0
 
 
 class Server:
@@ -105,6 +105,7 @@ class Server:
         if self._thread.is_alive() and self._loop is not None:
             self._loop.call_soon_threadsafe(self._service.abort)
         self._thread.join(FAREWELL_SECONDS + 1)
+        self._service.close()
 
     def _run(self) -> None:
         async def serve() -> None:
@@ -124,18 +125,52 @@ class Server:
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1; a new connection must send a whole header within some seconds."""
+    """HTTP/1.1 whose clients have some seconds for a whole header, each time.
+
+    Where connections are too many, who has been waiting for a request the longest makes room.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+    _since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if (
+            self.limit_concurrency is not None
+            and len(self.connections) + 1 >= self.limit_concurrency
+        ):
+            protocols = [one for one in self.connections if isinstance(one, PatientProtocol)]
+            waiting = [one for one in protocols if one._is_waiting]
+            if waiting:
+                oldest = min(waiting, key=lambda one: one._since)
+                self.connections.discard(oldest)
+                oldest.transport.abort()
         super().connection_made(transport)
-        self._late = self.loop.call_later(HEADER_SECONDS, self._close_if_silent)
+        self._await_header()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._await_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._late.cancel()
+        self._cancel()
         super().connection_lost(exc)
 
-    def _close_if_silent(self) -> None:
-        if self.cycle is None:  # no request has begun
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether no request is being read or answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_header(self) -> None:
+        self._cancel()
+        self._since = self.loop.time()
+        self._late = self.loop.call_later(HEADER_SECONDS, self._close_if_waiting)
+
+    def _cancel(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+
+    def _close_if_waiting(self) -> None:
+        if self._is_waiting:
             self.transport.close()
 
 

@@ -6,20 +6,29 @@ import asyncio
 import contextlib
 import hmac
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from helix_megatron.errors import HelixError
-from helix_megatron.inference.request import Engine, Tokens
+from helix_megatron.inference.request import Engine, TemplateLimitError, Tokens
 from helix_megatron.serving.api_errors import ApiError, too_many, unavailable
 from helix_megatron.serving.generation import Generation, Plan
 from helix_megatron.serving.mailbox import Mailbox
 from helix_megatron.serving.metrics import Metrics
-from helix_megatron.serving.planning import plan
-from helix_megatron.serving.schema import Body, ChatRequest, CompletionRequest, parse
+from helix_megatron.serving.planning import check, check_size, plan
+from helix_megatron.serving.schema import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    parse,
+)
 from helix_megatron.serving.settings import ServerSettings
+
+Result = TypeVar("Result")
 
 STOPPING = "it is stopping."
 
@@ -33,13 +42,17 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(engine)
         self.created = int(time.time())
-        # One thread: not all tokenisers may be called from several at once.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="helix-tokens")
+        # One thread: not all tokenisers may be called from several at once. Chat templates are not to be relied
+        # upon to end, so they do not keep what needs none waiting.
+        self._texts = ThreadPoolExecutor(1, thread_name_prefix="helix-texts")
+        self._templates = ThreadPoolExecutor(1, thread_name_prefix="helix-templates")
+        self.chat_trouble = ""  # why the last conversation could not be turned into text in time
         self._keys = [key.encode() for key in settings.api_keys]
         self._generations: set[Generation] = set()
         self._reading = 0
         self._mailbox: Mailbox | None = None
-        self._stopping = False
+        self._planning: set[asyncio.Task[object]] = set()
+        self._stopping = self._aborting = False
 
     @property
     def trouble(self) -> str:
@@ -53,7 +66,10 @@ class Service:
         self._stopping = True
 
     def abort(self) -> None:
-        """End the responses that are open with an error."""
+        """End the requests that are read and the responses that are open with an error."""
+        self._aborting = True
+        for task in self._planning:
+            task.cancel()
         for generation in self._generations:
             generation.abort(unavailable(STOPPING))
 
@@ -96,21 +112,59 @@ class Service:
             self._reading -= 1
 
     async def planned(self, body: bytes, model: type[Body]) -> tuple[Body, Plan]:
-        """Parse and tokenise in the worker thread: streams go on while a long text is read.
+        """Parse and tokenise outside of the event loop, text after text: others have their turn in between.
 
         Raises:
             ApiError: 400 or 404.
         """
+        task = asyncio.current_task()
+        assert task is not None
+        self._planning.add(task)
+        try:
+            return await self._planned(body, model)
+        except asyncio.CancelledError:
+            if self._aborting:
+                raise unavailable(STOPPING) from None
+            raise
+        finally:
+            self._planning.discard(task)
 
-        def work() -> tuple[Body, Plan]:
-            request = parse(body, model)
-            assert isinstance(request, CompletionRequest | ChatRequest)
-            try:
-                return request, plan(request, self.tokens, self.engine.capacity, self.settings)
-            except HelixError as error:
-                raise ApiError(400, str(error)) from None
+    async def _planned(self, body: bytes, model: type[Body]) -> tuple[Body, Plan]:
+        capacity = self.engine.capacity
+        request = await _in(self._texts, parse, body, model, capacity.max_context)
+        check(request, capacity, self.settings)
+        wanted, begin = await self._wanted(request)
+        prompts = [
+            await _in(self._texts, self.tokens.encode, one, begin) if isinstance(one, str) else one
+            for one in wanted
+        ]
+        return request, plan(request, prompts, self.tokens.stop_tokens, capacity)
 
-        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+    async def _wanted(self, request: GenerationRequest) -> tuple[Sequence[str | list[int]], bool]:
+        """Texts or token ids, and whether the model's first tokens are to come in front of texts."""
+        if isinstance(request, CompletionRequest):
+            return request.prompts, True
+        assert isinstance(request, ChatRequest)
+        messages = [message.plain() for message in request.messages]
+        check_size(sum(len(one["content"]) for one in messages), self.engine.capacity, "messages")
+        text = await _in(self._templates, self._chat_text, messages)
+        check_size(len(text), self.engine.capacity, "messages")
+        return [text], False
+
+    def _chat_text(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            text = self.tokens.chat_text(messages)
+        except TemplateLimitError as error:
+            self.chat_trouble = str(error)
+            raise
+        self.chat_trouble = ""
+        return text
+
+    def close(self) -> None:
+        """End the work on texts, when nobody waits for it any more. May be called from any thread."""
+        self.tokens.close()
+        for executor in (self._texts, self._templates):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
     def generation(self, wanted: Plan, started: float) -> Iterator[Generation]:
@@ -134,3 +188,11 @@ class Service:
                 yield generation
             finally:
                 self._generations.discard(generation)
+
+
+async def _in(executor: Executor, work: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of `work` in a thread of an executor; what is the client's mistake as an `ApiError`."""
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
+    except HelixError as error:
+        raise ApiError(400, str(error)) from None

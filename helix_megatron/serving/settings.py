@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 from helix_megatron.errors import HelixError
+
+MOST_SECONDS = 10**7  # four months, which every clock can count
 
 
 @dataclass(frozen=True)
@@ -13,15 +14,15 @@ class ServerSettings:
     """How the server answers.
 
     Args:
-        model_name: that clients ask for, and that `/v1/models` lists.
-        api_keys: one of them must come as `Authorization: Bearer KEY`; none asks for no key.
-        protect_metrics: ask for a key at `/metrics`, too. `/health` never asks.
-        max_body_bytes: of one request's body; a longer one is refused before it is parsed.
-        body_seconds: in which a body must have arrived.
-        send_seconds: in which a client must take an event of its stream; a slower one is cut off.
-        max_choices: `n` of one request, at most.
-        max_prompts: in the list of one request, at most.
-        max_open_requests: that are answered or read at the same time; one more is told to come later.
+        model_name: what clients ask for, and what `/v1/models` lists.
+        api_keys: one of them must come as `Authorization: Bearer KEY`; without any, no key is asked for.
+        protect_metrics: whether `/metrics` asks for a key, too. `/health` never does.
+        max_body_bytes: the longest body of a request; a longer one is refused before it is parsed.
+        body_seconds: the time in which a body must have arrived.
+        send_seconds: the time in which a client must take an event of its stream; a slower one is cut off.
+        max_choices: the largest `n` of a request.
+        max_prompts: the most prompts in the list of a request.
+        max_open_requests: how many are read or answered at the same time; one more is told to come later.
 
     Raises:
         HelixError: a value out of range, with the valid ones.
@@ -38,14 +39,19 @@ class ServerSettings:
     max_open_requests: int = 1024
 
     def __post_init__(self) -> None:
-        if not self.model_name.strip():
-            raise HelixError("model_name is empty. Valid: the name that clients ask for.")
+        name = self.model_name
+        if not name.strip() or not name.isprintable() or name != name.strip("/ "):
+            raise HelixError(
+                f"model_name is {name!r}. Valid: the name that clients ask for, of printable characters, with "
+                "no space or slash around it. Give --model-name."
+            )
         for key in self.api_keys:
-            if not key or not key.isascii() or not key.isprintable() or " " in key:
+            sendable = key.isascii() and key.isprintable() and " " not in key
+            if not sendable or not any(map(str.isalnum, key)):
                 # The key itself must not appear in a log.
                 raise HelixError(
-                    f"An API key of {len(key)} characters cannot be sent in a header. Valid: one or more "
-                    "printable ASCII characters, no spaces. Try: openssl rand -hex 32."
+                    f"An API key of {len(key)} characters is none that a client can send. Valid: printable "
+                    "ASCII characters, letters or digits among them, no spaces. Try: openssl rand -hex 32."
                 )
         if self.protect_metrics and not self.api_keys:
             raise HelixError("protect_metrics asks for an API key, and there is none. Add one.")
@@ -53,5 +59,7 @@ class ServerSettings:
             value = getattr(self, field.name)
             if field.name.startswith("max_") and value < 1:
                 raise HelixError(f"{field.name} is {value}. Valid: at least 1.")
-            if field.name.endswith("_seconds") and not (math.isfinite(value) and value > 0):
-                raise HelixError(f"{field.name} is {value}. Valid: more than 0.")
+            if field.name.endswith("_seconds") and not 0 < value <= MOST_SECONDS:
+                raise HelixError(
+                    f"{field.name} is {value}. Valid: more than 0, up to {MOST_SECONDS}."
+                )

@@ -25,7 +25,7 @@ from helix_megatron.serving.replies import (
 
 
 class Shape(Protocol):
-    """How to say it."""
+    """How the texts of a request become a response."""
 
     def reply(self, texts: Sequence[tuple[str, Finish]], usage: Usage) -> BaseModel:
         """A whole response: the text of each choice, and how it ended."""
@@ -41,7 +41,7 @@ class Shape(Protocol):
 
 
 class CompletionShape:
-    """Of `/v1/completions`."""
+    """The responses of `/v1/completions`."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -73,7 +73,7 @@ class CompletionShape:
 
 
 class ChatShape:
-    """Of `/v1/chat/completions`."""
+    """The responses of `/v1/chat/completions`."""
 
     def __init__(self, model: str) -> None:
         self._model = model

@@ -17,6 +17,10 @@ NEEDS = (
         "connections that send no header cannot be closed",
         ("exc",),
     ),
+    Need(
+        "uvicorn.protocols.http.h11_impl:H11Protocol.on_response_complete",
+        "connections that send no second header cannot be closed",
+    ),
     Need("uvicorn:Server.serve", "the server cannot use a socket of its own", ("sockets",)),
 )
 
