@@ -42,7 +42,8 @@ def start_ranks(number: int, command: Sequence[str]) -> int:
     """Run a command on ranks 0 to `number` − 1 of this machine; its exit status.
 
     Ranks get torchrun's environment variables. Rank 0 has this process's standard input and output. SIGINT and
-    SIGTERM go to rank 0 as SIGTERM; a second one kills all. Ranks end when this process is gone.
+    SIGTERM go to rank 0 as SIGTERM, and its status is then that of all; a second one kills all. Ranks end when
+    this process is gone.
     """
     listening, writing = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
@@ -55,6 +56,7 @@ def start_ranks(number: int, command: Sequence[str]) -> int:
             _kill(processes)
         elif processes:
             processes[0].send_signal(signal.SIGTERM)
+            _wake(processes)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         before[signum] = signal.signal(signum, pass_on)
@@ -128,7 +130,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
             break
         failed = any(status not in (None, 0) for status in statuses)
         if deadline is None and (failed or statuses[0] == 0):
-            soon = failed and (asked or USER_ERROR in statuses)
+            _wake(processes)
+            soon = asked or (failed and USER_ERROR in statuses)
             deadline = time.monotonic() + (ASKED_SECONDS if soon else FAREWELL_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
             _kill(processes)
@@ -139,9 +142,15 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
             name = signal.Signals(-status).name
             print(f"rank {rank} was ended by {name}", file=sys.stderr, flush=True)
     codes = [process.wait() for process in processes]
-    if all(code == 0 for code in codes):
+    if all(code == 0 for code in codes) or (asked and codes[0] == 0):
         return 0 if processes else 1
     return next((status for status in statuses if status is not None and status > 0), 1)
+
+
+def _wake(processes: list[subprocess.Popen[bytes]]) -> None:
+    """A rank that is stopped hears of nothing, and would neither end nor notice that others have."""
+    for process in processes:
+        process.send_signal(signal.SIGCONT)  # sends nothing to one that has ended
 
 
 def _kill(processes: list[subprocess.Popen[bytes]]) -> None:

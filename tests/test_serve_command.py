@@ -23,7 +23,7 @@ import pytest
 import torch
 import transformers
 from tiers import is_full, sized
-from tiny_transformers import randomize
+from tiny_transformers import COMMON, randomize
 from waiting import LIMIT, PROGRAM_LIMIT, wait_until
 
 from helix_megatron import cli
@@ -40,18 +40,8 @@ TOKENS = 24
 def checkpoint(tmp_path_factory) -> Path:
     """A Llama of 2 layers with random weights and 2 key-value heads; its tokens are bytes."""
     torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
+    sizes = COMMON | {"vocab_size": 256, "max_position_embeddings": 256, "bos_token_id": None}
+    config = transformers.LlamaConfig(**sizes)
     model = transformers.LlamaForCausalLM(config)
     randomize(model)
     path = tmp_path_factory.mktemp("served") / MODEL
@@ -119,21 +109,20 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(checkpoint: Path, *flags: str, ranks: int = RANKS) -> Iterator[Served]:
-    command = [
-        *HELIX,
-        "serve",
-        "--load",
-        str(checkpoint),
-        "--tokenizer",
-        "byte",
-        "--port",
-        "0",
-        *flags,
-    ]
+def served(
+    checkpoint: Path, *flags: str, ranks: int = RANKS, drain_seconds: int = 600
+) -> Iterator[Served]:
+    command = [*HELIX, *f"serve --load {checkpoint} --tokenizer byte --port 0".split(), *flags]
     # None of these limits ends anything here but a hang.
     command += ["--nproc-per-node", str(ranks), "--distributed-timeout-minutes", "60"]
-    command += ["--drain-seconds", "600", "--body-seconds", "600", "--send-seconds", "600"]
+    command += [
+        "--drain-seconds",
+        str(drain_seconds),
+        "--body-seconds",
+        "600",
+        "--send-seconds",
+        "600",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -178,12 +167,11 @@ def test_many_streams_of_which_some_are_cut_off(checkpoint, expected):
         async with openai.AsyncOpenAI(
             base_url=base, api_key="none", timeout=PROGRAM_LIMIT, max_retries=0
         ) as client:
-            return await asyncio.gather(
-                *(
-                    stream_text(client, prompt(row), TOKENS, cut_after=8 if row in cut else 0)
-                    for row in range(REQUESTS)
-                )
+            after = [8 if row in cut else 0 for row in range(REQUESTS)]
+            streams = (
+                stream_text(client, prompt(row), TOKENS, cut) for row, cut in enumerate(after)
             )
+            return await asyncio.gather(*streams)
 
     # Room for 4 to 8 sequences on a rank: some must give up their pages again, however few come at once.
     sequences = sized("serving", full="48", quick="24")
@@ -194,12 +182,8 @@ def test_many_streams_of_which_some_are_cut_off(checkpoint, expected):
         for row, text in enumerate(texts):
             assert expected[row].startswith(text) if row in cut else text == expected[row]
         wait_until(lambda: not server.metric("helix_cache_pages_used"), "no page is left")
-        for name in (
-            "helix_cache_pages_used",
-            "helix_engine_running_sequences",
-            "helix_engine_waiting_sequences",
-        ):
-            assert server.metric(name) == 0, name
+        for name in ("cache_pages_used", "engine_running_sequences", "engine_waiting_sequences"):
+            assert server.metric(f"helix_{name}") == 0, name
 
         client = openai.OpenAI(base_url=server.base, api_key="none", max_retries=0)
         stream = client.completions.create(
@@ -291,7 +275,7 @@ def test_a_taken_port_is_said_at_once(checkpoint):
 
 
 def test_a_signal_to_every_process_is_one_signal(checkpoint):
-    """As systemd and Slurm send it: open requests still finish."""
+    """As systemd and Slurm send it: open requests still finish, also where a rank was stopped meanwhile."""
     with served(checkpoint, ranks=2) as server:
         client = openai.OpenAI(base_url=server.base, api_key="none", max_retries=0)
         stream = client.completions.create(
@@ -299,11 +283,30 @@ def test_a_signal_to_every_process_is_one_signal(checkpoint):
         )
         next(iter(stream))
         children = psutil.Process(server.process.pid).children()
+        server.rank(1).suspend()
         server.process.send_signal(signal.SIGTERM)
         for child in children:
             child.send_signal(signal.SIGTERM)
         assert list(stream)[-1].choices[0].finish_reason == "length"
         assert end_of(server) == 0, server.text
+
+
+def test_a_rank_that_does_not_answer_keeps_no_server_alive(checkpoint):
+    """It holds rank 0 in a collective: clients are told when the time is over, and the server ends."""
+    with served(checkpoint, ranks=2, drain_seconds=1) as server:
+        client = openai.OpenAI(base_url=server.base, api_key="none", max_retries=0)
+        stream = iter(
+            client.completions.create(model=MODEL, prompt="x", max_tokens=150, stream=True)
+        )
+        next(stream)
+        server.rank(1).suspend()
+        server.rank(
+            0
+        ).terminate()  # not by the process that started the ranks, which would wake them
+        with pytest.raises(openai.APIError, match="a process of it does not answer"):
+            list(stream)
+        assert end_of(server) == 1, server.text
+        assert "The server did not end by itself. 1 sequences were not finished." in server.text
 
 
 # ------------------------------------------------------------------------------ generate
@@ -349,7 +352,6 @@ def test_generate_streams_to_the_terminal(checkpoint, expected):
         (["--prompt", "x", "--top-p", "0"], "top_p is 0.0. Valid: more than 0, up to 1."),
         ([], "there is no prompt. Give --prompt TEXT or --prompt-file FILE."),
         (["--prompt-file", "/nowhere"], "cannot read the prompt file /nowhere"),
-        (["--prompt", "x", "--page-size", "0"], "--page-size is 0. Give at least 1"),
         (["--prompt", "x", "--nproc-per-node", "3"], "cannot be dealt to 3 tensor parallel ranks"),
         (["--prompt", "x", "--stop", ""], "--stop is an empty text"),
     ],

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.cache_layouts import NAMES
+
+MOST_NUMBER = 2**31 - 1
+MOST_RANKS = 4096
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -57,11 +61,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 def check_engine_arguments(namespace: argparse.Namespace) -> None:
     """Raise `HelixError` for a number that cannot be."""
-    for name in ("page_size", "max_context", "max_sequences", "prefill_chunk"):
+    for name in ("page_size", "max_context", "max_sequences", "prefill_chunk", "nproc_per_node"):
         value = getattr(namespace, name)
-        if value is not None and value < 1:
+        most = MOST_RANKS if name == "nproc_per_node" else MOST_NUMBER
+        if value is not None and not 1 <= value <= most:
             raise HelixError(
-                f"--{name.replace('_', '-')} is {value}. Give at least 1, or leave it out."
+                f"--{name.replace('_', '-')} is {value}. Give at least 1 and at most {most}, or leave it out."
             )
-    if namespace.cache_memory is not None and not namespace.cache_memory > 0:
+    if namespace.cache_memory is not None and not 0 < namespace.cache_memory < math.inf:
         raise HelixError(f"--cache-memory is {namespace.cache_memory}. Give GiB, more than 0.")

@@ -124,20 +124,24 @@ class Engine:
         """See `helix_megatron.inference.request.Engine`."""
         return self._failure
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> int:
         """End every sequence with an error. The loop need not be alive: another rank may hold it for ever.
 
         Args:
             reason: for clients; what they should not know belongs in the log.
+
+        Returns:
+            How many sequences it ended.
         """
         with self._lock:
             if self._failure:
-                return
+                return 0
             self._failure = reason
             left = list(self._sequences.values())
             self._sequences.clear()
         for sequence in left:
             _say(sequence, Output(reason="error", error=reason))
+        return len(left)
 
     # ------------------------------------------------------------------- the loop
 

@@ -68,6 +68,8 @@ def start(
     if not book.fits(min(context, 2)):
         raise HelixError("the cache has no room for a single token. Give more --cache-memory.")
 
+    context = _longest_that_fits(book, max_context)  # its rotary table need not be longer
+
     def make_runner() -> Runner:
         try:
             return Runner(
@@ -76,7 +78,7 @@ def start(
                 cache=cache,
                 pages=pages,
                 page_size=options.page_size,
-                max_context=max_context,
+                max_context=context,
                 vocab_size=args.vocab_size,
                 attention=args.helix.attention,
             )
@@ -96,7 +98,6 @@ def start(
             f"{pages * runner.cache.page_bytes / 2**20:,.1f} MiB, {args.dtype}.",
             file=sys.stderr,
         )
-    context = _longest_that_fits(book, max_context)
     scheduler = Scheduler(book, options.max_sequences, options.prefill_chunk)
     capacity = Capacity(args.vocab_size, context, options.max_sequences, max_waiting)
     return runner, Engine(runner, scheduler, capacity)
@@ -136,20 +137,20 @@ def _pages(
         needed = -(-options.max_sequences // members) * blocks
     elif placement == "dealt":
         needed = options.max_sequences * -(-blocks // members)
-    if options.cache_memory is not None:
-        memory = options.cache_memory * 2**30
-        limit = int(memory // page_bytes)
-        if limit < 1:
-            raise HelixError(
-                f"--cache-memory {options.cache_memory} GiB is less than one page, {page_bytes:,} bytes. Give "
-                "more, or a smaller --page-size."
-            )
-    else:
-        limit = max(1, int(_memory() // page_bytes))
-    pages = torch.tensor(min(needed, limit))
+    memory = _memory() if options.cache_memory is None else options.cache_memory * 2**30
+    if memory > (most := psutil.virtual_memory().total) and not torch.cuda.is_available():
+        raise HelixError(
+            f"--cache-memory is {options.cache_memory} GiB, and this machine has {most / 2**30:.1f}. Give less."
+        )
+    pages = torch.tensor(min(needed, int(memory // page_bytes)))
     if torch.cuda.is_available():
         pages = pages.cuda()
     dist.all_reduce(pages, op=dist.ReduceOp.MIN)
+    if pages < 1:
+        raise HelixError(
+            f"the cache has {memory / 2**30:.2g} GiB, less than one page of {page_bytes:,} bytes. Give more "
+            "--cache-memory, or a smaller --page-size."
+        )
     return int(pages)
 
 
