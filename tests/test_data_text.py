@@ -308,17 +308,6 @@ def test_iteration_k_has_the_same_samples_on_any_number_of_ranks(b, ranks, steps
         assert seen == set(range(consumed + k * global_batch, consumed + (k + 1) * global_batch))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_bytes_of_an_iteration_do_not_depend_on_the_ranks(ranks):
-    """The same through a real dataset, over the end of its epochs."""
-    dataset = ByteDataset(TEXT[:100], 8, seed=5)
-    batches = [micro_batches(dataset, 2, 8, d, ranks) for d in range(ranks)]
-    for k in range(8):
-        rows = [row for b in batches for _ in range(4 // ranks) for row in next(b)["tokens"]]
-        expected = [dataset[index]["tokens"] for index in range(8 * k, 8 * k + 8)]
-        assert sorted(row.tolist() for row in rows) == sorted(row.tolist() for row in expected)
-
-
 def test_collated_batches_have_the_keys_alone():
     """A blend adds the number of the dataset to every sample; the model does not want it."""
 
@@ -379,9 +368,5 @@ def test_sizes_that_do_not_divide(sizes, message):
     """Refused at the call, before the first batch is asked for."""
     with pytest.raises(HelixError, match=message):
         micro_batches(Numbers(10), *sizes)
-
-
-def test_negative_consumed_samples_are_refused():
-    """They would silently read the end of the dataset."""
     with pytest.raises(HelixError, match="-1 consumed samples"):
         micro_batches(Numbers(10), 1, 1, 0, 1, consumed_samples=-1)

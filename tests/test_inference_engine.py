@@ -1,4 +1,4 @@
-"""The engine on real ranks: its tokens and logits are those of one process, and no key is kept twice."""
+"""The engine on real ranks: its tokens and logits are those of one process."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import inference_models as models
 import numpy as np
 import pytest
 import torch
-from tiers import is_full, sized
+from tiers import is_full
 
-from helix_megatron.inference.cache_layouts import NAMES, DecodeShape, cache_layout
+from helix_megatron.inference.cache_layouts import NAMES
 from helix_megatron.inference.request import Request, Sampling
 from helix_megatron.kernels.partial import unfused
-from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron.self_attention import HelixSelfAttention
 
 GREEDY = Sampling(max_tokens=256, temperature=0)
@@ -84,30 +83,27 @@ def test_256_greedy_tokens_are_those_of_one_process(pool, reference, kind, ranks
         assert [answer[cache]["left"] for answer in answers] == [0] * ranks, "pages left behind"
 
 
-@pytest.mark.parametrize("query_layout", ["heads", "segments"])
-def test_both_query_layouts(pool, reference, query_layout):
-    """Query heads dealt whole, or cut: other exchanges, the same tokens."""
-    more = f"{ONE_LAYER} --helix-query-layout {query_layout}"
-    text = models.flags(*models.HEADS["GQA"], ranks=4, segments=4, more=more)
-    answers = pool.run(three_caches, text, 4, dict.fromkeys(NAMES, SHORT), world_size=4)
-    expected = [tokens[:24] for tokens in reference("GQA", 256)]
-    assert all(answers[0][cache]["tokens"] == expected for cache in NAMES)
-
-
-def test_one_process(pool, reference):
-    """Without segments the same engine serves the stock layer."""
-    text = models.flags(*models.HEADS["GQA"], more=ONE_LAYER)
-    sampling = sized("inference", full=GREEDY, quick=SHORT)
-    answer = pool.run(models.generate, text, 1, "batch", models.prompts(), sampling, world_size=1)
-    expected = [tokens[: sampling.max_tokens] for tokens in reference("GQA", 256)]
-    assert answer[0]["tokens"] == expected
-
-
-def test_whole_heads_on_several_ranks(pool, reference):
-    """m = 1, TP 2: nothing to exchange in attention."""
-    text = models.flags(*models.HEADS["GQA"], ranks=2, more=ONE_LAYER)
-    answer = pool.run(models.generate, text, 2, "batch", models.prompts(), SHORT, world_size=2)[0]
-    assert answer["tokens"] == [tokens[:24] for tokens in reference("GQA", 256)]
+@pytest.mark.parametrize(
+    ("ranks", "segments", "more", "caches"),
+    [
+        (4, 4, "--helix-query-layout heads", NAMES),
+        (4, 4, "--helix-query-layout segments", NAMES),
+        (1, 1, "", ("batch",)),
+        (2, 1, "", ("batch",)),
+    ],
+    ids=["query heads dealt whole", "query heads cut", "one process", "whole heads on two ranks"],
+)
+def test_the_same_tokens_with_other_exchanges(pool, reference, ranks, segments, more, caches):
+    """Or with none, where the same engine serves the stock layer."""
+    text = models.flags(
+        *models.HEADS["GQA"], ranks=ranks, segments=segments, more=f"{ONE_LAYER} {more}"
+    )
+    long = is_full("inference") and ranks == 1
+    samplings = dict.fromkeys(caches, GREEDY if long else SHORT)
+    answers = pool.run(three_caches, text, ranks, samplings, world_size=ranks)
+    for cache, sampling in samplings.items():
+        expected = [tokens[: sampling.max_tokens] for tokens in reference("GQA", 256)]
+        assert answers[0][cache]["tokens"] == expected, cache
 
 
 # ------------------------------------------------------------------------------ logits
@@ -157,17 +153,17 @@ def logits_of_steps(
     return [np.stack(rows) for rows in found] if found[0] else None
 
 
-def logits_without_cache(text: str, dtype: torch.dtype) -> list[np.ndarray]:
-    """The same positions from one full forward pass of each sequence, in one process."""
-    _, model = models.build(text, 1, dtype)
+def logits_without_cache(text: str, dtype: torch.dtype, world_size: int = 1) -> list[np.ndarray]:
+    """The same positions from one full forward pass of each sequence."""
+    _, model = models.build(text, world_size, dtype)
     for layer in model.decoder.layers:  # stock takes the gate's sigmoid in fp32
         gate = types.MethodType(HelixSelfAttention._apply_output_gate, layer.self_attention)
         layer.self_attention._apply_output_gate = gate
     found = []
     with torch.inference_mode():
         for first, row in zip((5, 1, 19), models.prompts((30, 24, 40)), strict=True):
-            tokens = torch.tensor([row])
-            logits = model(tokens, torch.arange(len(row)).unsqueeze(0), None)[0]
+            positions = torch.arange(len(row)).unsqueeze(0)
+            logits = model(torch.tensor([row]), positions, None, runtime_gather_output=True)[0]
             ends = [first, first + 3, *range(first + 4, len(row) + 1)]
             wide = torch.promote_types(dtype, torch.float32)
             found.append(logits[np.asarray(ends) - 1, : models.VOCABULARY].to(wide).numpy())
@@ -187,37 +183,38 @@ def logits_of_all_caches(
     return found
 
 
-def relative_errors(pool, kind: str, more: str, ranks: int, **options: Any) -> dict[str, float]:
-    """Largest difference of logits between ranks with a cache and one process without, of their largest."""
-    segments = SEGMENTS[kind][ranks]
+def assert_equal(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """The largest difference is rounding, beside the largest logit."""
+    scale = max(abs(rows).max() for rows in expected)
+    for rows, wanted in zip(found, expected, strict=True):
+        assert rows.dtype == np.float64
+        assert abs(rows - wanted).max() <= 1e-10 * scale
+
+
+def check_logits(pool, kind: str, more: str, ranks: int, work=logits_of_all_caches, **options: Any):
+    """Logits of ranks with every cache layout are those of one process without a cache."""
     parallel = "--sequence-parallel" if "experts" in more else ""
     text = models.flags(
-        *models.HEADS[kind], ranks=ranks, segments=segments, more=f"{more} {parallel}"
+        *models.HEADS[kind], ranks=ranks, segments=SEGMENTS[kind][ranks], more=f"{more} {parallel}"
     )
-    cached = pool.run(logits_of_all_caches, text, ranks, torch.float64, world_size=ranks, **options)
+    cached = pool.run(work, text, ranks, torch.float64, world_size=ranks, **options)
     alone = models.flags(*models.HEADS[kind], more=more)
     full = pool.run(logits_without_cache, alone, torch.float64, world_size=1)[0]
-    scale = max(abs(rows).max() for rows in full)
-    errors = {}
-    for cache, found in cached[0].items():
-        assert all(rows.dtype == np.float64 for rows in found)
-        differences = [abs(a - b).max() for a, b in zip(found, full, strict=True)]
-        errors[cache] = float(max(differences) / scale)
-    return errors
+    assert set(cached[0]) == set(NAMES)
+    for found in cached[0].values():
+        assert_equal(found, full)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_fp64_logits_equal_one_process(pool, name):
     """Chunks, decoding and sequences that join later: the same numbers as one full forward pass."""
     ranks = 4 if is_full("inference") or name in ("plain", "experts") else 2
-    errors = relative_errors(pool, "GQA", VARIANTS[name], ranks)
-    assert max(errors.values()) <= 1e-10, errors
+    check_logits(pool, "GQA", VARIANTS[name], ranks)
 
 
 def test_small_messages_may_be_gathered(pool):
     """What NCCL does with small messages of two ranks, here over gloo."""
-    errors = relative_errors(pool, "MQA", "", 2, gathers=True)
-    assert max(errors.values()) <= 1e-10, errors
+    check_logits(pool, "MQA", "", 2, gathers=True)
 
 
 def test_segment_local_attention_is_served(pool):
@@ -225,128 +222,22 @@ def test_segment_local_attention_is_served(pool):
     more = "--helix-attention segment-local"
     text = models.flags(4, 2, ranks=4, segments=2, more=more)
     cached = pool.run(logits_of_steps, text, 4, "segment", torch.float64, world_size=4)[0]
-    full = pool.run(logits_on_ranks, text, world_size=4)[0]
-    difference = max(abs(a - b).max() for a, b in zip(cached, full, strict=True))
-    assert difference <= 1e-10 * max(abs(rows).max() for rows in full)
+    assert_equal(cached, pool.run(on_ranks, text, world_size=4)[0])
 
 
-def logits_on_ranks(text: str) -> list[np.ndarray]:
-    """As `logits_without_cache`, on the ranks of the layout itself."""
-    _, model = models.build(text, 4, torch.float64)
-    found = []
-    with torch.inference_mode():
-        for first, row in zip((5, 1, 19), models.prompts((30, 24, 40)), strict=True):
-            positions = torch.arange(len(row)).unsqueeze(0)
-            logits = model(torch.tensor([row]), positions, None, runtime_gather_output=True)[0]
-            ends = [first, first + 3, *range(first + 4, len(row) + 1)]
-            found.append(logits[np.asarray(ends) - 1, : models.VOCABULARY].numpy())
-    return found
-
-
-# --------------------------------------------------------------------- memory and bytes
-
-
-def cache_bytes(text: str, world_size: int, cache: str, pages: int, count: int) -> tuple[int, int]:
-    """(bytes of this rank's pool, largest number of pages in use) after sequences of 61 positions."""
-    from helix_megatron.inference.step import Piece, StepPlan
-
-    runner, _ = models.make_engine(text, world_size, cache, pages=pages)
-    tokens = np.zeros(61, dtype=np.int64)
-    pieces = [Piece(n, 0, tokens, n % runner.book.members, 61, True) for n in range(count)]
-    runner.run(StepPlan(pieces=tuple(pieces)))
-    return runner.cache.k.nbytes + runner.cache.v.nbytes, runner.book.used
-
-
-def stock_cache_bytes(text: str, world_size: int, count: int) -> int:
-    """Bytes of megatron-core's static context on this rank, for the same sequences."""
-    from megatron.core.inference.contexts import StaticInferenceContext
-
-    _, model = models.build(text, world_size)
-    context = StaticInferenceContext(max_batch_size=count, max_sequence_length=61)
-    with torch.inference_mode():
-        tokens = torch.zeros(count, 61, dtype=torch.long)
-        positions = torch.arange(61).expand(count, -1)
-        model(tokens, positions, None, inference_context=context, runtime_gather_output=True)
-    return sum(k.nbytes + v.nbytes for k, v in context.key_value_memory_dict.values())
-
-
-@pytest.mark.parametrize(("kind", "segments"), [("MQA", 4), ("GQA", 2)])
-def test_keys_and_values_are_kept_once(pool, kind, segments):
-    """Pools that hold one copy and at most a page more on each rank are enough; stock keeps p/g copies."""
-    heads, groups = models.HEADS[kind]
-    count = segments
-    copy = (
-        2 * 2 * count * 61 * groups * 16 * 4
-    )  # keys and values, layers, sequences, positions, heads, d, fp32
-    text = models.flags(heads, groups, ranks=4, segments=segments)
-    blocks = -(-61 // models.PAGE)
-    for cache in NAMES:
-        whole = cache != "segment"
-        pages = count * blocks // (segments if whole else 1)
-        found = pool.run(cache_bytes, text, 4, cache, pages, count, world_size=4)
-        total = sum(size for size, _ in found)
-        page = 2 * 2 * models.PAGE * groups // (4 // segments) * 16 * 4
-        assert found[0][1] == pages * (segments if whole else 1), "every page is in use"
-        assert copy <= total <= copy + 4 * page, cache
-    if groups < 4:  # megatron-core gives a rank a whole head of its own
-        stock = pool.run(
-            stock_cache_bytes, models.flags(heads, groups, ranks=4), 4, count, world_size=4
-        )
-        assert sum(stock) == copy * 4 // groups
-
-
-def bytes_of_a_token(text: str, world_size: int, cache: str, contexts: list[int]) -> list[int]:
-    """Bytes that this rank sends in attention for one token of each of 4 sequences, by context."""
-    from helix_megatron.inference.step import Piece, StepPlan
-    from helix_megatron.meter import EXCHANGE, measure
-
-    longest = max(contexts) + 1
-    pages = 4 * -(-longest // 64) + 4
-    runner, _ = models.make_engine(
-        text, world_size, cache, pages=pages, page_size=64, max_context=longest
-    )
-    found = []
-    for context in contexts:
-        token = np.zeros(1, dtype=np.int64)
-        members = runner.book.members
-        pieces = [Piece(n, context, token, n % members, longest, True) for n in range(4)]
-        with measure() as meter:
-            runner.run(StepPlan(pieces=tuple(pieces)))
-        found.append(meter.bytes(EXCHANGE))
-        runner.run(StepPlan(drops=(0, 1, 2, 3)))
-    return found
-
-
-@pytest.mark.parametrize("query_layout", ["heads", "segments"])
-@pytest.mark.parametrize("cache", NAMES)
-def test_bytes_of_a_token(pool, cache, query_layout):
-    """Independent of the context for batch and sequence, and what the cost model says for all three."""
-    contexts = sized("inference", full=[1023, 4095, 16383], quick=[255, 1023])
-    more = f"--helix-query-layout {query_layout}"
-    text = models.flags(4, 1, ranks=4, segments=4, more=more)
-    found = pool.run(bytes_of_a_token, text, 4, cache, contexts, world_size=4)
-    sent = [sum(rank[i] for rank in found) for i in range(len(contexts))]
-    layout = HeadLayout(4, 1, 16, 1, 4, query_layout)
-    shapes = [DecodeShape(layout, 4, context + 1, 4) for context in contexts]
-    assert sent == [2 * 4 * cache_layout(cache).bytes(shape) for shape in shapes]  # layers, ranks
-    assert (len(set(sent)) == 1) == (cache != "segment")
-    assert sent[0] > 0
+def on_ranks(text: str) -> list[np.ndarray]:
+    return logits_without_cache(text, torch.float64, world_size=4)
 
 
 # ------------------------------------------------------------------------------ batching
-
-
-def with_little_room(text: str, world_size: int, cache: str, pages: int) -> dict[str, Any]:
-    return models.generate(
-        text, world_size, cache, models.prompts(), SHORT, pages=pages, max_context=96
-    )
 
 
 @pytest.mark.parametrize(("cache", "pages"), [("batch", 12), ("sequence", 8), ("segment", 13)])
 def test_preempted_sequences_get_the_same_tokens(pool, reference, cache, pages):
     """Room for one long sequence only: the others are computed anew, and nothing is lost or left."""
     text = models.flags(*models.HEADS["GQA"], ranks=4, segments=2, more=ONE_LAYER)
-    answers = pool.run(with_little_room, text, 4, cache, pages, world_size=4)
+    arguments = models.generate, text, 4, cache, models.prompts(), SHORT
+    answers = pool.run(*arguments, pages=pages, max_context=96, world_size=4)
     assert answers[0]["tokens"] == [tokens[:24] for tokens in reference("GQA", 256)]
     assert answers[0]["stats"].preemptions > 0
     assert [answer["left"] for answer in answers] == [0] * 4
@@ -447,7 +338,7 @@ def test_trouble_of_one_sequence_is_its_own(pool):
     assert (found["good"], found["left"], found["failure"]) == (expected[0], 0, "")
 
 
-def logits_as_on_a_gpu(text: str, world_size: int) -> dict[str, Any]:
+def logits_as_on_a_gpu(text: str, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """With the plain kernel, pages always copied, and small messages gathered."""
     from helix_megatron.inference import paged
 
@@ -455,21 +346,14 @@ def logits_as_on_a_gpu(text: str, world_size: int) -> dict[str, Any]:
     paged.VIEW_FROM, paged.COPY_UP_TO = {}, {}
     paged.partial_kernel = lambda device: unfused
     try:
-        return logits_of_all_caches(text, world_size, torch.float64, gathers=True)
+        return logits_of_all_caches(text, world_size, dtype, gathers=True)
     finally:
         paged.VIEW_FROM, paged.COPY_UP_TO, paged.partial_kernel = kept
 
 
 def test_the_path_of_a_gpu_on_the_cpu(pool):
     """Other kernel, other reads and other collectives give the same numbers."""
-    text = models.flags(*models.HEADS["GQA"], ranks=4, segments=2)
-    cached = pool.run(logits_as_on_a_gpu, text, 4, world_size=4)[0]
-    alone = models.flags(*models.HEADS["GQA"])
-    full = pool.run(logits_without_cache, alone, torch.float64, world_size=1)[0]
-    scale = max(abs(rows).max() for rows in full)
-    for cache, found in cached.items():
-        differences = [abs(a - b).max() for a, b in zip(found, full, strict=True)]
-        assert max(differences) <= 1e-10 * scale, cache
+    check_logits(pool, "GQA", "", 4, logits_as_on_a_gpu)
 
 
 def test_bf16_is_no_worse_than_stock_in_bf16(pool):

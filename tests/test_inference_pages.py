@@ -1,11 +1,13 @@
-"""Pages, plans and schedules, without ranks: every position is kept exactly once, and nobody starves."""
+"""Pages, plans and schedules: every position is kept exactly once, and nobody starves; also on ranks."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import inference_models as models
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import sized
@@ -256,3 +258,90 @@ def test_the_planner_counts_the_same_bytes(name):
     bytes_of_layer = cache_layout(name).bytes(DecodeShape(heads, 64, 4096))
     # The planner may gather small messages, which sends up to m times as much.
     assert 0.97 <= sent / (80 * bytes_of_layer) <= 2.0
+
+
+# --------------------------------------------------------------------- memory and bytes
+
+
+def cache_bytes(text: str, world_size: int, cache: str, pages: int, count: int) -> tuple[int, int]:
+    """(bytes of this rank's pool, largest number of pages in use) after sequences of 61 positions."""
+    runner, _ = models.make_engine(text, world_size, cache, pages=pages)
+    tokens = np.zeros(61, dtype=np.int64)
+    pieces = [Piece(n, 0, tokens, n % runner.book.members, 61, True) for n in range(count)]
+    runner.run(StepPlan(pieces=tuple(pieces)))
+    return runner.cache.k.nbytes + runner.cache.v.nbytes, runner.book.used
+
+
+def stock_cache_bytes(text: str, world_size: int, count: int) -> int:
+    """Bytes of megatron-core's static context on this rank, for the same sequences."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    _, model = models.build(text, world_size)
+    context = StaticInferenceContext(max_batch_size=count, max_sequence_length=61)
+    with torch.inference_mode():
+        tokens = torch.zeros(count, 61, dtype=torch.long)
+        positions = torch.arange(61).expand(count, -1)
+        model(tokens, positions, None, inference_context=context, runtime_gather_output=True)
+    return sum(k.nbytes + v.nbytes for k, v in context.key_value_memory_dict.values())
+
+
+@pytest.mark.parametrize(("kind", "segments"), [("MQA", 4), ("GQA", 2)])
+def test_keys_and_values_are_kept_once(pool, kind, segments):
+    """Pools that hold one copy and at most a page more on each rank are enough; stock keeps p/g copies."""
+    heads, groups = models.HEADS[kind]
+    count = segments
+    copy = (
+        2 * 2 * count * 61 * groups * 16 * 4
+    )  # keys and values, layers, sequences, positions, heads, d, fp32
+    text = models.flags(heads, groups, ranks=4, segments=segments)
+    blocks = -(-61 // models.PAGE)
+    for cache in NAMES:
+        whole = cache != "segment"
+        pages = count * blocks // (segments if whole else 1)
+        found = pool.run(cache_bytes, text, 4, cache, pages, count, world_size=4)
+        total = sum(size for size, _ in found)
+        page = 2 * 2 * models.PAGE * groups // (4 // segments) * 16 * 4
+        assert found[0][1] == pages * (segments if whole else 1), "every page is in use"
+        assert copy <= total <= copy + 4 * page, cache
+    if groups < 4:  # megatron-core gives a rank a whole head of its own
+        stock = pool.run(
+            stock_cache_bytes, models.flags(heads, groups, ranks=4), 4, count, world_size=4
+        )
+        assert sum(stock) == copy * 4 // groups
+
+
+def bytes_of_a_token(text: str, world_size: int, cache: str, contexts: list[int]) -> list[int]:
+    """Bytes that this rank sends in attention for one token of each of 4 sequences, by context."""
+    from helix_megatron.meter import EXCHANGE, measure
+
+    longest = max(contexts) + 1
+    pages = 4 * -(-longest // 64) + 4
+    runner, _ = models.make_engine(
+        text, world_size, cache, pages=pages, page_size=64, max_context=longest
+    )
+    found = []
+    for context in contexts:
+        token = np.zeros(1, dtype=np.int64)
+        members = runner.book.members
+        pieces = [Piece(n, context, token, n % members, longest, True) for n in range(4)]
+        with measure() as meter:
+            runner.run(StepPlan(pieces=tuple(pieces)))
+        found.append(meter.bytes(EXCHANGE))
+        runner.run(StepPlan(drops=(0, 1, 2, 3)))
+    return found
+
+
+@pytest.mark.parametrize("query_layout", ["heads", "segments"])
+@pytest.mark.parametrize("cache", NAMES)
+def test_bytes_of_a_token(pool, cache, query_layout):
+    """Independent of the context for batch and sequence, and what the cost model says for all three."""
+    contexts = sized("inference", full=[1023, 4095, 16383], quick=[255, 1023])
+    more = f"--helix-query-layout {query_layout}"
+    text = models.flags(4, 1, ranks=4, segments=4, more=more)
+    found = pool.run(bytes_of_a_token, text, 4, cache, contexts, world_size=4)
+    sent = [sum(rank[i] for rank in found) for i in range(len(contexts))]
+    layout = HeadLayout(4, 1, 16, 1, 4, query_layout)
+    shapes = [DecodeShape(layout, 4, context + 1, 4) for context in contexts]
+    assert sent == [2 * 4 * cache_layout(cache).bytes(shape) for shape in shapes]  # layers, ranks
+    assert (len(set(sent)) == 1) == (cache != "segment")
+    assert sent[0] > 0
