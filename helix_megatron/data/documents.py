@@ -61,7 +61,7 @@ def recognise(paths: Sequence[str], input_format: str) -> list[Input]:
     return [Input(path, _is_json_lines(path, input_format)) for path in paths]
 
 
-def said(inputs: Sequence[Input]) -> str:
+def describe(inputs: Sequence[Input]) -> str:
     """A line that tells people how the files are read."""
     parts = []
     for is_json, kind in ((True, "JSON lines"), (False, "plain text")):

@@ -68,9 +68,9 @@ def check_indexed_dataset(prefix: str, vocab_size: int | None = None) -> IndexSu
         stream.seek(HEADER.size + 12 * sequences - 8)
         (last_offset,) = struct.unpack("<q", stream.read(8))
     if lengths.min() < 0 or last_end != sequences:
-        raise HelixError(
-            f"{idx} is corrupt: its shortest sequence has {lengths.min()} tokens, and its last document "
-            f"ends at sequence {last_end} of {sequences}. Copy it again from its source. {REMAKE}"
+        raise _damaged(
+            f"{idx} is corrupt: its shortest sequence has {lengths.min()} tokens, and its last document ends "
+            f"at sequence {last_end} of {sequences}."
         )
     if tokens == 0:
         raise HelixError(
@@ -111,9 +111,8 @@ def _read_header(idx: str, size: int) -> tuple[np.dtype, int, int, int]:
             "takes what scripts/preprocess_data.py (or Megatron's) made; for plain text use --text."
         )
     if len(header) < HEADER.size:
-        raise HelixError(
-            f"{idx} is truncated: {size} bytes, and the header alone takes {HEADER.size}. Copy it again "
-            f"from its source. {REMAKE}"
+        raise _damaged(
+            f"{idx} is truncated: {size} bytes, and the header alone takes {HEADER.size}."
         )
     _, version, code, sequences, ends = HEADER.unpack(header)
     if version != 1:
@@ -122,15 +121,10 @@ def _read_header(idx: str, size: int) -> tuple[np.dtype, int, int, int]:
         valid = listed(f"{code} ({name})" for code, name in TOKEN_TYPES.items())
         raise HelixError(f"{idx} has token type {code}. Valid: {valid}. {REMAKE}")
     expected = HEADER.size + 12 * sequences + 8 * ends
-    if size < expected:
-        raise HelixError(
-            f"{idx} is truncated: {size} bytes, but its header announces {sequences} sequences and "
-            f"{ends} document ends, which take {expected}. Copy it again from its source. {REMAKE}"
-        )
     if ends < 1 or size not in (expected, expected + sequences):
-        raise HelixError(
-            f"{idx} is corrupt: {size} bytes, but its header announces {sequences} sequences and "
-            f"{ends} document ends, which take {expected}. Copy it again from its source. {REMAKE}"
+        raise _damaged(
+            f"{idx} is {'truncated' if size < expected else 'corrupt'}: {size} bytes, but its header announces "
+            f"{sequences} sequences and {ends} document ends, which take {expected}."
         )
     return np.dtype(TOKEN_TYPES[code]), sequences, ends, expected
 
@@ -146,10 +140,14 @@ def _check_bin(
             f"belong together or a copy is incomplete: copy both again. {REMAKE}"
         )
     if last_offset != expected - int(lengths[-1]) * token_type.itemsize:
-        raise HelixError(
+        raise _damaged(
             f"{prefix}.idx is corrupt: its last sequence of {lengths[-1]} tokens begins at byte "
-            f"{last_offset} of {expected}. Copy it again from its source. {REMAKE}"
+            f"{last_offset} of {expected}."
         )
+
+
+def _damaged(problem: str) -> HelixError:
+    return HelixError(f"{problem} Copy it again from its source. {REMAKE}")
 
 
 def _check_vocabulary(

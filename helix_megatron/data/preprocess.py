@@ -36,10 +36,10 @@ from helix_megatron.data.documents import (
     Document,
     Input,
     batches,
+    describe,
     is_compressed,
     read_documents,
     recognise,
-    said,
 )
 from helix_megatron.data.indexed_files import add_documents, write_indexed_datasets
 from helix_megatron.data.text import TOKENIZER_TYPES, Tokenizer, build_tokenizer
@@ -239,7 +239,7 @@ def preprocess(
     # How much text a compressed file holds shows when it has been read.
     known = not any(map(is_compressed, inputs))
     total = sum(map(os.path.getsize, inputs)) if known else None
-    print(said(files), file=sys.stderr)
+    print(describe(files), file=sys.stderr)
     with (
         write_indexed_datasets(prefixes, token_type, overwrite=overwrite) as builders,
         tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing") as bar,
@@ -316,16 +316,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--split-documents",
         choices=DOCUMENT_RULES,
-        help="plain text: a document per file (default), or one between blank lines",
+        help="what a document of plain text is: a file (default), or what lies between blank lines",
     )
     parser.add_argument(
         "--tokenizer-type",
         choices=TOKENIZER_TYPES,
-        help="default: HuggingFaceTokenizer with --tokenizer-model, else byte",
+        help="how text becomes tokens (default: HuggingFaceTokenizer with --tokenizer-model, else byte)",
     )
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="a tokenizer.json")
-    parser.add_argument("--eod-token", metavar="TEXT", help="the file's end-of-document token")
-    parser.add_argument("--append-eod", action="store_true", help="end every document with it")
+    parser.add_argument("--tokenizer-model", metavar="FILE", help="the file, a tokenizer.json")
+    parser.add_argument(
+        "--eod-token", metavar="TEXT", help="the token of that file that ends a document"
+    )
+    parser.add_argument(
+        "--append-eod", action="store_true", help="end every document with that token"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N")
     parser.add_argument("--overwrite", action="store_true", help="replace output that exists")
     return parser.parse_args(argv)
