@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import codecs
 import contextlib
 import socket
 import threading
@@ -27,6 +25,7 @@ from helix_megatron.inference.request import (
     Stats,
     StoppingError,
 )
+from helix_megatron.inference.tokens import ByteStream, ByteTokens
 from helix_megatron.serving import server as server_module
 from helix_megatron.serving.app import make_app
 from helix_megatron.serving.server import Server, listen
@@ -37,41 +36,26 @@ END = 256  # the only token that is not a byte
 CAPACITY = Capacity(vocab_size=257, max_context=2048, max_sequences=256, max_waiting=1024)
 
 
-class FakeTokens:
-    """A token is a byte of UTF-8."""
+class FakeTokens(ByteTokens):
+    """Bytes, and conversations whose text is the last message: tests can say what is echoed."""
 
-    vocab_size = END + 1
-    stop_tokens = frozenset({END})
-
-    def encode(self, text: str, begin: bool = True) -> list[int]:
-        return list(text.encode())
+    def __init__(self) -> None:
+        super().__init__(END + 1)
 
     def chat_text(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The last message only, so that tests can say what is echoed."""
         if messages[-1]["role"] not in ("user", "tool"):
             raise HelixError("The last message is not the user's. Valid: a conversation that asks.")
         return str(messages[-1]["content"])
 
-    def close(self) -> None:
-        pass
-
-    def decoder(self, after: Sequence[int] = ()) -> FakeTextStream:
+    def decoder(self, after: Sequence[int] = ()) -> ByteStream:
         return FakeTextStream()
 
 
-class FakeTextStream:
-    """Bytes in, whole characters out."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+class FakeTextStream(ByteStream):
+    """The stop token has a text, too, which must not be seen."""
 
     def add(self, tokens: Sequence[int]) -> str:
-        """The stop token has a text, too, which must not be seen."""
-        data = b"".join(b"<end>" if token == END else bytes([token]) for token in tokens)
-        return self._decoder.decode(data)
-
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        return super().add([*b"".join(b"<end>" if t == END else bytes([t]) for t in tokens)])
 
 
 def echo(request: Request) -> Iterator[int]:
@@ -310,38 +294,8 @@ async def post(app: FastAPI, path: str, body: bytes, strict: bool = True) -> tup
 
     What the application raises is raised here, unless not `strict`.
     """
-    sent = [{"type": "http.request", "body": body, "more_body": False}]
-    received: list[Any] = []
-    ended = asyncio.Event()
-
-    async def receive() -> Any:
-        if sent:
-            return sent.pop()
-        await ended.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        received.append(message)
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            ended.set()
-
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-        "scheme": "http",
-        "server": ("test", 80),
-        "client": ("test", 1),
-    }
-    try:
-        await app(scope, receive, send)
-    except Exception:
-        if strict:
-            raise
-    return received[0]["status"], b"".join(message.get("body", b"") for message in received[1:])
+    transport = httpx.ASGITransport(app, raise_app_exceptions=strict)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        headers = {"Content-Type": "application/json"}
+        response = await client.post(path, content=body, headers=headers)
+    return response.status_code, response.content

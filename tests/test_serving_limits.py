@@ -48,6 +48,11 @@ class Untouched(FakeTokens):
         ),
         (
             "chat/completions",
+            {"messages": [{"role": "assistant", "tool_calls": [{}] * 64}]},
+            "has 65 messages and parts, more than",
+        ),
+        (
+            "chat/completions",
             {"messages": [TURN | {"content": "x" * (MOST // 2 + 1)}] * 2},
             f"has {MOST + 2} characters.",
         ),

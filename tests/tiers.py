@@ -73,6 +73,7 @@ COMPATIBILITY = tuple(
         "deepspeed_training.py::test_thirty_steps",
         # uvicorn
         "serving_errors.py",
+        "serving_limits.py",
     )
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import Engine, Output, Request, Sampling, TextStream, Tokens
 from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.serving.api_errors import ApiError, from_engine, unavailable
-from helix_megatron.serving.mailbox import Inbox, Mailbox
+from helix_megatron.serving.mailbox import Mailbox
 from helix_megatron.serving.metrics import Metrics
 from helix_megatron.serving.replies import Finish, Usage
 
@@ -97,7 +98,7 @@ class Generation:
         self._engine = engine
         self._metrics = metrics
         self._started = started
-        self._inbox: Inbox[tuple[int, Output | ApiError]] = Inbox()
+        self._inbox: asyncio.Queue[tuple[int, Output | ApiError]] = asyncio.Queue()
         self._prompt_tokens = sum(map(len, plan.prompts))
         self.choices: list[Choice] = []
         for prompt, samplings in zip(plan.prompts, plan.samplings, strict=True):
@@ -116,7 +117,7 @@ class Generation:
         metrics.prompt_tokens.inc(self._prompt_tokens)
 
     def _put(self, index: int, output: Output) -> None:
-        self._inbox.put((index, output))
+        self._inbox.put_nowait((index, output))
 
     @property
     def open(self) -> bool:
@@ -132,7 +133,10 @@ class Generation:
             ApiError: the engine failed, or `abort` was called.
         """
         pieces: dict[Choice, str] = {}
-        for index, output in await self._inbox.take():
+        news = [await self._inbox.get()]
+        while not self._inbox.empty():
+            news.append(self._inbox.get_nowait())
+        for index, output in news:
             if isinstance(output, ApiError):
                 raise output
             choice = self.choices[index]
@@ -146,7 +150,7 @@ class Generation:
 
     def abort(self, error: ApiError) -> None:
         """End it with an error, from the event loop's thread."""
-        self._inbox.put((0, error))
+        self._inbox.put_nowait((0, error))
 
     def usage(self) -> Usage:
         """The tokens that were read and generated so far."""

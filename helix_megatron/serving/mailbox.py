@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
 
 from helix_megatron.inference.request import Output
-
-Item = TypeVar("Item")
 
 
 class Mailbox:
@@ -44,23 +41,3 @@ class Mailbox:
         while self._items:
             deliver, output = self._items.popleft()
             deliver(output)
-
-
-class Inbox(Generic[Item]):
-    """The items of one response, each taken with all that came meanwhile. It belongs to one event loop."""
-
-    def __init__(self) -> None:
-        self._items: list[Item] = []
-        self._filled = asyncio.Event()
-
-    def put(self, item: Item) -> None:
-        """Add an item."""
-        self._items.append(item)
-        self._filled.set()
-
-    async def take(self) -> list[Item]:
-        """Wait for an item; it, and all that came with it."""
-        await self._filled.wait()
-        self._filled.clear()
-        items, self._items = self._items, []
-        return items

@@ -35,6 +35,14 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class _Response(BaseModel):
+    """What all responses and their events have in common."""
+
+    id: str
+    created: int
+    model: str
+
+
 class CompletionChoice(BaseModel):
     """One text of a response or an event."""
 
@@ -44,13 +52,10 @@ class CompletionChoice(BaseModel):
     finish_reason: Finish | None
 
 
-class CompletionReply(BaseModel):
+class CompletionReply(_Response):
     """The answer of `/v1/completions`."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
     usage: Usage
 
@@ -72,13 +77,10 @@ class ChatChoice(BaseModel):
     finish_reason: Finish
 
 
-class ChatReply(BaseModel):
+class ChatReply(_Response):
     """The answer of `/v1/chat/completions`."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -107,13 +109,10 @@ class Health(BaseModel):
     reason: Omitted[str] = None
 
 
-class CompletionChunk(BaseModel):
+class CompletionChunk(_Response):
     """One event of a streamed completion. The last has no choices, and the usage if it was asked for."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
     usage: Omitted[Usage] = None
 
@@ -134,12 +133,9 @@ class ChatChunkChoice(BaseModel):
     finish_reason: Finish | None
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(_Response):
     """One event of a streamed answer. The last has no choices, and the usage if it was asked for."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Omitted[Usage] = None

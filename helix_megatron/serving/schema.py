@@ -304,8 +304,9 @@ def parse(body: bytes, model: type[Body], most_messages: int) -> Body:
         raise ApiError(400, f"The body is {shown(values)}. Valid: a JSON object.")
     messages = values.get("messages")
     if isinstance(messages, list):
-        contents = [message.get("content") for message in messages if isinstance(message, dict)]
-        count = len(messages) + sum(len(one) for one in contents if isinstance(one, list))
+        turns = [message for message in messages if isinstance(message, dict)]
+        lists = [turn.get(name) for turn in turns for name in ("content", "tool_calls")]
+        count = len(messages) + sum(len(one) for one in lists if isinstance(one, list))
         if count > most_messages:
             raise ApiError(
                 400,

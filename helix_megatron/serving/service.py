@@ -121,24 +121,23 @@ class Service:
         assert task is not None
         self._planning.add(task)
         try:
-            return await self._planned(body, model)
+            capacity = self.engine.capacity
+            request = await _in_thread(self._texts, parse, body, model, capacity.max_context)
+            check(request, capacity, self.settings)
+            wanted, begin = await self._wanted(request)
+            prompts = [
+                await _in_thread(self._texts, self.tokens.encode, one, begin)
+                if isinstance(one, str)
+                else one
+                for one in wanted
+            ]
+            return request, plan(request, prompts, self.tokens.stop_tokens, capacity)
         except asyncio.CancelledError:
             if self._aborting:
                 raise unavailable(STOPPING) from None
             raise
         finally:
             self._planning.discard(task)
-
-    async def _planned(self, body: bytes, model: type[Body]) -> tuple[Body, Plan]:
-        capacity = self.engine.capacity
-        request = await _in(self._texts, parse, body, model, capacity.max_context)
-        check(request, capacity, self.settings)
-        wanted, begin = await self._wanted(request)
-        prompts = [
-            await _in(self._texts, self.tokens.encode, one, begin) if isinstance(one, str) else one
-            for one in wanted
-        ]
-        return request, plan(request, prompts, self.tokens.stop_tokens, capacity)
 
     async def _wanted(self, request: GenerationRequest) -> tuple[Sequence[str | list[int]], bool]:
         """Texts or token ids, and whether the model's first tokens are to come in front of texts."""
@@ -147,7 +146,7 @@ class Service:
         assert isinstance(request, ChatRequest)
         messages = [message.plain() for message in request.messages]
         check_size(sum(len(one["content"]) for one in messages), self.engine.capacity, "messages")
-        text = await _in(self._templates, self._chat_text, messages)
+        text = await _in_thread(self._templates, self._chat_text, messages)
         check_size(len(text), self.engine.capacity, "messages")
         return [text], False
 
@@ -190,7 +189,7 @@ class Service:
                 self._generations.discard(generation)
 
 
-async def _in(executor: Executor, work: Callable[..., Result], *arguments: Any) -> Result:
+async def _in_thread(executor: Executor, work: Callable[..., Result], *arguments: Any) -> Result:
     """The result of `work` in a thread of an executor; what is the client's mistake as an `ApiError`."""
     try:
         return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)

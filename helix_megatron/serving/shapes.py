@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -24,83 +24,70 @@ from helix_megatron.serving.replies import (
 )
 
 
-class Shape(Protocol):
-    """How the texts of a request become a response."""
+class Shape:
+    """How the texts of a request become a response, or the events of one."""
 
-    def reply(self, texts: Sequence[tuple[str, Finish]], usage: Usage) -> BaseModel:
-        """A whole response: the text of each choice, and how it ended."""
+    prefix: ClassVar[str]
+    whole: ClassVar[type[BaseModel]]
+    event: ClassVar[type[BaseModel]]
+
+    def __init__(self, model: str) -> None:
+        self._common: dict[str, Any] = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def choice(self, index: int, text: str, reason: Finish) -> BaseModel:
+        """A choice of a whole response."""
+        raise NotImplementedError
+
+    def piece(self, index: int, text: str, reason: Finish | None) -> BaseModel:
+        """A choice of an event: it adds text, or ends it, or both."""
+        raise NotImplementedError
 
     def opening(self, index: int) -> BaseModel | None:
         """The first event of a choice in a stream, before there is any text."""
+        return None
+
+    def reply(self, texts: Sequence[tuple[str, Finish]], usage: Usage) -> BaseModel:
+        """A whole response: the text of each choice, and how it ended."""
+        choices = [self.choice(index, *ended) for index, ended in enumerate(texts)]
+        return self.whole(**self._common, choices=choices, usage=usage)
 
     def chunk(self, index: int, text: str, reason: Finish | None) -> BaseModel:
-        """An event that adds text to a choice, or ends it, or both."""
+        """An event with a piece of a choice."""
+        return self.event(**self._common, choices=[self.piece(index, text, reason)])
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
         """The event after the last choice ended."""
+        return self.event(**self._common, choices=[], usage=usage)
 
 
-class CompletionShape:
+class CompletionShape(Shape):
     """The responses of `/v1/completions`."""
 
-    def __init__(self, model: str) -> None:
-        self._model = model
-        self._id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+    prefix, whole, event = "cmpl", CompletionReply, CompletionChunk
 
-    def reply(self, texts: Sequence[tuple[str, Finish]], usage: Usage) -> BaseModel:
-        choices = [
-            CompletionChoice(index=index, text=text, finish_reason=reason)
-            for index, (text, reason) in enumerate(texts)
-        ]
-        return CompletionReply(
-            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
-        )
+    def choice(self, index: int, text: str, reason: Finish | None) -> BaseModel:
+        return CompletionChoice(index=index, text=text, finish_reason=reason)
 
-    def opening(self, index: int) -> BaseModel | None:
-        return None
-
-    def chunk(self, index: int, text: str, reason: Finish | None) -> BaseModel:
-        return self._event([CompletionChoice(index=index, text=text, finish_reason=reason)])
-
-    def usage_chunk(self, usage: Usage) -> BaseModel:
-        return self._event([], usage)
-
-    def _event(self, choices: list[CompletionChoice], usage: Usage | None = None) -> BaseModel:
-        return CompletionChunk(
-            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
-        )
+    piece = choice
 
 
-class ChatShape:
+class ChatShape(Shape):
     """The responses of `/v1/chat/completions`."""
 
-    def __init__(self, model: str) -> None:
-        self._model = model
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+    prefix, whole, event = "chatcmpl", ChatReply, ChatChunk
 
-    def reply(self, texts: Sequence[tuple[str, Finish]], usage: Usage) -> BaseModel:
-        choices = [
-            ChatChoice(index=index, message=ChatMessage(content=text), finish_reason=reason)
-            for index, (text, reason) in enumerate(texts)
-        ]
-        return ChatReply(
-            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
-        )
+    def choice(self, index: int, text: str, reason: Finish) -> BaseModel:
+        return ChatChoice(index=index, message=ChatMessage(content=text), finish_reason=reason)
+
+    def piece(self, index: int, text: str, reason: Finish | None) -> BaseModel:
+        delta = ChatDelta(content=text or None)
+        return ChatChunkChoice(index=index, delta=delta, finish_reason=reason)
 
     def opening(self, index: int) -> BaseModel | None:
         delta = ChatDelta(role="assistant", content="")
-        return self._event([ChatChunkChoice(index=index, delta=delta, finish_reason=None)])
-
-    def chunk(self, index: int, text: str, reason: Finish | None) -> BaseModel:
-        delta = ChatDelta(content=text or None)
-        return self._event([ChatChunkChoice(index=index, delta=delta, finish_reason=reason)])
-
-    def usage_chunk(self, usage: Usage) -> BaseModel:
-        return self._event([], usage)
-
-    def _event(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> BaseModel:
-        return ChatChunk(
-            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
-        )
+        choice = ChatChunkChoice(index=index, delta=delta, finish_reason=None)
+        return self.event(**self._common, choices=[choice])
