@@ -364,9 +364,20 @@ def test_wrong_input_is_one_paragraph(checkpoint, capsys, flags, message):
     assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
-def test_what_shows_when_the_model_is_loaded_is_one_paragraph_too(checkpoint):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-tokens", "400"], "the longest context is 256"),
+        (["--cache-memory", "1e9"], "--cache-memory is 1000000000.0 GiB, and this machine has"),
+        (
+            ["--page-size", str(2**31 - 1)],
+            "less than one page of 1,099,511,627,264 bytes. Give more",
+        ),
+    ],
+)
+def test_what_shows_when_the_model_is_loaded_is_one_paragraph_too(checkpoint, flags, message):
     """By then there is a process group, which must not add its own words."""
-    run = generate(checkpoint, "--prompt", "x", "--max-tokens", "400")
+    run = generate(checkpoint, "--prompt", "x", *flags)
     assert run.returncode == 2
     assert "Traceback" not in run.stderr
-    assert "the longest context is 256" in re.sub(r"\s+", " ", run.stderr), run.stderr
+    assert message in re.sub(r"\s+", " ", run.stderr), run.stderr

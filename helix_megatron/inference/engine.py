@@ -45,8 +45,8 @@ class Engine:
     """Continuous batching on rank 0. Implements `helix_megatron.inference.request.Engine`.
 
     Args:
-        runner: of this rank.
-        scheduler: with books of its own, in which as many pages are used as in the runner's.
+        runner: what computes this rank's share of a step.
+        scheduler: what chooses the steps; its own books use as many pages as the runner's.
         capacity: what requests are held to.
     """
 

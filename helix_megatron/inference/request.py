@@ -20,12 +20,12 @@ class Sampling:
     """How the tokens of one sequence are chosen.
 
     Args:
-        max_tokens: generated at most, at least 1.
-        temperature: the logits are divided by it; 0 takes the most likely token (greedy).
-        top_k: only the k most likely tokens; 0 does not limit.
-        top_p: only the most likely tokens that together have this probability, in (0, 1].
-        seed: of this sequence's random numbers; None draws one.
-        stop_tokens: end the sequence; the token itself is the last of the output.
+        max_tokens: the most tokens that are generated, at least 1.
+        temperature: what the logits are divided by; 0 takes the most likely token (greedy).
+        top_k: how many of the most likely tokens may be chosen; 0 does not limit.
+        top_p: the probability, in (0, 1], that the most likely tokens have together which may be chosen.
+        seed: the seed of this sequence's random numbers; None draws one.
+        stop_tokens: the tokens that end the sequence, each the last of its output.
 
     Raises:
         HelixError: a value out of range, with the valid ones.
@@ -79,10 +79,10 @@ class Request:
     """One sequence to generate.
 
     Args:
-        prompt: token ids, at least one.
-        sampling: how to choose tokens.
-        listener: called with each `Output`, in order, from a thread of the engine: it must return at once and
-            not raise. The last one has a `reason`.
+        prompt: the token ids of the prompt, at least one.
+        sampling: how tokens are chosen.
+        listener: what is called with each `Output`, in order, from a thread of the engine. It must return
+            at once and not raise. The last one has a `reason`.
     """
 
     prompt: tuple[int, ...]
@@ -96,10 +96,10 @@ class Capacity:
     """What bounds a request.
 
     Args:
-        vocab_size: valid token ids are below it.
-        max_context: prompt and output of one sequence together, in tokens.
-        max_sequences: that are generated at the same time.
-        max_waiting: that wait beyond that; one more is refused.
+        vocab_size: the number that valid token ids are below.
+        max_context: the most tokens of prompt and output of one sequence together.
+        max_sequences: how many sequences are generated at the same time.
+        max_waiting: how many wait beyond that; one more is refused.
     """
 
     vocab_size: int
@@ -110,14 +110,14 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot. Counters grow from the start of the engine.
+    """What the engine does at one moment, and what it has done since its start.
 
     Args:
-        running, waiting: sequences now.
-        pages_used, pages_total: of the key-value cache, over all ranks of a head group.
-        cache_bytes_used: of the pages in use, over all ranks.
-        prompt_tokens, generated_tokens, steps, preemptions: counters.
-        step_seconds: in steps, a counter.
+        running, waiting: the numbers of sequences at this moment.
+        pages_used, pages_total: pages of the key-value cache, over all ranks of a head group.
+        cache_bytes_used: the bytes of the pages in use, over all ranks.
+        prompt_tokens, generated_tokens, steps, preemptions: how many there have been.
+        step_seconds: the time that the steps have taken.
     """
 
     running: int = 0
@@ -176,7 +176,7 @@ class Tokens(Protocol):
     """Text to tokens and back, as the server and the command line need it."""
 
     vocab_size: int
-    stop_tokens: frozenset[int]  # that end a text: end of sequence, end of turn
+    stop_tokens: frozenset[int]  # what ends a text: end of sequence, end of turn
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """Token ids of a text. Takes time and memory in proportion to it, and lets other threads run.

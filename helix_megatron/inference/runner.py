@@ -32,12 +32,12 @@ class Runner:
     Args:
         model: a `GPTModel` in eval mode, all its layers on this rank's tensor parallel group. Its
             self-attention layers are replaced.
-        layout: how its heads are cut.
-        cache: name of a cache layout.
-        pages: of this rank's pool.
-        page_size: positions of a page.
-        max_context: positions of the longest sequence.
-        vocab_size: tokens; rows of the vocabulary beyond them are padding.
+        layout: how the model's heads are cut.
+        cache: the name of a cache layout.
+        pages: how many pages this rank's pool has.
+        page_size: how many positions a page has.
+        max_context: how many positions the longest sequence has.
+        vocab_size: how many tokens there are; rows of the vocabulary beyond them are padding.
         attention: `exact` or `segment-local`.
 
     Raises:

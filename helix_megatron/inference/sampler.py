@@ -21,8 +21,8 @@ def sample(
     """One token for each row; None where a logit is infinite or no number.
 
     Args:
-        logits_BV: [B, V].
-        samplings: of the rows; one that is not greedy has a seed.
+        logits_BV: the logits, [B, V].
+        samplings: how the token of each row is chosen; one that is not greedy has a seed.
         indices: how many tokens each sequence has been given before.
     """
     # -inf is how a model may exclude a token.

@@ -48,9 +48,9 @@ class Scheduler:
     """The sequences of an engine and their pages.
 
     Args:
-        book: empty; nobody else changes it.
-        max_sequences: that are under way at the same time.
-        prefill_chunk: tokens of prompts in one step, over all sequences.
+        book: the pages, none of which is in use; nobody else changes it.
+        max_sequences: how many sequences are under way at the same time.
+        prefill_chunk: the most tokens of prompts in one step, over all sequences.
     """
 
     def __init__(self, book: PageBook, max_sequences: int, prefill_chunk: int) -> None:

@@ -19,12 +19,12 @@ class Piece:
     """Consecutive tokens of one sequence.
 
     Args:
-        sequence: its number.
-        start: position of the first token; 0 begins the sequence.
-        tokens: int64 [count], at least one.
-        member: who keeps its first block; the same in every head group.
-        expected: positions that the sequence may come to have.
-        wanted: whether the logits after the last token are.
+        sequence: the number of the sequence.
+        start: the position of the first token; 0 begins the sequence.
+        tokens: the token ids, int64 [count], at least one.
+        member: the rank that keeps the sequence's first block, the same in every head group.
+        expected: how many positions the sequence may come to have.
+        wanted: whether the logits after the last token are wanted.
     """
 
     sequence: int

@@ -12,7 +12,7 @@ class StopStrings:
     are cut.
 
     Args:
-        strings: not empty ones.
+        strings: the stop strings, none of them empty.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:

@@ -70,8 +70,9 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the process, also while it works for another thread."""
-        if self._process is not None:
-            self._process.kill()
+        if (process := self._process) is not None:
+            process.kill()
+            process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -100,7 +101,7 @@ def _ask(process: subprocess.Popen[bytes], question: Any) -> dict[str, Any] | No
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(json.dumps(question, default=str).encode() + b"\n")
         process.stdin.flush()
-        if line := process.stdout.readline():
+        if (line := process.stdout.readline()).endswith(b"\n"):
             return dict(json.loads(line))
     return None
 

@@ -45,8 +45,8 @@ def open_tokens(
     """The tokenizer that `--tokenizer` names, else the one that lies with the checkpoint.
 
     Args:
-        args: of `inference_args`.
-        note: told what was chosen where the flag does not say it.
+        args: what `inference_args` made of the flags.
+        note: what is told which tokenizer was chosen where the flag does not say it.
 
     Raises:
         HelixError: no tokenizer, or one that cannot be read or is of another model.
@@ -102,8 +102,9 @@ class TokenStream:
     Tokens are looked at one by one, so the text does not depend on how they come in parts.
 
     Args:
-        decode: text of a list of tokens.
-        after: tokens in front, whose text is not given; they tell whether a space belongs to what follows.
+        decode: gives the text of a list of tokens.
+        after: the tokens in front, whose text is not given; they tell whether a space belongs to what follows.
+        hidden: the tokens that add no text.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class TokenStream:
 
 
 class ByteStream:
-    """The same for tokens that are bytes; others add nothing."""
+    """Text of tokens that are bytes and come one after another; others add nothing."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -231,8 +232,8 @@ class FileTokens(_Tokens):
     """A `tokenizer.json` of the `tokenizers` library, with the special tokens in front that it asks for.
 
     Args:
-        path: of the file.
-        stop_tokens: that end a text; those known by usual names when there are none.
+        path: where the file is.
+        stop_tokens: the tokens that end a text; without any, one that is known by a usual name.
 
     Raises:
         HelixError: no tokenizer, or the library is not installed.
@@ -257,8 +258,8 @@ class HuggingFaceTokens(_Tokens):
     """A tokenizer that `transformers.AutoTokenizer` reads.
 
     Args:
-        directory: of its files.
-        stop_tokens: that end a text, besides the tokenizer's own.
+        directory: where the tokenizer's files are.
+        stop_tokens: the tokens that end a text, besides the tokenizer's own.
 
     Raises:
         HelixError: it cannot be read, or needs code of its own.
@@ -315,7 +316,7 @@ def front(encode: Callable[[str, bool], list[int]]) -> list[int]:
     """The special tokens that a tokenizer puts in front of a text; not those at the end, which would end it.
 
     Args:
-        encode: tokens of a text, without special tokens or with them.
+        encode: gives the tokens of a text, without special tokens or with them.
     """
     plain, whole = encode("a", False), encode("a", True)
     for start in range(len(whole) - len(plain) + 1):
