@@ -22,13 +22,7 @@ from helix_megatron.serving.generation import Plan
 from helix_megatron.serving.metrics import Observed
 from helix_megatron.serving.openapi import errors, plain_text, publish, request_body, streamed
 from helix_megatron.serving.planning import require_model
-from helix_megatron.serving.replies import (
-    ChatReply,
-    CompletionReply,
-    Health,
-    ModelCard,
-    ModelList,
-)
+from helix_megatron.serving.replies import ChatReply, CompletionReply, Health, ModelCard, ModelList
 from helix_megatron.serving.schema import ChatRequest, CompletionRequest
 from helix_megatron.serving.service import Service
 from helix_megatron.serving.settings import ServerSettings
