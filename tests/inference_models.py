@@ -71,7 +71,7 @@ def make_engine(
         page_size=page_size,
         max_context=max_context,
         vocab_size=VOCABULARY,
-        attention=args.helix_attention,
+        attention=args.helix.attention,
     )
     if dist.get_rank():
         return runner, None

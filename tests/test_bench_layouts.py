@@ -18,7 +18,6 @@ from helix_megatron.bench.layout_spec import LayoutSpec, rivals, validated
 from helix_megatron.errors import HelixError
 from helix_megatron.exchanges import choose
 from helix_megatron.exchanges.choice import MACHINES
-from helix_megatron.training.validate import attention_shape
 
 ROUNDS = sized("training", full=2, quick=1)
 MODEL = [
@@ -46,10 +45,10 @@ def test_a_layout_becomes_flags():
     spec = LayoutSpec.parse("tp=N,m=N/2,exchange=gather-qk,zero1=on,sp=off")
     flags = spec.flags(8, [*MODEL, "--sequence-parallel", "--tensor-model-parallel-size", "2"])
     args = validated(spec, 8, MODEL)
-    assert args.tensor_model_parallel_size == 8
-    assert args.intra_head_parallel_size == 4
+    assert args.parallel.tensor_model_parallel_size == 8
+    assert args.helix.intra_head_parallel_size == 4
     assert args.helix.exchange == "gather-qk"
-    assert args.use_distributed_optimizer
+    assert args.parallel.use_distributed_optimizer
     assert "--sequence-parallel" not in flags
     assert LayoutSpec.parse("tp=1").flags(2, ["--sequence-parallel"]) == [
         "--tensor-model-parallel-size",
@@ -117,7 +116,7 @@ def test_layouts_are_measured_side_by_side(capsys, tmp_path):
     assert (stock["layout"], helix["layout"]) == ("tp=1", "tp=2,m=2")
     assert abs(stock["loss"] - helix["loss"]) < 1e-5
     args = validated(LayoutSpec.parse("tp=2,m=2"), 2, [*MODEL, "--global-batch-size", "2"])
-    shape = attention_shape(args)
+    shape = args.attention_shape
     formula = choose(shape, "auto", MACHINES["cpu"]).bytes(shape)
     # Forward and backward, 2 layers, of the 32 tokens of a micro-batch.
     assert helix["sent_bytes_per_token"][0] == 2 * 2 * formula / 32

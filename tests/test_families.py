@@ -63,26 +63,26 @@ def logits_of_rank(
     from helix_megatron.megatron.initialize import weights_not_drawn
     from helix_megatron.megatron.random import seed_model_parallel
     from helix_megatron.training.model import build_chunk, transformer_config
-    from helix_megatron.training.model_options import args_from_model_flags
+    from helix_megatron.training.run import RunConfig
 
     cpu_runtime.install()
     flags, tensors = canonical(Path(directory), changed)
     size = parallel.get("tensor_model_parallel_size", 1)
     sequence_parallel = flags["num_experts"] is not None and size > 1
     settings = {"seq_length": 24, "sequence_parallel": sequence_parallel} | parallel
-    args = args_from_model_flags(flags, world_size=dist.get_world_size(), **settings)
+    run = RunConfig.of_model(flags, world_size=dist.get_world_size(), **settings)
     parallel_state.initialize_model_parallel(
         size,
-        args.pipeline_model_parallel_size,
-        intra_head_parallel_size=args.intra_head_parallel_size,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        run.parallel.pipeline_model_parallel_size,
+        intra_head_parallel_size=run.helix.intra_head_parallel_size,
+        expert_model_parallel_size=run.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=run.parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=10,
     )
     seed_model_parallel(1)
-    config = transformer_config(args)
+    config = transformer_config(run)
     with weights_not_drawn(config):
-        model = build_chunk(args, config)
+        model = build_chunk(run, config)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # what is not filled shows
     asked = set()
@@ -99,13 +99,13 @@ def logits_of_rank(
     ids = tokens()
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     stages, stage = (
-        args.pipeline_model_parallel_size,
+        run.parallel.pipeline_model_parallel_size,
         megatron_state.get_pipeline_model_parallel_rank(),
     )
     with torch.no_grad():
         if stage > 0:
-            rows = ids.shape[1] // (size if args.sequence_parallel else 1)
-            hidden = torch.empty(rows, ids.shape[0], args.hidden_size)
+            rows = ids.shape[1] // (size if run.parallel.sequence_parallel else 1)
+            hidden = torch.empty(rows, ids.shape[0], run.model.hidden_size)
             dist.recv(hidden, megatron_state.get_pipeline_model_parallel_prev_rank())
             model.set_input_tensor(hidden)
         output = model(ids, positions, None, runtime_gather_output=True)

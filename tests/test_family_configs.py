@@ -20,7 +20,6 @@ from helix_megatron.checkpoint.families import (
     family_named,
     family_of,
 )
-from helix_megatron.checkpoint.families.flags import FUNCTION_FLAGS
 from helix_megatron.errors import HelixError
 
 
@@ -232,20 +231,6 @@ def test_a_family_for_a_model_trained_here():
     )
     with pytest.raises(HelixError, match=r"gpt2 models .* cannot have --position-embedding-type"):
         family_named("gpt2").config(llama)
-
-
-def test_flags_are_those_of_the_training_script():
-    """A flag that is added to the script and decides the function must be weighed here, too."""
-    from helix_megatron.training.arguments import EXPERTS, MODEL, build_parser
-    from helix_megatron.training.checkpoint_flags import FREE
-
-    defaults = vars(build_parser().parse_args([]))
-    names = {row[0].removeprefix("--").replace("-", "_") for row in (*MODEL, *EXPERTS)}
-    assert FUNCTION_FLAGS.keys() - names == {"padded_vocab_size"}
-    assert names - FUNCTION_FLAGS.keys() - FREE == set()
-    given = {"num_layers", "hidden_size", "num_attention_heads", "num_query_groups"}
-    for name in FUNCTION_FLAGS.keys() - given - {"padded_vocab_size"}:
-        assert FUNCTION_FLAGS[name] == defaults[name], name
 
 
 def test_maps_are_made_without_heavy_imports():

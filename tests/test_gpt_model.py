@@ -34,19 +34,19 @@ def build(flags: str, world_size: int) -> tuple[Any, Any, Any]:
     from helix_megatron.training.model import build_chunk, transformer_config
 
     cpu_runtime.install()
-    args = validate(parse_args(flags.split()), world_size)
+    run = validate(parse_args(flags.split()), world_size)
     parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        intra_head_parallel_size=args.intra_head_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        run.parallel.tensor_model_parallel_size,
+        intra_head_parallel_size=run.helix.intra_head_parallel_size,
+        expert_tensor_parallel_size=run.parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=10,
     )
-    seed_model_parallel(args.seed)
-    config = transformer_config(args)
+    seed_model_parallel(run.training.seed)
+    config = transformer_config(run)
     with weights_not_drawn(config):
-        model = build_chunk(args, config)
-    initialize_weights(model, config, args.seed)
-    return args, config, model
+        model = build_chunk(run, config)
+    initialize_weights(model, config, run.training.seed)
+    return run, config, model
 
 
 def boxes(flags: str, world_size: int) -> list[tuple[str, tuple, tuple, np.ndarray, bool]]:
@@ -112,7 +112,7 @@ def test_sharded_state_and_initial_weights_are_those_of_a_stock_model(pool, name
 def undrawn_weight() -> str:
     from helix_megatron.megatron.initialize import initialize_weights
 
-    args, config, model = build(SMALL, 1)
+    run, config, model = build(SMALL, 1)
     model.register_parameter("stray", torch.nn.Parameter(torch.zeros(2, 2)))
     original = model.sharded_state_dict
 
@@ -121,7 +121,7 @@ def undrawn_weight() -> str:
 
     model.sharded_state_dict = without_stray
     with pytest.raises(HelixError) as error:
-        initialize_weights(model, config, args.seed)
+        initialize_weights(model, config, run.training.seed)
     return str(error.value)
 
 

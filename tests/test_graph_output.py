@@ -290,8 +290,12 @@ def test_the_model_comes_from_the_checkpoint(tmp_path):
     """--use-checkpoint-args means the same as in the training script; a flag given beside it wins."""
     model = {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 6}
     write_manifest(tmp_path, Manifest("canonical", model))
-    args = parse(["--load", str(tmp_path), "--use-checkpoint-args", "--num-layers", "2"], "test")
-    assert (args.num_layers, args.hidden_size, args.num_attention_heads) == (2, 96, 6)
+    run = parse(["--load", str(tmp_path), "--use-checkpoint-args", "--num-layers", "2"], "test")
+    assert (run.model.num_layers, run.model.hidden_size, run.model.num_attention_heads) == (
+        2,
+        96,
+        6,
+    )
 
 
 def test_usage_errors_name_the_command(capsys):

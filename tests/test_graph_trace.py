@@ -23,7 +23,6 @@ from helix_megatron.graph.flags import parse
 from helix_megatron.graph.fold import rank_classes
 from helix_megatron.graph.model import COLLECTIVE, PARAMETER, Spec
 from helix_megatron.graph.recorder import Recorder
-from helix_megatron.training.validate import attention_shape
 
 
 def real_traffic(argv: list[str]) -> dict[str, int]:
@@ -38,12 +37,11 @@ def real_traffic(argv: list[str]) -> dict[str, int]:
     from helix_megatron.training.pretrain import build
 
     warnings.simplefilter("ignore")
-    args = parse(argv, "test")
-    args.distributed_timeout_minutes = 10
+    run = parse(argv, "test")
     cpu_runtime.install()
-    config, chunks = build(args)
+    config, chunks = build(run)
     config.finalize_model_grads_func = finalize_model_grads
-    tokens = torch.arange(args.seq_length).repeat(args.micro_batch_size, 1)
+    tokens = torch.arange(run.model.seq_length).repeat(run.training.micro_batch_size, 1)
 
     def forward_step(_, model):
         losses = model(tokens, tokens, None, labels=tokens)
@@ -55,8 +53,8 @@ def real_traffic(argv: list[str]) -> dict[str, int]:
             data_iterator=itertools.repeat(0),
             model=chunks[0],
             num_microbatches=1,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
+            seq_length=run.model.seq_length,
+            micro_batch_size=run.training.micro_batch_size,
             forward_only=False,
         )
     sent: Counter[str] = Counter()
@@ -85,13 +83,13 @@ def test_traced_collectives_are_those_that_really_run(pool, run):
 )
 def test_exchange_bytes_are_the_formula_of_the_exchange(run):
     """The cost model and the graph must not disagree about what attention exchanges."""
-    args = parse(flags(run), "test")
-    shape = attention_shape(args)
-    formula = choose(shape, args.helix.exchange, GPU).bytes(shape)
+    settings = parse(flags(run), "test")
+    shape = settings.attention_shape
+    formula = choose(shape, settings.helix.exchange, GPU).bytes(shape)
     graph = traced(run, backward=False)
     for rank in range(4):
         sent = [n.sent_bytes for n in graph.of_rank(rank) if n.purpose.startswith("exchange")]
-        assert sum(sent) == args.num_layers * formula > 0
+        assert sum(sent) == settings.model.num_layers * formula > 0
 
 
 def test_flops_are_those_of_the_matrices():

@@ -6,6 +6,7 @@ import pytest
 
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.model_flags import deal_experts
+from helix_megatron.model.description import ModelConfig
 
 MOE = {"num_experts": 6, "moe_ffn_hidden_size": 24, "hidden_size": 32, "num_layers": 1}
 MOE |= {"num_attention_heads": 4}
@@ -34,9 +35,9 @@ MOE |= {"num_attention_heads": 4}
 )
 def test_experts_are_dealt_whole_or_cut(flags, ranks, asked, expected):
     """Whole ones need the fewest messages; an odd number of them is cut; and biases cannot be cut."""
-    flags = MOE | flags
+    model = ModelConfig.from_flags(MOE | flags)
     if isinstance(expected, str):
         with pytest.raises(HelixError, match=expected):
-            deal_experts(flags, ranks, *asked, note=print)
+            deal_experts(model, ranks, *asked, note=print)
     else:
-        assert deal_experts(flags, ranks, *asked, note=print) == expected
+        assert deal_experts(model, ranks, *asked, note=print) == expected

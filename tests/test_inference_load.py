@@ -6,6 +6,7 @@ The oracle is `transformers`: it makes the models, saves them, and computes the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -22,9 +23,14 @@ from waiting import PROGRAM_LIMIT
 from helix_megatron import cli
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
-from helix_megatron.inference.arguments import add_checkpoint_arguments, inference_args
-from helix_megatron.inference.model_flags import Description, check_cuts
+from helix_megatron.inference.arguments import (
+    InferenceConfig,
+    add_checkpoint_arguments,
+    inference_config,
+)
+from helix_megatron.inference.model_flags import check_cuts
 from helix_megatron.inference.tokens import ByteTokens, open_tokens
+from helix_megatron.model.description import ModelConfig
 
 FP32, FP64 = 1e-5, 1e-10
 SEQUENCE = 24
@@ -35,8 +41,8 @@ def parsed(command: str, path: Path | str) -> argparse.Namespace:
     return parser.parse_args(["--load", str(path), *command.split()])
 
 
-def args_of(command: str, path: Path | str, world_size: int = 1) -> argparse.Namespace:
-    return inference_args(parsed(command, path), world_size)
+def config_of(command: str, path: Path | str, world_size: int = 1) -> InferenceConfig:
+    return inference_config(vars(parsed(command, path)), world_size)
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +99,12 @@ def logits_of(
 
     from helix_megatron.inference.load import TORCH_DTYPES, inference_groups, load_model
 
-    args = args_of(command, path, dist.get_world_size())
-    inference_groups(args)
-    model = load_model(args)
+    config = config_of(command, path, dist.get_world_size())
+    inference_groups(config)
+    model = load_model(config)
     assert not model.training
     for parameter in model.parameters():
-        assert parameter.dtype == TORCH_DTYPES[args.dtype] and not parameter.requires_grad
+        assert parameter.dtype == TORCH_DTYPES[config.dtype] and not parameter.requires_grad
     ids = tokens(SEQUENCE)[:, :length]
     if length < SEQUENCE:
         ids = ids[:1]
@@ -106,13 +112,13 @@ def logits_of(
     with torch.no_grad():
         logits = model(ids, positions, None, runtime_gather_output=True)
     chosen = {
-        "m": args.intra_head_parallel_size,
-        "ep": args.expert_model_parallel_size,
-        "etp": args.expert_tensor_parallel_size,
-        "sp": args.sequence_parallel,
-        "heads": args.num_attention_heads,
+        "m": config.run.helix.intra_head_parallel_size,
+        "ep": config.run.parallel.expert_model_parallel_size,
+        "etp": config.run.parallel.expert_tensor_parallel_size,
+        "sp": config.run.parallel.sequence_parallel,
+        "heads": config.run.model.num_attention_heads,
     }
-    return logits[..., : args.vocab_size], chosen
+    return logits[..., : config.run.model.vocab_size], chosen
 
 
 def logits_of_each(path: str, commands: list[str]) -> list[tuple[torch.Tensor, dict[str, Any]]]:
@@ -229,9 +235,10 @@ def test_what_training_saved(pool, tmp_path):
     less_padding = "--dtype fp64 --make-vocab-size-divisible-by 1"
     logits = pool.run(logits_of, str(tmp_path), less_padding, world_size=2)[0][0]
     assert logits.shape[-1] == 256 and error(logits, own) < FP64
-    args = args_of("", tmp_path)
-    assert (args.vocab_size, args.hidden_dropout, args.max_position_embeddings) == (256, 0, 32)
-    assert isinstance(open_tokens(args), ByteTokens)
+    config = config_of("", tmp_path)
+    model = config.run.model
+    assert (model.vocab_size, model.hidden_dropout, model.max_position_embeddings) == (256, 0, 32)
+    assert isinstance(open_tokens(config), ByteTokens)
 
 
 def train(flags: str) -> None:
@@ -286,9 +293,9 @@ def test_segment_local_checkpoints(pool, models, tmp_path):
     ):
         assert error(logits, alone) < FP64 and chosen["m"] == 2
     with pytest.raises(HelixError, match=r"segment-local attention of 2 segments, and .* is 4"):
-        args_of("--helix-attention segment-local --intra-head-parallel-size 4", local, 4)
+        config_of("--helix-attention segment-local --intra-head-parallel-size 4", local, 4)
     with pytest.raises(HelixError, match=r"holds ordinary weights.*helix convert"):
-        args_of("--helix-attention segment-local --intra-head-parallel-size 2", directory, 2)
+        config_of("--helix-attention segment-local --intra-head-parallel-size 2", directory, 2)
 
 
 def parts_of(path: str, command: str) -> tuple[dict[str, torch.dtype], int]:
@@ -297,9 +304,9 @@ def parts_of(path: str, command: str) -> tuple[dict[str, torch.dtype], int]:
 
     from helix_megatron.inference.load import inference_groups, load_model
 
-    args = args_of(command, path, dist.get_world_size())
-    inference_groups(args)
-    model = load_model(args)
+    config = config_of(command, path, dist.get_world_size())
+    inference_groups(config)
+    model = load_model(config)
     named = dict(model.named_parameters())
     return {n: p.dtype for n, p in named.items()}, sum(p.nbytes for p in named.values())
 
@@ -333,22 +340,26 @@ def test_damaged_files_are_refused(pool, models, tmp_path):
     assert "raised, too" in str(caught.value)
 
 
+def with_layers(config: InferenceConfig, layers: int) -> InferenceConfig:
+    model = dataclasses.replace(config.run.model, num_layers=layers)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, model=model))
+
+
 def remove_a_layer(path: str) -> None:
     """On a rank: build a model of fewer layers than the checkpoint has, and the reverse."""
     from helix_megatron.inference.load import inference_groups, load_model
 
-    args = args_of("", path)
-    inference_groups(args)
-    args.num_layers = 1
+    config = config_of("", path)
+    inference_groups(config)
+    fewer, more = (with_layers(config, layers) for layers in (1, 3))
     with pytest.raises(
         HelixError, match=r"has 8 tensors that have no place.*decoder.layers.1.*, …"
     ):
-        load_model(args)
-    args.num_layers = 3
+        load_model(fewer)
     with pytest.raises(
         HelixError, match=r"has no tensor decoder.layers.2.*, which the model needs"
     ):
-        load_model(args)
+        load_model(more)
 
 
 def test_every_tensor_has_its_place(pool, models):
@@ -359,43 +370,41 @@ def test_every_tensor_has_its_place(pool, models):
 # -------------------------------------------------------------------------- flags
 
 
-def test_namespace(models):
-    """What training's validation leaves, for inference; and sentences about what was chosen."""
-    args = args_of("", models("qwen3")[0], 4)
-    assert (args.world_size, args.data_parallel_size, args.pipeline_model_parallel_size) == (
-        4,
-        1,
-        1,
-    )
-    assert (args.vocab_size, args.max_position_embeddings) == (91, 64)
-    assert args.padded_vocab_size % 4 == 0
-    assert (args.helix.intra_head_parallel_size, args.layout.head_groups) == (2, 2)
-    assert not args.sequence_parallel and args.recompute_granularity is None
-    assert (args.dtype, args.bf16, args.fp16) == ("fp32", False, False)
-    assert args.notes == (
+def test_configuration(models):
+    """What is run, and sentences about what was chosen."""
+    config = config_of("", models("qwen3")[0], 4)
+    run, model = config.run, config.run.model
+    sizes = {"tp": 4, "pp": 1, "dp": 1, "ep": 1, "m": 2, "n": 2}
+    assert (run.world_size, run.sizes, run.layout.head_groups) == (4, sizes, 2)
+    assert (model.vocab_size, model.max_position_embeddings) == (91, 64)
+    assert model.padded_vocab_size % 4 == 0
+    assert not run.parallel.sequence_parallel and run.training.recompute_granularity is None
+    assert (config.dtype, run.training.precision) == ("fp32", "fp32")
+    assert config.notes == (
         "2 key-value heads on 4 ranks: every head is cut into 2 segments (--intra-head-parallel-size 2), in 2 "
         "head groups.",
     )
-    args = args_of("--dtype bf16 --seed 3", models("mixtral")[0], 2)
-    assert (args.bf16, args.seed, args.sequence_parallel) == (True, 3, True)
-    assert args.notes[1] == "4 experts on 2 ranks: 2 on each, whole."
+    config = config_of("--dtype bf16 --seed 3", models("mixtral")[0], 2)
+    assert (config.run.training.precision, config.run.training.seed) == ("bf16", 3)
+    assert config.run.parallel.sequence_parallel
+    assert config.notes[1] == "4 experts on 2 ranks: 2 on each, whole."
 
 
 def test_overrides_are_for_those_who_do_not_say_everything(models, tmp_path):
     """A model that says what it is cannot be told otherwise; stock Megatron's can."""
     directory, *_ = models("qwen3")
     with pytest.raises(HelixError, match=r"--rotary-base 5: .* holds a model with \d+\. Leave"):
-        args_of("--rotary-base 5", directory)
-    longer = args_of("--max-position-embeddings 128", directory)
-    assert longer.max_position_embeddings == 128
+        config_of("--rotary-base 5", directory)
+    longer = config_of("--max-position-embeddings 128", directory)
+    assert longer.run.model.max_position_embeddings == 128
     assert longer.notes == ("--max-position-embeddings is 128, where the checkpoint says 64.",)
     stock = convert(directory, tmp_path / "stock", "--to canonical")
     for name in ("helix.json", "helix.json.sha256"):
         (stock / "release" / name).unlink()
-    assert args_of("--rotary-base 5", stock).rotary_base == 5
+    assert config_of("--rotary-base 5", stock).run.model.rotary_base == 5
     learned, *_ = models("gpt2")
     with pytest.raises(HelixError, match=r"--max-position-embeddings 128: .* model with 64"):
-        args_of("--max-position-embeddings 128", learned)
+        config_of("--max-position-embeddings 128", learned)
 
 
 WRONG = [
@@ -432,22 +441,20 @@ def test_what_does_not_fit_is_told_before_a_rank_starts(models, name, ranks, com
             "num_attention_heads": 4,
             "padded_vocab_size": 8,
         }
-        odd = Description(
-            Path(), "canonical", flags | {"ffn_hidden_size": 47}, "exact", 1, "fp32", True
-        )
+        odd = ModelConfig.from_flags(flags | {"ffn_hidden_size": 47})
         with pytest.raises(HelixError, match=text):
-            check_cuts(odd, odd.flags, ranks, 1, None, HelixConfig())
+            check_cuts(odd, ranks, 1, None, HelixConfig())
         return
     with pytest.raises(HelixError, match=text):
-        args_of(command, models(name)[0], ranks)
+        config_of(command, models(name)[0], ranks)
 
 
 def test_newest_or_the_iteration_asked_for(models, tmp_path):
     """`--ckpt-step` as in training."""
     store = convert(models("qwen3")[0], tmp_path / "store", "--to canonical")
-    assert args_of("", store).load_path == str(store / "release")
+    assert config_of("", store).load_path == str(store / "release")
     with pytest.raises(HelixError, match="holds no complete checkpoint"):
-        args_of("--ckpt-step 7", store)
+        config_of("--ckpt-step 7", store)
 
 
 def test_the_flags_are_known_without_torch():

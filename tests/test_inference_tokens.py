@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -31,6 +30,7 @@ from waiting import LIMIT, wait_until
 from helix_megatron.data.text import default_text
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.templates import ChatTemplate
+from helix_megatron.inference.arguments import InferenceConfig
 from helix_megatron.inference.tokens import (
     ByteTokens,
     FileTokens,
@@ -39,6 +39,8 @@ from helix_megatron.inference.tokens import (
     configured_stops,
     open_tokens,
 )
+from helix_megatron.model.description import ModelConfig
+from helix_megatron.training.run import RunConfig
 
 CORPUS = [default_text()[:20_000].decode(), "naïve café – 日本語 😀 Ωμέγα ", "a b  c\n\n\td"]
 SPECIAL = ["<s>", "</s>", "<|turn|>"]
@@ -109,9 +111,9 @@ def save(kind: str, directory: Path, template: str | None = TEMPLATE) -> Path:
     return directory
 
 
-def namespace(load: Path, vocab_size: int = 1000, **others: Any) -> argparse.Namespace:
-    settings = {"tokenizer": None, "load_kind": "canonical"} | others
-    return argparse.Namespace(load_path=str(load), vocab_size=vocab_size, **settings)
+def config(load: Path, vocab_size: int = 1000, **others: Any) -> InferenceConfig:
+    run = RunConfig(ModelConfig(vocab_size=vocab_size), 1)
+    return InferenceConfig(run, "fp32", str(load), **{"load_kind": "canonical"} | others)
 
 
 # -------------------------------------------------------------------------- streams
@@ -204,7 +206,7 @@ def test_a_model_directory_brings_its_tokenizer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    tokens = open_tokens(namespace(tmp_path, load_kind="huggingface"))
+    tokens = open_tokens(config(tmp_path, load_kind="huggingface"))
     assert isinstance(tokens, HuggingFaceTokens)
     own = backend("byte-level BPE")
     assert tokens.vocab_size == own.get_vocab_size()
@@ -237,7 +239,7 @@ def test_a_model_directory_brings_its_tokenizer(tmp_path, monkeypatch):
 def test_a_converted_checkpoint_has_it_in_a_folder_of_its_own(tmp_path):
     """`helix convert` keeps what came with a Hugging Face model beside the tensors."""
     save("Metaspace", tmp_path / "huggingface", template=None)
-    tokens = open_tokens(namespace(tmp_path))
+    tokens = open_tokens(config(tmp_path))
     assert streamed(tokens.decoder(), [tokens.encode("a café")]) == "a café"
     output = tokens.encode("a café")[2:]
     assert streamed(tokens.decoder(), [output]) == "café"
@@ -250,7 +252,7 @@ def test_a_converted_checkpoint_has_it_in_a_folder_of_its_own(tmp_path):
 def test_a_file_by_its_name(tmp_path, name):
     """`--tokenizer FILE`, or a directory with nothing else: the stop token is known by its usual name."""
     backend("Metaspace").save(str(tmp_path / "tokenizer.json"))
-    tokens = open_tokens(namespace(tmp_path / "model", tokenizer=str(tmp_path / name)))
+    tokens = open_tokens(config(tmp_path / "model", tokenizer=str(tmp_path / name)))
     assert isinstance(tokens, FileTokens)
     assert tokens.stop_tokens == {1}
     assert tokens.encode("a b")[0] == 0 and tokens.encode("a b")[-1] != 1
@@ -262,7 +264,7 @@ def test_a_file_by_its_name(tmp_path, name):
 def test_a_model_of_bytes_needs_no_tokenizer(tmp_path):
     """What scripts/pretrain_gpt.py trains without --tokenizer-model must generate text right away."""
     notes: list[str] = []
-    tokens = open_tokens(namespace(tmp_path, 256), notes.append)
+    tokens = open_tokens(config(tmp_path, 256), notes.append)
     assert isinstance(tokens, ByteTokens)
     assert notes == ["The model has 256 tokens and no tokenizer: every byte is a token."]
     assert (tokens.vocab_size, tokens.stop_tokens) == (256, frozenset())
@@ -272,11 +274,11 @@ def test_a_model_of_bytes_needs_no_tokenizer(tmp_path):
         tokens.encode("\ud800")
     with pytest.raises(HelixError, match="a model of bytes has no chat template"):
         tokens.chat_text([])
-    documents = open_tokens(namespace(tmp_path, 257), notes.append)
+    documents = open_tokens(config(tmp_path, 257), notes.append)
     assert "token 256 ends a document" in notes[-1]
     assert (documents.vocab_size, documents.stop_tokens) == (257, {256})
     assert streamed(documents.decoder(), [[97, 256]]) == "a"
-    assert open_tokens(namespace(tmp_path, 50_000, tokenizer="byte")).vocab_size == 257
+    assert open_tokens(config(tmp_path, 50_000, tokenizer="byte")).vocab_size == 257
 
 
 def broken(folder: Path) -> Path:
@@ -315,7 +317,7 @@ def test_what_is_missing_is_told(tmp_path, monkeypatch, make, settings_, text):
     monkeypatch.chdir(tmp_path)
     make(tmp_path)
     with pytest.raises(HelixError, match=text):
-        open_tokens(namespace(tmp_path, **settings_))
+        open_tokens(config(tmp_path, **settings_))
 
 
 def test_another_models_tokenizer(tmp_path):
@@ -323,7 +325,7 @@ def test_another_models_tokenizer(tmp_path):
     save("Metaspace", tmp_path)
     size = backend("Metaspace").get_vocab_size()
     with pytest.raises(HelixError, match=rf"has {size} tokens, and the model knows 300"):
-        open_tokens(namespace(tmp_path / "model", 300, tokenizer=str(tmp_path)))
+        open_tokens(config(tmp_path / "model", 300, tokenizer=str(tmp_path)))
 
 
 def test_the_libraries_are_asked_for_by_name(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Dependencies point down: what a module may import, and what it may know about processes.
 
     errors ← versions
-           ← layout ← config ← arguments
+           ← layout, flags ← config ← arguments ← model
            ← observe, meter, collectives, masks, replicated, head_norm
            ← kernels, exchanges
            ← attention, parallel_state, patching, needs
@@ -33,9 +33,10 @@ HOST_IMPORTS = {("deepspeed", "huggingface"), ("deepspeed", "megatron")}
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("versions",),
-    ("layout",),
+    ("layout", "flags"),
     ("config",),
     ("arguments",),
+    ("model",),
     ("observe", "meter", "collectives", "masks", "replicated", "head_norm"),
     ("kernels", "exchanges"),
     ("attention", "parallel_state", "patching", "needs"),

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from helix_megatron.errors import HelixError
+from helix_megatron.model.description import ModelConfig
+from helix_megatron.model.patterns import layer_pattern
 from helix_megatron.training.arguments import parse_args
-from helix_megatron.training.layer_patterns import layer_pattern
 from helix_megatron.training.model_options import (
     activation,
-    args_from_model_flags,
     can_fuse_activation,
     tanh_gelu,
 )
+from helix_megatron.training.run import RunConfig
 from helix_megatron.training.validate import validate
 
 SIZE = (
@@ -58,8 +59,8 @@ def train(flags: str, world_size: int) -> list[dict[str, float]]:
     from helix_megatron.training.pretrain import training
 
     cpu_runtime.install()
-    args = validate(parse_args(flags.split()), world_size)
-    return [metrics.record() for metrics in training(args)]
+    run = validate(parse_args(flags.split()), world_size)
+    return [metrics.record() for metrics in training(run)]
 
 
 @pytest.mark.parametrize("model", [GEMMA, GPT2, LLAMA, QWEN_EXPERTS])
@@ -76,9 +77,9 @@ def test_training_with_options_does_not_depend_on_the_layout(pool, model):
     ("text", "pattern"),
     [
         ("3", 3),
-        ("[0,1,1]", [0, 1, 1]),
-        ("([0]+[1]*2)*2", [0, 1, 1, 0, 1, 1]),
-        (" 2*[1] ", [1, 1]),
+        ("[0,1,1]", (0, 1, 1)),
+        ("([0]+[1]*2)*2", (0, 1, 1, 0, 1, 1)),
+        (" 2*[1] ", (1, 1)),
     ],
 )
 def test_layer_patterns(text, pattern):
@@ -100,7 +101,10 @@ def test_other_patterns_are_refused(text):
     [
         ("--swiglu --geglu", "--swiglu, --geglu exclude each other. Give one of them."),
         ("--openai-gelu --swiglu", "--swiglu, --openai-gelu exclude each other."),
-        ("--embedding-multiplier 0", "--embedding-multiplier is 0.0. It must be above 0."),
+        (
+            "--embedding-multiplier 0",
+            "--embedding-multiplier is 0.0. It must be a finite number above 0.",
+        ),
         (
             "--use-rope-scaling --position-embedding-type none",
             "scale rotary embedding, and --position-embedding-type is none. Leave them out.",
@@ -133,25 +137,26 @@ def test_activations():
     root = (2 / torch.pi) ** 0.5
     assert torch.allclose(tanh_gelu(x), x / 2 * (1 + torch.tanh(root * (x + 0.044715 * x**3))))
     for flags, function, fused in (
-        ("", torch.nn.functional.gelu, False),
-        ("--swiglu --disable-bias-linear", torch.nn.functional.silu, True),
-        ("--geglu", tanh_gelu, False),
-        ("--openai-gelu", tanh_gelu, False),
+        ({}, torch.nn.functional.gelu, False),
+        ({"swiglu": True}, torch.nn.functional.silu, True),
+        ({"geglu": True}, tanh_gelu, False),
+        ({"openai_gelu": True}, tanh_gelu, False),
     ):
-        args = parse_args(flags.split())
-        assert activation(args) is function and can_fuse_activation(args) is fused
+        model = ModelConfig(**flags)
+        assert activation(model) is function and can_fuse_activation(model) is fused
 
 
-def test_flags_of_a_model_become_arguments():
+def test_flags_of_a_model_become_a_run():
     """A checkpoint's model is built from its flags, with no data at hand."""
-    args = args_from_model_flags(FLAGS, tensor_model_parallel_size=2, intra_head_parallel_size=2)
-    assert (args.world_size, args.data_parallel_size, args.seq_length) == (2, 1, 16)
-    assert (args.kv_channels, args.num_query_groups, args.padded_vocab_size) == (16, 4, 92)
-    assert args.layout.segments == 2
-    assert args_from_model_flags(FLAGS, seq_length=8).seq_length == 8
-    assert args_from_model_flags(FLAGS, world_size=4).data_parallel_size == 4
+    run = RunConfig.of_model(FLAGS, tensor_model_parallel_size=2, intra_head_parallel_size=2)
+    model = run.model
+    assert (run.world_size, run.data_parallel_size, model.seq_length) == (2, 1, 16)
+    assert (model.kv_channels, model.num_query_groups, model.padded_vocab_size) == (16, 4, 92)
+    assert run.layout.segments == 2
+    assert RunConfig.of_model(FLAGS, seq_length=8).model.seq_length == 8
+    assert RunConfig.of_model(FLAGS, world_size=4).data_parallel_size == 4
     only_padded = {name: value for name, value in FLAGS.items() if name != "vocab_size"}
-    assert args_from_model_flags(only_padded).padded_vocab_size == 91
+    assert RunConfig.of_model(only_padded).model.padded_vocab_size == 91
 
 
 @pytest.mark.parametrize(
@@ -166,7 +171,7 @@ def test_flags_of_a_model_become_arguments():
 def test_flags_that_do_not_fit_are_refused(changed, text):
     """A manifest of a newer version, or a hand-written one, must not half work."""
     with pytest.raises(HelixError) as error:
-        args_from_model_flags(FLAGS | changed)
+        RunConfig.of_model(FLAGS | changed)
     assert text in str(error.value)
 
 
@@ -179,10 +184,10 @@ def fill_wrongly() -> list[str]:
     from helix_megatron.training.model import build_chunk, transformer_config
 
     cpu_runtime.install()
-    args = args_from_model_flags(FLAGS)
+    run = RunConfig.of_model(FLAGS)
     parallel_state.initialize_model_parallel(1, distributed_timeout_minutes=10)
     seed_model_parallel(1)
-    model = build_chunk(args, transformer_config(args))
+    model = build_chunk(run, transformer_config(run))
     shapes = {"embedding.word_embeddings.weight": (90, 64)}
     errors = []
     with pytest.raises(HelixError) as error:

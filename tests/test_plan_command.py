@@ -154,7 +154,7 @@ def test_the_papers_plan_has_the_corrected_figures(tmp_path, capsys):
 def test_commands_to_paste_are_understood(capsys):
     """The training script's own parser and checks take every row's flags, dense and with experts."""
     from helix_megatron.training.arguments import parse_args
-    from helix_megatron.training.validate import check_model
+    from helix_megatron.training.run import RunConfig
 
     for model in ("llama-3-8b", "mixtral-8x7b", "gemma-head-512", "paper-moe", "qwen3-8b"):
         flags = ["--model", model, "--gpus", "64", "--json", "-", "--rows", "4"]
@@ -163,7 +163,7 @@ def test_commands_to_paste_are_understood(capsys):
         rows = [*content["shown"].values(), *content["rivals"].values()]
         for row in rows:
             if row["layout"]["cp"] == 1:
-                check_model(parse_args(row["megatron_flags"]), 64)
+                RunConfig.from_values(parse_args(row["megatron_flags"]), 64)
             else:
                 assert "has no context parallelism" in row["caveats"][0]
 
@@ -173,7 +173,7 @@ def test_commands_to_paste_are_understood(capsys):
 def test_the_printed_command_is_for_a_script_that_takes_it(capsys, model, cp):
     """The script here refuses context parallelism: with it Megatron-LM's own is named, and what that needs."""
     from helix_megatron.training.arguments import parse_args
-    from helix_megatron.training.validate import check_model
+    from helix_megatron.training.run import RunConfig
 
     flags = ["--model", model, "--gpus", "16", "--context-parallel-size", str(cp)]
     assert plan_main([*flags, "--rows", "1", "--sequence-length", "2048"]) == 0
@@ -184,7 +184,7 @@ def test_the_printed_command_is_for_a_script_that_takes_it(capsys, model, cp):
     assert len({w for w in words if w.startswith("--")}) == sum(w.startswith("--") for w in words)
     if cp == 1:
         assert "scripts/pretrain_gpt.py" in command
-        check_model(parse_args(words), 16)
+        RunConfig.from_values(parse_args(words), 16)
         return
     assert "$MEGATRON_LM/pretrain_gpt.py" in command
     assert "# For Megatron-LM's own pretrain_gpt.py, never run here" in text

@@ -110,8 +110,8 @@ def test_wrong_models_are_named(tmp_path):
             json.dumps(LLAMA | {"num_key_value_heads": 5}),
             "the first must be a multiple of the second",
         ),
-        (json.dumps(LLAMA | {"hidden_size": "big"}), "hidden_size is 'big'"),
-        (json.dumps(LLAMA | {"num_hidden_layers": 0}), "num_layers is 0"),
+        (json.dumps(LLAMA | {"hidden_size": "big"}), "hidden_size = 'big'"),
+        (json.dumps(LLAMA | {"num_hidden_layers": 0}), "--num-layers is 0"),
     ):
         path.write_text(text)
         assert expected in error(model_of, str(path)), text
@@ -123,7 +123,7 @@ def test_wrong_models_are_named(tmp_path):
         ["--hidden-size", "64", "--num-attention-heads", "4", "--num-layer", "2"],
     )
     assert "model flags: argument --num-layers" in error(model_of, "--num-layers two")
-    assert "does not divide into 7 heads" in error(
+    assert "does not divide into --num-attention-heads 7" in error(
         model_of, "--num-layers 2 --hidden-size 64 --num-attention-heads 7"
     )
 

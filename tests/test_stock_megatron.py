@@ -87,9 +87,9 @@ def losses_on_ranks(flags: str, world_size: int) -> list[float]:
     from helix_megatron.training.pretrain import build
 
     cpu_runtime.install()
-    args = validate(parse_args(flags.split()), world_size)
-    _, chunks = build(args)
-    Checkpointing(args, chunks, *build_optimizer(args, chunks)).load()
+    run = validate(parse_args(flags.split()), world_size)
+    _, chunks = build(run)
+    Checkpointing(run, chunks, *build_optimizer(run, chunks)).load()
     model = chunks[0].eval()
     inputs, labels = TOKENS[:, :-1], TOKENS[:, 1:].contiguous()
     positions = torch.arange(inputs.size(1)).expand_as(inputs)

@@ -99,8 +99,8 @@ def train(flags: str, world_size: int) -> list[dict[str, float]]:
     from helix_megatron.training.pretrain import training
 
     cpu_runtime.install()
-    args = validate(parse_args(flags.split()), world_size)
-    return [metrics.record() for metrics in training(args)]
+    settings = validate(parse_args(flags.split()), world_size)
+    return [metrics.record() for metrics in training(settings)]
 
 
 def run(pool, flags: str, world_size: int = 1) -> list[dict[str, float]]:
@@ -237,16 +237,16 @@ def test_metrics_tell_the_traffic(pool):
     """Bytes per token in attention are those of the exchange's formula, forward and backward, per layer."""
     from helix_megatron.exchanges import choose
     from helix_megatron.exchanges.choice import CPU
-    from helix_megatron.training.validate import attention_shape
 
     flags = f"{SIZE} --train-iters 2 {TP} 4 {HELIX} 2 --log-communication-time total"
-    args = validate(parse_args(flags.split()), 4)
-    shape = attention_shape(args)
+    settings = validate(parse_args(flags.split()), 4)
+    shape = settings.attention_shape
     exchange = choose(shape, machine=CPU)
     record = run(pool, flags, 4)[1]
-    tokens = args.micro_batch_size * args.seq_length
+    tokens = settings.training.micro_batch_size * settings.model.seq_length
     assert (
-        record["attention_bytes_per_token"] == 2 * args.num_layers * exchange.bytes(shape) / tokens
+        record["attention_bytes_per_token"]
+        == 2 * settings.model.num_layers * exchange.bytes(shape) / tokens
     )
     assert record["other_bytes_per_token"] > 0
     assert record["comm_ms_per_token"] > 0

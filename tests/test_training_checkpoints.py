@@ -98,8 +98,8 @@ def train(flags: str, world_size: int) -> list[dict[str, float]]:
     from helix_megatron.training.pretrain import training
 
     cpu_runtime.install()
-    args = validate(parse_args(flags.split()), world_size)
-    return [metrics.record() for metrics in training(args)]
+    run = validate(parse_args(flags.split()), world_size)
+    return [metrics.record() for metrics in training(run)]
 
 
 def run(pool, flags: str, world_size: int = 1) -> list[dict[str, float]]:
@@ -397,8 +397,12 @@ def test_segment_local_checkpoints_say_what_they_are(pool, tmp_path):
     with pytest.raises(RankError, match="trained with segment-local attention of 2 segments"):
         run(pool, more)
     taken = f"--load {tmp_path} --use-checkpoint-args --helix-attention segment-local"
-    args = validate(parse_args(f"{taken} {TP} 4".split()), 4)
-    assert (args.num_attention_heads, args.kv_channels, args.intra_head_parallel_size) == (4, 8, 2)
+    taken_run = validate(parse_args(f"{taken} {TP} 4".split()), 4)
+    assert (
+        taken_run.model.num_attention_heads,
+        taken_run.model.kv_channels,
+        taken_run.helix.intra_head_parallel_size,
+    ) == (4, 8, 2)
 
 
 def test_ordinary_weights_in_segment_local_attention(pool, saved):

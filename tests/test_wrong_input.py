@@ -152,8 +152,24 @@ WRONG = {
         "--num-layers 0",
         "--num-layers is 0. It must be a whole number of at least 1.",
     ),
+    "not a number": ("--lr nan", "--lr is nan. It must be a finite number of at least 0."),
+    "learning rates": ("--lr 1e-3 --min-lr 1e-2", "--min-lr 0.01 is above --lr 0.001."),
+    "clipping": (
+        "--clip-grad -1",
+        "--clip-grad is -1.0. It must be a finite number of at least 0.",
+    ),
+    "weight decay": ("--weight-decay -1", "--weight-decay is -1.0. It must be"),
+    "beta": ("--adam-beta1 2", "It must be a finite number of at least 0 and below 1."),
+    "loss scale": (
+        "--fp16 --loss-scale 0",
+        "--loss-scale is 0.0. It must be a finite number above 0.",
+    ),
+    "dropout": ("--hidden-dropout 1", "--hidden-dropout is 1.0. It must be"),
+    "epsilon": ("--norm-epsilon 0", "--norm-epsilon is 0.0. It must be a finite number above 0."),
+    "odd rotary dimensions": ("--kv-channels 7", "7 of the 7 dimensions of a head (--kv-channels,"),
+    "router loss": ("--num-experts 2 --moe-aux-loss-coeff -1", "--moe-aux-loss-coeff is -1.0."),
     "split": ("--split a,b", "--split"),
-    "seed": ("--seed 0", "--seed 0: Megatron needs a positive whole number. Try 1234."),
+    "seed": ("--seed 0", "--seed is 0. It must be a whole number of at least 1."),
 }
 
 

@@ -76,11 +76,11 @@ def build(flags: dict[str, Any], sizes: tuple[int, ...], query_layout: str, worl
     from helix_megatron.megatron import cpu_runtime
     from helix_megatron.megatron.random import seed_model_parallel
     from helix_megatron.training.model import build_chunk, transformer_config
-    from helix_megatron.training.model_options import args_from_model_flags
+    from helix_megatron.training.run import RunConfig
 
     cpu_runtime.install()
     tp, pp, ep, etp, m = sizes
-    args = args_from_model_flags(
+    run = RunConfig.of_model(
         flags,
         world_size=world_size,
         tensor_model_parallel_size=tp,
@@ -100,8 +100,8 @@ def build(flags: dict[str, Any], sizes: tuple[int, ...], query_layout: str, worl
         distributed_timeout_minutes=10,
     )
     seed_model_parallel(1)
-    config = transformer_config(args)
-    return build_chunk(args, config)
+    config = transformer_config(run)
+    return build_chunk(run, config)
 
 
 def whole_model(flags: dict[str, Any]) -> dict[str, Tensor]:

@@ -255,11 +255,11 @@ def build_model(case: DecodeCase, segments: int) -> Any:
     )
     if segments > 1:
         flags += f"--helix-query-layout {case.query_layout}"
-    args = validate(parse_args(flags.split()), case.ranks)
-    config = transformer_config(args)
+    run = validate(parse_args(flags.split()), case.ranks)
+    config = transformer_config(run)
     with weights_not_drawn(config):
-        model = build_chunk(args, config)
-    initialize_weights(model, config, args.seed)
+        model = build_chunk(run, config)
+    initialize_weights(model, config, run.training.seed)
     return model.eval()
 
 

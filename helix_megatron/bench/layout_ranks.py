@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import resource
@@ -11,6 +10,8 @@ import sys
 import time
 from dataclasses import dataclass
 from typing import Any
+
+from helix_megatron.training.run import RunConfig
 
 PRODUCT_REPEATS = 5
 # A matrix product that keeps a device busy without keeping the user waiting: rows, columns, inner.
@@ -40,7 +41,7 @@ class Measured:
     device: str
 
 
-def measure_layout(args: argparse.Namespace, warm_up: int, iterations: int) -> Measured:
+def measure_layout(run: RunConfig, warm_up: int, iterations: int) -> Measured:
     """Train on this rank; the measurements of all ranks together. The environment is a launcher's."""
     import torch.distributed as dist
 
@@ -50,12 +51,12 @@ def measure_layout(args: argparse.Namespace, warm_up: int, iterations: int) -> M
     from helix_megatron.training.pretrain import process_group, training
 
     # Each launch would print the optional packages again.
-    with contextlib.redirect_stdout(io.StringIO()), process_group(args):
-        flops, device = _product_flops(args)
+    with contextlib.redirect_stdout(io.StringIO()), process_group(run.parallel):
+        flops, device = _product_flops(run)
         before = memory_bytes()
         meter = Meter("exposed")
         records: list[Any] = []
-        for metrics in training(args, meter=meter):
+        for metrics in training(run, meter=meter):
             records.append(metrics)
             if len(records) == warm_up + iterations:
                 meter.timing = "total"
@@ -63,11 +64,13 @@ def measure_layout(args: argparse.Namespace, warm_up: int, iterations: int) -> M
         timed = records[warm_up:]
         own = {
             "seconds": [record.iteration_ms / 1e3 for record in timed],
-            "waits": [record.comm_ms_per_token * _tokens(args) / 1e3 for record in timed],
+            "waits": [
+                record.comm_ms_per_token * run.tokens_per_iteration / 1e3 for record in timed
+            ],
             "memory": _peak_bytes(before),
             "sent": (
-                timed[0].attention_bytes_per_token * _tokens(args),
-                timed[0].other_bytes_per_token * _tokens(args),
+                timed[0].attention_bytes_per_token * run.tokens_per_iteration,
+                timed[0].other_bytes_per_token * run.tokens_per_iteration,
             ),
             "flops": flops,
         }
@@ -100,20 +103,18 @@ def _peak_bytes(before: int) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
 
 
-def _tokens(args: argparse.Namespace) -> int:
-    return args.global_batch_size * args.seq_length
-
-
-def _product_flops(args: argparse.Namespace) -> tuple[float, str]:
+def _product_flops(run: RunConfig) -> tuple[float, str]:
     """FLOP per second of this rank in a large product, while all ranks compute one; the device's name."""
     import platform
 
     import torch
     import torch.distributed as dist
 
-    on_gpu = torch.cuda.is_available() and args.distributed_backend != "gloo"
+    from helix_megatron.training.model import parameter_dtype
+
+    on_gpu = torch.cuda.is_available() and run.parallel.distributed_backend != "gloo"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    dtype = parameter_dtype(run.training)
     size = PRODUCT_SIZES[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from helix_megatron.bench.layout_ranks import Measured
 from helix_megatron.bench.report import table
 from helix_megatron.bench.timing import Spread
 from helix_megatron.training import units
+from helix_megatron.training.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,20 @@ class Result:
     loss: float
 
     @classmethod
-    def of(
-        cls, layout: str, ranks: int, args: argparse.Namespace, launches: Sequence[Measured]
-    ) -> Result:
+    def of(cls, layout: str, ranks: int, run: RunConfig, launches: Sequence[Measured]) -> Result:
         """From the launches of a layout, one per round."""
         from helix_megatron.plan.models import spec_of_flags
 
-        tokens = args.global_batch_size * args.seq_length
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        model = spec_of_flags("benchmark", given, "flags")
+        tokens = run.tokens_per_iteration
+        model = spec_of_flags("benchmark", run.model.to_flags(), "flags")
         throughput = Spread.of([tokens / s for launch in launches for s in launch.seconds])
         product = statistics.median(launch.product_flops for launch in launches)
-        flops = model.flops_per_token(args.seq_length) * throughput.median
+        flops = model.flops_per_token(run.model.seq_length) * throughput.median
         return cls(
             layout=layout,
             ranks=ranks,
             device=launches[0].device,
-            model=_model_name(args),
+            model=_model_name(run),
             tokens_per_second=throughput,
             rounds=tuple(tokens / statistics.median(launch.seconds) for launch in launches),
             comm_ms_per_token=_per_token([s for launch in launches for s in launch.total], tokens),
@@ -238,12 +235,13 @@ def _per_token(seconds: Sequence[float], tokens: int) -> Spread:
     return Spread.of([s * 1e3 / tokens for s in seconds])
 
 
-def _model_name(args: argparse.Namespace) -> str:
-    heads = f"{args.num_attention_heads} heads"
-    if args.num_query_groups != args.num_attention_heads:
-        heads += f", {args.num_query_groups} key-value heads"
-    experts = f", {args.num_experts} experts" if args.num_experts else ""
+def _model_name(run: RunConfig) -> str:
+    model = run.model
+    heads = f"{model.num_attention_heads} heads"
+    if model.num_query_groups != model.num_attention_heads:
+        heads += f", {model.num_query_groups} key-value heads"
+    experts = f", {model.num_experts} experts" if model.num_experts else ""
     return (
-        f"{args.num_layers} layers of {args.hidden_size}, {heads} of {args.kv_channels}{experts}, sequences of "
-        f"{args.seq_length}, global batch {args.global_batch_size}"
+        f"{model.num_layers} layers of {model.hidden_size}, {heads} of {model.kv_channels}{experts}, "
+        f"sequences of {model.seq_length}, global batch {run.global_batch_size}"
     )

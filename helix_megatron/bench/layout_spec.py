@@ -6,9 +6,9 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.training.run import RunConfig
 
 # Key → flag. A switch is `on` or `off`; other values pass to the flag as they are.
 FLAGS = {
@@ -132,8 +132,8 @@ def rivals(ranks: int, common: Sequence[str]) -> tuple[list[LayoutSpec], dict[st
     return fitting, others
 
 
-def validated(spec: LayoutSpec, ranks: int, common: Sequence[str]) -> Any:
-    """The training script's arguments for a layout, checked.
+def validated(spec: LayoutSpec, ranks: int, common: Sequence[str]) -> RunConfig:
+    """The run of a layout, checked.
 
     Raises:
         HelixError: they do not fit together, or a flag that makes no sense here.
@@ -141,9 +141,9 @@ def validated(spec: LayoutSpec, ranks: int, common: Sequence[str]) -> Any:
     from helix_megatron.training.arguments import parse_args
     from helix_megatron.training.validate import validate
 
-    args = parse_args(spec.flags(ranks, common))
+    values = parse_args(spec.flags(ranks, common))
     for name in ("save", "load", "nproc_per_node", "eval_interval"):
-        if getattr(args, name):
+        if values[name]:
             flag = "--" + name.replace("_", "-")
             raise HelixError(f"{flag} has no place in a benchmark of layouts. Leave it out.")
-    return validate(args, ranks)
+    return validate(values, ranks)

@@ -16,6 +16,7 @@ from typing import Any
 
 from helix_megatron.bench.layout_spec import LayoutSpec, rivals, validated
 from helix_megatron.errors import HelixError
+from helix_megatron.training.run import RunConfig
 
 NAME = "layouts"
 HELP = "throughput, communication and memory of layouts side by side, stock Megatron's among them"
@@ -114,8 +115,8 @@ def _check(args: argparse.Namespace) -> list[int]:
 
 def _plan(
     args: argparse.Namespace, rest: list[str], numbers: list[int]
-) -> list[tuple[int, LayoutSpec, argparse.Namespace]]:
-    """(ranks, layout, the training script's arguments) of everything to be launched."""
+) -> list[tuple[int, LayoutSpec, RunConfig]]:
+    """(ranks, layout, its run) of everything to be launched."""
     for flag in OWN:
         if any(word.partition("=")[0] == flag for word in rest):
             raise HelixError(
@@ -145,7 +146,7 @@ def _batch(args: argparse.Namespace, common: list[str], ranks: int, fewest: int)
     from helix_megatron.training.arguments import parse_args
 
     script = parse_args(common)
-    batch = script.global_batch_size or script.micro_batch_size * max(
+    batch = script["global_batch_size"] or script["micro_batch_size"] * max(
         map(int, args.ranks.split(","))
     )
     if args.scaling == "weak":
@@ -153,7 +154,7 @@ def _batch(args: argparse.Namespace, common: list[str], ranks: int, fewest: int)
     return ["--global-batch-size", str(batch)]
 
 
-def _launch(args: argparse.Namespace, settings: argparse.Namespace, ranks: int) -> Any:
+def _launch(args: argparse.Namespace, settings: RunConfig, ranks: int) -> Any:
     from helix_megatron.bench.layout_ranks import measure_layout
     from helix_megatron.bench.spawn import launch_on_ranks
 

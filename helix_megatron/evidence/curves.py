@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helix_megatron.errors import HelixError
+from helix_megatron.training.run import RunConfig
 
 SEEDS = (1, 2, 3)
 ITERATIONS = 300
@@ -70,13 +70,13 @@ def measure(
     for seed in seeds:
         for kind in KINDS:
             say(f"training curves: {kind.name}, seed {seed}")
-            args = validate(parse_args(kind.flags(seed, iterations)), kind.segments)
-            records = launch_on_ranks(_train, args, ranks=kind.segments)
+            run = validate(parse_args(kind.flags(seed, iterations)), kind.segments)
+            records = launch_on_ranks(_train, run, ranks=kind.segments)
             curves.append({"name": kind.name, "seed": seed} | records)
     return curves
 
 
-def _train(args: argparse.Namespace) -> dict[str, list[Any]]:
+def _train(run: RunConfig) -> dict[str, list[Any]]:
     """On each rank; what rank 0 returns is kept."""
     import contextlib
     import io
@@ -88,8 +88,8 @@ def _train(args: argparse.Namespace) -> dict[str, list[Any]]:
 
     loss: list[float] = []
     validation: list[tuple[int, float]] = []
-    with contextlib.redirect_stdout(io.StringIO()), process_group(args):
-        for metrics in training(args):
+    with contextlib.redirect_stdout(io.StringIO()), process_group(run.parallel):
+        for metrics in training(run):
             loss.append(metrics.lm_loss)
             if metrics.validation_loss is not None:
                 validation.append((metrics.iteration, metrics.validation_loss))

@@ -47,15 +47,14 @@ def formula_bytes(kind: str, batches: int, layout: str) -> float:
     from helix_megatron.bench.layout_spec import LayoutSpec, validated
     from helix_megatron.exchanges import choose
     from helix_megatron.exchanges.choice import MACHINES
-    from helix_megatron.training.validate import attention_shape
 
     common = [*KINDS[kind][0], "--global-batch-size", str(batches)]
-    args = validated(LayoutSpec.parse(layout), RANKS, common)
-    if not args.helix.active:
+    run = validated(LayoutSpec.parse(layout), RANKS, common)
+    if not run.helix.active:
         return 0.0
-    shape = attention_shape(args)
-    sent = choose(shape, args.helix.exchange, MACHINES["cpu"]).bytes(shape)
-    return 2 * args.num_layers * sent / (args.micro_batch_size * args.seq_length)
+    shape = run.attention_shape
+    sent = choose(shape, run.helix.exchange, MACHINES["cpu"]).bytes(shape)
+    return 2 * run.model.num_layers * sent / (run.training.micro_batch_size * run.model.seq_length)
 
 
 def measure(

@@ -6,7 +6,6 @@ from one rank to another is the k-th that the other receives. That is how torch.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -24,18 +23,19 @@ from helix_megatron.graph.model import (
 
 if TYPE_CHECKING:
     from helix_megatron.graph.trace import Participation, RankTrace
+    from helix_megatron.training.run import RunConfig
 
 COMPLETE = "complete_helix_model"
 MESSAGE = "send"
 
 
 def build(
-    args: argparse.Namespace, *, backward: bool = False, micro_batches: int = 1, jobs: int = 1
+    run: RunConfig, *, backward: bool = False, micro_batches: int = 1, jobs: int = 1
 ) -> Graph:
     """Trace all ranks of a run and join them.
 
     Args:
-        args: validated flags, of `helix_megatron.graph.flags.parse`.
+        run: of `helix_megatron.graph.flags.parse`.
         backward: trace the backward pass, too.
         micro_batches: of the traced step.
         jobs: processes that trace ranks at the same time.
@@ -46,8 +46,8 @@ def build(
     from helix_megatron.graph.flags import settings_of
     from helix_megatron.graph.trace import trace_all
 
-    traces = trace_all(args, backward=backward, micro_batches=micro_batches, jobs=jobs)
-    settings = settings_of(args) | {"backward": backward, "micro_batches": micro_batches}
+    traces = trace_all(run, backward=backward, micro_batches=micro_batches, jobs=jobs)
+    settings = settings_of(run) | {"backward": backward, "micro_batches": micro_batches}
     return join(traces, COMPLETE, settings)
 
 

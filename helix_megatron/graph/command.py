@@ -103,9 +103,9 @@ def _run(args: argparse.Namespace, rest: list[str], program: str) -> int:
     from helix_megatron.graph.flags import parse
 
     run = parse(rest or DEFAULT, program, args.ranks)
-    if args.layer >= run.num_layers:
+    if args.layer >= run.model.num_layers:
         raise HelixError(
-            f"--layer {args.layer}: the model has layers 0 to {run.num_layers - 1}. Give one of them."
+            f"--layer {args.layer}: the model has layers 0 to {run.model.num_layers - 1}. Give one of them."
         )
     _make(args.output)
     jobs = args.jobs or min(os.cpu_count() or 1, MOST_JOBS, run.world_size)

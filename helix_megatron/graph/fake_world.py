@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,22 +16,27 @@ from helix_megatron.graph import values
 from helix_megatron.graph.attention_kernel import scaled_dot_product_attention
 from helix_megatron.kernels import sdpa
 from helix_megatron.megatron.fake_world import fake_world as a_fake_world
+from helix_megatron.training.run import RunConfig
 
 
 @contextlib.contextmanager
-def fake_world(rank: int, args: argparse.Namespace) -> Iterator[None]:
-    """Rank `rank` of the groups that the flags describe, as a new process.
+def fake_world(rank: int, run: RunConfig) -> Iterator[None]:
+    """Rank `rank` of the run's groups, as a new process.
 
     Raises:
         HelixError: this process belongs to a process group already.
     """
-    sizes = {
-        "expert_model_parallel_size": args.expert_model_parallel_size,
-        "expert_tensor_parallel_size": args.expert_tensor_parallel_size,
-        "intra_head_parallel_size": args.intra_head_parallel_size,
-    }
-    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    world = a_fake_world(rank, args.world_size, tensor, pipeline, args.seed, **sizes)
+    parallel: Any = run.parallel
+    world = a_fake_world(
+        rank,
+        run.world_size,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        run.training.seed,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        intra_head_parallel_size=run.helix.intra_head_parallel_size,
+    )
     with world, _fresh_router_losses(), _biases_of_shapes():
         yield
 

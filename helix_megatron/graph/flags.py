@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +11,12 @@ from helix_megatron.errors import HelixError
 from helix_megatron.exchanges import choose
 from helix_megatron.exchanges.choice import GPU
 from helix_megatron.training.arguments import parse_args
-from helix_megatron.training.validate import attention_shape, check_model, pad_vocabulary
+from helix_megatron.training.run import RunConfig
+from helix_megatron.training.validate import BYTES
 
-BYTES = 256  # the vocabulary of the training script without a tokenizer
 
-
-def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> argparse.Namespace:
-    """Validated flags of the training script, for tracing.
+def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> RunConfig:
+    """The run that flags of the training script describe, for tracing.
 
     `--helix-exchange auto` becomes what a GPU would take, and the query layout what it implies.
 
@@ -25,66 +24,50 @@ def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> a
         HelixError: flags that do not fit together, or that cannot be traced; `--use-checkpoint-args` and no
             checkpoint that can be read.
     """
-    args = parse_args(argv, program)
-    if args.use_checkpoint_args and not args.load:
-        raise HelixError(
-            "--use-checkpoint-args without --load: there is nothing to load. Add --load DIR."
-        )
-    return validated(args, world_size)
-
-
-def validated(args: argparse.Namespace, world_size: int | None = None) -> argparse.Namespace:
-    """Check parsed flags of the training script, and settle what depends on the machine.
-
-    Raises:
-        HelixError: as `parse`.
-    """
-    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    check_model(args, ranks if world_size is None else world_size)
-    if args.virtual_pipeline_model_parallel_size:
-        raise HelixError(
-            "interleaved pipeline stages cannot be traced. Leave out --num-layers-per-virtual-pipeline-stage."
-        )
-    if args.transformer_impl == "transformer_engine":
+    values = parse_args(argv, program)
+    if values["transformer_impl"] == "transformer_engine":
         raise HelixError(
             "Transformer Engine's kernels need a GPU, and a graph is traced without. Leave out "
             "--transformer-impl transformer_engine."
         )
-    args.transformer_impl = "local"
-    args.vocab_size = args.vocab_size or BYTES
-    pad_vocabulary(args)
-    if args.helix.active and args.helix.attention == "exact":
-        chosen = choose(attention_shape(args), args.helix.exchange, GPU)
-        args.helix = HelixConfig(
-            args.intra_head_parallel_size,
-            exchange=chosen.name,
-            query_layout=args.layout.query_layout,
+    values |= {"transformer_impl": "local", "vocab_size": values["vocab_size"] or BYTES}
+    ranks = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
+    run = RunConfig.from_values(values, ranks if world_size is None else world_size)
+    run = run.with_padded_vocabulary()
+    if run.virtual_stages:
+        raise HelixError(
+            "interleaved pipeline stages cannot be traced. Leave out --num-layers-per-virtual-pipeline-stage."
         )
-    return args
+    if run.helix.active and run.helix.attention == "exact":
+        chosen = choose(run.attention_shape, run.helix.exchange, GPU)
+        helix = HelixConfig(
+            run.helix.intra_head_parallel_size,
+            exchange=chosen.name,
+            query_layout=run.layout.query_layout,
+        )
+        run = dataclasses.replace(run, helix=helix)
+    return run
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+def settings_of(run: RunConfig) -> dict[str, Any]:
     """What a graph says about the run it was traced from."""
-    from helix_megatron.training.checkpoint_flags import model_flags
-
-    layout = args.layout
-    helix = args.helix
+    helix, parallel, sizes = run.helix, run.parallel, run.sizes
     return {
-        "ranks": args.world_size,
-        "tensor": args.tensor_model_parallel_size,
-        "pipeline": args.pipeline_model_parallel_size,
-        "data": args.data_parallel_size,
-        "expert": args.expert_model_parallel_size,
-        "expert_tensor": args.expert_tensor_parallel_size,
-        "segments": args.intra_head_parallel_size,
-        "head_groups": args.tensor_model_parallel_size // args.intra_head_parallel_size,
+        "ranks": run.world_size,
+        "tensor": sizes["tp"],
+        "pipeline": sizes["pp"],
+        "data": sizes["dp"],
+        "expert": sizes["ep"],
+        "expert_tensor": parallel.expert_tensor_parallel_size,
+        "segments": sizes["m"],
+        "head_groups": sizes["n"],
         "attention": helix.attention if helix.active else "stock",
         "exchange": helix.exchange if helix.active and helix.attention == "exact" else "none",
-        "query_layout": layout.query_layout if helix.active else "heads",
-        "sequence_parallel": args.sequence_parallel,
-        "seq_length": args.seq_length,
-        "micro_batch_size": args.micro_batch_size,
-        "global_batch_size": args.global_batch_size,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        "model": model_flags(args),
+        "query_layout": run.layout.query_layout if helix.active else "heads",
+        "sequence_parallel": parallel.sequence_parallel,
+        "seq_length": run.model.seq_length,
+        "micro_batch_size": run.training.micro_batch_size,
+        "global_batch_size": run.global_batch_size,
+        "precision": run.training.precision,
+        "model": run.stored_model.to_flags(),
     }

@@ -7,7 +7,6 @@ Megatron's pipeline schedule, and the reductions of gradients after the backward
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import warnings
@@ -44,6 +43,7 @@ from helix_megatron.megatron.initialize import weights_not_drawn
 from helix_megatron.observe import observing
 from helix_megatron.training.loop import masked_mean  # the loss of the training loop itself
 from helix_megatron.training.model import build_chunk, parameter_dtype, transformer_config
+from helix_megatron.training.run import RunConfig
 
 ROOT = "model"  # path of the model itself, whose own code computes the losses
 
@@ -66,7 +66,7 @@ class RankTrace:
 
 
 def trace(
-    args: argparse.Namespace,
+    run: RunConfig,
     ranks: Sequence[int],
     *,
     backward: bool = False,
@@ -75,7 +75,7 @@ def trace(
     """Trace ranks one after the other.
 
     Args:
-        args: validated flags of the training script (`helix_megatron.graph.flags`).
+        run: of `helix_megatron.graph.flags.parse`.
         ranks: global ranks.
         backward: run the backward pass, too, and the reductions of gradients.
         micro_batches: of the step. The graph grows with it; more than one show how pipeline stages overlap.
@@ -87,25 +87,25 @@ def trace(
     for rank in ranks:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # megatron-core's, of packages and GPU settings
-            with fake_world(rank, args), fake:
-                yield _trace(args, rank, backward, micro_batches)
+            with fake_world(rank, run), fake:
+                yield _trace(run, rank, backward, micro_batches)
 
 
 def trace_all(
-    args: argparse.Namespace, *, backward: bool = False, micro_batches: int = 1, jobs: int = 1
+    run: RunConfig, *, backward: bool = False, micro_batches: int = 1, jobs: int = 1
 ) -> list[RankTrace]:
     """Trace every rank of the run, in `jobs` processes.
 
     Raises:
         HelixError: as `trace`; or one of the processes was killed.
     """
-    ranks = range(args.world_size)
+    ranks = range(run.world_size)
     if jobs <= 1:
-        return list(trace(args, ranks, backward=backward, micro_batches=micro_batches))
+        return list(trace(run, ranks, backward=backward, micro_batches=micro_batches))
     parts = [ranks[start::jobs] for start in range(jobs)]
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(jobs, mp_context=fork) as pool:
-        work = [pool.submit(_trace_part, args, part, backward, micro_batches) for part in parts]
+        work = [pool.submit(_trace_part, run, part, backward, micro_batches) for part in parts]
         try:
             found = [traced for one in work for traced in one.result()]
         except BrokenProcessPool as error:
@@ -117,17 +117,17 @@ def trace_all(
 
 
 def _trace_part(
-    args: argparse.Namespace, ranks: Sequence[int], backward: bool, micro_batches: int
+    run: RunConfig, ranks: Sequence[int], backward: bool, micro_batches: int
 ) -> list[RankTrace]:
     torch.set_num_threads(1)
-    return list(trace(args, ranks, backward=backward, micro_batches=micro_batches))
+    return list(trace(run, ranks, backward=backward, micro_batches=micro_batches))
 
 
-def _trace(args: argparse.Namespace, rank: int, backward: bool, micro_batches: int) -> RankTrace:
-    config = transformer_config(args)
+def _trace(run: RunConfig, rank: int, backward: bool, micro_batches: int) -> RankTrace:
+    config = transformer_config(run)
     recorder = Recorder(rank)
     with recorder, recorder.paused():
-        model, wrapped = _build(args, config)
+        model, wrapped = _build(run, config)
     weights = _weights(model, rank)
     gradient_bytes = _declare(recorder, wrapped)
     parameters = {id(p): p for p in model.parameters()}.values()
@@ -146,12 +146,12 @@ def _trace(args: argparse.Namespace, rank: int, backward: bool, micro_batches: i
         recorder,
     ):
         get_forward_backward_func()(
-            forward_step_func=_forward_step(args, recorder),
+            forward_step_func=_forward_step(run, recorder),
             data_iterator=iter(range(micro_batches)),
             model=wrapped,
             num_microbatches=micro_batches,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
+            seq_length=run.model.seq_length,
+            micro_batch_size=run.training.micro_batch_size,
             forward_only=not backward,
         )
     held = dict(model.named_parameters())
@@ -174,21 +174,21 @@ def _trace(args: argparse.Namespace, rank: int, backward: bool, micro_batches: i
     )
 
 
-def _build(args: argparse.Namespace, config: Any) -> tuple[Any, Any]:
+def _build(run: RunConfig, config: Any) -> tuple[Any, Any]:
     """The model of this rank, and the same in Megatron's wrappers."""
     with weights_not_drawn(config):
-        model = build_chunk(args, config)
+        model = build_chunk(run, config)
     use_layout_free_dropout(model, config)
     model.train()
     inner: Any = model
-    if args.fp16 or args.bf16:
-        dtype = parameter_dtype(args)
+    if run.training.precision != "fp32":
+        dtype = parameter_dtype(run.training)
         assert all(p.dtype == dtype for p in model.parameters() if p.is_floating_point())
         # Its weights have the dtype already, and torch cannot convert modules of fake tensors in place.
         model.bfloat16 = model.half = lambda: model
         inner = Float16Module(config, model)
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=args.use_distributed_optimizer
+        grad_reduce_in_fp32=True, use_distributed_optimizer=run.parallel.use_distributed_optimizer
     )
     return model, DistributedDataParallel(config, ddp, inner)
 
@@ -210,9 +210,9 @@ def _declare(recorder: Recorder, wrapped: Any) -> int:
     return total
 
 
-def _forward_step(args: argparse.Namespace, recorder: Recorder) -> Any:
+def _forward_step(run: RunConfig, recorder: Recorder) -> Any:
     """What the training loop does with a micro-batch, on inputs without data."""
-    shape = (args.micro_batch_size, args.seq_length)
+    shape = (run.training.micro_batch_size, run.model.seq_length)
 
     def forward_step(numbers: Iterator[int], model: Any) -> tuple[Tensor, Any]:
         recorder.micro_batch = next(numbers)

@@ -1,6 +1,6 @@
 """The flags that `helix generate` and `helix serve` share: checkpoint, ranks and precision.
 
-`inference_args` makes of them, and of what the checkpoint says about its model, the namespace that
+`inference_config` makes of them, and of what the checkpoint says about its model, the run that
 `helix_megatron.training.model` builds a model from. Starts without torch.
 """
 
@@ -8,25 +8,47 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
-from helix_megatron.training.arguments import EXPERTS, MODEL
+from helix_megatron.flags import add_flags
+from helix_megatron.model.description import MODEL_FLAGS, ModelConfig
+from helix_megatron.training.run import RunConfig
+from helix_megatron.training.settings import Checkpoints, Parallelism, Training
 
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
-# Flags of training's model that mean nothing here, or that another flag of ours is for.
-NOT_FOR_INFERENCE = frozenset(
-    (
-        "--seq-length",
-        "--attention-dropout",
-        "--hidden-dropout",
-        "--init-method-std",
-        "--moe-router-load-balancing-type",
-        "--moe-aux-loss-coeff",
-    )
+# Model flags that mean nothing here, or that another flag of ours is for, are left out.
+OVERRIDES = tuple(
+    f.name
+    for f in dataclasses.fields(ModelConfig)
+    if f.name in MODEL_FLAGS and f.metadata.get("inference", True)
 )
-OVERRIDES = tuple(row for row in (*MODEL, *EXPERTS) if row[0] not in NOT_FOR_INFERENCE)
+RANKS = ("distributed_backend", "distributed_timeout_minutes", "nproc_per_node")
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """A model that is to be loaded, and how.
+
+    Args:
+        run: the model, on all ranks as one copy: no pipeline and no data parallelism.
+        dtype: of weights and activations, one of `DTYPES`.
+        load_path: directory of the checkpoint; `load_kind` is that of `checkpoint.sources`.
+        tokenizer: as asked for; None takes what lies with the checkpoint.
+        trust_checkpoint: read pickles that could run code.
+        notes: sentences that tell people what was chosen for them.
+    """
+
+    run: RunConfig
+    dtype: str
+    load_path: str
+    load_kind: str
+    tokenizer: str | None = None
+    trust_checkpoint: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -38,9 +60,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         required=True,
         help="the model: checkpoints of Helix or of Megatron, files per rank, or a Hugging Face model",
     )
-    group.add_argument(
-        "--ckpt-step", type=int, help="load the checkpoint of this iteration (default: the newest)"
-    )
+    add_flags(group, Checkpoints, ("ckpt_step",))
     group.add_argument(
         "--tokenizer",
         metavar="PATH",
@@ -53,96 +73,91 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         default="auto",
         help="precision; auto is fp32 on CPU and the checkpoint's on a GPU (default: %(default)s)",
     )
-    group.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="read pickles that could run code of whoever wrote them; only for files that are your own",
-    )
-    group.add_argument(
-        "--seed", type=int, default=1234, help="of random numbers (default: %(default)s)"
-    )
+    add_flags(group, Checkpoints, ("trust_checkpoint",))
+    add_flags(group, Training, ("seed",))
     _add_ranks(parser)
     _add_overrides(parser)
     return parser
 
 
-def inference_args(namespace: argparse.Namespace, world_size: int) -> argparse.Namespace:
-    """What the flags and the checkpoint make together: validated flags of the training script, for inference.
+def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceConfig:
+    """What the flags and the checkpoint make together.
 
-    One copy of the model lies on all ranks: tensor parallel size `world_size`, no pipeline and no data
-    parallelism. Dropout is off. Sequence parallelism is on exactly for a mixture of experts on several ranks,
-    where Megatron's layers insist on it.
+    Dropout is off. Sequence parallelism is on exactly for a mixture of experts on several ranks, where
+    Megatron's layers insist on it.
 
     Args:
-        namespace: of a parser with `add_checkpoint_arguments`.
-        world_size: ranks.
-
-    Returns:
-        As `training.validate.check_model` and `pad_vocabulary` leave it. In addition `load_path` (the resolved
-        directory) and `load_kind`, `dtype` (one of `DTYPES`), `tokenizer`, `trust_checkpoint`, and `notes`:
-        sentences that tell people what was chosen for them.
+        options: values of the flags of `add_checkpoint_arguments` by their destination names.
+        world_size: number of ranks.
 
     Raises:
         HelixError: no checkpoint, or flags that do not fit it or the ranks; with what to try.
     """
     from helix_megatron.inference import model_flags as describe
-    from helix_megatron.training.model_options import args_from_model_flags
 
-    tensor = _tensor_parallel_size(namespace, world_size)
+    tensor = _tensor_parallel_size(options["tensor_model_parallel_size"], world_size)
     checkpoint = describe.open_description(
-        namespace.load, namespace.ckpt_step, trust=namespace.trust_checkpoint
+        options["load"], options["ckpt_step"], trust=options["trust_checkpoint"]
     )
-    given = {name: getattr(namespace, name) for name in _override_names(namespace)}
+    given = {name: options[name] for name in OVERRIDES if name in options}
     notes: list[str] = []
-    flags = describe.with_overrides(checkpoint, given, notes.append)
-    flags, segments = describe.cut_heads(
+    model = describe.with_overrides(checkpoint, given, notes.append)
+    model, segments = describe.cut_heads(
         checkpoint,
-        flags,
+        model,
         tensor,
-        namespace.intra_head_parallel_size,
-        namespace.helix_attention,
-        namespace.helix_query_layout,
+        options["intra_head_parallel_size"],
+        options["helix_attention"],
+        options["helix_query_layout"],
         notes.append,
     )
     helix = HelixConfig(
-        segments, namespace.helix_attention, query_layout=namespace.helix_query_layout
+        segments, options["helix_attention"], query_layout=options["helix_query_layout"]
     )
     expert, expert_tensor = describe.deal_experts(
-        flags,
+        model,
         tensor,
-        namespace.expert_model_parallel_size,
-        namespace.expert_tensor_parallel_size,
+        options["expert_model_parallel_size"],
+        options["expert_tensor_parallel_size"],
         notes.append,
     )
-    describe.check_cuts(checkpoint, flags, tensor, expert, expert_tensor, helix)
-    args = args_from_model_flags(
-        _without_training(flags),
-        world_size=world_size,
-        seq_length=describe.sequence_length(flags, tensor),
-        micro_batch_size=1,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        tensor_model_parallel_size=tensor,
-        expert_model_parallel_size=expert,
-        expert_tensor_parallel_size=expert_tensor,
-        intra_head_parallel_size=segments,
-        helix_attention=namespace.helix_attention,
-        helix_query_layout=namespace.helix_query_layout,
-        sequence_parallel=bool(flags.get("num_experts")) and tensor > 1,
-        distributed_backend=namespace.distributed_backend,
-        distributed_timeout_minutes=namespace.distributed_timeout_minutes,
-        seed=namespace.seed,
-        load=namespace.load,
-        ckpt_step=namespace.ckpt_step,
-        trust_checkpoint=namespace.trust_checkpoint,
-        transformer_impl=given.get("transformer_impl"),
+    stock = model if segments == 1 or helix.attention == "exact" else model.cut_heads(segments)
+    describe.check_cuts(stock, tensor, expert, expert_tensor, helix)
+    dtype = describe.precision(checkpoint, options["dtype"])
+    run = RunConfig(
+        dataclasses.replace(
+            model,
+            seq_length=describe.sequence_length(model, tensor),
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            transformer_impl=given.get("transformer_impl"),
+        ),
+        world_size,
+        helix,
+        Parallelism(
+            tensor_model_parallel_size=tensor,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
+            sequence_parallel=model.num_experts is not None and tensor > 1,
+            distributed_backend=options["distributed_backend"],
+            distributed_timeout_minutes=options["distributed_timeout_minutes"],
+        ),
+        Training(
+            micro_batch_size=1,
+            seed=options["seed"],
+            bf16=dtype == "bf16",
+            fp16=dtype == "fp16",
+        ),
     )
-    args.dtype = describe.precision(checkpoint, namespace.dtype)
-    args.bf16, args.fp16 = args.dtype == "bf16", args.dtype == "fp16"
-    args.load_path, args.load_kind = str(checkpoint.directory), checkpoint.kind
-    args.tokenizer = namespace.tokenizer
-    args.notes = tuple(notes)
-    return args
+    return InferenceConfig(
+        run.with_padded_vocabulary(),
+        dtype,
+        str(checkpoint.directory),
+        checkpoint.kind,
+        options["tokenizer"],
+        options["trust_checkpoint"],
+        tuple(notes),
+    )
 
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
@@ -182,23 +197,7 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="tensor parallel ranks inside an expert (default: 1 where experts are dealt, else all)",
     )
-    group.add_argument(
-        "--distributed-backend",
-        choices=("auto", "nccl", "gloo"),
-        default="auto",
-        help="back end; auto is nccl on GPUs and gloo without",
-    )
-    group.add_argument(
-        "--distributed-timeout-minutes",
-        type=float,
-        default=10.0,
-        help="a collective that takes longer ends the program (default: %(default)s)",
-    )
-    group.add_argument(
-        "--nproc-per-node",
-        type=int,
-        help="start this many ranks on this machine, as torchrun would; leave it out under a launcher",
-    )
+    add_flags(group, Parallelism, RANKS)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -207,19 +206,7 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         "model",
         "for checkpoints of stock Megatron, which do not say everything about their model; others do",
     )
-    for flag, kind, _, explanation in OVERRIDES:
-        settings: dict[str, Any] = {"action": "store_true"}
-        if isinstance(kind, tuple):
-            settings = {"choices": kind}
-        elif kind is not None:
-            settings = {"type": kind}
-        text = explanation.replace("; --seq-length when not given", "").replace("%", "%%")
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **settings)
-
-
-def _override_names(namespace: argparse.Namespace) -> list[str]:
-    names = (flag.removeprefix("--").replace("-", "_") for flag, *_ in OVERRIDES)
-    return [name for name in names if name in namespace]
+    add_flags(group, ModelConfig, OVERRIDES, defaults=False)
 
 
 def _segments(text: str) -> int | str:
@@ -230,8 +217,7 @@ def _segments(text: str) -> int | str:
     return int(text)
 
 
-def _tensor_parallel_size(namespace: argparse.Namespace, world_size: int) -> int:
-    tensor = namespace.tensor_model_parallel_size
+def _tensor_parallel_size(tensor: int | None, world_size: int) -> int:
     if tensor is None:
         return world_size
     if tensor < 1:
@@ -243,9 +229,3 @@ def _tensor_parallel_size(namespace: argparse.Namespace, world_size: int) -> int
             f"{tensor}, or torchrun's), or leave --tensor-model-parallel-size out."
         )
     return tensor
-
-
-def _without_training(flags: dict[str, Any]) -> dict[str, Any]:
-    """Without what the run that trained the model decided for itself alone."""
-    own = {flag.removeprefix("--").replace("-", "_") for flag in NOT_FOR_INFERENCE}
-    return {name: value for name, value in flags.items() if name not in own | {"transformer_impl"}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.local_ranks import end_with_parent, start_ranks
 
 if TYPE_CHECKING:
+    from helix_megatron.inference.arguments import InferenceConfig
     from helix_megatron.inference.engine import Engine
 
 PROGRAM = "helix generate"
@@ -104,7 +106,7 @@ def run_command(
     name: str,
     options: argparse.Namespace,
     arguments: Sequence[str],
-    run: Callable[[argparse.Namespace, argparse.Namespace], int],
+    run: Callable[[InferenceConfig, argparse.Namespace], int],
 ) -> int:
     """Check the flags, start ranks if asked for, and run on this one.
 
@@ -112,24 +114,24 @@ def run_command(
         name: of the subcommand.
         options: parsed flags.
         arguments: as they were given.
-        run: of (`inference_args`, options), its exit status.
+        run: of (`inference_config`, options), its exit status.
     """
-    from helix_megatron.inference.arguments import inference_args
-    from helix_megatron.inference.batching_flags import check_engine_arguments
+    from helix_megatron.inference.arguments import inference_config
+    from helix_megatron.inference.batching_flags import engine_options
 
-    check_engine_arguments(options)
+    engine_options(options)  # numbers that cannot be are found before the checkpoint is read
     launched = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
     ranks = int(launched) if launched else options.nproc_per_node or 1
-    args = inference_args(options, ranks)
+    config = inference_config(vars(options), ranks)
     if launched is None and ranks > 1:
         command = [sys.executable, "-m", "helix_megatron.cli", name]
         return start_ranks(ranks, [*command, *arguments])
-    return run(args, options)
+    return run(config, options)
 
 
 @contextlib.contextmanager
 def ranks_together(
-    args: argparse.Namespace,
+    config: InferenceConfig,
     asked_to_end: threading.Event | None = None,
     farewell: Callable[[str], None] = lambda reason: None,
 ) -> Iterator[None]:
@@ -141,7 +143,7 @@ def ranks_together(
     from helix_megatron.training.watchdog import watching
 
     problem = None
-    with process_group(args), watching(asked_to_end, farewell):
+    with process_group(config.run.parallel), watching(asked_to_end, farewell):
         try:
             yield
         except HelixError as error:
@@ -150,13 +152,13 @@ def ranks_together(
         raise problem
 
 
-def opened(args: argparse.Namespace) -> Tokens:
+def opened(config: InferenceConfig) -> Tokens:
     """The tokenizer, and on rank 0 a word on what was chosen for the user."""
     from helix_megatron.inference.tokens import open_tokens
 
     first = os.environ.get("RANK", "0") == "0"
-    tokens = open_tokens(args, say if first else lambda text: None)
-    for note in args.notes if first else ():
+    tokens = open_tokens(config, say if first else lambda text: None)
+    for note in config.notes if first else ():
         say(note)
     return tokens
 
@@ -166,24 +168,28 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _generate(args: argparse.Namespace, options: argparse.Namespace) -> int:
+def _generate(config: InferenceConfig, options: argparse.Namespace) -> int:
+    from helix_megatron.inference.batching_flags import engine_options
     from helix_megatron.inference.engine import follow
     from helix_megatron.inference.start import start
 
     end_with_parent()
-    tokens = opened(args)
+    tokens = opened(config)
     prompts = _prompts(options)
     asked = [
         tuple(_encode(tokens, prompt, options.chat) if prompt or options.chat else [])
         for prompt in prompts
     ]
-    options.max_sequences = min(options.max_sequences, len(prompts))
+    engine_settings = engine_options(options)
+    most = min(engine_settings.max_sequences, len(prompts))
+    engine_settings = dataclasses.replace(engine_settings, max_sequences=most)
     longest = max(map(len, asked)) + options.max_tokens
     sampling = [
-        _sampling(options, tokens.stop_tokens, args.seed + index) for index in range(len(prompts))
+        _sampling(options, tokens.stop_tokens, options.seed + index)
+        for index in range(len(prompts))
     ]
-    with ranks_together(args):
-        runner, engine = start(args, options, max_waiting=len(prompts), longest=longest)
+    with ranks_together(config):
+        runner, engine = start(config, engine_settings, max_waiting=len(prompts), longest=longest)
         if engine is None:
             follow(runner)
         else:

@@ -6,7 +6,6 @@ memory of its part and of one tensor.
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from helix_megatron import parallel_state
 from helix_megatron.checkpoint.sources import Source, open_source
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.inference.arguments import InferenceConfig
 from helix_megatron.megatron import cpu_runtime
 from helix_megatron.megatron.fill import VOCABULARY, fill_weights
 from helix_megatron.megatron.optional import available_backends
@@ -26,6 +25,7 @@ from helix_megatron.megatron.outcomes import on_every_rank
 from helix_megatron.megatron.random import seed_model_parallel
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
 from helix_megatron.training.model import build_chunk, transformer_config
+from helix_megatron.training.pretrain import initialize_groups
 
 TORCH_DTYPES = {
     "fp32": torch.float32,
@@ -35,63 +35,61 @@ TORCH_DTYPES = {
 }
 
 
-def inference_groups(args: argparse.Namespace) -> None:
+def inference_groups(config: InferenceConfig) -> None:
     """Megatron's and Helix's process groups, and random states. Collective.
 
     Args:
-        args: of `inference_args`. torch.distributed is initialised.
+        config: of `inference_config`. torch.distributed is initialised.
     """
     cpu_runtime.install()
     available_backends().check()
-    parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        intra_head_parallel_size=args.intra_head_parallel_size,
-        distributed_timeout_minutes=args.distributed_timeout_minutes,
-    )
-    seed_model_parallel(args.seed)
+    initialize_groups(config.run)
+    seed_model_parallel(config.run.training.seed)
 
 
-def inference_config(args: argparse.Namespace) -> HelixTransformerConfig:
-    """Megatron's configuration of the model, in the precision that `args.dtype` names."""
-    config = transformer_config(args)
-    config.params_dtype = config.pipeline_dtype = TORCH_DTYPES[args.dtype]
+def _transformer_config(config: InferenceConfig) -> HelixTransformerConfig:
+    """Megatron's configuration of the model, in the precision that `config.dtype` names."""
+    settings = transformer_config(config.run)
+    settings.params_dtype = settings.pipeline_dtype = TORCH_DTYPES[config.dtype]
     # Otherwise every rank makes each weight whole before it keeps its part, and all of them are overwritten.
-    config.perform_initialization = False
-    return config
+    settings.perform_initialization = False
+    return settings
 
 
-def load_model(args: argparse.Namespace, source_path: Path | str | None = None) -> GPTModel:
+def load_model(config: InferenceConfig, source_path: Path | str | None = None) -> GPTModel:
     """This rank's part of the model, with the weights of a checkpoint; in eval mode, without gradients.
 
-    Collective. Weights have the dtype `args.dtype`, all of them: Megatron's own half-precision models keep none
-    in fp32. Rows that pad the vocabulary are zero: logits from `args.vocab_size` on mean nothing.
+    Collective. Weights have the dtype `config.dtype`, all of them: Megatron's own half-precision models keep
+    none in fp32. Rows that pad the vocabulary are zero: logits from `config.vocab_size` on mean nothing.
 
     Args:
-        args: of `inference_args`; the groups exist (`inference_groups`).
-        source_path: of the checkpoint; `args.load_path` when not given.
+        config: of `inference_config`; the groups exist (`inference_groups`).
+        source_path: of the checkpoint; `config.load_path` when not given.
 
     Raises:
         HelixError: a damaged checkpoint, or one that lacks tensors or has too many, by name. On all ranks
             alike.
     """
-    path = Path(source_path or args.load_path)
-    model = build_chunk(args, inference_config(args))
+    path = Path(source_path or config.load_path)
+    model = build_chunk(config.run, _transformer_config(config))
     # Megatron makes learned positions in fp32 whatever it is told.
-    model.to(TORCH_DTYPES[args.dtype])
+    model.to(TORCH_DTYPES[config.dtype])
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
-    _fill(model, args, path)
+    _fill(model, config, path)
     model.requires_grad_(False)
     return model.eval()
 
 
-def _fill(model: GPTModel, args: argparse.Namespace, path: Path) -> None:
+def _fill(model: GPTModel, config: InferenceConfig, path: Path) -> None:
+    model_config = config.run.model
+    vocabulary, rows = model_config.vocab_size, model_config.padded_vocab_size
+    assert vocabulary is not None and rows is not None
+
     def fill() -> tuple[list[str], set[str]]:
-        source = open_source(path, trust=args.trust_checkpoint, verify=_verifies())
+        source = open_source(path, trust=config.trust_checkpoint, verify=_verifies())
         try:
-            tensors = _Tensors(source, args.vocab_size, args.padded_vocab_size)
+            tensors = _Tensors(source, vocabulary, rows)
             fill_weights(model, tensors)
             source.finish()
             return source.names, tensors.asked

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.checkpoint.catalog import ModelSizes
 from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.training.checkpoint_flags import FREE, QUALITY
+from helix_megatron.flags import flag_of
+from helix_megatron.model.description import FREE_FLAGS, ModelConfig
+from helix_megatron.training.checkpoint_flags import QUALITY
 
 Note = Callable[[str], None]
 WORDS = "embedding.word_embeddings.weight"
@@ -90,8 +91,8 @@ def open_description(
         source.close()
 
 
-def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note) -> dict[str, Any]:
-    """The checkpoint's model flags with those of the command line.
+def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note) -> ModelConfig:
+    """The checkpoint's model with the flags of the command line.
 
     Raises:
         HelixError: the checkpoint says otherwise, and it knows.
@@ -102,16 +103,24 @@ def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note
         {"max_position_embeddings"} if learned else set()
     )
     for name, value in given.items():
-        flag, own = "--" + name.replace("_", "-"), flags.get(name)
-        known = checkpoint.complete and own is not None and (name not in FREE or name in fixed)
+        flag, own = flag_of(name), flags.get(name)
+        known = (
+            checkpoint.complete and own is not None and (name not in FREE_FLAGS or name in fixed)
+        )
         if known and own != value:
             raise HelixError(
                 f"{flag} {value}: {checkpoint.directory} holds a model with {own}. Leave the flag out."
             )
         if own != value and name != "transformer_impl":
             note(f"{flag} is {value}, where the checkpoint says {own}.")
-        flags[name] = value
-    return flags
+        flags[name] = list(value) if isinstance(value, tuple) else value
+    if flags.get("vocab_size") is None:
+        flags["vocab_size"] = flags.get("padded_vocab_size")
+    if flags.get("max_position_embeddings") is not None:
+        flags.pop(
+            "seq_length", None
+        )  # of the run that trained it; a model takes what its positions allow
+    return ModelConfig.from_flags(flags)
 
 
 # ------------------------------------------------------------------------- heads
@@ -119,18 +128,18 @@ def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note
 
 def cut_heads(
     checkpoint: Description,
-    flags: Mapping[str, Any],
+    model: ModelConfig,
     ranks: int,
     asked: int | str,
     attention: str,
     query_layout: str,
     note: Note,
-) -> tuple[dict[str, Any], int]:
-    """Model flags as a run with this attention has them, and m.
+) -> tuple[ModelConfig, int]:
+    """The model as a run with this attention has it, and m.
 
     Args:
         checkpoint: that is to be loaded.
-        flags: its model flags.
+        model: what is to be loaded.
         ranks: tensor parallel size p = m·n.
         asked: m, or `auto`.
         attention, query_layout: as in `HelixConfig`.
@@ -139,19 +148,17 @@ def cut_heads(
     Raises:
         HelixError: no m fits, or segment-local attention for weights that are not.
     """
-    flags = dict(flags)
     if attention == "segment-local":
-        return _segment_local(checkpoint, flags, asked)
+        return _segment_local(checkpoint, model, asked)
     if checkpoint.attention == "segment-local":
         note(
             f"The model was trained with segment-local attention of {checkpoint.segments} segments: it is "
-            f"loaded as what it is, an ordinary model with {flags['num_attention_heads']} heads."
+            f"loaded as what it is, an ordinary model with {model.num_attention_heads} heads."
         )
     if asked != "auto":
-        return flags, int(asked)
-    m = smallest_m(flags, ranks, query_layout)
-    sizes = ModelSizes.of(flags)
-    heads = f"{sizes.num_kv_heads} key-value heads"
+        return model, int(asked)
+    m = smallest_m(model, ranks, query_layout)
+    heads = f"{model.num_query_groups} key-value heads"
     if m > 1:
         note(
             f"{heads} on {ranks} ranks: every head is cut into {m} segments (--intra-head-parallel-size {m}), "
@@ -159,45 +166,35 @@ def cut_heads(
         )
     elif ranks > 1:
         note(f"{heads} on {ranks} ranks: whole heads (--intra-head-parallel-size 1).")
-    return flags, m
+    return model, m
 
 
-def smallest_m(flags: Mapping[str, Any], ranks: int, query_layout: str = "auto") -> int:
+def smallest_m(model: ModelConfig, ranks: int, query_layout: str = "auto") -> int:
     """The fewest segments of a head with which each rank holds key-value heads, or parts, of its own.
 
     Raises:
         HelixError: there is no such number.
     """
-    fitting = _segments_that_fit(flags, ranks, query_layout)
+    fitting = _segments_that_fit(model, ranks, query_layout)
     if fitting:
         return fitting[0]
-    sizes = ModelSizes.of(flags)
-    valid = [p for p in range(1, 2 * ranks) if _segments_that_fit(flags, p, query_layout)]
+    valid = [p for p in range(1, 2 * ranks) if _segments_that_fit(model, p, query_layout)]
     layout = "" if query_layout == "auto" else f" with --helix-query-layout {query_layout}"
     raise HelixError(
-        f"{sizes.num_heads} query and {sizes.num_kv_heads} key-value heads of {sizes.head_dim} dimensions "
-        f"cannot be dealt to {ranks} tensor parallel ranks{layout}, whole or cut. Valid numbers of ranks up to "
-        f"{2 * ranks - 1}: {listed(valid)}."
+        f"{model.num_attention_heads} query and {model.num_query_groups} key-value heads of {model.head_dim} "
+        f"dimensions cannot be dealt to {ranks} tensor parallel ranks{layout}, whole or cut. Valid "
+        f"numbers of ranks up to {2 * ranks - 1}: {listed(valid)}."
     )
 
 
-def _segments_that_fit(flags: Mapping[str, Any], ranks: int, query_layout: str) -> list[int]:
-    sizes = ModelSizes.of(flags)
+def _segments_that_fit(model: ModelConfig, ranks: int, query_layout: str) -> list[int]:
     fitting = []
     for m in divisors(ranks):
-        if sizes.num_kv_heads % (ranks // m):
+        if model.num_query_groups % (ranks // m):
             continue
         if m > 1:
             try:
-                HelixConfig(m, query_layout=query_layout).layout(
-                    sizes.num_heads,
-                    sizes.num_kv_heads,
-                    sizes.head_dim,
-                    ranks,
-                    rotary=sizes.rotary,
-                    rotary_dim=sizes.rotary_dim,
-                    output_gate=sizes.output_gate,
-                )
+                model.layout(HelixConfig(m, query_layout=query_layout), ranks)
             except HelixError:
                 continue
         fitting.append(m)
@@ -205,8 +202,8 @@ def _segments_that_fit(flags: Mapping[str, Any], ranks: int, query_layout: str) 
 
 
 def _segment_local(
-    checkpoint: Description, flags: dict[str, Any], asked: int | str
-) -> tuple[dict[str, Any], int]:
+    checkpoint: Description, model: ModelConfig, asked: int | str
+) -> tuple[ModelConfig, int]:
     if checkpoint.attention != "segment-local":
         raise HelixError(
             f"{checkpoint.directory} holds ordinary weights, and --helix-attention is segment-local. "
@@ -219,18 +216,14 @@ def _segment_local(
             f"--intra-head-parallel-size is {asked}. Leave it out, or take --helix-attention exact, with which "
             "it is an ordinary model with more heads."
         )
-    flags["num_attention_heads"] //= m
-    if flags.get("num_query_groups") is not None:
-        flags["num_query_groups"] //= m
-    flags["kv_channels"] *= m
-    return flags, m
+    return model.joined_heads(m), m
 
 
 # ----------------------------------------------------------------------- experts
 
 
 def deal_experts(
-    flags: Mapping[str, Any],
+    model: ModelConfig,
     ranks: int,
     expert: int | None,
     expert_tensor: int | None,
@@ -242,7 +235,7 @@ def deal_experts(
     experts cut for all ranks.
 
     Args:
-        flags: model flags.
+        model: the model.
         ranks: tensor parallel size.
         expert, expert_tensor: asked for.
         note: told what was chosen.
@@ -253,13 +246,13 @@ def deal_experts(
     Raises:
         HelixError: neither fits; with what does.
     """
-    experts = flags.get("num_experts")
+    experts = model.num_experts
     if not experts:
         return expert or 1, expert_tensor
     if expert is not None and expert_tensor is not None:
         return expert, expert_tensor
     if expert is not None:
-        return expert, 1 if expert > 1 or not _can_cut_experts(flags, ranks) else ranks
+        return expert, 1 if expert > 1 or not _can_cut_experts(model, ranks) else ranks
     if expert_tensor is not None:
         rest = ranks // max(1, expert_tensor)
         return rest if rest * expert_tensor == ranks and experts % rest == 0 else 1, expert_tensor
@@ -267,19 +260,19 @@ def deal_experts(
         if ranks > 1:
             note(f"{experts} experts on {ranks} ranks: {experts // ranks} on each, whole.")
         return ranks, 1
-    if _can_cut_experts(flags, ranks):
+    if _can_cut_experts(model, ranks):
         note(f"{experts} experts on {ranks} ranks: every expert is cut for all of them.")
         return 1, ranks
     valid = [
         (e, t)
         for e in divisors(math.gcd(experts, ranks))
         for t in divisors(ranks // e)
-        if _can_cut_experts(flags, t)
+        if _can_cut_experts(model, t)
     ]
     best = max(valid, key=lambda pair: (pair[0] * pair[1], pair[0]))
     why = (
-        f"{_expert_width(flags)} columns do not divide by {ranks}"
-        if flags.get("disable_bias_linear")
+        f"{model.moe_ffn_hidden_size} columns do not divide by {ranks}"
+        if model.disable_bias_linear
         else "Megatron cannot cut experts with biases"
     )
     raise HelixError(
@@ -289,38 +282,30 @@ def deal_experts(
     )
 
 
-def _can_cut_experts(flags: Mapping[str, Any], ranks: int) -> bool:
-    whole = _expert_width(flags) % ranks == 0
-    return ranks == 1 or (whole and bool(flags.get("disable_bias_linear")))
-
-
-def _expert_width(flags: Mapping[str, Any]) -> int:
-    return ModelSizes.of({"padded_vocab_size": 1, **flags}).moe_ffn_hidden_size
+def _can_cut_experts(model: ModelConfig, ranks: int) -> bool:
+    assert model.moe_ffn_hidden_size is not None
+    whole = model.moe_ffn_hidden_size % ranks == 0
+    return ranks == 1 or (whole and model.disable_bias_linear)
 
 
 # ------------------------------------------------------------------------ the rest
 
 
 def check_cuts(
-    checkpoint: Description,
-    flags: Mapping[str, Any],
-    ranks: int,
-    expert: int,
-    expert_tensor: int | None,
-    helix: HelixConfig,
+    stock: ModelConfig, ranks: int, expert: int, expert_tensor: int | None, helix: HelixConfig
 ) -> None:
-    """Every tensor can be cut for the ranks: known before a rank starts.
+    """Every tensor of a stock model can be cut for the ranks: known before a rank starts.
 
     Raises:
         HelixError: one cannot.
     """
-    stock = checkpoint.flags if helix.attention == "segment-local" else flags
-    RankLayout(stock, ranks, 1, expert, expert_tensor, helix)
+    RankLayout(stock.to_flags(), ranks, 1, expert, expert_tensor, helix)
 
 
-def sequence_length(flags: Mapping[str, Any], ranks: int) -> int:
+def sequence_length(model: ModelConfig, ranks: int) -> int:
     """The longest sequence of the model that sequence parallel ranks can share evenly."""
-    longest = flags.get("max_position_embeddings") or flags.get("seq_length") or 128
+    longest = model.max_position_embeddings
+    assert longest is not None
     return max(longest // ranks * ranks, min(longest, ranks))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import socket
 import sys
 from typing import Any
@@ -13,6 +12,8 @@ import torch.distributed as dist
 
 from helix_megatron.errors import HelixError
 from helix_megatron.exchanges.choice import MACHINES
+from helix_megatron.inference.arguments import InferenceConfig
+from helix_megatron.inference.batching_flags import EngineOptions
 from helix_megatron.inference.cache_layouts import DecodeShape, cache_layout
 from helix_megatron.inference.choice import choose_cache_layout, explain_cache_layout
 from helix_megatron.inference.engine import Engine
@@ -22,6 +23,7 @@ from helix_megatron.inference.runner import Runner, is_local, kept_dims, make_bo
 from helix_megatron.inference.scheduler import Scheduler
 from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron.outcomes import on_every_rank
+from helix_megatron.model.description import ModelConfig
 
 # Of the memory that is free when the weights are there. The rest is for a step: on a GPU attention over pages
 # copies them.
@@ -30,8 +32,8 @@ CPU_SHARE = 0.5  # of the memory that is available, over all ranks of the machin
 
 
 def start(
-    args: argparse.Namespace,
-    options: argparse.Namespace,
+    config: InferenceConfig,
+    options: EngineOptions,
     *,
     max_waiting: int,
     longest: int | None = None,
@@ -39,8 +41,8 @@ def start(
     """Groups, model, cache and engine of this rank. Collective.
 
     Args:
-        args: of `inference_args`. torch.distributed is initialised.
-        options: with the flags of `add_engine_arguments`.
+        config: of `inference_config`. torch.distributed is initialised.
+        options: of cache and batching.
         max_waiting: sequences that may wait.
         longest: tokens of the longest sequence, where that is known; bounds the cache.
 
@@ -50,20 +52,23 @@ def start(
     Raises:
         HelixError: no room for one sequence, or a context that the model cannot have.
     """
-    max_context = _max_context(args, options.max_context)
-    layout = rank_layout(args.layout, args.tensor_model_parallel_size)
-    inference_groups(args)
-    model = load_model(args)
+    run, model = config.run, config.run.model
+    vocabulary = model.vocab_size
+    assert vocabulary is not None
+    max_context = _max_context(model, options.max_context)
+    layout = rank_layout(run.layout, run.parallel.tensor_model_parallel_size)
+    inference_groups(config)
+    gpt = load_model(config)
     context = min(max_context, longest or max_context)
-    element = TORCH_DTYPES[args.dtype].itemsize
+    element = TORCH_DTYPES[config.dtype].itemsize
     machine = MACHINES["cuda" if torch.cuda.is_available() else "cpu"]
     shape = DecodeShape(layout, options.max_sequences, context, element)
-    local = is_local(layout, args.helix.attention)
+    local = is_local(layout, run.helix.attention)
     if local and (layout.segments == 1 or options.cache_layout == "auto"):
         cache = "segment"
     else:
         cache = choose_cache_layout(shape, options.cache_layout, machine).name
-    pages = _pages(args, layout, options, cache, context, local)
+    pages = _pages(config, layout, options, cache, context, local)
     book = make_book(cache, 1 if local else layout.segments, pages, options.page_size)
     if not book.fits(min(context, 2)):
         raise HelixError("the cache has no room for a single token. Give more --cache-memory.")
@@ -73,14 +78,14 @@ def start(
     def make_runner() -> Runner:
         try:
             return Runner(
-                model,
+                gpt,
                 layout,
                 cache=cache,
                 pages=pages,
                 page_size=options.page_size,
                 max_context=context,
-                vocab_size=args.vocab_size,
-                attention=args.helix.attention,
+                vocab_size=vocabulary,
+                attention=run.helix.attention,
             )
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise HelixError(
@@ -95,19 +100,20 @@ def start(
             print(explain_cache_layout(shape, options.cache_layout, machine), file=sys.stderr)
         print(
             f"Cache of a rank: {pages:,} pages of {options.page_size} positions, "
-            f"{pages * runner.cache.page_bytes / 2**20:,.1f} MiB, {args.dtype}.",
+            f"{pages * runner.cache.page_bytes / 2**20:,.1f} MiB, {config.dtype}.",
             file=sys.stderr,
         )
     scheduler = Scheduler(book, options.max_sequences, options.prefill_chunk)
-    capacity = Capacity(args.vocab_size, context, options.max_sequences, max_waiting)
+    capacity = Capacity(vocabulary, context, options.max_sequences, max_waiting)
     return runner, Engine(runner, scheduler, capacity)
 
 
-def _max_context(args: argparse.Namespace, asked: int | None) -> int:
-    trained = args.max_position_embeddings
+def _max_context(model: ModelConfig, asked: int | None) -> int:
+    trained = model.max_position_embeddings
+    assert trained is not None
     if asked is None:
         return trained
-    if args.position_embedding_type == "learned_absolute" and asked > trained:
+    if model.position_embedding_type == "learned_absolute" and asked > trained:
         raise HelixError(
             f"--max-context is {asked}, and the model has learned {trained} positions. Give at most {trained}."
         )
@@ -117,17 +123,17 @@ def _max_context(args: argparse.Namespace, asked: int | None) -> int:
 
 
 def _pages(
-    args: argparse.Namespace,
+    config: InferenceConfig,
     layout: HeadLayout,
-    options: argparse.Namespace,
+    options: EngineOptions,
     cache: str,
     context: int,
     local: bool,
 ) -> int:
     """Pages of a rank's pool: for all sequences at their longest, as far as memory allows. Collective."""
     dims = kept_dims(layout, cache, local)
-    element = TORCH_DTYPES[args.dtype].itemsize
-    position = 2 * args.num_layers * layout.group_kv_heads * dims * element
+    element = TORCH_DTYPES[config.dtype].itemsize
+    position = 2 * config.run.model.num_layers * layout.group_kv_heads * dims * element
     page_bytes = position * options.page_size
     blocks = -(-context // options.page_size)
     placement = cache_layout(cache).placement

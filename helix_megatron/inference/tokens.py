@@ -5,7 +5,6 @@ Nothing is fetched from the network and no code that lies beside a tokenizer is 
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,6 +15,7 @@ from helix_megatron.checkpoint.huggingface_io import read_json
 from helix_megatron.checkpoint.sources import SIDECARS
 from helix_megatron.data.text import EOD_NAMES, read_tokenizer_file
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.inference.arguments import InferenceConfig
 from helix_megatron.inference.request import TextStream, Tokens
 from helix_megatron.inference.templates import ChatTemplate
 
@@ -39,33 +39,32 @@ GIVE = (
 )
 
 
-def open_tokens(
-    args: argparse.Namespace, note: Callable[[str], None] = lambda text: None
-) -> Tokens:
+def open_tokens(config: InferenceConfig, note: Callable[[str], None] = lambda text: None) -> Tokens:
     """The tokenizer that `--tokenizer` names, else the one that lies with the checkpoint.
 
     Args:
-        args: what `inference_args` made of the flags.
-        note: what is told which tokenizer was chosen where the flag does not say it.
+        config: of `inference_config`.
+        note: told what was chosen where the flag does not say it.
 
     Raises:
         HelixError: no tokenizer, or one that cannot be read or is of another model.
     """
-    vocabulary, load = args.vocab_size, Path(args.load_path)
-    if args.tokenizer == "byte":
+    vocabulary, load = config.run.model.vocab_size, Path(config.load_path)
+    assert vocabulary is not None
+    if config.tokenizer == "byte":
         return ByteTokens(vocabulary)
-    if args.tokenizer is not None:
-        tokens = _at(Path(args.tokenizer), load)
+    if config.tokenizer is not None:
+        tokens = _at(Path(config.tokenizer), load)
         if tokens.vocab_size > vocabulary:
             raise HelixError(
-                f"{args.tokenizer} has {tokens.vocab_size} tokens, and the model knows {vocabulary}. It is "
+                f"{config.tokenizer} has {tokens.vocab_size} tokens, and the model knows {vocabulary}. It is "
                 "another model's tokenizer."
             )
         return tokens
     for folder in (load, load / SIDECARS):
         if any((folder / name).is_file() for name in FILES):
             return _at(folder, folder)
-    if vocabulary in (BYTES, BYTES + 1) and args.load_kind != "huggingface":
+    if vocabulary in (BYTES, BYTES + 1) and config.load_kind != "huggingface":
         end = "" if vocabulary == BYTES else f", token {BYTES} ends a document"
         note(f"The model has {vocabulary} tokens and no tokenizer: every byte is a token{end}.")
         return ByteTokens(vocabulary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import functools
 import json
@@ -11,25 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.checkpoint.families.flags import complete, expert_layers, windowed_layers
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.layout import RotaryStyle, rotary_of
+from helix_megatron.flags import flag_of
+from helix_megatron.layout import RotaryStyle
+from helix_megatron.model.description import MODEL_FLAGS, SIZES, ModelConfig, padded_rows
+from helix_megatron.model.fields import add_model_flags
 from helix_megatron.plan.presets import PRESETS
 
-# Entries of config.json that are sizes.
-CONFIG_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "num_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-)
+VOCABULARY = 51200  # of a model whose flags name none: GPT-2's, padded
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, thousands of times
@@ -148,9 +138,7 @@ class ModelSpec:
 
     def padded_vocab(self, tensor_parallel: int, unit: int = 128) -> int:
         """The vocabulary, padded as the training script pads it."""
-        if unit % tensor_parallel:
-            unit *= tensor_parallel
-        return -(-self.vocab_size // unit) * unit
+        return padded_rows(self.vocab_size, unit, tensor_parallel)
 
     def flops_per_token(self, sequence: int) -> float:
         """Model FLOPs of a token in training, without recomputation: 6 per weight used, and attention."""
@@ -207,17 +195,10 @@ def read_config(path: Path) -> ModelSpec:
         raise HelixError(f"model file {path} is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise HelixError(f"model file {path} must be an object, as Hugging Face's config.json is.")
-    for key in CONFIG_SIZES:
-        if config.get(key) is not None and not isinstance(config[key], int):
-            raise HelixError(
-                f"model file {path}: {key} is {config[key]!r}. It must be a whole number."
-            )
     try:
         flags = family_of(config).model_flags(config)
     except HelixError as error:
         raise HelixError(f"model file {path}: {error}") from error
-    except (TypeError, ValueError, KeyError) as error:
-        raise HelixError(f"model file {path} holds a value that is no size: {error}.") from error
     name = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
     return spec_of_flags(name, flags, str(path))
 
@@ -228,9 +209,6 @@ def model_of_arguments(arguments: Sequence[str]) -> ModelSpec:
     Raises:
         HelixError: flags that the training script does not have, or sizes missing.
     """
-    import argparse
-
-    from helix_megatron.training.arguments import EXPERTS, MODEL, _add
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
@@ -239,24 +217,19 @@ def model_of_arguments(arguments: Sequence[str]) -> ModelSpec:
             )
 
     parser = Parser(add_help=False, allow_abbrev=False)
-    for row in MODEL + EXPERTS:
-        _add(parser, row)
+    add_model_flags(parser, defaults=False)
     args, rest = parser.parse_known_args(list(arguments))
     if rest:
-        names = [row[0] for row in MODEL + EXPERTS]
-        close = difflib.get_close_matches(rest[0].split("=")[0], names, n=1)
+        close = difflib.get_close_matches(rest[0].split("=")[0], map(flag_of, MODEL_FLAGS), n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise HelixError(f"{rest[0]!r} is no flag of helix plan and no model flag.{hint}")
-    given = {word.split("=")[0] for word in arguments if word.startswith("--")}
-    for flag in ("--num-layers", "--hidden-size", "--num-attention-heads"):
-        if flag not in given:
-            raise HelixError(f"a model from Megatron flags needs {flag}. Or name one with --model.")
-    flags = {
-        key: value
-        for key, value in vars(args).items()
-        if "--" + key.replace("_", "-") in given and key != "seq_length"
-    }
-    flags.setdefault("vocab_size", 51200)
+    flags = {"vocab_size": VOCABULARY} | vars(args)
+    flags.pop("seq_length", None)
+    for name in SIZES:
+        if name not in flags:
+            raise HelixError(
+                f"a model from Megatron flags needs {flag_of(name)}. Or name one with --model."
+            )
     return spec_of_flags("megatron-flags", flags, "command line")
 
 
@@ -266,61 +239,40 @@ def spec_of_flags(name: str, flags: Mapping[str, Any], source: str) -> ModelSpec
     Raises:
         HelixError: sizes that are missing or impossible.
     """
-    for key in ("num_layers", "hidden_size", "num_attention_heads"):
-        _check_size(name, key, flags.get(key))
-    heads = flags["num_attention_heads"]
-    if flags.get("kv_channels") is None and flags["hidden_size"] % heads:
-        raise HelixError(
-            f"model {name}: hidden size {flags['hidden_size']} does not divide into {heads} heads. Give the "
-            "dimensions of a head (--kv-channels, head_dim)."
-        )
-    full = complete(flags)
-    for key in ("num_query_groups", "kv_channels", "ffn_hidden_size", "padded_vocab_size"):
-        _check_size(name, key, full[key])
-    groups = full["num_query_groups"]
-    if heads % groups:
-        raise HelixError(
-            f"model {name}: {heads} query heads cannot share {groups} key-value heads."
-        )
-    experts = full["num_experts"] or 0
-    if experts:
-        _check_size(name, "moe_ffn_hidden_size", full["moe_ffn_hidden_size"])
-        if not 1 <= full["moe_router_topk"] <= experts:
-            raise HelixError(
-                f"model {name}: a token has 1 to {experts} experts, not {full['moe_router_topk']}."
-            )
-    rope = full["position_embedding_type"] == "rope"
-    percent = full["rotary_percent"] if rope else 0.0
-    rotary, rotary_dim = rotary_of(full["kv_channels"], percent, full["rotary_interleaved"])
-    learned = full["position_embedding_type"] == "learned_absolute"
-    pattern = tuple(expert_layers(full))
+    try:
+        model = ModelConfig.from_flags(flags)
+    except HelixError as error:
+        raise HelixError(f"model {name}: {error}") from error
+    if model.padded_vocab_size is None:
+        raise HelixError(f"model {name}: --vocab-size is missing.")
+    learned = model.position_embedding_type == "learned_absolute"
     return ModelSpec(
         name=name,
-        num_layers=full["num_layers"],
-        hidden_size=full["hidden_size"],
-        num_heads=heads,
-        num_kv_heads=groups,
-        head_dim=full["kv_channels"],
-        ffn_hidden_size=full["ffn_hidden_size"],
-        vocab_size=full["padded_vocab_size"],
-        gated=bool(full["swiglu"] or full["geglu"]),
-        tied=not full["untie_embeddings_and_output_weights"],
-        biases=not full["disable_bias_linear"],
-        qkv_biases=bool(full["add_qkv_bias"]),
-        output_gate=bool(full["attention_output_gate"]),
-        qk_norm=bool(full["qk_layernorm"] or full["qk_l2_norm"]),
-        rms_norm=full["normalization"] == "RMSNorm",
-        rotary=rotary,
-        rotary_dim=rotary_dim,
-        learned_positions=(full["max_position_embeddings"] or 0) if learned else 0,
-        window=full["window_size"],
-        windowed=sum(windowed_layers(full)),
-        experts=experts,
-        topk=full["moe_router_topk"] if experts else 0,
-        moe_ffn=full["moe_ffn_hidden_size"] if experts else 0,
-        shared_ffn=full["moe_shared_expert_intermediate_size"] or 0 if experts else 0,
-        expert_layers=sum(pattern),
-        pattern=pattern,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_attention_heads,
+        num_kv_heads=model.num_query_groups,
+        head_dim=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size or 0,
+        vocab_size=model.padded_vocab_size,
+        gated=model.is_gated,
+        tied=not model.untie_embeddings_and_output_weights,
+        biases=not model.disable_bias_linear,
+        qkv_biases=model.add_qkv_bias,
+        output_gate=model.attention_output_gate,
+        qk_norm=model.qk_layernorm or model.qk_l2_norm,
+        rms_norm=model.normalization == "RMSNorm",
+        rotary=model.rotary,
+        rotary_dim=model.rotary_dim,
+        learned_positions=model.max_position_embeddings or 0 if learned else 0,
+        window=model.window_size,
+        windowed=sum(model.windowed_layers),
+        experts=model.num_experts or 0,
+        topk=model.moe_router_topk if model.num_experts else 0,
+        moe_ffn=model.moe_ffn_hidden_size or 0 if model.num_experts else 0,
+        shared_ffn=model.moe_shared_expert_intermediate_size or 0 if model.num_experts else 0,
+        expert_layers=sum(model.moe_layers),
+        pattern=model.moe_layers,
         flags=tuple(sorted((k, _frozen(v)) for k, v in flags.items() if v is not None)),
         source=source,
     )
@@ -328,11 +280,3 @@ def spec_of_flags(name: str, flags: Mapping[str, Any], source: str) -> ModelSpec
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _check_size(name: str, key: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        label = "vocab_size" if key == "padded_vocab_size" else key
-        raise HelixError(
-            f"model {name}: {label} is {value!r}. It must be a whole number of at least 1."
-        )

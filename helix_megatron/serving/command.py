@@ -25,6 +25,7 @@ from helix_megatron.local_ranks import end_with_parent
 from helix_megatron.serving.settings import MOST_SECONDS, ServerSettings
 
 if TYPE_CHECKING:
+    from helix_megatron.inference.arguments import InferenceConfig
     from helix_megatron.inference.engine import Engine
     from helix_megatron.serving.server import Server
 
@@ -149,7 +150,8 @@ class _Asked(threading.Event):
         return self._deadline - time.monotonic()
 
 
-def _serve(args: argparse.Namespace, options: argparse.Namespace) -> int:
+def _serve(config: InferenceConfig, options: argparse.Namespace) -> int:
+    from helix_megatron.inference.batching_flags import engine_options
     from helix_megatron.inference.engine import follow
     from helix_megatron.inference.start import start
     from helix_megatron.serving.app import make_app
@@ -160,7 +162,7 @@ def _serve(args: argparse.Namespace, options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         allow_many_connections()
         listener = listen(options.host, options.port)  # before the model is loaded
-    tokens = opened(args)
+    tokens = opened(config)
     # Ctrl-C in a terminal, where this process was started without ranks of its own.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
@@ -171,15 +173,15 @@ def _serve(args: argparse.Namespace, options: argparse.Namespace) -> int:
             asked.server.stop(FAREWELL_SECONDS)
 
     end_with_parent(farewell)
-    with ranks_together(args, asked, farewell):
-        runner, engine = start(args, options, max_waiting=options.max_waiting)
+    with ranks_together(config, asked, farewell):
+        runner, engine = start(config, engine_options(options), max_waiting=options.max_waiting)
         if engine is None:
             follow(runner)
         else:
             assert listener is not None
             app = make_app(engine, tokens, options.settings)
             server = Server(app, listener, max_connections=2 * options.max_open_requests)
-            _answer(engine, server, asked, args, options)
+            _answer(engine, server, asked, config, options)
     return 0
 
 
@@ -187,7 +189,7 @@ def _answer(
     engine: Engine,
     server: Server,
     asked: _Asked,
-    args: argparse.Namespace,
+    config: InferenceConfig,
     options: argparse.Namespace,
 ) -> None:
     """Serve until asked to end. The other ranks follow, whatever happens here."""
@@ -202,8 +204,8 @@ def _answer(
         say(f"Anybody who reaches {options.host} may ask: there is no API key ({KEY_VARIABLE}).")
     host = f"[{options.host}]" if ":" in options.host else options.host
     say(
-        f"{options.settings.model_name}: http://{host}:{port}/v1, {args.world_size} "
-        f"rank{'s' * (args.world_size != 1)}, contexts of up to {engine.capacity.max_context:,} tokens"
+        f"{options.settings.model_name}: http://{host}:{port}/v1, {config.run.world_size} "
+        f"rank{'s' * (config.run.world_size != 1)}, contexts of up to {engine.capacity.max_context:,} tokens"
     )
     try:
         engine.run()

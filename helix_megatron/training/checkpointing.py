@@ -34,10 +34,10 @@ from helix_megatron.megatron.segment_local import as_segment_local
 from helix_megatron.training.checkpoint_flags import (
     QUALITY,
     converts_to_segment_local,
-    model_flags,
     stored_arguments,
 )
 from helix_megatron.training.metrics import software_versions
+from helix_megatron.training.run import RunConfig
 
 CHECKPOINT_VERSION = 3.0  # Megatron-LM's number for the order of rows that megatron-core has
 
@@ -54,7 +54,7 @@ class Checkpointing:
     """Loads where `--load` says, saves where `--save` says, and knows when to stop early.
 
     Args:
-        args: validated flags.
+        run: validated.
         chunks: the model's chunks of this rank, in DDP.
         optimizer, scheduler: of `build_optimizer`.
         note: where to say what was loaded and saved.
@@ -65,24 +65,25 @@ class Checkpointing:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        run: RunConfig,
         chunks: list[Any],
         optimizer: Any,
         scheduler: Any,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.args, self.optimizer, self.scheduler = args, optimizer, scheduler
+        self.run, self.optimizer, self.scheduler = run, optimizer, scheduler
         self._note = note
         self.chunks = unwrap_model(chunks)
         self._began = time.monotonic()
         self._saver: dist_checkpoint.CheckpointSaver | None = None
-        if args.save:
-            store = Store(args.save)
+        settings = run.checkpoints
+        if settings.save:
+            store = Store(settings.save)
             on_first_rank(store.prepare)  # now, not after hours of training
             self._saver = dist_checkpoint.CheckpointSaver(
                 store,
-                asynchronous=args.async_save,
-                keep=args.keep,
+                asynchronous=settings.async_save,
+                keep=settings.keep,
                 saved=lambda path: note(f"saved {path}"),
             )
         self._saved = 0
@@ -101,44 +102,46 @@ class Checkpointing:
         Raises:
             HelixError: a damaged checkpoint, or one of another model; the weights are as before.
         """
-        args = self.args
-        if args.load_path is None:
+        run, settings = self.run, self.run.checkpoints
+        if settings.load_path is None:
             return Progress()
-        path = Path(args.load_path)
-        manifest = dist_checkpoint.verify(path, trust=args.trust_checkpoint)
-        saved = on_first_rank(lambda: stored_arguments(path, manifest, trust=args.trust_checkpoint))
-        with_optimizer = not (args.no_load_optim or args.finetune)
-        with_random = not (args.no_load_rng or args.finetune)
+        path = Path(settings.load_path)
+        manifest = dist_checkpoint.verify(path, trust=settings.trust_checkpoint)
+        saved = on_first_rank(
+            lambda: stored_arguments(path, manifest, trust=settings.trust_checkpoint)
+        )
+        with_optimizer = not (settings.no_load_optim or settings.finetune)
+        with_random = not (settings.no_load_rng or settings.finetune)
         state = self._state(
             Progress(), optimizer=with_optimizer, random=with_random, is_loading=True
         )
-        if converts_to_segment_local(args, saved):
+        if converts_to_segment_local(run, saved):
             if with_optimizer:
                 raise HelixError(
                     "the optimizer's state of ordinary weights has no meaning for segment-local attention. "
                     "Add --finetune."
                 )
             self._note(f"Warning: {QUALITY}.")
-            state = as_segment_local(state, args.layout)
-        loaded = dist_checkpoint.load(path, state, trust=args.trust_checkpoint)
+            state = as_segment_local(state, run.layout)
+        loaded = dist_checkpoint.load(path, state, trust=settings.trust_checkpoint)
         for chunk, name in zip(self.chunks, self._model_keys, strict=True):
             chunk.load_state_dict(loaded[name])
         if with_optimizer:
             load_optimizer(self.optimizer, loaded[PARTS], loaded["optimizer"])
             self._load_schedule(loaded["opt_param_scheduler"])
-        elif args.fp16 or args.bf16:
+        elif run.training.precision != "fp32":
             self.optimizer.reload_model_params()  # the fp32 copies are still those of the start
         if with_random:
             self._load_random_states(loaded.get("rng_state"))
-        if args.finetune:
+        if settings.finetune:
             self._note(f"loaded the weights of {path}")
             return Progress()
         iteration = int(loaded.get("iteration", 0))
-        samples = saved.get("consumed_train_samples", iteration * args.global_batch_size)
+        samples = saved.get("consumed_train_samples", iteration * run.global_batch_size)
         self._note(f"loaded {path}: iteration {iteration}")
-        if iteration >= args.train_iters:
-            self._note(f"nothing to train: --train-iters is {args.train_iters}")
-        if args.save and Path(args.save).absolute() in path.absolute().parents:
+        if iteration >= run.training.train_iters:
+            self._note(f"nothing to train: --train-iters is {run.training.train_iters}")
+        if settings.save and Path(settings.save).absolute() in path.absolute().parents:
             self._saved = iteration
         return Progress(iteration, int(samples))
 
@@ -152,17 +155,17 @@ class Checkpointing:
                 "--lr-decay-style, or --override-opt-param-scheduler to take this command's, or "
                 "--use-checkpoint-opt-param-scheduler to take the checkpoint's."
             ) from error
-        if self.args.use_checkpoint_opt_param_scheduler:
+        if self.run.checkpoints.use_checkpoint_opt_param_scheduler:
             take_schedule(self.optimizer, self.scheduler)
 
     def _load_random_states(self, states: Any) -> None:
         fresh = random_states()
         if states and states[0]["cuda_rng_state"].shape == fresh["cuda_rng_state"].shape:
             restore_random_states(states[0])
-        elif self.args.attention_dropout:
+        elif self.run.model.attention_dropout:
             self._note(
                 "The checkpoint has no random states of this layout: attention dropout begins with those of "
-                f"--seed {self.args.seed}."
+                f"--seed {self.run.training.seed}."
             )
 
     # --------------------------------------------------------------------- save
@@ -173,16 +176,17 @@ class Checkpointing:
         Args:
             asked_to_end: an event that says so when any rank has it set.
         """
-        args, iteration = self.args, progress.iteration
+        settings, iteration = self.run.checkpoints, progress.iteration
         if self._saver is not None:
             self._saver.poll()
-        leave = bool(args.exit_interval) and iteration % args.exit_interval == 0
-        if args.exit_duration_in_mins:
+        interval = settings.exit_interval
+        leave = interval is not None and iteration % interval == 0
+        if settings.exit_duration_in_mins:
             minutes = (time.monotonic() - self._began) / 60
-            leave |= self._any_rank(minutes >= args.exit_duration_in_mins)
+            leave |= self._any_rank(minutes >= settings.exit_duration_in_mins)
         if asked_to_end is not None:
             leave |= self._any_rank(asked_to_end.is_set())
-        if args.save_interval and iteration % args.save_interval == 0:
+        if settings.save_interval and iteration % settings.save_interval == 0:
             self.save(progress)
         return leave
 
@@ -190,8 +194,10 @@ class Checkpointing:
         """Save now, unless this iteration is saved already. Collective."""
         if self._saver is None or self._saved == progress.iteration:
             return
-        args = self.args
-        state = self._state(progress, optimizer=not args.no_save_optim, random=not args.no_save_rng)
+        settings = self.run.checkpoints
+        state = self._state(
+            progress, optimizer=not settings.no_save_optim, random=not settings.no_save_rng
+        )
         self._saver.save(progress.iteration, state, self._manifest(progress))
         self._saved = progress.iteration
 
@@ -240,41 +246,29 @@ class Checkpointing:
 
     def _arguments(self, progress: Progress) -> argparse.Namespace:
         """The arguments that Megatron-LM looks for, equal on all ranks."""
-        args = self.args
+        parallel = self.run.parallel
         return argparse.Namespace(
-            **model_flags(args),
-            tensor_model_parallel_size=args.tensor_model_parallel_size,
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            world_size=args.world_size,
-            global_batch_size=args.global_batch_size,
+            **self.run.stored_model.to_flags(),
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            world_size=self.run.world_size,
+            global_batch_size=self.run.global_batch_size,
             consumed_train_samples=progress.consumed_samples,
             consumed_valid_samples=0,
             skipped_train_samples=0,
         )
 
     def _manifest(self, progress: Progress) -> Manifest:
-        args = self.args
-        local = args.helix.active and args.helix.attention == "segment-local"
+        run = self.run
+        optimizer = "distributed" if run.parallel.use_distributed_optimizer else "plain"
         return Manifest(
             kind="canonical",
-            model=model_flags(args),
-            attention="segment-local" if local else "exact",
-            segments=args.intra_head_parallel_size if local else 1,
+            model=run.stored_model.to_flags(),
+            attention="segment-local" if run.local_segments > 1 else "exact",
+            segments=run.local_segments,
             iteration=progress.iteration,
-            layout={
-                "tp": args.tensor_model_parallel_size,
-                "pp": args.pipeline_model_parallel_size,
-                "dp": args.data_parallel_size,
-                "ep": args.expert_model_parallel_size,
-                "m": args.intra_head_parallel_size,
-                "n": args.tensor_model_parallel_size // args.intra_head_parallel_size,
-                "optimizer": None
-                if args.no_save_optim
-                else "distributed"
-                if args.use_distributed_optimizer
-                else "plain",
-            },
+            layout=run.sizes | {"optimizer": None if run.checkpoints.no_save_optim else optimizer},
             versions=software_versions(),
             extra={"consumed_train_samples": progress.consumed_samples},
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Iterator
@@ -17,10 +16,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
-from helix_megatron.checkpoint.families.flags import expert_layers
 from helix_megatron.megatron.random import enter_micro_batch
 from helix_megatron.meter import EXCHANGE, Meter
 from helix_megatron.training.metrics import GpuUtilization, IterationMetrics, memory_bytes
+from helix_megatron.training.run import RunConfig
 
 Batch = dict[str, Tensor]
 
@@ -29,7 +28,7 @@ Batch = dict[str, Tensor]
 class Trainer:
     """All that an iteration needs. `train` runs them and yields what each measured."""
 
-    args: argparse.Namespace
+    run: RunConfig
     config: Any
     chunks: list[Any]
     optimizer: Any
@@ -39,7 +38,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
-        if self.args.overlap_grad_reduce:
+        if self.run.parallel.overlap_grad_reduce:
             self.config.no_sync_func = [chunk.no_sync for chunk in self.chunks]
             if len(self.chunks) == 1:
                 self.config.no_sync_func = self.config.no_sync_func[0]
@@ -61,10 +60,10 @@ class Trainer:
             validation: a function that returns a fresh iterator of validation micro-batches, or None.
             iteration, consumed_samples: where a resumed run has stopped.
         """
-        args, start = self.args, time.perf_counter()
-        while iteration < args.train_iters:
+        run, start = self.run, time.perf_counter()
+        while iteration < run.training.train_iters:
             iteration += 1
-            consumed_samples += args.global_batch_size
+            consumed_samples += run.global_batch_size
             began = time.perf_counter()
             self.meter.reset()
             loss, norm, updated = self._step(batches, iteration)
@@ -85,7 +84,7 @@ class Trainer:
                 skipped=not updated,
                 memory_bytes=memory_bytes(),
                 consumed_samples=consumed_samples,
-                consumed_tokens=consumed_samples * args.seq_length,
+                consumed_tokens=consumed_samples * run.model.seq_length,
                 elapsed_seconds=time.perf_counter() - start,
                 validation_loss=validation_loss,
                 gpu_utilization=self._gpu.read(),
@@ -93,19 +92,15 @@ class Trainer:
                 **traffic,
             )
 
-    @property
-    def _tokens(self) -> int:
-        return self.args.global_batch_size * self.args.seq_length
-
     def _step(self, batches: Iterator[Batch], iteration: int) -> tuple[float, float | None, bool]:
         """One optimizer step: mean loss over the global batch, gradient norm, whether it was taken."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._run(batches, iteration, self.args.num_micro_batches, train=True)
+        losses = self._run(batches, iteration, self.run.num_micro_batches, train=True)
         updated, norm, _ = self.optimizer.step()
         if updated:
-            self.scheduler.step(increment=self.args.global_batch_size)
+            self.scheduler.step(increment=self.run.global_batch_size)
         return self._mean_loss(losses), None if norm is None else float(norm), bool(updated)
 
     def _run(
@@ -123,8 +118,8 @@ class Trainer:
 
         def forward_step(iterator: Iterator[tuple[int, Batch]], model: Any) -> tuple[Tensor, Any]:
             index, batch = next(iterator)
-            if self.args.hidden_dropout:
-                enter_micro_batch(self.args.seed, iteration, index)
+            if self.run.model.hidden_dropout:
+                enter_micro_batch(self.run.training.seed, iteration, index)
             device = torch.cuda.current_device()
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             # Attention layers are causal by their mask type; no mask tensor is needed.
@@ -136,8 +131,8 @@ class Trainer:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=number,
-            seq_length=self.args.seq_length,
-            micro_batch_size=self.args.micro_batch_size,
+            seq_length=self.run.model.seq_length,
+            micro_batch_size=self.run.training.micro_batch_size,
             forward_only=not train,
         )
 
@@ -145,7 +140,7 @@ class Trainer:
     def _evaluate(self, batches: Iterator[Batch]) -> float:
         for chunk in self.chunks:
             chunk.eval()
-        number = self.args.eval_iters * self.args.num_micro_batches
+        number = self.run.logging.eval_iters * self.run.num_micro_batches
         losses = self._run(batches, 0, number, train=False)
         for chunk in self.chunks:
             chunk.train()
@@ -153,8 +148,10 @@ class Trainer:
         return self._mean_loss(losses)
 
     def _validates(self, iteration: int) -> bool:
-        interval = self.args.eval_interval
-        return interval > 0 and (iteration % interval == 0 or iteration == self.args.train_iters)
+        interval = self.run.logging.eval_interval
+        return interval > 0 and (
+            iteration % interval == 0 or iteration == self.run.training.train_iters
+        )
 
     def _mean_loss(self, losses: list[dict[str, Tensor]]) -> float:
         """Mean over micro-batches and data parallel ranks, known on every rank."""
@@ -168,12 +165,12 @@ class Trainer:
 
     def _expert_losses(self) -> dict[str, float]:
         """Mean over MoE layers of the load-balancing losses; none in a dense model."""
-        if self.args.num_experts is None:
+        if self.run.model.num_experts is None:
             return {}
         moe_utils.reduce_aux_losses_tracker_across_ranks()
         tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-        layers = sum(expert_layers(vars(self.args)))
-        scale = self.args.num_micro_batches * layers
+        layers = sum(self.run.model.moe_layers)
+        scale = self.run.num_micro_batches * layers
         losses = {name: float(entry["values"].sum()) / scale for name, entry in tracker.items()}
         moe_utils.clear_aux_losses_tracker()
         return losses
@@ -181,11 +178,11 @@ class Trainer:
     def _traffic(self, seconds: float) -> dict[str, float]:
         inside, total = self.meter.bytes(EXCHANGE), self.meter.bytes()
         return {
-            "tokens_per_second": self._tokens / seconds,
+            "tokens_per_second": self.run.tokens_per_iteration / seconds,
             "iteration_ms": seconds * 1e3,
-            "comm_ms_per_token": self.meter.seconds() * 1e3 / self._tokens,
-            "attention_bytes_per_token": inside / self._tokens,
-            "other_bytes_per_token": (total - inside) / self._tokens,
+            "comm_ms_per_token": self.meter.seconds() * 1e3 / self.run.tokens_per_iteration,
+            "attention_bytes_per_token": inside / self.run.tokens_per_iteration,
+            "other_bytes_per_token": (total - inside) / self.run.tokens_per_iteration,
         }
 
 

@@ -30,6 +30,21 @@ from helix_megatron.errors import HelixError, listed
 # Tensors of old files that hold constants: rotary frequencies and GPT-2's causal masks.
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
 SHOWN = 5
+WHOLE_NUMBERS = frozenset(
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,11 @@ class Family:
                 raise HelixError(
                     f"config.json sets {key} = {_short(value)}, which {self.name} models do not have here. "
                     "If it does not change what the model computes, delete it from config.json."
+                )
+        for key in WHOLE_NUMBERS & config.keys():
+            if config[key] is not None and type(config[key]) is not int:
+                raise HelixError(
+                    f"config.json sets {key} = {_short(config[key])}. It must be a whole number."
                 )
         flags: dict[str, Any] = {}
         for piece in self.pieces:

@@ -1,0 +1,1 @@
+"""A model: its description (`description.ModelConfig`), and the families of Hugging Face."""

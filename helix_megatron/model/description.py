@@ -1,0 +1,375 @@
+"""One description of a model, from which flags, manifests, Megatron's configuration and sizes come.
+
+*Model flags* are the names of the fields of `ModelConfig` with their values, as a mapping of plain JSON values:
+what a checkpoint's manifest holds. They describe the *stock* model whose tensors a checkpoint has; for
+`segment-local` attention that is the model with m times the heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.flags import check_values, flag_of, names_with
+from helix_megatron.layout import HeadLayout, RotaryStyle, rotary_of
+from helix_megatron.model.fields import FUNCTION, MIXTURE, TRAINING, ModelFields
+from helix_megatron.model.patterns import is_pattern
+
+SIZES = ("num_layers", "hidden_size", "num_attention_heads")  # that nothing else implies
+ACTIVATIONS = ("swiglu", "geglu", "openai_gelu")
+
+
+@dataclass(frozen=True)
+class ModelConfig(ModelFields):
+    """A GPT, dense or with a mixture of experts.
+
+    What a field leaves open is filled in when the object is made: widths and heads that others imply, and the
+    padded vocabulary, which without padding is the vocabulary.
+
+    Raises:
+        HelixError: a value that cannot be, or values that do not go together.
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("moe_layer_freq", "window_attn_skip_freq"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_values(self)
+        self._fill()
+        self._check_options()
+
+    def _fill(self) -> None:
+        heads = self.num_attention_heads
+        if not self.group_query_attention:
+            self._set("num_query_groups", heads)
+        elif heads % self.num_query_groups:
+            raise HelixError(
+                f"{heads} query heads cannot share {self.num_query_groups} key-value heads. Valid "
+                f"--num-query-groups: {listed(divisors(heads))}."
+            )
+        if self.kv_channels is None:
+            if self.hidden_size % heads:
+                raise HelixError(
+                    f"--hidden-size {self.hidden_size} does not divide into --num-attention-heads {heads}. "
+                    f"Valid numbers of heads: {listed(divisors(self.hidden_size))}. Or give --kv-channels."
+                )
+            self._set("kv_channels", self.hidden_size // heads)
+        if self.ffn_hidden_size is None:
+            self._set("ffn_hidden_size", 4 * self.hidden_size)
+        if self.num_experts is not None and self.moe_ffn_hidden_size is None:
+            self._set("moe_ffn_hidden_size", self.ffn_hidden_size)
+        if self.max_position_embeddings is None:
+            self._set("max_position_embeddings", self.seq_length)
+        if self.padded_vocab_size is None:
+            self._set("padded_vocab_size", self.vocab_size)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    # ------------------------------------------------------------------------ model flags
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> ModelConfig:
+        """The model of model flags. What is missing has the default of its flag, except for sizes.
+
+        Without `seq_length` that is its default, or the longest sequence that the model's positions allow.
+
+        Raises:
+            HelixError: a size that nothing else implies is missing; a name that is no field; see the class.
+        """
+        names = [f.name for f in dataclasses.fields(ModelConfig)]
+        for name in flags:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise HelixError(f"the training script has no flag {name!r}.{hint}")
+        for name in SIZES:
+            if flags.get(name) is None:
+                raise HelixError(
+                    f"the model flags say {name} = {flags.get(name)!r}, and the tensors of a model depend on "
+                    "it. It must be a whole number of at least 1."
+                )
+        given = dict(flags)
+        if given.get("seq_length") is None:
+            longest = given.get("max_position_embeddings")
+            given["seq_length"] = min(cls.seq_length, longest) if longest else cls.seq_length
+        return cls(**given)
+
+    def to_flags(self) -> dict[str, Any]:
+        """Model flags as plain JSON values; `from_flags` is the inverse."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def padded(self, tensor_parallel: int) -> ModelConfig:
+        """The same with the vocabulary rounded up so that tensor parallel ranks share it evenly."""
+        assert self.vocab_size is not None
+        rows = padded_rows(self.vocab_size, self.make_vocab_size_divisible_by, tensor_parallel)
+        return dataclasses.replace(self, padded_vocab_size=rows)
+
+    # ------------------------------------------------------------------------ segment-local
+
+    def cut_heads(self, segments: int) -> ModelConfig:
+        """The stock model that segment-local attention of so many segments is: m times the heads of 1/m."""
+        assert self.kv_channels is not None
+        return self._with_heads(
+            self.num_attention_heads * segments,
+            self.num_query_groups * segments,
+            self.kv_channels // segments,
+        )
+
+    def joined_heads(self, segments: int) -> ModelConfig:
+        """The inverse of `cut_heads`."""
+        assert self.kv_channels is not None
+        return self._with_heads(
+            self.num_attention_heads // segments,
+            self.num_query_groups // segments,
+            self.kv_channels * segments,
+        )
+
+    def _with_heads(self, heads: int, groups: int, channels: int) -> ModelConfig:
+        return dataclasses.replace(
+            self, num_attention_heads=heads, num_query_groups=groups, kv_channels=channels
+        )
+
+    # ------------------------------------------------------------------------ sizes
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head."""
+        assert self.kv_channels is not None
+        return self.kv_channels
+
+    @property
+    def rotary(self) -> RotaryStyle:
+        """How pairs of dimensions are rotated."""
+        return rotary_of(self.head_dim, self.rotated_share, self.rotary_interleaved)[0]
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return rotary_of(self.head_dim, self.rotated_share, self.rotary_interleaved)[1]
+
+    @property
+    def rotated_share(self) -> float:
+        """Share of a head's dimensions that is rotated; 0 without rotary embedding."""
+        return self.rotary_percent if self.position_embedding_type == "rope" else 0.0
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether linear_fc1 holds [gate; up]."""
+        return self.swiglu or self.geglu
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.add_qkv_bias or not self.disable_bias_linear
+
+    @property
+    def has_qk_norm_weights(self) -> bool:
+        return self.qk_layernorm and not self.qk_l2_norm
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of linear_qkv: g·(r + 2)·d, or g·(2r + 2)·d with an output gate."""
+        queries = self.num_attention_heads * (2 if self.attention_output_gate else 1)
+        return (queries + 2 * self.num_query_groups) * self.head_dim
+
+    @cached_property
+    def moe_layers(self) -> tuple[bool, ...]:
+        """Which layers are MoE layers: every n-th, beginning with the first, or those of a list."""
+        layers, frequency = range(self.num_layers), self.moe_layer_freq
+        if self.num_experts is None:
+            return (False,) * self.num_layers
+        if isinstance(frequency, int):
+            return tuple(layer % frequency == 0 for layer in layers)
+        return tuple(map(bool, frequency))
+
+    @cached_property
+    def windowed_layers(self) -> tuple[bool, ...]:
+        """Which layers see a sliding window: all, all but every n-th, or those of a list."""
+        layers, skip = range(self.num_layers), self.window_attn_skip_freq
+        if skip is None or self.window_size is None:
+            return (self.window_size is not None,) * self.num_layers
+        if isinstance(skip, int):
+            return tuple((layer + 1) % skip != 0 for layer in layers)
+        return tuple(map(bool, skip))
+
+    def layout(self, helix: HelixConfig, tensor_parallel: int) -> HeadLayout:
+        """How the heads lie on tensor parallel ranks."""
+        return helix.layout(
+            self.num_attention_heads,
+            self.num_query_groups,
+            self.head_dim,
+            tensor_parallel,
+            rotary=self.rotary,
+            rotary_dim=self.rotary_dim,
+            output_gate=self.attention_output_gate,
+        )
+
+    # ------------------------------------------------------------------------ meaning
+
+    @cached_property
+    def traits(self) -> frozenset[str]:
+        """What the model has, of that which makes fields matter."""
+        rope = self.position_embedding_type == "rope"
+        experts = self.num_experts is not None
+        there = {
+            "rope": rope,
+            "rope scaling": rope and self.use_rope_scaling,
+            "no biases": self.disable_bias_linear,
+            "experts": experts,
+            "shared experts": experts and self.moe_shared_expert_intermediate_size is not None,
+        }
+        return frozenset(trait for trait, has in there.items() if has)
+
+    def _deciding(self, *decided: str) -> dict[str, Any]:
+        """The fields that decide something, with their defaults where they have no effect."""
+        values = {}
+        for f in dataclasses.fields(ModelConfig):
+            if f.metadata.get("decides") in decided:
+                matters = f.metadata.get("under") in (None, *self.traits)
+                values[f.name] = getattr(self, f.name) if matters else f.default
+        values["window_attn_skip_freq"] = list(self.windowed_layers)
+        values["moe_layer_freq"] = list(self.moe_layers)
+        if all(self.moe_layers):  # a model without dense layers has no use for their size
+            values["ffn_hidden_size"] = None
+        return values
+
+    @property
+    def function(self) -> dict[str, Any]:
+        """What the model computes: equal exactly for models with the same function and shapes of weights."""
+        return self._deciding(FUNCTION)
+
+    @property
+    def decides_losses(self) -> dict[str, Any]:
+        """What of the model decides the losses of its training."""
+        values = self._deciding(FUNCTION, TRAINING)
+        if self.position_embedding_type != "learned_absolute":
+            del values["max_position_embeddings"]
+        return values
+
+    @property
+    def transformer_settings(self) -> dict[str, Any]:
+        """What Megatron's TransformerConfig is told about the model, except for functions and dtypes."""
+        settings = self._given_to("megatron")
+        if self.window_size is not None:
+            settings["window_size"] = (self.window_size, 0)
+            settings["window_attn_skip_freq"] = _as_list(self.window_attn_skip_freq)
+        return settings | {
+            "rotary_percent": self.rotated_share,
+            "add_bias_linear": not self.disable_bias_linear,
+            "gated_linear_unit": self.is_gated,
+            "qk_layernorm": self.qk_layernorm or self.qk_l2_norm,
+        }
+
+    @property
+    def gpt_settings(self) -> dict[str, Any]:
+        """What Megatron's GPTModel is told about the model."""
+        tied = not self.untie_embeddings_and_output_weights
+        return self._given_to("gpt") | {"share_embeddings_and_output_weights": tied}
+
+    def _given_to(self, reader: str) -> dict[str, Any]:
+        settings = {}
+        for f in dataclasses.fields(ModelConfig):
+            name = f.metadata.get(reader)
+            if name and (f.metadata["group"] != MIXTURE or "experts" in self.traits):
+                settings[f.name if name is True else name] = _as_list(getattr(self, f.name))
+        return settings
+
+    # ------------------------------------------------------------------------ checks
+
+    def _check_options(self) -> None:
+        chosen = [flag_of(name) for name in ACTIVATIONS if getattr(self, name)]
+        if len(chosen) > 1:
+            raise HelixError(f"{listed(chosen)} exclude each other. Give one of them.")
+        if self.max_position_embeddings < self.seq_length:  # type: ignore[operator]
+            raise HelixError(
+                f"--seq-length {self.seq_length} is longer than --max-position-embeddings "
+                f"{self.max_position_embeddings}. Leave the latter out, or raise it."
+            )
+        rotated = self.rotary_dim
+        if rotated % 2:
+            raise HelixError(
+                f"rotary embedding rotates pairs of dimensions, and {rotated} of the {self.head_dim} "
+                "dimensions of a head (--kv-channels, --rotary-percent) are not an even number."
+            )
+        scaled = self.use_rope_scaling or self.rotary_seq_len_interpolation_factor
+        if scaled and "rope" not in self.traits:
+            raise HelixError(
+                "--use-rope-scaling and --rotary-seq-len-interpolation-factor scale rotary embedding, and "
+                f"--position-embedding-type is {self.position_embedding_type}. Leave them out."
+            )
+        if self.window_attn_skip_freq is not None and self.window_size is None:
+            raise HelixError(
+                "--window-attn-skip-freq says which layers have a sliding window, and there is none. Add "
+                "--window-size, or leave it out."
+            )
+        self._check_pattern("window_attn_skip_freq")
+        if "experts" in self.traits:
+            self._check_pattern("moe_layer_freq")
+            self._check_experts()
+
+    def _check_pattern(self, name: str) -> None:
+        pattern = getattr(self, name)
+        if pattern is not None and not is_pattern(pattern):
+            raise HelixError(
+                f"{flag_of(name)} is {pattern!r}. It must be a whole number of at least 1 or a list of 0 and 1."
+            )
+        if isinstance(pattern, tuple) and len(pattern) != self.num_layers:
+            raise HelixError(
+                f"{flag_of(name)} lists {len(pattern)} layers, and --num-layers is {self.num_layers}. List "
+                "all of them."
+            )
+
+    def _check_experts(self) -> None:
+        if not any(self.moe_layers):
+            raise HelixError(
+                "--moe-layer-freq gives experts to no layer. Leave out --num-experts for a dense model."
+            )
+        if not 1 <= self.moe_router_topk <= self.num_experts:  # type: ignore[operator]
+            raise HelixError(
+                f"--moe-router-topk {self.moe_router_topk}: a token has 1 to {self.num_experts} experts."
+            )
+        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+            raise HelixError(
+                "--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax over one expert is always 1, "
+                "and the router would not learn."
+            )
+        if self.moe_shared_expert_gate and "shared experts" not in self.traits:
+            raise HelixError(
+                "--moe-shared-expert-gate gates shared experts, and there are none. Add "
+                "--moe-shared-expert-intermediate-size, or leave it out."
+            )
+
+
+MODEL_FLAGS = names_with(ModelConfig, is_flag=True)
+FUNCTION_FLAGS = names_with(ModelConfig, decides=FUNCTION)
+# May differ between the run that saved and the run that loads: they change neither tensors nor function.
+# Learned positions may not.
+FREE_FLAGS = frozenset(f.name for f in dataclasses.fields(ModelConfig)) - set(FUNCTION_FLAGS) | {
+    "max_position_embeddings",
+    "padded_vocab_size",
+}
+
+
+def complete(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Model flags with all that decide the function, and with what follows from others filled in."""
+    model = ModelConfig.from_flags(flags).to_flags()
+    return {k: v for k, v in model.items() if k in flags or k in FUNCTION_FLAGS}
+
+
+def padded_rows(tokens: int, unit: int, tensor_parallel: int) -> int:
+    """Rows of a word embedding: a multiple of the unit that tensor parallel ranks share evenly."""
+    if unit % tensor_parallel:
+        unit *= tensor_parallel
+    return -(-tokens // unit) * unit
+
+
+def _as_list(value: Any) -> Any:
+    """Megatron tests patterns of layers for being lists."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,248 @@
+"""What describes a model: one field for each of Megatron's flags for models, under the flag's name."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from helix_megatron.flags import add_flags, names_with, setting
+from helix_megatron.model.patterns import layer_pattern
+
+# What a field decides: what the model computes and the shapes of its weights; or only how it is trained.
+FUNCTION, TRAINING = "function", "training"
+MODEL, MIXTURE = "model", "mixture of experts"  # the groups of the flags
+
+
+def _function(default: Any, help_text: str, **facts: Any) -> Any:
+    return setting(default, help_text, **{"decides": FUNCTION, "group": MODEL} | facts)
+
+
+def _other(default: Any, help_text: str, **facts: Any) -> Any:
+    return setting(default, help_text, **{"group": MODEL} | facts)
+
+
+def _expert(default: Any, help_text: str, **facts: Any) -> Any:
+    own: dict[str, Any] = {
+        "decides": FUNCTION,
+        "group": MIXTURE,
+        "under": "experts",
+        "megatron": True,
+    }
+    return setting(default, help_text, **own | facts)
+
+
+@dataclass(frozen=True)
+class ModelFields:
+    """The fields of `description.ModelConfig`, and nothing else.
+
+    Metadata beside what `flags.setting` knows:
+
+    - `decides`: `FUNCTION`, `TRAINING` or nothing;
+    - `under`: what a model must have for the field to matter (`description.ModelConfig.traits`);
+    - `megatron`: the field of TransformerConfig with this value, by name, or True for the same name;
+    - `gpt`: the same for the arguments of GPTModel;
+    - `config`: the usual key in a config.json of Hugging Face;
+    - `inference`: False where the field means nothing for inference.
+    """
+
+    num_layers: int = _function(
+        4, "number of transformer layers", at_least=1, megatron=True, config="num_hidden_layers"
+    )
+    hidden_size: int = _function(
+        128, "hidden size", at_least=1, megatron=True, config="hidden_size"
+    )
+    ffn_hidden_size: int | None = _function(
+        None,
+        "MLP hidden size; 4 times the hidden size when not given",
+        at_least=1,
+        megatron=True,
+        config="intermediate_size",
+    )
+    num_attention_heads: int = _function(2, "number of query heads", at_least=1, megatron=True)
+    group_query_attention: bool = _other(False, "use --num-query-groups key-value heads")
+    num_query_groups: int = _function(
+        1, "number of key-value heads, with --group-query-attention", at_least=1, megatron=True
+    )
+    kv_channels: int | None = _function(
+        None,
+        "dimensions of a head; hidden size over heads when not given",
+        at_least=1,
+        megatron=True,
+    )
+    seq_length: int = _other(
+        128, "tokens of a sample", at_least=1, decides=TRAINING, inference=False
+    )
+    max_position_embeddings: int | None = _function(
+        None,
+        "longest sequence; the tokens of a sample when not given",
+        at_least=1,
+        gpt="max_sequence_length",
+        config="max_position_embeddings",
+    )
+    position_embedding_type: str = _function(
+        "rope", "position embedding", choices=("rope", "learned_absolute", "none"), gpt=True
+    )
+    rotary_base: int = _function(
+        10000, "base period of rotary embedding", above=0, under="rope", gpt=True
+    )
+    rotary_percent: float = _function(
+        1.0,
+        "share of a head's dimensions that is rotated",
+        above=0,
+        at_most=1,
+        under="rope",
+        gpt=True,
+    )
+    rotary_interleaved: bool = _function(
+        False, "rotate pairs (2k, 2k+1) instead of (k, k + d/2)", under="rope", megatron=True
+    )
+    rotary_seq_len_interpolation_factor: float | None = _function(
+        None,
+        "divide positions by this before rotation (linear scaling of rotary embedding)",
+        above=0,
+        under="rope",
+        gpt="seq_len_interpolation_factor",
+    )
+    use_rope_scaling: bool = _function(
+        False,
+        "scale rotary frequencies as Llama 3.1 and later do",
+        under="rope",
+        gpt="rope_scaling",
+    )
+    rope_scaling_factor: float = _function(
+        8.0,
+        "factor of the lowest frequencies, with --use-rope-scaling",
+        above=0,
+        under="rope scaling",
+        gpt=True,
+    )
+    embedding_multiplier: float = _function(
+        1.0,
+        "multiply word embeddings by this, rounded to their dtype (Gemma: square root of the hidden size)",
+        above=0,
+    )
+    normalization: str = _function(
+        "LayerNorm", "norm of the hidden states", choices=("LayerNorm", "RMSNorm"), megatron=True
+    )
+    norm_epsilon: float = _function(
+        1e-5, "epsilon of the norms", above=0, megatron="layernorm_epsilon"
+    )
+    apply_layernorm_1p: bool = _function(
+        False,
+        "store weights of norms minus 1, as Gemma does",
+        megatron="layernorm_zero_centered_gamma",
+    )
+    swiglu: bool = _function(False, "gated MLP with SiLU instead of GELU")
+    geglu: bool = _function(False, "gated MLP with tanh-approximated GELU, as Gemma has")
+    openai_gelu: bool = _function(
+        False, "tanh-approximated GELU, as GPT-2 has, instead of the exact one"
+    )
+    disable_bias_linear: bool = _function(False, "no biases in linear layers")
+    add_qkv_bias: bool = _function(
+        False, "biases in linear_qkv even so", under="no biases", megatron=True
+    )
+    qk_layernorm: bool = _function(False, "normalise queries and keys of each head")
+    qk_l2_norm: bool = _function(False, "normalise queries and keys by their L2 norm")
+    attention_output_gate: bool = _function(False, "gate the attention output", megatron=True)
+    window_size: int | None = _function(
+        None, "sliding window: keys before the query that it sees", at_least=0
+    )
+    window_attn_skip_freq: int | tuple[int, ...] | None = _function(
+        None,
+        "every n-th layer has no window; or a list with 1 for each layer that has, such as [0,1,1]",
+        parse=layer_pattern,
+    )
+    untie_embeddings_and_output_weights: bool = _function(
+        False, "an output layer with weights of its own"
+    )
+    attention_dropout: float = _other(
+        0.0,
+        "dropout of attention weights",
+        at_least=0,
+        below=1,
+        decides=TRAINING,
+        megatron=True,
+        inference=False,
+        config="attention_dropout",
+    )
+    hidden_dropout: float = _other(
+        0.0,
+        "dropout of hidden states",
+        at_least=0,
+        below=1,
+        decides=TRAINING,
+        megatron=True,
+        inference=False,
+    )
+    init_method_std: float = _other(
+        0.02,
+        "standard deviation of initial weights",
+        at_least=0,
+        decides=TRAINING,
+        megatron=True,
+        inference=False,
+        config="initializer_range",
+    )
+    vocab_size: int | None = _other(None, "vocabulary; the tokenizer's when not given", at_least=1)
+    padded_vocab_size: int | None = _function(
+        None, "rows of the word embedding", at_least=1, is_flag=False, gpt="vocab_size"
+    )
+    make_vocab_size_divisible_by: int = _other(
+        128,
+        "pad the vocabulary to a multiple of this and of TP, so that it does not depend on TP where TP "
+        "divides it",
+        at_least=1,
+    )
+    transformer_impl: str | None = _other(
+        None,
+        "Transformer Engine's layers where it is installed, Megatron's local ones otherwise",
+        choices=("local", "transformer_engine"),
+    )
+    num_experts: int | None = _expert(
+        None,
+        "experts of every MoE layer; none makes a dense model",
+        at_least=1,
+        megatron="num_moe_experts",
+    )
+    moe_layer_freq: int | tuple[int, ...] = _expert(
+        1,
+        "every n-th layer is an MoE layer; or a list with 1 for each that is, such as [0,1,1] or [0]+[1]*2",
+        parse=layer_pattern,
+    )
+    moe_ffn_hidden_size: int | None = _expert(
+        None, "hidden size of an expert; --ffn-hidden-size when not given", at_least=1
+    )
+    moe_router_topk: int = _expert(2, "experts of a token", at_least=1)
+    moe_router_pre_softmax: bool = _expert(
+        False, "weigh a token's experts by the softmax over all experts instead of over its own"
+    )
+    moe_router_load_balancing_type: str = _expert(
+        "aux_loss",
+        "how experts are balanced",
+        choices=("aux_loss", "seq_aux_loss", "none"),
+        decides=TRAINING,
+        inference=False,
+    )
+    moe_aux_loss_coeff: float = _expert(
+        0.01, "weight of the load-balancing loss", at_least=0, decides=TRAINING, inference=False
+    )
+    moe_token_dispatcher_type: str = _expert(
+        "alltoall",
+        "how tokens reach their experts",
+        choices=("allgather", "alltoall"),
+        decides=None,
+    )
+    moe_shared_expert_intermediate_size: int | None = _expert(
+        None, "hidden size of experts that all tokens share", at_least=1
+    )
+    moe_shared_expert_gate: bool = _expert(
+        False, "a gate of its own for the shared experts' output", under="shared experts"
+    )
+
+
+def add_model_flags(parser: argparse.ArgumentParser, *, defaults: bool = True) -> None:
+    """Add the flags that describe a model to a parser, in groups of their own."""
+    for title in (MODEL, MIXTURE):
+        names = names_with(ModelFields, group=title)
+        add_flags(parser.add_argument_group(title), ModelFields, names, defaults=defaults)

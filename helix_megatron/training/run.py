@@ -1,0 +1,373 @@
+"""A training run as one frozen value: the model, how it is dealt to ranks, and how it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from helix_megatron.arguments import FLAGS
+from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.exchanges import AttentionShape
+from helix_megatron.flags import names_with, values_of
+from helix_megatron.layout import HeadLayout
+from helix_megatron.model.description import ModelConfig
+from helix_megatron.training.settings import (
+    LOSSES,
+    Checkpoints,
+    Data,
+    Logging,
+    Optimization,
+    Parallelism,
+    Training,
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides a run on `world_size` ranks: what was left out is filled in, and everything fits.
+
+    Raises:
+        HelixError: with the values, the valid values and what to try.
+    """
+
+    model: ModelConfig
+    world_size: int
+    helix: HelixConfig = field(default_factory=HelixConfig)
+    parallel: Parallelism = field(default_factory=Parallelism)
+    training: Training = field(default_factory=Training)
+    optimization: Optimization = field(default_factory=Optimization)
+    data: Data = field(default_factory=Data)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    logging: Logging = field(default_factory=Logging)
+
+    @classmethod
+    def from_values(
+        cls, values: Mapping[str, Any], world_size: int, model: ModelConfig | None = None
+    ) -> RunConfig:
+        """From the destination names of the training script's flags; what is missing has its default.
+
+        Args:
+            values: as of a namespace.
+            world_size: number of ranks.
+            model: takes the place of the model flags among the values.
+        """
+        helix = {
+            own: values[name]
+            for own, flag in FLAGS.items()
+            if (name := flag.removeprefix("--").replace("-", "_")) in values
+        }
+        groups = {name: kind(**values_of(kind, values)) for name, kind in SETTINGS.items()}
+        if model is None:
+            model = ModelConfig(**values_of(ModelConfig, values))
+        return cls(model, world_size, HelixConfig(**helix), **groups)
+
+    @classmethod
+    def of_model(
+        cls, flags: Mapping[str, Any], *, world_size: int | None = None, **values: Any
+    ) -> RunConfig:
+        """A run with the model of model flags; reads no data.
+
+        Args:
+            flags: model flags, as in a checkpoint's manifest. The vocabulary is padded anew, for the tensor
+                parallel size.
+            world_size: number of ranks; tensor times pipeline parallel size when not given.
+            **values: other settings by the destination names of their flags.
+
+        Raises:
+            HelixError: an unknown flag, or flags that do not fit.
+        """
+        given = dict(flags)
+        rows = given.pop("padded_vocab_size", None)
+        if given.get("vocab_size") is None:
+            given["vocab_size"] = rows
+        if given["vocab_size"] is None:
+            raise HelixError("model flags without vocab_size or padded_vocab_size: give either.")
+        model = ModelConfig.from_flags(given | values_of(ModelConfig, values))
+        ranks = values.get("tensor_model_parallel_size", 1)
+        ranks *= values.get("pipeline_model_parallel_size", 1)
+        return cls.from_values(values, world_size or ranks, model).with_padded_vocabulary()
+
+    def __post_init__(self) -> None:
+        self._check_ranks()
+        self._check_pipeline()
+        self._fill_batches()
+        self._fill_experts()
+        _ = self.layout  # which heads lie where: wrong numbers are found here
+        if self.parallel.sequence_parallel and self.model.seq_length % self._tensor:
+            raise HelixError(
+                f"--seq-length {self.model.seq_length} does not divide by the {self._tensor} tensor parallel "
+                f"ranks, which --sequence-parallel needs. Try {_multiple(self.model.seq_length, self._tensor)}."
+            )
+
+    def _change(self, group: str, **values: Any) -> None:
+        object.__setattr__(self, group, dataclasses.replace(getattr(self, group), **values))
+
+    def with_vocabulary(self, tokens: int) -> RunConfig:
+        """The same for data of so many tokens.
+
+        Raises:
+            HelixError: the model was told to have fewer.
+        """
+        size = self.model.vocab_size
+        if size is not None and size < tokens:
+            raise HelixError(
+                f"--vocab-size {size} is smaller than the {tokens} tokens of the text. Leave it out, or "
+                "raise it."
+            )
+        model = dataclasses.replace(self.model, vocab_size=size or tokens)
+        return dataclasses.replace(self, model=model).with_padded_vocabulary()
+
+    def with_padded_vocabulary(self) -> RunConfig:
+        """The same with the vocabulary padded for the tensor parallel ranks."""
+        return dataclasses.replace(self, model=self.model.padded(self._tensor))
+
+    # ------------------------------------------------------------------------ what follows
+
+    @property
+    def _tensor(self) -> int:
+        return self.parallel.tensor_model_parallel_size
+
+    @property
+    def _pipeline(self) -> int:
+        return self.parallel.pipeline_model_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // (self._tensor * self._pipeline)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of an iteration."""
+        assert self.training.global_batch_size is not None
+        return self.training.global_batch_size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of an iteration on one data parallel rank."""
+        return self.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        return self.global_batch_size * self.model.seq_length
+
+    @property
+    def virtual_stages(self) -> int | None:
+        """Virtual pipeline stages of a rank, where there is more than one."""
+        per_virtual = self.parallel.num_layers_per_virtual_pipeline_stage
+        if per_virtual is None:
+            return None
+        stages = self.model.num_layers // self._pipeline // per_virtual
+        return stages if stages > 1 else None
+
+    @property
+    def samples(self) -> tuple[int, int, int]:
+        """Samples wanted for training, validation and test."""
+        validation = self.logging.eval_iters if self.logging.eval_interval else 0
+        batch = self.global_batch_size
+        return self.training.train_iters * batch, validation * batch, 0
+
+    @cached_property
+    def layout(self) -> HeadLayout:
+        """How the heads lie on the tensor parallel ranks; one group of all heads without Helix."""
+        if self.helix.active:
+            return self.model.layout(self.helix, self._tensor)
+        model, tensor = self.model, self._tensor
+        heads, groups = model.num_attention_heads, model.num_query_groups
+        if heads % tensor:
+            raise HelixError(
+                f"{heads} heads cannot be dealt to {tensor} tensor parallel ranks. Valid "
+                f"--tensor-model-parallel-size without cutting heads: {listed(divisors(heads))}. Or cut them: "
+                f"try --intra-head-parallel-size {self._smallest_m()}."
+            )
+        if groups % tensor and tensor % groups:
+            raise HelixError(
+                f"{groups} key-value heads cannot be dealt to {tensor} tensor parallel ranks, nor copied to an "
+                f"equal number of them. Valid --tensor-model-parallel-size for {heads} query heads: "
+                f"{listed(t for t in divisors(heads) if groups % t == 0 or t % groups == 0)}."
+            )
+        return HeadLayout(heads, groups, model.head_dim, rotary="none")
+
+    def _smallest_m(self) -> str:
+        """The smallest m that makes the layout legal, for an error's advice."""
+        for m in divisors(self._tensor)[1:]:
+            try:
+                self.model.layout(HelixConfig(m), self._tensor)
+            except HelixError:
+                continue
+            return str(m)
+        return "with another tensor parallel size"
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """What an attention layer of the run computes per micro-batch."""
+        window = self.model.window_size
+        return AttentionShape(
+            layout=self.layout,
+            batch=self.training.micro_batch_size,
+            query_length=self.model.seq_length,
+            key_length=self.model.seq_length,
+            element_size=4 if self.training.precision == "fp32" else 2,
+            causal=True,
+            window=(window, 0) if window is not None else None,
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the layout by their short names, as manifests and reports have them."""
+        m = self.helix.intra_head_parallel_size
+        return {
+            "tp": self._tensor,
+            "pp": self._pipeline,
+            "dp": self.data_parallel_size,
+            "ep": self.parallel.expert_model_parallel_size,
+            "m": m,
+            "n": self._tensor // m,
+        }
+
+    @property
+    def local_segments(self) -> int:
+        """m of segment-local attention; 1 for any other."""
+        local = self.helix.active and self.helix.attention == "segment-local"
+        return self.helix.intra_head_parallel_size if local else 1
+
+    @property
+    def stored_model(self) -> ModelConfig:
+        """The model whose tensors the run's checkpoints hold."""
+        segments = self.local_segments
+        return self.model if segments == 1 else self.model.cut_heads(segments)
+
+    @property
+    def decides_losses(self) -> dict[str, Any]:
+        """What decides the losses: runs that agree in these train the same model in the same way."""
+        training = self.training
+        present = (None, self.optimization.optimizer, training.precision)
+        values = self.model.decides_losses | {"precision": training.precision}
+        for settings in (training, self.optimization, self.data):
+            for f in dataclasses.fields(settings):
+                if f.metadata.get("decides") == LOSSES and f.metadata.get("under") in present:
+                    values[f.name] = getattr(settings, f.name)
+        if values.get("loss_scale") is not None:
+            del values["initial_loss_scale"]
+        if self.local_segments > 1:
+            values["segments"] = self.local_segments
+        if self.checkpoints.finetune:
+            values["finetuned_from"] = self.checkpoints.load_path
+        return values
+
+    # ------------------------------------------------------------------------ checks
+
+    def _check_ranks(self) -> None:
+        unit = self._tensor * self._pipeline
+        if self.world_size % unit:
+            raise HelixError(
+                f"{self.world_size} ranks cannot hold tensor parallel size {self._tensor} times pipeline "
+                f"parallel size {self._pipeline}: their number must be a multiple of {unit}. Start "
+                f"{_multiple(self.world_size, unit)} ranks (--nproc-per-node, or torchrun's), or change "
+                "--tensor-model-parallel-size."
+            )
+
+    def _fill_batches(self) -> None:
+        training, stages = self.training, self._pipeline
+        unit = training.micro_batch_size * self.data_parallel_size
+        batch = training.global_batch_size
+        if batch is None:
+            self._change("training", global_batch_size=unit)
+        elif batch < 1 or batch % unit:
+            raise HelixError(
+                f"--global-batch-size {batch} is not a multiple of --micro-batch-size "
+                f"{training.micro_batch_size} times {self.data_parallel_size} data parallel ranks = {unit}. "
+                f"Try {_multiple(batch, unit)}."
+            )
+        if self.optimization.lr_decay_iters is None:
+            self._change("optimization", lr_decay_iters=training.train_iters)
+        interleaved = self.parallel.num_layers_per_virtual_pipeline_stage is not None
+        if interleaved and self.num_micro_batches % stages:
+            raise HelixError(
+                f"the interleaved schedule needs the {self.num_micro_batches} micro-batches of an iteration to "
+                f"be a multiple of the {stages} pipeline stages. Change --global-batch-size."
+            )
+
+    def _check_pipeline(self) -> None:
+        stages, layers = self._pipeline, self.model.num_layers
+        per_virtual = self.parallel.num_layers_per_virtual_pipeline_stage
+        if layers % stages:
+            raise HelixError(
+                f"{layers} layers cannot be dealt to {stages} pipeline stages. Valid "
+                f"--pipeline-model-parallel-size: {listed(divisors(layers))}."
+            )
+        if per_virtual is None:
+            return
+        if stages == 1:
+            raise HelixError(
+                "--num-layers-per-virtual-pipeline-stage interleaves pipeline stages, and there is one. Leave "
+                "it out, or raise --pipeline-model-parallel-size."
+            )
+        per_stage = layers // stages
+        if per_virtual < 1 or per_stage % per_virtual:
+            raise HelixError(
+                f"{per_stage} layers of a pipeline stage cannot be cut into virtual stages of {per_virtual}. "
+                f"Valid --num-layers-per-virtual-pipeline-stage: {listed(divisors(per_stage))}."
+            )
+
+    def _fill_experts(self) -> None:
+        parallel, experts = self.parallel, self.model.num_experts
+        expert, inside = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+        if experts is None:
+            if expert > 1:
+                raise HelixError(
+                    f"--expert-model-parallel-size {expert} deals experts to ranks, and the model has none. "
+                    "Give --num-experts, or leave it out."
+                )
+            return
+        if experts % expert:
+            raise HelixError(
+                f"{experts} experts cannot be dealt to {expert} ranks. Valid --expert-model-parallel-size: "
+                f"{listed(divisors(experts))}."
+            )
+        if self._tensor > 1 and not parallel.sequence_parallel:
+            raise HelixError(
+                "Megatron trains a mixture of experts on several tensor parallel ranks only with "
+                "--sequence-parallel. Add it."
+            )
+        if inside is None:
+            # With experts dealt to ranks the common choice is whole experts; else Megatron's own default.
+            inside = 1 if expert > 1 else self._tensor
+            self._change("parallel", expert_tensor_parallel_size=inside)
+        if inside > 1 and not self.model.disable_bias_linear:
+            whole = math.gcd(experts, self.world_size // self._pipeline)
+            deal = f", or deal whole experts to ranks: --expert-model-parallel-size {whole}"
+            raise HelixError(
+                f"Megatron cannot cut experts with biases for {inside} tensor parallel ranks. Add "
+                f"--disable-bias-linear{deal if whole > 1 else ''}."
+            )
+        ranks = inside * expert * self._pipeline
+        if self.world_size % ranks:
+            raise HelixError(
+                f"{self.world_size} ranks cannot hold expert tensor parallel size {inside} times expert "
+                f"parallel size {expert} times pipeline parallel size {self._pipeline} = {ranks}. Lower "
+                "--expert-model-parallel-size or --expert-tensor-parallel-size."
+            )
+
+
+SETTINGS: dict[str, type] = {
+    "parallel": Parallelism,
+    "training": Training,
+    "optimization": Optimization,
+    "data": Data,
+    "checkpoints": Checkpoints,
+    "logging": Logging,
+}
+
+
+def same_named(settings: Any, reader: str) -> dict[str, Any]:
+    """The values of the fields that `reader` (`megatron`, `optimizer`) has under the same name."""
+    return {name: getattr(settings, name) for name in names_with(type(settings), **{reader: True})}
+
+
+def _multiple(number: int, unit: int) -> int:
+    return max(1, -(-number // unit)) * unit

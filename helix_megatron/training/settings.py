@@ -1,0 +1,323 @@
+"""What describes a training run beside its model: small tables of settings, each of which is a group of flags.
+
+Metadata beside what `flags.setting` knows: `decides` (`LOSSES` where the setting decides the losses),
+`megatron` and `optimizer` (True where TransformerConfig or OptimizerConfig has the setting under its name).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from helix_megatron.errors import HelixError, listed
+from helix_megatron.flags import check_values, flag_of, setting
+
+LOSSES = "losses"
+
+
+class _Checked:
+    """A table of settings whose values are checked one by one when it is made."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+def _losses(default: Any, help_text: str, **facts: Any) -> Any:
+    own: dict[str, Any] = {"decides": LOSSES, "optimizer": True}
+    return setting(default, help_text, **own | facts)
+
+
+@dataclass(frozen=True)
+class Parallelism(_Checked):
+    """How the run is dealt to ranks, and how they reach each other."""
+
+    tensor_model_parallel_size: int = setting(
+        1, "number of tensor parallel ranks p = m·n", at_least=1, megatron=True
+    )
+    pipeline_model_parallel_size: int = setting(
+        1, "number of pipeline stages", at_least=1, megatron=True
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = setting(
+        None, "layers of a virtual stage, for the interleaved schedule"
+    )
+    context_parallel_size: int = setting(1, "number of context parallel ranks")
+    expert_model_parallel_size: int = setting(
+        1, "number of ranks among which experts are dealt", at_least=1, megatron=True
+    )
+    expert_tensor_parallel_size: int | None = setting(
+        None, "number of tensor parallel ranks inside an expert", at_least=1, megatron=True
+    )
+    sequence_parallel: bool = setting(
+        False,
+        "cut the sequence outside attention and MLP over the tensor parallel ranks",
+        megatron=True,
+    )
+    use_distributed_optimizer: bool = setting(
+        False, "cut the optimizer state over data parallel ranks", optimizer=True
+    )
+    overlap_grad_reduce: bool = setting(False, "reduce gradients during the backward pass")
+    overlap_param_gather: bool = setting(
+        False, "gather parameters during the forward pass", optimizer=True
+    )
+    distributed_backend: str = setting(
+        "auto",
+        "back end; auto is nccl on GPUs and gloo without",
+        choices=("auto", "nccl", "gloo"),
+    )
+    distributed_timeout_minutes: float = setting(
+        10.0, "a collective that takes longer ends the program with a message", above=0
+    )
+    nproc_per_node: int | None = setting(
+        None,
+        "start this many ranks on this machine, as torchrun would; leave it out under a launcher",
+        at_least=1,
+        at_most=4096,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context_parallel_size != 1:
+            raise HelixError(
+                f"--context-parallel-size {self.context_parallel_size} is not supported by this script. Leave "
+                "it at 1; --intra-head-parallel-size uses those ranks for attention."
+            )
+        if self.overlap_param_gather and not (
+            self.use_distributed_optimizer and self.overlap_grad_reduce
+        ):
+            raise HelixError(
+                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce. Add them."
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise HelixError(
+                "--sequence-parallel cuts the sequence over the tensor parallel ranks, and there is one. Leave "
+                "it out, or raise --tensor-model-parallel-size."
+            )
+
+
+@dataclass(frozen=True)
+class Training(_Checked):
+    """Batches, iterations, random numbers, precision and recomputation."""
+
+    micro_batch_size: int = setting(
+        4, "samples of a forward pass on one data parallel rank", at_least=1
+    )
+    global_batch_size: int | None = setting(
+        None,
+        "samples of an iteration; one micro-batch per rank when not given",
+        decides=LOSSES,
+    )
+    train_iters: int = setting(50, "number of iterations", at_least=1)
+    seed: int = setting(
+        1234,
+        "seed of weights, data order and dropout, the same at every layout",
+        at_least=1,
+        decides=LOSSES,
+    )
+    bf16: bool = setting(False, "train in bf16", megatron=True, optimizer=True)
+    fp16: bool = setting(False, "train in fp16 with loss scaling", megatron=True, optimizer=True)
+    recompute_granularity: str | None = setting(
+        None,
+        "recompute core attention, or whole layers, in the backward pass",
+        choices=("selective", "full"),
+        megatron=True,
+    )
+    recompute_method: str = setting(
+        "uniform", "which layers are recomputed, with full", choices=("uniform", "block")
+    )
+    recompute_num_layers: int = setting(1, "layers of a recomputed unit, with full", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bf16 and self.fp16:
+            raise HelixError("--bf16 and --fp16 exclude each other. Leave one out.")
+
+    @property
+    def precision(self) -> str:
+        """The dtype of forward and backward."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+@dataclass(frozen=True)
+class Optimization(_Checked):
+    """The optimizer, and the schedule of its learning rate."""
+
+    optimizer: str = _losses("adam", "optimizer", choices=("adam", "sgd"))
+    lr: float = _losses(1e-3, "highest learning rate", at_least=0)
+    min_lr: float = _losses(0.0, "lowest learning rate", at_least=0)
+    lr_decay_style: str = _losses(
+        "cosine",
+        "decay of the learning rate",
+        choices=("constant", "linear", "cosine"),
+        optimizer=False,
+    )
+    lr_warmup_iters: int = _losses(0, "iterations of linear warm-up", optimizer=False)
+    lr_decay_iters: int | None = _losses(
+        None, "iterations of decay; --train-iters when not given", at_least=1, optimizer=False
+    )
+    weight_decay: float = _losses(0.01, "weight decay", at_least=0)
+    adam_beta1: float = _losses(0.9, "Adam's beta 1", at_least=0, below=1, under="adam")
+    adam_beta2: float = _losses(0.999, "Adam's beta 2", at_least=0, below=1, under="adam")
+    adam_eps: float = _losses(1e-8, "Adam's epsilon", above=0, under="adam")
+    clip_grad: float = _losses(1.0, "largest gradient norm; 0 clips nothing", at_least=0)
+    loss_scale: float | None = _losses(
+        None, "fixed loss scale for fp16; dynamic when not given", above=0, under="fp16"
+    )
+    initial_loss_scale: float = _losses(2.0**32, "first dynamic loss scale", above=0, under="fp16")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_lr > self.lr:
+            raise HelixError(
+                f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}. The first is the lowest learning rate "
+                "and the second the highest: lower the one, or raise the other."
+            )
+        decay = self.lr_decay_iters
+        if self.lr_warmup_iters < 0 or (decay is not None and self.lr_warmup_iters >= decay):
+            raise HelixError(
+                f"--lr-warmup-iters {self.lr_warmup_iters} must be at least 0 and less than --lr-decay-iters, "
+                f"which is {decay} (--train-iters when not given). Lower it."
+            )
+
+
+@dataclass(frozen=True)
+class Data(_Checked):
+    """What is trained on."""
+
+    text: tuple[str, ...] | None = setting(
+        None,
+        "text files, read as bytes; the Python language reference when neither this nor --data-path is given",
+        parse=str,
+        several=True,
+        decides=LOSSES,
+    )
+    data_path: tuple[str, ...] | None = setting(
+        None,
+        "prefix of Megatron's .bin/.idx, or weights and prefixes",
+        parse=str,
+        several=True,
+        decides=LOSSES,
+    )
+    data_cache_path: str | None = setting(None, "directory for the indices of --data-path")
+    tokenizer_type: str | None = setting(
+        None,
+        "tokenizer of --data-path; byte without --tokenizer-model",
+        choices=("HuggingFaceTokenizer", "byte"),
+    )
+    tokenizer_model: str | None = setting(None, "a Hugging Face tokenizers file (tokenizer.json)")
+    split: str = setting("969,30,1", "shares for training, validation and test", decides=LOSSES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("text", "data_path"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.text and self.data_path:
+            raise HelixError("--text and --data-path exclude each other. Leave one out.")
+
+
+@dataclass(frozen=True)
+class Checkpoints(_Checked):
+    """What is saved and loaded, and when the run ends early.
+
+    `load_path` is the directory that `load` means, None where a run starts anew; `load_iteration` is the
+    checkpoint's, as far as its manifest tells.
+    """
+
+    save: str | None = setting(
+        None, "directory for checkpoints; one is also saved after the last iteration"
+    )
+    save_interval: int | None = setting(None, "save every so many iterations", at_least=1)
+    keep: int | None = setting(
+        None, "keep the newest so many checkpoints; all of them when not given", at_least=1
+    )
+    async_save: bool = setting(
+        False,
+        "write in the background while training goes on; a checkpoint is complete some iterations later",
+    )
+    no_save_optim: bool = setting(False, "save no optimizer state")
+    no_save_rng: bool = setting(False, "save no random states")
+    load: str | None = setting(
+        None,
+        "directory of checkpoints to go on from: of this script, of stock Megatron, or converted; saved at any "
+        "layout. With the directory of --save a first start finds nothing and begins anew",
+    )
+    ckpt_step: int | None = setting(
+        None, "load the checkpoint of this iteration; the newest when not given"
+    )
+    exit_on_missing_checkpoint: bool = setting(
+        False, "do not begin anew where --load finds nothing"
+    )
+    no_load_optim: bool = setting(False, "load no optimizer state")
+    no_load_rng: bool = setting(False, "load no random states")
+    finetune: bool = setting(False, "load weights only, and begin at iteration 0")
+    use_checkpoint_args: bool = setting(False, "take the model's flags from the checkpoint")
+    override_opt_param_scheduler: bool = setting(
+        False, "take learning rate and weight decay of this command, not the checkpoint's"
+    )
+    use_checkpoint_opt_param_scheduler: bool = setting(
+        False, "take learning rate and weight decay of the checkpoint, not this command's"
+    )
+    trust_checkpoint: bool = setting(
+        False,
+        "read pickles that could run code of whoever wrote them; only for files that are your own",
+    )
+    allow_quality_loss: bool = setting(
+        False,
+        "load ordinary weights into segment-local attention, which is another architecture",
+    )
+    exit_interval: int | None = setting(
+        None, "end after an iteration that is a multiple of this", at_least=1
+    )
+    exit_duration_in_mins: float | None = setting(
+        None, "save and end after so many minutes", above=0
+    )
+    exit_signal_handler: bool = setting(False, "save and end on SIGTERM; at once on one 5 s later")
+    load_path: str | None = setting(None, "", is_flag=False)
+    load_iteration: int = setting(0, "", is_flag=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for names, target, problem in (
+            (("save_interval", "async_save", "keep"), "save", "nowhere to save to"),
+            (("ckpt_step", "use_checkpoint_args", "finetune"), "load", "nothing to load"),
+        ):
+            given = [flag_of(name) for name in names if getattr(self, name) not in (None, False)]
+            if given and not getattr(self, target):
+                raise HelixError(
+                    f"{listed(given)} without --{target}: there is {problem}. Add --{target} DIR."
+                )
+
+
+@dataclass(frozen=True)
+class Logging(_Checked):
+    """What the run tells."""
+
+    log_interval: int = setting(
+        10, "print every so many iterations where a line cannot be rewritten", at_least=1
+    )
+    eval_interval: int = setting(
+        0, "validate every so many iterations, and after the last; 0 never", at_least=0
+    )
+    eval_iters: int = setting(5, "batches of a validation", at_least=0)
+    metrics_jsonl: str | None = setting(None, "write one JSON object per iteration to this file")
+    tensorboard_dir: str | None = setting(None, "write TensorBoard events to this directory")
+    wandb_project: str | None = setting(None, "log to this Weights & Biases project")
+    run_name: str | None = setting(None, "name of the run in tables and reports")
+    log_communication_time: str = setting(
+        "auto",
+        "time collectives: total, each one, without overlap; exposed, only while computation waits for it; "
+        "auto is total on CPU and off on a GPU",
+        choices=("auto", "total", "exposed", "off"),
+    )
+    check: bool = setting(False, "check everything that can be checked without starting, then stop")
+    explain: bool = setting(
+        False, "like --check, and show the groups of ranks and the choice of exchange"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_interval and not self.eval_iters:
+            raise HelixError(
+                f"--eval-interval {self.eval_interval} validates, and --eval-iters 0 gives it no batches. "
+                "Leave either out."
+            )
