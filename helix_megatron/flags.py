@@ -45,7 +45,8 @@ def setting(
         default: the flag's.
         help_text: the flag's.
         choices: the valid words.
-        at_least, above, below, at_most: the range of a number. Numbers are finite without being told.
+        at_least, above, below, at_most: the range of a number. Without being told, numbers are finite, whole
+            ones at least 1 and others at least 0.
         parse: reads the flag's text where its type is none of `KINDS`; raises
             `argparse.ArgumentTypeError`.
         several: whether the flag takes several words.
@@ -136,8 +137,17 @@ def check_values(settings: Any) -> None:
         if type(value) is not kind and not (kind is float and type(value) is int):
             article = {bool: "true or false", str: "a text"}.get(kind) or _wanted(f, kind)
             raise HelixError(f"{flag_of(f.name)} is {value!r}. It must be {article}.")
-        if isinstance(value, int | float) and not _is_within(value, f.metadata["bounds"]):
+        if isinstance(value, int | float) and not _is_within(value, bounds_of(f)):
             raise HelixError(f"{flag_of(f.name)} is {value}. It must be {_wanted(f, kind)}.")
+
+
+def bounds_of(f: dataclasses.Field[Any]) -> dict[str, float]:
+    """The range of a field's numbers; its lower end comes first."""
+    given = f.metadata["bounds"]
+    lowest = (
+        {} if {"at least", "above"} & given.keys() else {"at least": 1 if kind_of(f) is int else 0}
+    )
+    return lowest | given
 
 
 def _is_within(value: float, bounds: Mapping[str, float]) -> bool:
@@ -148,7 +158,5 @@ def _is_within(value: float, bounds: Mapping[str, float]) -> bool:
 
 def _wanted(f: dataclasses.Field[Any], kind: type) -> str:
     number = "a whole number" if kind is int else "a finite number"
-    bounds = [f"{words} {bound:g}" for words, bound in f.metadata["bounds"].items()]
-    if bounds and bounds[0].startswith("at least"):
-        bounds[0] = "of " + bounds[0]
-    return " ".join([number, " and ".join(bounds)]).strip()
+    bounds = " and ".join(f"{words} {bound:g}" for words, bound in bounds_of(f).items())
+    return f"{number} {'of ' if bounds.startswith('at least') else ''}{bounds}"

@@ -20,6 +20,7 @@ from helix_megatron.checkpoint.catalog import (
 from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
+from helix_megatron.model.description import ModelConfig
 
 IN_FULL_TIER = functools.partial(pytest.param, marks=pytest.mark.full("conversion"))
 # model, (tp, pp, ep, etp, m), query layout, world size
@@ -168,7 +169,15 @@ def test_segment_local_is_what_virtual_heads_compute(output_gate):
     weight = random.standard_normal((g * blocks * d, hidden))
     out = random.standard_normal((hidden, h * d))
     x = random.standard_normal((length, hidden))
-    rows, columns = segment_local_permutation(h, g, d, m, "half", None, output_gate)
+    model = ModelConfig(
+        hidden_size=hidden,
+        num_attention_heads=h,
+        group_query_attention=True,
+        num_query_groups=g,
+        kv_channels=d,
+        attention_output_gate=output_gate,
+    )
+    rows, columns = segment_local_permutation(model, m)
     assert sorted(rows) == list(range(len(weight)))
     assert sorted(columns) == list(range(h * d))
 
@@ -222,7 +231,7 @@ WRONG = [
     ({}, {"expert": 2}, "no experts"),
     ({}, {"tensor": 0}, "less than 1"),
     ({"num_layers": None}, {}, "num_layers = None"),
-    (EXPERTS | {"moe_layer_freq": [1, 0]}, {}, "lists 2 layers, and the model has 4"),
+    (EXPERTS | {"moe_layer_freq": [1, 0]}, {}, "lists 2 layers, and --num-layers is 4"),
 ]
 
 

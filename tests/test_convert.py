@@ -24,6 +24,7 @@ from helix_megatron.checkpoint.sources import open_source
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
+from helix_megatron.model.description import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 CUT = "--tensor-model-parallel-size 2 --intra-head-parallel-size 2"
@@ -165,8 +166,8 @@ def test_segment_local_needs_consent_and_says_what_it_costs(tmp_path, capsys):
     assert (manifest.attention, manifest.segments) == ("segment-local", 2)
     sizes = [manifest.model[k] for k in ("num_attention_heads", "num_query_groups", "kv_channels")]
     assert sizes == [8, 4, 4]
-    rows, columns = segment_local_permutation(4, 2, 8, 2)
     before, after = open_source(source), open_source(tmp_path / "local")
+    rows, columns = segment_local_permutation(ModelConfig.from_flags(before.flags), 2)
     name = "decoder.layers.1.self_attention.linear_{}.weight"
     qkv, proj = (before.read(name.format(kind)) for kind in ("qkv", "proj"))
     assert after.read(name.format("qkv")).equal(qkv[torch.from_numpy(rows)])

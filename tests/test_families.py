@@ -15,9 +15,9 @@ import torch
 from hf_models import MODELS, read_config, save, tokens
 from safetensors.torch import load_file, save_file
 
-from helix_megatron.checkpoint.families import family_for_flags, family_of
-from helix_megatron.checkpoint.families.flags import function_of
 from helix_megatron.errors import HelixError
+from helix_megatron.model.description import ModelConfig
+from helix_megatron.model.families import family_for_flags, family_of
 
 TOLERANCE = 1e-5
 LAYOUTS = {
@@ -245,7 +245,10 @@ def test_transformers_reads_a_fresh_configuration(models, name, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(tokens(), use_cache=False).logits, expected)
     assert family_of(fresh) is family
-    assert function_of(family.model_flags(fresh)) == function_of(flags)
+    assert (
+        ModelConfig.from_flags(family.model_flags(fresh)).function
+        == ModelConfig.from_flags(flags).function
+    )
     assert family_for_flags(flags).differences(flags) == []
 
 

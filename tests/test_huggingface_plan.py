@@ -17,8 +17,8 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface import clip_grad_norm_, from_pretrained, make_groups, plan, shard
 from helix_megatron.huggingface.cuts import block_cut
-from helix_megatron.huggingface.families import FAMILIES as VALID
 from helix_megatron.huggingface.plan import as_config
+from helix_megatron.model.families import CUTTABLE as VALID
 
 
 @pytest.mark.parametrize(("ranks", "m"), [(2, 2), (4, 2), (4, 4), (2, 1), (1, 1)])

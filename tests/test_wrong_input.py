@@ -35,7 +35,7 @@ WRONG = {
     ),
     "warm-up as long as the run": (
         "--train-iters 10 --lr-warmup-iters 10",
-        "--lr-warmup-iters 10 must be at least 0 and less than --lr-decay-iters, which is 10",
+        "--lr-warmup-iters 10 must be less than --lr-decay-iters, which is 10",
     ),
     "heads not divisible by n": (
         f"{FOUR} {HELIX} 2 --num-attention-heads 5 --hidden-size 80",

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
-from helix_megatron.checkpoint.families import family_of
+from helix_megatron.model.families import family_of
 
 BASE = {
     "num_layers": 4,

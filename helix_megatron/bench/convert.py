@@ -139,7 +139,6 @@ def write_model(folder: Path, size: int) -> int:
     """A Llama of about `size` bytes with random weights in bf16; the bytes of its largest tensor."""
     import torch
 
-    from helix_megatron.checkpoint.families import FAMILIES
     from helix_megatron.checkpoint.huggingface_io import (
         Entry,
         SafetensorsFile,
@@ -147,6 +146,7 @@ def write_model(folder: Path, size: int) -> int:
         make_index,
         shards,
     )
+    from helix_megatron.model.families import FAMILIES
 
     family = FAMILIES["llama"]
     config = _config(size)

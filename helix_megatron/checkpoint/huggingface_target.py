@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_megatron.checkpoint.families import Family, Rule, family_for_flags, family_of
 from helix_megatron.checkpoint.huggingface_io import (
     INDEX,
     Entry,
@@ -25,6 +24,8 @@ from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.sources import HEADER, copy_sidecars
 from helix_megatron.checkpoint.staging import following
 from helix_megatron.checkpoint.targets import Mark, Report, Row, Tensors, as_json, manifest_of
+from helix_megatron.model.families import Family, family_for_flags, family_of
+from helix_megatron.model.families.rules import Rule
 
 READ_AHEAD = (
     2  # tensors of a family's rule that wait for their turn in a file, as multiples of the largest

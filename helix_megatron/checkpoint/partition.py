@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from helix_megatron.checkpoint.catalog import CanonicalTensor, Cut, ModelSizes, moe_layers
+from helix_megatron.checkpoint.catalog import CanonicalTensor, Cut
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.layout import HeadLayout
+from helix_megatron.model.description import ModelConfig
 
 AXES = {
     Cut.ROWS: 0,
@@ -87,13 +88,13 @@ class RankLayout:
     expert_tensor: int | None = None
     helix: HelixConfig = field(default_factory=HelixConfig)
     vocabulary_multiple: int = 1
-    sizes: ModelSizes = field(init=False, repr=False)
+    model: ModelConfig = field(init=False, repr=False)
     heads: HeadLayout | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.expert_tensor is None:
             object.__setattr__(self, "expert_tensor", self.tensor)
-        object.__setattr__(self, "sizes", ModelSizes.of(self.flags))
+        object.__setattr__(self, "model", ModelConfig.from_flags(self.flags))
         object.__setattr__(self, "heads", self._heads())
         self._check()
 
@@ -103,7 +104,7 @@ class RankLayout:
     def ranks_per_stage(self) -> int:
         """Ranks of a stage that hold different parts."""
         assert self.expert_tensor is not None
-        if not self.sizes.num_experts:
+        if not self.model.num_experts:
             return self.tensor
         return math.lcm(self.tensor, self.expert_tensor * self.expert)
 
@@ -158,7 +159,8 @@ class RankLayout:
     def padded_vocabulary(self) -> int:
         """Rows of the embeddings over all tensor parallel ranks, padding included."""
         multiple = self.vocabulary_multiple * self.tensor
-        return -(-self.sizes.vocab_rows // multiple) * multiple
+        assert self.model.padded_vocab_size is not None
+        return -(-self.model.padded_vocab_size // multiple) * multiple
 
     # ------------------------------------------------------------------ names
 
@@ -175,13 +177,13 @@ class RankLayout:
                 return "output_layer.weight"
             here = place.pipeline == 0 if name.startswith("embedding.") else last
             return name if here else None
-        stage, layer = divmod(tensor.layer, self.sizes.num_layers // self.pipeline)
+        stage, layer = divmod(tensor.layer, self.model.num_layers // self.pipeline)
         if stage != place.pipeline:
             return None
         suffix = name.split(".", 3)[3]
         if tensor.expert is not None:
-            assert self.sizes.num_experts is not None
-            owner, expert = divmod(tensor.expert, self.sizes.num_experts // self.expert)
+            assert self.model.num_experts is not None
+            owner, expert = divmod(tensor.expert, self.model.num_experts // self.expert)
             if owner != place.expert:
                 return None
             suffix = suffix.replace(
@@ -194,7 +196,7 @@ class RankLayout:
 
     def _copies_embedding(self, place: Place) -> bool:
         """Tied embeddings: the last of several stages has a copy as its output layer."""
-        tied = not self.flags.get("untie_embeddings_and_output_weights")
+        tied = not self.model.untie_embeddings_and_output_weights
         return tied and self.pipeline > 1 and place.pipeline == self.pipeline - 1
 
     def local_extra_states(self, tensors: Sequence[CanonicalTensor], place: Place) -> Iterator[str]:
@@ -212,45 +214,38 @@ class RankLayout:
         """None for stock attention: its parts are contiguous rows and columns."""
         if not self.helix.active or self.helix.attention == "segment-local":
             return None
-        sizes = self.sizes
-        return self.helix.layout(
-            sizes.num_heads,
-            sizes.num_kv_heads,
-            sizes.head_dim,
-            self.tensor,
-            rotary=sizes.rotary,
-            rotary_dim=sizes.rotary_dim,
-            output_gate=sizes.output_gate,
-        )
+        return self.model.layout(self.helix, self.tensor)
 
     def _check(self) -> None:
-        sizes = self.sizes
+        model = self.model
         for name in ("tensor", "pipeline", "expert", "expert_tensor", "vocabulary_multiple"):
             if getattr(self, name) < 1:
                 raise HelixError(f"{name} parallel size {getattr(self, name)} is less than 1.")
-        if sizes.num_layers % self.pipeline:
+        if model.num_layers % self.pipeline:
             raise HelixError(
-                f"{sizes.num_layers} layers cannot be dealt evenly to {self.pipeline} pipeline stages. Valid: "
-                f"{listed(divisors(sizes.num_layers))}."
+                f"{model.num_layers} layers cannot be dealt evenly to {self.pipeline} pipeline stages. Valid: "
+                f"{listed(divisors(model.num_layers))}."
             )
-        if self.heads is None and (sizes.num_heads % self.tensor or sizes.qkv_rows % self.tensor):
+        heads = model.num_attention_heads
+        if self.heads is None and (heads % self.tensor or model.qkv_rows % self.tensor):
             raise HelixError(
-                f"{sizes.num_heads} heads cannot be dealt whole to {self.tensor} tensor parallel ranks. Valid: "
-                f"{listed(divisors(sizes.num_heads))}. Or cut heads with --intra-head-parallel-size."
+                f"{heads} heads cannot be dealt whole to {self.tensor} tensor parallel ranks. Valid: "
+                f"{listed(divisors(heads))}. Or cut heads with --intra-head-parallel-size."
             )
-        moe = moe_layers(self.flags)
+        moe = model.moe_layers
         if not all(moe):
-            self._check_ffn("--ffn-hidden-size", sizes.ffn_hidden_size, self.tensor)
+            self._check_ffn("--ffn-hidden-size", model.ffn_hidden_size or 0, self.tensor)
         if any(moe):
-            assert sizes.num_experts is not None and self.expert_tensor is not None
-            self._check_ffn("--moe-ffn-hidden-size", sizes.moe_ffn_hidden_size, self.expert_tensor)
-            if sizes.shared_expert_size is not None:
+            assert model.num_experts is not None and self.expert_tensor is not None
+            own = model.moe_ffn_hidden_size or 0
+            self._check_ffn("--moe-ffn-hidden-size", own, self.expert_tensor)
+            if model.moe_shared_expert_intermediate_size is not None:
                 flag = "--moe-shared-expert-intermediate-size"
-                self._check_ffn(flag, sizes.shared_expert_size, self.tensor)
-            if sizes.num_experts % self.expert:
+                self._check_ffn(flag, model.moe_shared_expert_intermediate_size, self.tensor)
+            if model.num_experts % self.expert:
                 raise HelixError(
-                    f"{sizes.num_experts} experts cannot be dealt evenly to {self.expert} ranks. Valid "
-                    f"--expert-model-parallel-size: {listed(divisors(sizes.num_experts))}."
+                    f"{model.num_experts} experts cannot be dealt evenly to {self.expert} ranks. Valid "
+                    f"--expert-model-parallel-size: {listed(divisors(model.num_experts))}."
                 )
         elif self.expert > 1 or self.expert_tensor != self.tensor:
             raise HelixError(

@@ -14,13 +14,10 @@ from helix_megatron.checkpoint import manifest as manifests
 from helix_megatron.checkpoint.canonical_io import METADATA_NAME, CanonicalReader
 from helix_megatron.checkpoint.catalog import (
     Cut,
-    ModelSizes,
     catalog,
     segment_local_flags,
     segment_local_permutation,
 )
-from helix_megatron.checkpoint.families import Rule, family_of
-from helix_megatron.checkpoint.families.flags import FUNCTION_FLAGS, complete
 from helix_megatron.checkpoint.huggingface_io import INDEX, WEIGHTS, HuggingFaceReader, read_json
 from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.partition import RankLayout
@@ -30,6 +27,9 @@ from helix_megatron.checkpoint.store import Store
 from helix_megatron.checkpoint.verified import VerifiedFiles
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
+from helix_megatron.model.description import FUNCTION_FLAGS, ModelConfig, complete
+from helix_megatron.model.families import family_of
+from helix_megatron.model.families.rules import Rule
 
 DATA = ".distcp"  # ending of files with tensors
 SIDECARS = "huggingface"  # folder of the other kinds of checkpoints, for what came with a Hugging Face model
@@ -230,16 +230,7 @@ class SegmentLocalSource:
         self.attention, self.segments = "segment-local", segments
         self.names, self.shape, self.dtype = source.names, source.shape, source.dtype
         self.finish, self.close = source.finish, source.close
-        sizes = ModelSizes.of(source.flags)
-        rows, columns = segment_local_permutation(
-            sizes.num_heads,
-            sizes.num_kv_heads,
-            sizes.head_dim,
-            segments,
-            sizes.rotary,
-            sizes.rotary_dim,
-            sizes.output_gate,
-        )
+        rows, columns = segment_local_permutation(ModelConfig.from_flags(source.flags), segments)
         self._order = {
             Cut.QKV_ROWS: (0, torch.from_numpy(rows)),
             Cut.PROJ_COLUMNS: (1, torch.from_numpy(columns)),

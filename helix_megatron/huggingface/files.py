@@ -12,8 +12,8 @@ from torch import Tensor
 
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface.cuts import Cut, block_cut
-from helix_megatron.huggingface.families import ExpertFiles
 from helix_megatron.layout import contiguous_runs
+from helix_megatron.model.families.modules import ExpertFiles
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

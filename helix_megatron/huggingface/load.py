@@ -13,7 +13,6 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
-from helix_megatron.huggingface.families import ExpertFiles, family_of
 from helix_megatron.huggingface.files import (
     Part,
     WeightFiles,
@@ -24,6 +23,8 @@ from helix_megatron.huggingface.files import (
 from helix_megatron.huggingface.shard import shard, sharding_of
 from helix_megatron.kernels import AttentionKernel
 from helix_megatron.kernels.sdpa import sdpa
+from helix_megatron.model.families import cuttable_modules
+from helix_megatron.model.families.modules import ExpertFiles
 
 # Old files keep these tables, which models compute.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -78,7 +79,7 @@ def from_pretrained(
     # While parameters are on the meta device: the library initialises those, too.
     _fill_buffers(model, torch.device(device or "cpu"))
     _fill_parameters(
-        model, files, family_of(config.model_type).experts, torch.device(device or "cpu")
+        model, files, cuttable_modules(config.model_type).experts, torch.device(device or "cpu")
     )
     _load_generation_config(model, directory)
     model.config.name_or_path = str(directory)
@@ -105,7 +106,7 @@ def _config(directory: Path) -> Any:
             "one; `hf download NAME --local-dir PATH` fetches a model from the Hub."
         )
     config = AutoConfig.from_pretrained(directory)
-    family_of(config.model_type)
+    cuttable_modules(config.model_type)
     if getattr(config, "quantization_config", None) is not None:
         raise HelixError(
             f"the weights in {directory} are quantized, and quantized weights cannot be cut. Take the model in "

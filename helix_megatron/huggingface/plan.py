@@ -10,8 +10,9 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.huggingface import upstream
 from helix_megatron.huggingface.cuts import Cut, block_cut, kv_cut, query_cut
-from helix_megatron.huggingface.families import Family, family_of
 from helix_megatron.layout import HeadLayout
+from helix_megatron.model.families import cuttable_modules
+from helix_megatron.model.families.modules import Modules
 from helix_megatron.versions import TESTED
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Plan:
     """
 
     helix: HelixConfig
-    family: Family
+    family: Modules
     layout: HeadLayout
     cuts: Mapping[str, Cut]
     embeddings: bool
@@ -84,7 +85,7 @@ def plan(
     """What `shard` with these arguments would cut on `tensor_parallel_size` ranks.
 
     Args:
-        model: whole, of a family in `FAMILIES`; on any device, the meta device too.
+        model: whole, of a family that can be cut; on any device, the meta device too.
         helix: the setting, as a configuration, a mapping of its fields, or the intra-head parallel size m.
 
     Raises:
@@ -92,7 +93,7 @@ def plan(
     """
     helix = as_config(helix)
     config = model.config
-    family = family_of(getattr(config, "model_type", None))
+    family = cuttable_modules(getattr(config, "model_type", None))
     _check_setting(model, helix)
     heads = config.num_attention_heads
     layout = helix.layout(
@@ -124,7 +125,7 @@ def modules_of(model: Any, class_name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _cuts_of(
-    module: Any, family: Family, layout: HeadLayout, mlp: bool
+    module: Any, family: Modules, layout: HeadLayout, mlp: bool
 ) -> Iterator[tuple[str, Cut]]:
     """(name below the module, cut) of the parameters that one attention, MLP or experts module has."""
     name, ranks = type(module).__name__, layout.num_ranks
@@ -164,7 +165,7 @@ def _vocabulary_cuts(model: Any, ranks: int) -> dict[str, Cut]:
     }
 
 
-def _check_modules(model: Any, family: Family, mlp: bool) -> None:
+def _check_modules(model: Any, family: Modules, mlp: bool) -> None:
     """A module that goes by another name would stay whole, and attention would then be wrong."""
     classes = {type(module).__name__: module for module in model.modules()}
     if family.attention not in classes:

@@ -16,9 +16,10 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.cuts import Cut
-from helix_megatron.huggingface.families import FAMILIES, ExpertFiles
 from helix_megatron.huggingface.files import INDEX, WEIGHTS, expert_names, file_name
 from helix_megatron.huggingface.shard import Sharding, sharding_of
+from helix_megatron.model.families import cuttable_modules
+from helix_megatron.model.families.modules import ExpertFiles
 from helix_megatron.observe import purpose
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -116,7 +117,7 @@ class _Writer:
 
     def __init__(self, model: Any, sharding: Sharding, directory: Path, max_bytes: int) -> None:
         self._model, self._sharding, self._directory = model, sharding, directory
-        self._experts: ExpertFiles | None = FAMILIES[model.config.model_type].experts
+        self._experts: ExpertFiles | None = cuttable_modules(model.config.model_type).experts
         self._max_bytes = max_bytes
         self._pending: dict[str, Tensor] = {}
         self._files: list[list[str]] = []

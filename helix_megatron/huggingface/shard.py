@@ -77,7 +77,7 @@ def shard(
     `model.config` becomes a copy that keeps the true numbers of heads.
 
     Args:
-        model: of a family in `families.FAMILIES`, from `transformers`.
+        model: of a family in `model.families.CUTTABLE`, from `transformers`.
         helix: the setting, as a configuration, a mapping of its fields, or the intra-head parallel size m.
         tensor_group: the p = m·n ranks that hold the model together. One rank: nothing is changed.
         intra_head_group: the m neighbours of this rank's head group, made from `tensor_group` when None.

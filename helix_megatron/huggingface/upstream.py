@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.huggingface.families import FAMILIES, Family
+from helix_megatron.model.families import CUTTABLE
+from helix_megatron.model.families.modules import Modules
 from helix_megatron.needs import Need, sentence, unmet
 
 NEEDS = (
@@ -126,7 +127,7 @@ def check() -> list[str]:
     problems = unmet("transformers", (*NEEDS, *TRAINER_NEEDS))
     if find_spec("accelerate") is not None:
         problems += unmet("accelerate", ACCELERATE_NEEDS)
-    for kind, family in FAMILIES.items():
+    for kind, family in CUTTABLE.items():
         problems += _check_family(kind, family)
     return problems
 
@@ -138,7 +139,7 @@ def check_attention(module: Any) -> str | None:
     return f"a {type(module).__name__} that is not given {listed(lacking)}" if lacking else None
 
 
-def _check_family(kind: str, family: Family) -> list[str]:
+def _check_family(kind: str, family: Modules) -> list[str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -143,10 +143,7 @@ def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceCo
             distributed_timeout_minutes=options["distributed_timeout_minutes"],
         ),
         Training(
-            micro_batch_size=1,
-            seed=options["seed"],
-            bf16=dtype == "bf16",
-            fp16=dtype == "fp16",
+            micro_batch_size=1, seed=options["seed"], bf16=dtype == "bf16", fp16=dtype == "fp16"
         ),
     )
     return InferenceConfig(

@@ -26,7 +26,7 @@ class EngineOptions:
         "decide",
         choices=("auto", *NAMES),
     )
-    page_size: int = setting(16, "positions of a page", at_least=1, at_most=MOST_NUMBER)
+    page_size: int = setting(16, "positions of a page", at_most=MOST_NUMBER)
     cache_memory: float | None = setting(
         None,
         "memory of a rank for keys and values, in GiB (default: what the longest contexts of all sequences "
@@ -36,13 +36,13 @@ class EngineOptions:
     max_context: int | None = setting(
         None,
         "tokens of prompt and output of one sequence (default: what the model was trained for)",
-        at_least=1, at_most=MOST_NUMBER,
+        at_most=MOST_NUMBER,
     )
-    max_sequences: int = setting(64, "sequences that are generated at the same time", at_least=1, at_most=MOST_NUMBER)
+    max_sequences: int = setting(64, "sequences that are generated at the same time", at_most=MOST_NUMBER)
     prefill_chunk: int = setting(
         512,
         "tokens of prompts that are computed in one step, beside one token of every other sequence",
-        at_least=1, at_most=MOST_NUMBER,
+        at_most=MOST_NUMBER,
     )
     explain: bool = setting(False, "print the choice of the cache layout and the size of the cache")
 

@@ -102,8 +102,9 @@ def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note
     fixed = {"vocab_size", "padded_vocab_size"} | (
         {"max_position_embeddings"} if learned else set()
     )
-    for name, value in given.items():
+    for name, given_value in given.items():
         flag, own = flag_of(name), flags.get(name)
+        value = list(given_value) if isinstance(given_value, tuple) else given_value
         known = (
             checkpoint.complete and own is not None and (name not in FREE_FLAGS or name in fixed)
         )
@@ -113,13 +114,12 @@ def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note
             )
         if own != value and name != "transformer_impl":
             note(f"{flag} is {value}, where the checkpoint says {own}.")
-        flags[name] = list(value) if isinstance(value, tuple) else value
+        flags[name] = value
     if flags.get("vocab_size") is None:
         flags["vocab_size"] = flags.get("padded_vocab_size")
     if flags.get("max_position_embeddings") is not None:
-        flags.pop(
-            "seq_length", None
-        )  # of the run that trained it; a model takes what its positions allow
+        # That of the run that trained the model: here it takes what its positions allow.
+        flags.pop("seq_length", None)
     return ModelConfig.from_flags(flags)
 
 
@@ -175,30 +175,16 @@ def smallest_m(model: ModelConfig, ranks: int, query_layout: str = "auto") -> in
     Raises:
         HelixError: there is no such number.
     """
-    fitting = _segments_that_fit(model, ranks, query_layout)
+    fitting = model.segments_that_fit(ranks, query_layout)
     if fitting:
         return fitting[0]
-    valid = [p for p in range(1, 2 * ranks) if _segments_that_fit(model, p, query_layout)]
+    valid = [p for p in range(1, 2 * ranks) if model.segments_that_fit(p, query_layout)]
     layout = "" if query_layout == "auto" else f" with --helix-query-layout {query_layout}"
     raise HelixError(
         f"{model.num_attention_heads} query and {model.num_query_groups} key-value heads of {model.head_dim} "
         f"dimensions cannot be dealt to {ranks} tensor parallel ranks{layout}, whole or cut. Valid "
         f"numbers of ranks up to {2 * ranks - 1}: {listed(valid)}."
     )
-
-
-def _segments_that_fit(model: ModelConfig, ranks: int, query_layout: str) -> list[int]:
-    fitting = []
-    for m in divisors(ranks):
-        if model.num_query_groups % (ranks // m):
-            continue
-        if m > 1:
-            try:
-                model.layout(HelixConfig(m, query_layout=query_layout), ranks)
-            except HelixError:
-                continue
-        fitting.append(m)
-    return fitting
 
 
 def _segment_local(
@@ -223,11 +209,7 @@ def _segment_local(
 
 
 def deal_experts(
-    model: ModelConfig,
-    ranks: int,
-    expert: int | None,
-    expert_tensor: int | None,
-    note: Note,
+    model: ModelConfig, ranks: int, expert: int | None, expert_tensor: int | None, note: Note
 ) -> tuple[int, int | None]:
     """Expert parallel size EP, and tensor parallel size ETP inside an expert.
 

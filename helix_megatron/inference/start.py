@@ -32,11 +32,7 @@ CPU_SHARE = 0.5  # of the memory that is available, over all ranks of the machin
 
 
 def start(
-    config: InferenceConfig,
-    options: EngineOptions,
-    *,
-    max_waiting: int,
-    longest: int | None = None,
+    config: InferenceConfig, options: EngineOptions, *, max_waiting: int, longest: int | None = None
 ) -> tuple[Runner, Engine | None]:
     """Groups, model, cache and engine of this rank. Collective.
 

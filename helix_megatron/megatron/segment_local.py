@@ -12,28 +12,21 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from helix_megatron.checkpoint.catalog import segment_local_permutation
-from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron.checkpoint import permuted
+from helix_megatron.model.description import ModelConfig
 
 _ROWS = ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias")
 _COLUMNS = ("self_attention.linear_proj.weight",)
 
 
-def as_segment_local(state: dict[str, Any], layout: HeadLayout) -> dict[str, Any]:
+def as_segment_local(state: dict[str, Any], model: ModelConfig, segments: int) -> dict[str, Any]:
     """A model's sharded state that reads its attention weights from an ordinary model's checkpoint.
 
     Args:
         state: sharded state dictionaries of a segment-local model's chunks; changed in place.
-        layout: of the attention, with h, g, d of the ordinary model.
+        model: the ordinary model; `segments` into which its heads are cut.
     """
-    rows, columns = segment_local_permutation(
-        layout.num_heads,
-        layout.num_kv_heads,
-        layout.head_dim,
-        layout.segments,
-        layout.rotary,
-        layout.rotary_dim,
-    )
+    rows, columns = segment_local_permutation(model, segments)
 
     def replace(item: Any) -> Any:
         if isinstance(item, ShardedTensor) and item.key.endswith(_ROWS):

@@ -22,6 +22,7 @@ from helix_megatron.model.fields import FUNCTION, MIXTURE, TRAINING, ModelFields
 from helix_megatron.model.patterns import is_pattern
 
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")  # that nothing else implies
+HEADS = ("num_attention_heads", "num_query_groups", "kv_channels")
 ACTIVATIONS = ("swiglu", "geglu", "openai_gelu")
 
 
@@ -211,6 +212,20 @@ class ModelConfig(ModelFields):
             output_gate=self.attention_output_gate,
         )
 
+    def segments_that_fit(self, ranks: int, query_layout: str = "auto") -> list[int]:
+        """Every m with which each rank holds key-value heads, or segments of them, of its own."""
+        fitting = []
+        for m in divisors(ranks):
+            if self.num_query_groups % (ranks // m):
+                continue
+            if m > 1:
+                try:
+                    self.layout(HelixConfig(m, query_layout=query_layout), ranks)
+                except HelixError:
+                    continue
+            fitting.append(m)
+        return fitting
+
     # ------------------------------------------------------------------------ meaning
 
     @cached_property
@@ -223,6 +238,8 @@ class ModelConfig(ModelFields):
             "rope scaling": rope and self.use_rope_scaling,
             "no biases": self.disable_bias_linear,
             "experts": experts,
+            # Balanced by a loss over the tokens of a micro-batch, so that its size matters.
+            "balanced micro-batches": experts and self.moe_router_load_balancing_type == "aux_loss",
             "shared experts": experts and self.moe_shared_expert_intermediate_size is not None,
         }
         return frozenset(trait for trait, has in there.items() if has)
@@ -234,9 +251,11 @@ class ModelConfig(ModelFields):
             if f.metadata.get("decides") in decided:
                 matters = f.metadata.get("under") in (None, *self.traits)
                 values[f.name] = getattr(self, f.name) if matters else f.default
-        values["window_attn_skip_freq"] = list(self.windowed_layers)
-        values["moe_layer_freq"] = list(self.moe_layers)
-        if all(self.moe_layers):  # a model without dense layers has no use for their size
+        windowed, moe = self.windowed_layers, self.moe_layers
+        values["window_size"] = self.window_size if any(windowed) else None
+        values["window_attn_skip_freq"] = list(map(int, windowed)) if len({*windowed}) > 1 else None
+        values["moe_layer_freq"] = list(map(int, moe)) if len({*moe}) > 1 else 1
+        if all(moe):  # a model without dense layers has no use for their size
             values["ffn_hidden_size"] = None
         return values
 

@@ -47,45 +47,34 @@ class ModelFields:
     """
 
     num_layers: int = _function(
-        4, "number of transformer layers", at_least=1, megatron=True, config="num_hidden_layers"
+        4, "number of transformer layers", megatron=True, config="num_hidden_layers"
     )
-    hidden_size: int = _function(
-        128, "hidden size", at_least=1, megatron=True, config="hidden_size"
-    )
+    hidden_size: int = _function(128, "hidden size", megatron=True, config="hidden_size")
     ffn_hidden_size: int | None = _function(
         None,
         "MLP hidden size; 4 times the hidden size when not given",
-        at_least=1,
         megatron=True,
         config="intermediate_size",
     )
-    num_attention_heads: int = _function(2, "number of query heads", at_least=1, megatron=True)
+    num_attention_heads: int = _function(2, "number of query heads", megatron=True)
     group_query_attention: bool = _other(False, "use --num-query-groups key-value heads")
     num_query_groups: int = _function(
-        1, "number of key-value heads, with --group-query-attention", at_least=1, megatron=True
+        1, "number of key-value heads, with --group-query-attention", megatron=True
     )
     kv_channels: int | None = _function(
-        None,
-        "dimensions of a head; hidden size over heads when not given",
-        at_least=1,
-        megatron=True,
+        None, "dimensions of a head; hidden size over heads when not given", megatron=True
     )
-    seq_length: int = _other(
-        128, "tokens of a sample", at_least=1, decides=TRAINING, inference=False
-    )
+    seq_length: int = _other(128, "tokens of a sample", decides=TRAINING, inference=False)
     max_position_embeddings: int | None = _function(
         None,
         "longest sequence; the tokens of a sample when not given",
-        at_least=1,
         gpt="max_sequence_length",
         config="max_position_embeddings",
     )
     position_embedding_type: str = _function(
         "rope", "position embedding", choices=("rope", "learned_absolute", "none"), gpt=True
     )
-    rotary_base: int = _function(
-        10000, "base period of rotary embedding", above=0, under="rope", gpt=True
-    )
+    rotary_base: int = _function(10000, "base period of rotary embedding", under="rope", gpt=True)
     rotary_percent: float = _function(
         1.0,
         "share of a head's dimensions that is rotated",
@@ -126,7 +115,7 @@ class ModelFields:
         "LayerNorm", "norm of the hidden states", choices=("LayerNorm", "RMSNorm"), megatron=True
     )
     norm_epsilon: float = _function(
-        1e-5, "epsilon of the norms", above=0, megatron="layernorm_epsilon"
+        1e-5, "epsilon of the norms", above=0, megatron="layernorm_epsilon", config="rms_norm_eps"
     )
     apply_layernorm_1p: bool = _function(
         False,
@@ -159,7 +148,6 @@ class ModelFields:
     attention_dropout: float = _other(
         0.0,
         "dropout of attention weights",
-        at_least=0,
         below=1,
         decides=TRAINING,
         megatron=True,
@@ -167,32 +155,24 @@ class ModelFields:
         config="attention_dropout",
     )
     hidden_dropout: float = _other(
-        0.0,
-        "dropout of hidden states",
-        at_least=0,
-        below=1,
-        decides=TRAINING,
-        megatron=True,
-        inference=False,
+        0.0, "dropout of hidden states", below=1, decides=TRAINING, megatron=True, inference=False
     )
     init_method_std: float = _other(
         0.02,
         "standard deviation of initial weights",
-        at_least=0,
         decides=TRAINING,
         megatron=True,
         inference=False,
         config="initializer_range",
     )
-    vocab_size: int | None = _other(None, "vocabulary; the tokenizer's when not given", at_least=1)
+    vocab_size: int | None = _other(None, "vocabulary; the tokenizer's when not given")
     padded_vocab_size: int | None = _function(
-        None, "rows of the word embedding", at_least=1, is_flag=False, gpt="vocab_size"
+        None, "rows of the word embedding", is_flag=False, gpt="vocab_size"
     )
     make_vocab_size_divisible_by: int = _other(
         128,
         "pad the vocabulary to a multiple of this and of TP, so that it does not depend on TP where TP "
         "divides it",
-        at_least=1,
     )
     transformer_impl: str | None = _other(
         None,
@@ -200,10 +180,7 @@ class ModelFields:
         choices=("local", "transformer_engine"),
     )
     num_experts: int | None = _expert(
-        None,
-        "experts of every MoE layer; none makes a dense model",
-        at_least=1,
-        megatron="num_moe_experts",
+        None, "experts of every MoE layer; none makes a dense model", megatron="num_moe_experts"
     )
     moe_layer_freq: int | tuple[int, ...] = _expert(
         1,
@@ -211,9 +188,9 @@ class ModelFields:
         parse=layer_pattern,
     )
     moe_ffn_hidden_size: int | None = _expert(
-        None, "hidden size of an expert; --ffn-hidden-size when not given", at_least=1
+        None, "hidden size of an expert; --ffn-hidden-size when not given"
     )
-    moe_router_topk: int = _expert(2, "experts of a token", at_least=1)
+    moe_router_topk: int = _expert(2, "experts of a token")
     moe_router_pre_softmax: bool = _expert(
         False, "weigh a token's experts by the softmax over all experts instead of over its own"
     )
@@ -225,7 +202,7 @@ class ModelFields:
         inference=False,
     )
     moe_aux_loss_coeff: float = _expert(
-        0.01, "weight of the load-balancing loss", at_least=0, decides=TRAINING, inference=False
+        0.01, "weight of the load-balancing loss", decides=TRAINING, inference=False
     )
     moe_token_dispatcher_type: str = _expert(
         "alltoall",
@@ -234,7 +211,7 @@ class ModelFields:
         decides=None,
     )
     moe_shared_expert_intermediate_size: int | None = _expert(
-        None, "hidden size of experts that all tokens share", at_least=1
+        None, "hidden size of experts that all tokens share"
     )
     moe_shared_expert_gate: bool = _expert(
         False, "a gate of its own for the shared experts' output", under="shared experts"

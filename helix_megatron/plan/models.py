@@ -6,12 +6,14 @@ import argparse
 import difflib
 import functools
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helix_megatron.checkpoint.catalog import Cut, layer_tensors, mlp_tensors
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.layout import RotaryStyle
@@ -31,6 +33,7 @@ class ModelSpec:
     """
 
     name: str
+    config: ModelConfig = field(repr=False)
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -69,8 +72,7 @@ class ModelSpec:
     @property
     def qkv_rows(self) -> int:
         """Rows of linear_qkv: (h + 2g)·d, and h·d of the output gate."""
-        heads = self.num_heads * (2 if self.output_gate else 1) + 2 * self.num_kv_heads
-        return heads * self.head_dim
+        return self.config.qkv_rows
 
     @property
     def fc1_factor(self) -> int:
@@ -82,42 +84,49 @@ class ModelSpec:
         """Of one norm of the hidden states."""
         return self.hidden_size * (1 if self.rms_norm else 2)
 
+    @functools.cached_property
+    def _layer_parameters(self) -> dict[str, list[int]]:
+        """Of the parts of a layer, each with its norm: parameters that tensor parallelism cuts, and those that
+        every rank holds whole."""
+        counts = {part: [0, 0] for part in ("attention", "qk norms", "mlp", "router")}
+        for moe in (False, True) if self.experts else (False,):
+            for suffix, shape, cut in layer_tensors(self.config, moe):
+                part = "qk norms" if "_layernorm." in suffix else "attention"
+                if suffix.startswith("mlp."):
+                    part = "router" if moe else "mlp"
+                elif moe:
+                    continue  # attention is that of any layer
+                counts[part][cut is Cut.REPLICATED] += math.prod(shape)
+        return counts
+
+    def _on_rank(self, part: str, tensor_parallel: int) -> float:
+        cut, whole = self._layer_parameters[part]
+        return cut / tensor_parallel + whole
+
     def attention_parameters(self, tensor_parallel: int = 1) -> float:
         """Of one layer's attention with its norm, on one of so many tensor parallel ranks."""
-        hidden = self.hidden_size
-        cut = self.qkv_rows * hidden + self.num_heads * self.head_dim * hidden
-        cut += self.qkv_rows if self.biases or self.qkv_biases else 0
-        whole = self.norm_parameters + (hidden if self.biases else 0)
-        if self.qk_norm:
-            whole += 2 * self.head_dim * (1 if self.rms_norm else 2)
-        return cut / tensor_parallel + whole
+        return sum(self._on_rank(part, tensor_parallel) for part in ("attention", "qk norms"))
 
     def mlp_parameters(self, tensor_parallel: int = 1) -> float:
         """Of one dense layer's MLP with its norm."""
-        rows = self.ffn_hidden_size * (self.fc1_factor + 1)
-        biases = self.ffn_hidden_size * self.fc1_factor if self.biases else 0
-        whole = self.norm_parameters + (self.hidden_size if self.biases else 0)
-        return (rows * self.hidden_size + biases) / tensor_parallel + whole
-
-    def expert_parameters(self) -> float:
-        """Of one expert."""
-        biases = self.moe_ffn * self.fc1_factor + self.hidden_size if self.biases else 0
-        return self.moe_ffn * (self.fc1_factor + 1) * self.hidden_size + biases
+        return self._on_rank("mlp", tensor_parallel)
 
     def router_parameters(self, tensor_parallel: int = 1) -> float:
         """Of one MoE layer outside its experts: norm, router, shared experts."""
-        shared = self.shared_ffn * (self.fc1_factor + 1) * self.hidden_size / tensor_parallel
-        router = self.experts * (self.hidden_size + (1 if self.biases else 0))
-        return self.norm_parameters + router + shared
+        return self._on_rank("router", tensor_parallel)
+
+    @functools.cache  # noqa: B019 - models live as long as the program
+    def expert_parameters(self) -> float:
+        """Of one expert."""
+        return sum(math.prod(shape) for _, shape, _ in mlp_tensors(self.config, self.moe_ffn))
 
     def replicated_parameters(self, experts_here: float = 0.0) -> float:
         """Of all layers, those that every tensor parallel rank holds whole: norms, biases of row-parallel
         linears and of the experts here, routers. With sequence parallelism their gradients are summed."""
+        attention, _, mlp, router = (whole for _, whole in self._layer_parameters.values())
         bias = self.hidden_size if self.biases else 0
-        dense = 2 * self.norm_parameters + 2 * bias
-        router = self.experts * (self.hidden_size + (1 if self.biases else 0))
-        expert = 2 * self.norm_parameters + bias + router + bias * experts_here
-        return self.dense_layers * dense + self.expert_layers * expert
+        expert = attention + router + bias * experts_here
+        return self.dense_layers * (attention + mlp) + self.expert_layers * expert
 
     @functools.cached_property
     def parameters(self) -> float:
@@ -185,7 +194,7 @@ def read_config(path: Path) -> ModelSpec:
     Raises:
         HelixError: unreadable, of an unknown family, or with settings that its family here does not have.
     """
-    from helix_megatron.checkpoint.families import family_of
+    from helix_megatron.model.families import family_of
 
     try:
         config = json.loads(path.read_text())
@@ -248,6 +257,7 @@ def spec_of_flags(name: str, flags: Mapping[str, Any], source: str) -> ModelSpec
     learned = model.position_embedding_type == "learned_absolute"
     return ModelSpec(
         name=name,
+        config=model,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_heads=model.num_attention_heads,

@@ -9,11 +9,9 @@ from helix_megatron.checkpoint.manifest import Manifest, has_manifest, read_mani
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.errors import HelixError
 from helix_megatron.flags import flag_of
-from helix_megatron.model.description import FREE_FLAGS, MODEL_FLAGS, ModelConfig
+from helix_megatron.model.description import FREE_FLAGS, HEADS, MODEL_FLAGS, ModelConfig
 from helix_megatron.training.run import RunConfig
 from helix_megatron.training.settings import Checkpoints
-
-HEADS = ("num_attention_heads", "num_query_groups", "kv_channels")
 
 QUALITY = (
     "segment-local attention is another architecture: h·m heads of d/m dimensions. Ordinary weights loaded "

@@ -122,7 +122,7 @@ class Checkpointing:
                     "Add --finetune."
                 )
             self._note(f"Warning: {QUALITY}.")
-            state = as_segment_local(state, run.layout)
+            state = as_segment_local(state, run.model, run.local_segments)
         loaded = dist_checkpoint.load(path, state, trust=settings.trust_checkpoint)
         for chunk, name in zip(self.chunks, self._model_keys, strict=True):
             chunk.load_state_dict(loaded[name])

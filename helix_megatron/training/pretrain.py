@@ -44,7 +44,7 @@ def description_of(run: RunConfig) -> str:
     layout, sizes = run.layout, run.sizes
     lines = [
         f"{run.world_size} ranks: tensor parallel {sizes['tp']}, pipeline parallel {sizes['pp']}, "
-        f"data parallel {sizes['dp']}, expert parallel {sizes['ep']}.",
+        f"data parallel {sizes['dp']}, expert parallel {sizes['ep']}."
     ]
     if not run.helix.active:
         lines.append("Attention: stock Megatron (intra-head parallel size 1).")
@@ -169,9 +169,7 @@ def initialize_groups(run: RunConfig) -> None:
 
 
 @contextlib.contextmanager
-def _reporting(
-    run: RunConfig,
-) -> Iterator[tuple[Callable[[Any], None], Callable[[str], None]]]:
+def _reporting(run: RunConfig) -> Iterator[tuple[Callable[[Any], None], Callable[[str], None]]]:
     """Where metrics and notes go: files, services and the terminal on rank 0, nowhere on others."""
     import torch.distributed as dist
 

@@ -179,10 +179,12 @@ class RunConfig:
         model, tensor = self.model, self._tensor
         heads, groups = model.num_attention_heads, model.num_query_groups
         if heads % tensor:
+            cut = [m for m in model.segments_that_fit(tensor) if m > 1]
+            smallest = cut[0] if cut else "with another tensor parallel size"
             raise HelixError(
                 f"{heads} heads cannot be dealt to {tensor} tensor parallel ranks. Valid "
                 f"--tensor-model-parallel-size without cutting heads: {listed(divisors(heads))}. Or cut them: "
-                f"try --intra-head-parallel-size {self._smallest_m()}."
+                f"try --intra-head-parallel-size {smallest}."
             )
         if groups % tensor and tensor % groups:
             raise HelixError(
@@ -191,16 +193,6 @@ class RunConfig:
                 f"{listed(t for t in divisors(heads) if groups % t == 0 or t % groups == 0)}."
             )
         return HeadLayout(heads, groups, model.head_dim, rotary="none")
-
-    def _smallest_m(self) -> str:
-        """The smallest m that makes the layout legal, for an error's advice."""
-        for m in divisors(self._tensor)[1:]:
-            try:
-                self.model.layout(HelixConfig(m), self._tensor)
-            except HelixError:
-                continue
-            return str(m)
-        return "with another tensor parallel size"
 
     @property
     def attention_shape(self) -> AttentionShape:
@@ -245,7 +237,7 @@ class RunConfig:
     def decides_losses(self) -> dict[str, Any]:
         """What decides the losses: runs that agree in these train the same model in the same way."""
         training = self.training
-        present = (None, self.optimization.optimizer, training.precision)
+        present = {None, self.optimization.optimizer, training.precision} | self.model.traits
         values = self.model.decides_losses | {"precision": training.precision}
         for settings in (training, self.optimization, self.data):
             for f in dataclasses.fields(settings):
@@ -277,7 +269,7 @@ class RunConfig:
         batch = training.global_batch_size
         if batch is None:
             self._change("training", global_batch_size=unit)
-        elif batch < 1 or batch % unit:
+        elif batch % unit:
             raise HelixError(
                 f"--global-batch-size {batch} is not a multiple of --micro-batch-size "
                 f"{training.micro_batch_size} times {self.data_parallel_size} data parallel ranks = {unit}. "
@@ -308,7 +300,7 @@ class RunConfig:
                 "it out, or raise --pipeline-model-parallel-size."
             )
         per_stage = layers // stages
-        if per_virtual < 1 or per_stage % per_virtual:
+        if per_stage % per_virtual:
             raise HelixError(
                 f"{per_stage} layers of a pipeline stage cannot be cut into virtual stages of {per_virtual}. "
                 f"Valid --num-layers-per-virtual-pipeline-stage: {listed(divisors(per_stage))}."

@@ -32,20 +32,18 @@ class Parallelism(_Checked):
     """How the run is dealt to ranks, and how they reach each other."""
 
     tensor_model_parallel_size: int = setting(
-        1, "number of tensor parallel ranks p = m·n", at_least=1, megatron=True
+        1, "number of tensor parallel ranks p = m·n", megatron=True
     )
-    pipeline_model_parallel_size: int = setting(
-        1, "number of pipeline stages", at_least=1, megatron=True
-    )
+    pipeline_model_parallel_size: int = setting(1, "number of pipeline stages", megatron=True)
     num_layers_per_virtual_pipeline_stage: int | None = setting(
         None, "layers of a virtual stage, for the interleaved schedule"
     )
     context_parallel_size: int = setting(1, "number of context parallel ranks")
     expert_model_parallel_size: int = setting(
-        1, "number of ranks among which experts are dealt", at_least=1, megatron=True
+        1, "number of ranks among which experts are dealt", megatron=True
     )
     expert_tensor_parallel_size: int | None = setting(
-        None, "number of tensor parallel ranks inside an expert", at_least=1, megatron=True
+        None, "number of tensor parallel ranks inside an expert", megatron=True
     )
     sequence_parallel: bool = setting(
         False,
@@ -60,9 +58,7 @@ class Parallelism(_Checked):
         False, "gather parameters during the forward pass", optimizer=True
     )
     distributed_backend: str = setting(
-        "auto",
-        "back end; auto is nccl on GPUs and gloo without",
-        choices=("auto", "nccl", "gloo"),
+        "auto", "back end; auto is nccl on GPUs and gloo without", choices=("auto", "nccl", "gloo")
     )
     distributed_timeout_minutes: float = setting(
         10.0, "a collective that takes longer ends the program with a message", above=0
@@ -99,19 +95,17 @@ class Training(_Checked):
     """Batches, iterations, random numbers, precision and recomputation."""
 
     micro_batch_size: int = setting(
-        4, "samples of a forward pass on one data parallel rank", at_least=1
+        4,
+        "samples of a forward pass on one data parallel rank",
+        decides=LOSSES,
+        under="balanced micro-batches",
     )
     global_batch_size: int | None = setting(
-        None,
-        "samples of an iteration; one micro-batch per rank when not given",
-        decides=LOSSES,
+        None, "samples of an iteration; one micro-batch per rank when not given", decides=LOSSES
     )
-    train_iters: int = setting(50, "number of iterations", at_least=1)
+    train_iters: int = setting(50, "number of iterations")
     seed: int = setting(
-        1234,
-        "seed of weights, data order and dropout, the same at every layout",
-        at_least=1,
-        decides=LOSSES,
+        1234, "seed of weights, data order and dropout, the same at every layout", decides=LOSSES
     )
     bf16: bool = setting(False, "train in bf16", megatron=True, optimizer=True)
     fp16: bool = setting(False, "train in fp16 with loss scaling", megatron=True, optimizer=True)
@@ -124,7 +118,7 @@ class Training(_Checked):
     recompute_method: str = setting(
         "uniform", "which layers are recomputed, with full", choices=("uniform", "block")
     )
-    recompute_num_layers: int = setting(1, "layers of a recomputed unit, with full", at_least=1)
+    recompute_num_layers: int = setting(1, "layers of a recomputed unit, with full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,23 +136,23 @@ class Optimization(_Checked):
     """The optimizer, and the schedule of its learning rate."""
 
     optimizer: str = _losses("adam", "optimizer", choices=("adam", "sgd"))
-    lr: float = _losses(1e-3, "highest learning rate", at_least=0)
-    min_lr: float = _losses(0.0, "lowest learning rate", at_least=0)
+    lr: float = _losses(1e-3, "highest learning rate")
+    min_lr: float = _losses(0.0, "lowest learning rate")
     lr_decay_style: str = _losses(
         "cosine",
         "decay of the learning rate",
         choices=("constant", "linear", "cosine"),
         optimizer=False,
     )
-    lr_warmup_iters: int = _losses(0, "iterations of linear warm-up", optimizer=False)
+    lr_warmup_iters: int = _losses(0, "iterations of linear warm-up", at_least=0, optimizer=False)
     lr_decay_iters: int | None = _losses(
-        None, "iterations of decay; --train-iters when not given", at_least=1, optimizer=False
+        None, "iterations of decay; --train-iters when not given", optimizer=False
     )
-    weight_decay: float = _losses(0.01, "weight decay", at_least=0)
-    adam_beta1: float = _losses(0.9, "Adam's beta 1", at_least=0, below=1, under="adam")
-    adam_beta2: float = _losses(0.999, "Adam's beta 2", at_least=0, below=1, under="adam")
+    weight_decay: float = _losses(0.01, "weight decay")
+    adam_beta1: float = _losses(0.9, "Adam's beta 1", below=1, under="adam")
+    adam_beta2: float = _losses(0.999, "Adam's beta 2", below=1, under="adam")
     adam_eps: float = _losses(1e-8, "Adam's epsilon", above=0, under="adam")
-    clip_grad: float = _losses(1.0, "largest gradient norm; 0 clips nothing", at_least=0)
+    clip_grad: float = _losses(1.0, "largest gradient norm; 0 clips nothing")
     loss_scale: float | None = _losses(
         None, "fixed loss scale for fp16; dynamic when not given", above=0, under="fp16"
     )
@@ -172,9 +166,9 @@ class Optimization(_Checked):
                 "and the second the highest: lower the one, or raise the other."
             )
         decay = self.lr_decay_iters
-        if self.lr_warmup_iters < 0 or (decay is not None and self.lr_warmup_iters >= decay):
+        if decay is not None and self.lr_warmup_iters >= decay:
             raise HelixError(
-                f"--lr-warmup-iters {self.lr_warmup_iters} must be at least 0 and less than --lr-decay-iters, "
+                f"--lr-warmup-iters {self.lr_warmup_iters} must be less than --lr-decay-iters, "
                 f"which is {decay} (--train-iters when not given). Lower it."
             )
 
@@ -226,9 +220,9 @@ class Checkpoints(_Checked):
     save: str | None = setting(
         None, "directory for checkpoints; one is also saved after the last iteration"
     )
-    save_interval: int | None = setting(None, "save every so many iterations", at_least=1)
+    save_interval: int | None = setting(None, "save every so many iterations")
     keep: int | None = setting(
-        None, "keep the newest so many checkpoints; all of them when not given", at_least=1
+        None, "keep the newest so many checkpoints; all of them when not given"
     )
     async_save: bool = setting(
         False,
@@ -242,7 +236,7 @@ class Checkpoints(_Checked):
         "layout. With the directory of --save a first start finds nothing and begins anew",
     )
     ckpt_step: int | None = setting(
-        None, "load the checkpoint of this iteration; the newest when not given"
+        None, "load the checkpoint of this iteration; the newest when not given", at_least=0
     )
     exit_on_missing_checkpoint: bool = setting(
         False, "do not begin anew where --load finds nothing"
@@ -262,18 +256,15 @@ class Checkpoints(_Checked):
         "read pickles that could run code of whoever wrote them; only for files that are your own",
     )
     allow_quality_loss: bool = setting(
-        False,
-        "load ordinary weights into segment-local attention, which is another architecture",
+        False, "load ordinary weights into segment-local attention, which is another architecture"
     )
-    exit_interval: int | None = setting(
-        None, "end after an iteration that is a multiple of this", at_least=1
-    )
+    exit_interval: int | None = setting(None, "end after an iteration that is a multiple of this")
     exit_duration_in_mins: float | None = setting(
         None, "save and end after so many minutes", above=0
     )
     exit_signal_handler: bool = setting(False, "save and end on SIGTERM; at once on one 5 s later")
     load_path: str | None = setting(None, "", is_flag=False)
-    load_iteration: int = setting(0, "", is_flag=False)
+    load_iteration: int = setting(0, "", at_least=0, is_flag=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,7 +284,7 @@ class Logging(_Checked):
     """What the run tells."""
 
     log_interval: int = setting(
-        10, "print every so many iterations where a line cannot be rewritten", at_least=1
+        10, "print every so many iterations where a line cannot be rewritten"
     )
     eval_interval: int = setting(
         0, "validate every so many iterations, and after the last; 0 never", at_least=0

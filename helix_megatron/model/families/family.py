@@ -8,14 +8,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from helix_megatron.checkpoint.families.flags import (
-    FUNCTION_FLAGS,
-    complete,
-    expert_layers,
-    function_of,
-)
-from helix_megatron.checkpoint.families.pieces import HARMLESS, HARMLESS_PREFIXES, Piece
-from helix_megatron.checkpoint.families.rules import (
+from helix_megatron.errors import HelixError, listed
+from helix_megatron.flags import flag_of
+from helix_megatron.model.description import FUNCTION_FLAGS, ModelConfig, complete
+from helix_megatron.model.families.modules import Modules
+from helix_megatron.model.families.pieces import HARMLESS, HARMLESS_PREFIXES, Piece
+from helix_megatron.model.families.rules import (
     Copies,
     FusedQueryKeyValue,
     QueryKeyValue,
@@ -25,26 +23,23 @@ from helix_megatron.checkpoint.families.rules import (
     Transform,
     Transposed,
 )
-from helix_megatron.errors import HelixError, listed
 
 # Tensors of old files that hold constants: rotary frequencies and GPT-2's causal masks.
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
 SHOWN = 5
-WHOLE_NUMBERS = frozenset(
-    [
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "num_experts",
-        "num_local_experts",
-        "num_experts_per_tok",
-        "moe_intermediate_size",
-    ]
-)
+WHOLE_NUMBERS = {
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +71,7 @@ class Family:
         layer: what a layer's names begin with, after the prefix.
         pieces: of its config.json.
         rows: of a layer's tensors; `outer` of the others.
+        modules: what its modules are called; None where its models cannot be cut in place.
     """
 
     name: str
@@ -85,6 +81,7 @@ class Family:
     pieces: tuple[Piece, ...]
     rows: tuple[Row, ...]
     outer: tuple[Row, ...]
+    modules: Modules | None = None
 
     # ---------------------------------------------------------------- configuration
 
@@ -130,10 +127,10 @@ class Family:
         differences = self.differences(flags)
         if differences:
             raise HelixError(f"{self.name} models of Hugging Face cannot have {differences[0]}.")
-        fresh = self._config(complete(flags))
+        fresh = self._config(ModelConfig.from_flags(flags))
         if original is None:
             return fresh
-        before = self._config(complete(self.model_flags(original)))
+        before = self._config(ModelConfig.from_flags(self.model_flags(original)))
         changed = {key: value for key, value in fresh.items() if before.get(key) != value}
         if "rope_parameters" in changed:  # it would lose against the older keys
             original = {
@@ -143,21 +140,22 @@ class Family:
 
     def differences(self, flags: Mapping[str, Any]) -> list[str]:
         """Flags that this family cannot express: `--flag = value (here: the nearest value)`."""
-        wanted = function_of(flags)
+        model = ModelConfig.from_flags(flags)
+        wanted = model.function
         try:
-            given = function_of(self.model_flags(self._config(complete(flags))))
+            given = ModelConfig.from_flags(self.model_flags(self._config(model))).function
         except HelixError as error:
             return [f"these flags: {error}"]
         return [
-            f"--{name.replace('_', '-')} = {_short(wanted[name])} (here: {_short(given[name])})"
+            f"{flag_of(name)} = {_short(wanted[name])} (here: {_short(given[name])})"
             for name in FUNCTION_FLAGS
             if wanted[name] != given[name]
         ]
 
-    def _config(self, full: Mapping[str, Any]) -> dict[str, Any]:
+    def _config(self, model: ModelConfig) -> dict[str, Any]:
         config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
         for piece in self.pieces:
-            config |= piece.config(full)
+            config |= piece.config(model)
         return config
 
     # ---------------------------------------------------------------------- tensors
@@ -173,10 +171,9 @@ class Family:
         Raises:
             HelixError: names are missing, or unknown.
         """
-        full = complete(flags)
-        prefix = self._prefix(names)
-        rules = list(self._rules(full, prefix))
-        if not full["untie_embeddings_and_output_weights"] and names and "lm_head.weight" in names:
+        model = ModelConfig.from_flags(flags)
+        rules = list(self._rules(model, self._prefix(names)))
+        if not model.untie_embeddings_and_output_weights and names and "lm_head.weight" in names:
             rules[0] = _with_copy(rules[0], "lm_head.weight")
         if names is not None:
             self._check_names(rules, names)
@@ -187,34 +184,29 @@ class Family:
             return ""
         return self.prefix
 
-    def _rules(self, full: Mapping[str, Any], prefix: str) -> Iterator[Rule]:
+    def _rules(self, model: ModelConfig, prefix: str) -> Iterator[Rule]:
         """Outer rows up to the embeddings, then layers, then the other outer rows."""
-        sizes, present = _sizes(full), _features(full, experts=False)
+        sizes, present = _sizes(model), _features(model, experts=False)
         outer = [row for row in self.outer if set(row.when.split()) <= present]
         before = [row for row in outer if row.name.startswith("embedding.")]
         for row in before:
-            yield _rule(row, "", prefix, sizes, full)
-        for number, experts in enumerate(expert_layers(full)):
-            yield from self._layer(full, number, experts, prefix, sizes)
+            yield _rule(row, "", prefix, sizes, model)
+        for number, experts in enumerate(model.moe_layers):
+            yield from self._layer(model, number, experts, prefix, sizes)
         for row in outer[len(before) :]:
             own = "" if row.name.startswith("output_layer.") else prefix
-            yield _rule(row, "", own, sizes, full)
+            yield _rule(row, "", own, sizes, model)
 
     def _layer(
-        self,
-        full: Mapping[str, Any],
-        number: int,
-        experts: bool,
-        prefix: str,
-        sizes: Mapping[str, int],
+        self, model: ModelConfig, number: int, experts: bool, prefix: str, sizes: Mapping[str, Any]
     ) -> Iterator[Rule]:
-        present = _features(full, experts=experts)
+        present = _features(model, experts=experts)
         where, source = f"decoder.layers.{number}.", f"{prefix}{self.layer}.{number}."
         for row in self.rows:
             if set(row.when.split()) <= present:
-                copies = full["num_experts"] if "{expert}" in row.name else 1
+                copies = model.num_experts or 0 if "{expert}" in row.name else 1
                 for expert in range(copies):
-                    yield _rule(row, where, source, sizes, full, expert)
+                    yield _rule(row, where, source, sizes, model, expert)
 
     def _check_names(self, rules: list[Rule], names: Collection[str]) -> None:
         expected = {source for rule in rules for source in rule.sources}
@@ -234,50 +226,44 @@ class Family:
             )
 
 
-def _features(full: Mapping[str, Any], *, experts: bool) -> set[str]:
+def _features(model: ModelConfig, *, experts: bool) -> set[str]:
     """What rows of tables ask for."""
-    biases = not full["disable_bias_linear"]
     found = {
-        "norm-bias": full["normalization"] == "LayerNorm",
-        "bias": biases,
-        "qkv-bias": biases or full["add_qkv_bias"],
-        "qk-norm": full["qk_layernorm"],
-        "positions": full["position_embedding_type"] == "learned_absolute",
-        "untied": full["untie_embeddings_and_output_weights"],
+        "norm-bias": model.normalization == "LayerNorm",
+        "bias": not model.disable_bias_linear,
+        "qkv-bias": model.has_qkv_bias,
+        "qk-norm": model.qk_layernorm,
+        "positions": model.position_embedding_type == "learned_absolute",
+        "untied": model.untie_embeddings_and_output_weights,
         "experts": experts,
         "dense": not experts,
-        "shared": experts and full["moe_shared_expert_intermediate_size"] is not None,
-        "shared-gate": experts and full["moe_shared_expert_gate"],
+        "shared": experts and "shared experts" in model.traits,
+        "shared-gate": experts and model.moe_shared_expert_gate,
     }
     return {name for name, there in found.items() if there}
 
 
-def _sizes(full: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(model: ModelConfig) -> dict[str, int | None]:
     """What the letters in shapes stand for."""
-    d = full["kv_channels"]
+    d = model.head_dim
     return {
-        "V": full["padded_vocab_size"],
-        "P": full["max_position_embeddings"],
-        "D": full["hidden_size"],
+        "V": model.padded_vocab_size,
+        "P": model.max_position_embeddings,
+        "D": model.hidden_size,
         "H": d,  # of one head
-        "Q": full["num_attention_heads"] * d,
-        "K": full["num_query_groups"] * d,
-        "F": full["ffn_hidden_size"],
-        "E": full["num_experts"],
-        "M": full["moe_ffn_hidden_size"],
-        "S": full["moe_shared_expert_intermediate_size"],
+        "Q": model.num_attention_heads * d,
+        "K": model.num_query_groups * d,
+        "F": model.ffn_hidden_size,
+        "E": model.num_experts,
+        "M": model.moe_ffn_hidden_size,
+        "S": model.moe_shared_expert_intermediate_size,
         "1": 1,
-        "3D": 3 * full["hidden_size"],
+        "3D": 3 * model.hidden_size,
     }
 
 
 def _rule(
-    row: Row,
-    where: str,
-    prefix: str,
-    sizes: Mapping[str, int],
-    full: Mapping[str, Any],
-    expert: int = 0,
+    row: Row, where: str, prefix: str, sizes: Mapping[str, Any], model: ModelConfig, expert: int = 0
 ) -> Rule:
     sources, shapes = [], []
     for source in row.sources.split():
@@ -285,11 +271,11 @@ def _rule(
         sources.append(prefix + name.format(expert=expert))
         shapes.append(tuple(sizes[letter] for letter in letters.split(",")))
     name = where + row.name.format(expert=expert)
-    return Rule(name, tuple(sources), tuple(shapes), _transform(row.join, full))
+    return Rule(name, tuple(sources), tuple(shapes), _transform(row.join, model))
 
 
-def _transform(join: str, full: Mapping[str, Any]) -> Transform:
-    heads = QueryKeyValue(full["num_query_groups"], full["kv_channels"])
+def _transform(join: str, model: ModelConfig) -> Transform:
+    heads = QueryKeyValue(model.num_query_groups, model.head_dim)
     transforms: dict[str, Transform] = {
         "same": Same(),
         "transposed": Transposed(),

@@ -1,8 +1,14 @@
-"""Maps between Hugging Face checkpoints and canonical ones, family by family.
+"""The families of Hugging Face models, one file for each.
 
-`family_of` finds the family of a `config.json`; its `model_flags` and `config` convert the configuration, its
-`rules` the tensors, one canonical tensor at a time. No tensor is touched before a rule is asked to; torch is
-imported only then, `transformers` never.
+A family maps `config.json` and the tensors to those of a canonical checkpoint and back, and names the modules
+by which a model of `transformers` is cut. `family_of` finds the family of a `config.json`; its `model_flags`
+and `config` convert the configuration, its `rules` the tensors, one canonical tensor at a time. No tensor is
+touched before a rule is asked to; torch is imported only then, `transformers` never.
+
+Sources: the configuration and model classes of the `transformers` package (their defaults are the defaults
+here) and the names that its `save_pretrained` writes. To add a family, write one file with pieces for every key
+that decides what the model computes and rows for its tensors (most share `tensors.LLAMA_LAYER`), and list it
+here.
 """
 
 from __future__ import annotations
@@ -11,12 +17,40 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from helix_megatron.checkpoint.families.family import Family
-from helix_megatron.checkpoint.families.rules import Rule
-from helix_megatron.checkpoint.families.tables import FAMILIES
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.model.families import (
+    gemma,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
+from helix_megatron.model.families.family import Family
+from helix_megatron.model.families.modules import Modules
 
-__all__ = ["FAMILIES", "Family", "Rule", "family_for_flags", "family_named", "family_of"]
+# In the order in which a model that was trained here looks for a family.
+FAMILIES = {
+    module.FAMILY.name: module.FAMILY
+    for module in (llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe)
+}
+CUTTABLE = {name: family.modules for name, family in FAMILIES.items() if family.modules is not None}
+
+
+def cuttable_modules(model_type: object) -> Modules:
+    """What the modules are called of a configuration's `model_type`.
+
+    Raises:
+        HelixError: its models cannot be cut.
+    """
+    if model_type not in CUTTABLE:
+        raise HelixError(
+            f"models of type {model_type!r} cannot be cut. Valid model types: {listed(CUTTABLE)}."
+        )
+    return CUTTABLE[str(model_type)]
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from helix_megatron.checkpoint.families.flags import expert_layers
-from helix_megatron.checkpoint.families.pieces import Config, Flags, needed
 from helix_megatron.errors import HelixError
+from helix_megatron.model.description import ModelConfig
+from helix_megatron.model.families.pieces import Config, Piece, needed
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(Piece):
     """Number and size of experts, how a token chooses them, and which layers have them.
 
     Args:
@@ -33,12 +34,13 @@ class Experts:
     dense_layers: bool = True
     shared_size: int | None = None
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        own = (*self.number, self.size, "num_experts_per_tok")
+    def __post_init__(self) -> None:
+        keys = (*self.number, self.size, "num_experts_per_tok")
         if self.dense_layers:
-            own += ("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
-        return own + (("shared_expert_intermediate_size",) if self.shared_size is not None else ())
+            keys += ("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+        if self.shared_size is not None:
+            keys += ("shared_expert_intermediate_size",)
+        object.__setattr__(self, "keys", keys)
 
     def flags(self, config: Config) -> dict[str, Any]:
         number = next((config[key] for key in self.number if config.get(key)), None)
@@ -85,27 +87,24 @@ class Experts:
             )
         return 1 if all(chosen) else chosen
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        if flags["num_experts"] is None:  # a dense model: valid, and then found to differ from it
-            flags = {
-                **flags,
-                "num_experts": self.default_number,
-                "moe_ffn_hidden_size": flags["ffn_hidden_size"],
-                "moe_router_topk": self.default_topk,
-            }
-        written = {
-            self.number[0]: flags["num_experts"],
-            self.size: flags["moe_ffn_hidden_size"],
-            "num_experts_per_tok": flags["moe_router_topk"],
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        if model.num_experts is None:  # a dense model: valid, and then found to differ from it
+            model = dataclasses.replace(
+                model, num_experts=self.default_number, moe_router_topk=self.default_topk
+            )
+        written: dict[str, Any] = {
+            self.number[0]: model.num_experts,
+            self.size: model.moe_ffn_hidden_size,
+            "num_experts_per_tok": model.moe_router_topk,
         }
         if self.dense_layers:
-            dense = [k for k, experts in enumerate(expert_layers(flags)) if not experts]
+            dense = [k for k, experts in enumerate(model.moe_layers) if not experts]
             written |= {
-                "norm_topk_prob": not flags["moe_router_pre_softmax"],
+                "norm_topk_prob": not model.moe_router_pre_softmax,
                 "decoder_sparse_step": 1,
                 "mlp_only_layers": dense,
             }
         if self.shared_size is not None:
-            shared = flags["moe_shared_expert_intermediate_size"]
+            shared = model.moe_shared_expert_intermediate_size
             written["shared_expert_intermediate_size"] = shared
         return written

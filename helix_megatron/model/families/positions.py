@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from helix_megatron.checkpoint.families.flags import windowed_layers
-from helix_megatron.checkpoint.families.pieces import Config, Flags, needed
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.model.description import ModelConfig
+from helix_megatron.model.families.pieces import Config, Piece, needed
 
 
 @dataclass(frozen=True)
-class Rope:
+class Rope(Piece):
     """Rotary embedding: `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
 
     theta: float = 10000.0
@@ -73,23 +73,23 @@ class Rope:
                 "does not have. Delete them if they change nothing."
             )
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        rope: dict[str, Any] = {"rope_theta": float(flags["rotary_base"]), "rope_type": "default"}
-        if flags["use_rope_scaling"]:
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        rope: dict[str, Any] = {"rope_theta": float(model.rotary_base), "rope_type": "default"}
+        if model.use_rope_scaling:
             rope |= {
                 "rope_type": "llama3",
-                "factor": flags["rope_scaling_factor"],
+                "factor": model.rope_scaling_factor,
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192,
             }
-        elif flags["rotary_seq_len_interpolation_factor"] is not None:
-            rope |= {"rope_type": "linear", "factor": flags["rotary_seq_len_interpolation_factor"]}
+        elif model.rotary_seq_len_interpolation_factor is not None:
+            rope |= {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
         return {"rope_parameters": rope}
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Piece):
     """A sliding window in all layers.
 
     `sliding_window` counts the query's own position, Megatron's window_size does not. With `switch` the
@@ -109,14 +109,14 @@ class Window:
             "window_attn_skip_freq": None,
         }
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        window = flags["window_size"]
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        window = model.window_size
         written = {"sliding_window": None if window is None else window + 1}
         return written | ({"use_sliding_window": window is not None} if self.switch else {})
 
 
 @dataclass(frozen=True)
-class LayerWindows:
+class LayerWindows(Piece):
     """A sliding window in some layers, listed in `layer_types`, or, without that list, in layers from
     `max_window_layers` on (`alternating`: in every second layer before it)."""
 
@@ -156,11 +156,11 @@ class LayerWindows:
     def _windowed(self, layer: int, bound: int) -> bool:
         return layer < bound and layer % 2 == 0 if self.alternating else layer >= bound
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        window = flags["window_size"]
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        window = model.window_size
         names = {True: "sliding_attention", False: "full_attention"}
         return {
             "use_sliding_window": window is not None,
             "sliding_window": None if window is None else window + 1,
-            "layer_types": [names[one] for one in windowed_layers(flags)],
+            "layer_types": [names[one] for one in model.windowed_layers],
         }

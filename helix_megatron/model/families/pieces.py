@@ -7,13 +7,14 @@ understands is refused unless it is known to change nothing (`HARMLESS`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.flags import flag_of
+from helix_megatron.model.description import ModelConfig
 
 Config = Mapping[str, Any]
-Flags = Mapping[str, Any]
 
 # Keys that decide nothing between tokens and logits of a model in evaluation.
 NAMES_OF_HARMLESS = """
@@ -30,21 +31,21 @@ HARMLESS = frozenset(NAMES_OF_HARMLESS.split())
 HARMLESS_PREFIXES = ("_", "unsloth")
 
 
-class Piece(Protocol):
+class Piece:
     """Some keys of a `config.json` and the flags they stand for."""
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys that this piece understands."""
+    keys: tuple[str, ...] = ()  # that this piece understands
 
     def flags(self, config: Config) -> dict[str, Any]:
         """Model flags; HelixError for what Megatron's GPT cannot do."""
+        raise NotImplementedError
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        """The inverse, from completed flags (`flags.complete`)."""
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        """The inverse; nothing where the keys have no other value."""
+        return {}
 
 
-class Values:
+class Values(Piece):
     """Keys that are flags under another name. A default of `...` means that the key must be there."""
 
     def __init__(self, **keys: tuple[str, Any]) -> None:
@@ -59,16 +60,16 @@ class Values:
             if found.setdefault(flag, value) != value:
                 raise HelixError(
                     f"config.json sets {first[flag]} = {found[flag]!r} and {key} = {value!r}, and Megatron "
-                    f"has one setting for both, --{flag.replace('_', '-')}. Give them one value."
+                    f"has one setting for both, {flag_of(flag)}. Give them one value."
                 )
             first.setdefault(flag, key)
         return found
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        return {key: flags[flag] for key, (flag, _) in self.rows.items() if flag in flags}
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        return {key: getattr(model, flag) for key, (flag, _) in self.rows.items()}
 
 
-class Only:
+class Only(Piece):
     """Keys of which only some values can be expressed. The first is written."""
 
     def __init__(self, **valid: tuple[Any, ...]) -> None:
@@ -85,14 +86,9 @@ class Only:
                 )
         return {}
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        return {}
 
-
-class Always:
+class Always(Piece):
     """Flags that every model of a family has."""
-
-    keys: tuple[str, ...] = ()
 
     def __init__(self, **fixed: Any) -> None:
         self.fixed = fixed
@@ -100,26 +96,22 @@ class Always:
     def flags(self, config: Config) -> dict[str, Any]:
         return dict(self.fixed)
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        return {}
 
-
-@dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(Piece):
     """Rows of the word embedding. All are kept, so padding of a model trained here is kept, too."""
 
-    keys: tuple[str, ...] = ("vocab_size",)
+    keys = ("vocab_size",)
 
     def flags(self, config: Config) -> dict[str, Any]:
         size = needed(config, "vocab_size")
         return {"vocab_size": size, "padded_vocab_size": size, "make_vocab_size_divisible_by": 1}
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        return {"vocab_size": flags["padded_vocab_size"]}
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        return {"vocab_size": model.padded_vocab_size}
 
 
 @dataclass(frozen=True)
-class Tied:
+class Tied(Piece):
     """Whether output weights are the word embedding's; `default` is the family's."""
 
     default: bool
@@ -129,12 +121,12 @@ class Tied:
         tied = needed(config, "tie_word_embeddings", self.default)
         return {"untie_embeddings_and_output_weights": not tied}
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        return {"tie_word_embeddings": not flags["untie_embeddings_and_output_weights"]}
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        return {"tie_word_embeddings": not model.untie_embeddings_and_output_weights}
 
 
 @dataclass(frozen=True)
-class Heads:
+class Heads(Piece):
     """Query heads, key-value heads (`kv_heads` when the key is absent) and dimensions of a head."""
 
     kv_heads: int | None = None
@@ -149,33 +141,27 @@ class Heads:
                 f"config.json has num_attention_heads = {heads} and num_key_value_heads = {kv_heads}: the "
                 "first must be a multiple of the second."
             )
-        head_dim = config.get("head_dim", self.head_dim)
         return {
             "num_attention_heads": heads,
             "group_query_attention": kv_heads != heads,
             "num_query_groups": kv_heads,
-            "kv_channels": head_dim or needed(config, "hidden_size") // heads,
+            "kv_channels": config.get("head_dim", self.head_dim),
         }
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        heads, head_dim = flags["num_attention_heads"], flags["kv_channels"]
-        written = {"num_attention_heads": heads, "num_key_value_heads": flags["num_query_groups"]}
-        if self.head_dim is not None or head_dim * heads != flags["hidden_size"]:
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        heads, head_dim = model.num_attention_heads, model.head_dim
+        written = {"num_attention_heads": heads, "num_key_value_heads": model.num_query_groups}
+        if self.head_dim is not None or head_dim * heads != model.hidden_size:
             written["head_dim"] = head_dim
         return written
 
 
-@dataclass(frozen=True)
-class Activation:
+class Activation(Piece):
     """Which flags an activation's name stands for. The first name of equal flags is written."""
 
-    key: str
-    default: str
-    names: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.key,)
+    def __init__(self, key: str, default: str, names: Mapping[str, Mapping[str, bool]]) -> None:
+        self.key, self.default, self.names = key, default, names
+        self.keys = (key,)
 
     def flags(self, config: Config) -> dict[str, Any]:
         name = needed(config, self.key, self.default)
@@ -186,9 +172,9 @@ class Activation:
             )
         return {"swiglu": False, "geglu": False, "openai_gelu": False} | dict(self.names[name])
 
-    def config(self, flags: Flags) -> dict[str, Any]:
+    def config(self, model: ModelConfig) -> dict[str, Any]:
         for name, meaning in self.names.items():
-            if all(flags[flag] == value for flag, value in meaning.items()):
+            if all(getattr(model, flag) == value for flag, value in meaning.items()):
                 return {self.key: name}
         return {self.key: self.default}
 
@@ -209,28 +195,13 @@ def needed(config: Config, key: str, default: Any = ...) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class LinearBiases:
-    """Biases of linear layers.
+class LinearBiases(Piece):
+    """Biases of linear layers: Megatron has them in all, in `linear_qkv` alone, or in none."""
 
-    Megatron has them in all linear layers, in `linear_qkv` alone, or in none. With `qkv` that key decides
-    the second; without it `attention_bias` and `mlp_bias` must agree.
-    """
-
-    qkv: str | None = None
-    default: bool = False
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return ("attention_bias", "mlp_bias") if self.qkv is None else (self.qkv,)
+    keys = ("attention_bias", "mlp_bias")
 
     def flags(self, config: Config) -> dict[str, Any]:
-        if self.qkv is not None:
-            return {
-                "disable_bias_linear": True,
-                "add_qkv_bias": config.get(self.qkv, self.default),
-            }
-        attention, mlp = config.get("attention_bias", False), config.get("mlp_bias", False)
+        attention, mlp = (config.get(key, False) for key in self.keys)
         if attention != mlp:
             raise HelixError(
                 f"config.json sets attention_bias = {attention} and mlp_bias = {mlp}. Megatron's GPT has "
@@ -238,21 +209,12 @@ class LinearBiases:
             )
         return {"disable_bias_linear": not attention, "add_qkv_bias": False}
 
-    def config(self, flags: Flags) -> dict[str, Any]:
-        if self.qkv is not None:
-            return {self.qkv: flags["add_qkv_bias"]}
-        biases = not flags["disable_bias_linear"]
-        return {"attention_bias": biases, "mlp_bias": biases}
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        return dict.fromkeys(self.keys, not model.disable_bias_linear)
 
 
-@dataclass(frozen=True)
-class EmbeddingScale:
+class EmbeddingScale(Piece):
     """Gemma multiplies the word embedding by the square root of the hidden size."""
-
-    keys: tuple[str, ...] = ()
 
     def flags(self, config: Config) -> dict[str, Any]:
         return {"embedding_multiplier": needed(config, "hidden_size") ** 0.5}
-
-    def config(self, flags: Flags) -> dict[str, Any]:
-        return {}

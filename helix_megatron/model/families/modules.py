@@ -1,0 +1,46 @@
+"""What the modules of a family are called in `transformers`, for models that are cut in place.
+
+Such a family has decoders whose attention has separate `q_proj`, `k_proj`, `v_proj`, `o_proj` and rotates whole
+heads with rotary pairs (k, k + d/2), and MLPs that are gated: `gate_proj`, `up_proj`, `down_proj`, or experts
+stacked as `gate_up_proj` [E, 2·I, D] and `down_proj` [E, D, I].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ExpertFiles:
+    """How checkpoint files name an expert's weights, which the library keeps stacked in the model.
+
+    `MODULE.experts.E.NAME.weight`, where MODULE is the model's own name with `.mlp.` read as `block`.
+    """
+
+    gate: str
+    up: str
+    down: str
+    block: str = ".mlp."
+
+
+@dataclass(frozen=True)
+class Modules:
+    """prefix: of the class names, as in `LlamaAttention`; experts: None for a dense family."""
+
+    prefix: str
+    experts: ExpertFiles | None = None
+
+    @property
+    def attention(self) -> str:
+        return f"{self.prefix}Attention"
+
+    @property
+    def mlp(self) -> str:
+        return f"{self.prefix}MLP"
+
+    @property
+    def stacked_experts(self) -> str:
+        return f"{self.prefix}Experts"
+
+
+QWEN_FILES = ExpertFiles("gate_proj", "up_proj", "down_proj")
