@@ -29,8 +29,8 @@ from waiting import LIMIT, wait_until
 
 from helix_megatron.data.text import default_text
 from helix_megatron.errors import HelixError
-from helix_megatron.inference.templates import ChatTemplate
 from helix_megatron.inference.arguments import InferenceConfig
+from helix_megatron.inference.templates import ChatTemplate
 from helix_megatron.inference.tokens import (
     ByteTokens,
     FileTokens,

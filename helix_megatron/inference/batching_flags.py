@@ -38,7 +38,9 @@ class EngineOptions:
         "tokens of prompt and output of one sequence (default: what the model was trained for)",
         at_most=MOST_NUMBER,
     )
-    max_sequences: int = setting(64, "sequences that are generated at the same time", at_most=MOST_NUMBER)
+    max_sequences: int = setting(
+        64, "sequences that are generated at the same time", at_most=MOST_NUMBER
+    )
     prefill_chunk: int = setting(
         512,
         "tokens of prompts that are computed in one step, beside one token of every other sequence",
