@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from deepspeed_runs import ON_2, ON_4, TIMEOUT, Run
+from malicious import PAYLOADS
 from pool import RankError
 from tiny_checkpoints import build, flags_of, whole_model
 
@@ -106,6 +107,22 @@ def test_tied_weights_and_prefixes(pool, tmp_path):
     model.load_state_dict(whole, strict=True)
     with pytest.raises(HelixError, match=r"no weight whose name begins with 'outer\.'"):
         merge_checkpoint(tmp_path / "saved", prefix="outer.")
+
+
+def test_code_in_a_checkpoint_does_not_run(saved, tmp_path):
+    """A checkpoint from elsewhere is data: what its pickles ask for runs only where the user trusts them."""
+    shutil.copytree(saved[0], tmp_path / "hostile")
+    marker = tmp_path / "marker"
+    file = tmp_path / "hostile" / "global_step2" / "mp_rank_00_model_states.pt"
+    state = torch.load(file, weights_only=False)
+    torch.save(state | {"ds_version": PAYLOADS["os.system"](str(marker))}, file)
+    with pytest.raises(HelixError, match=r"mp_rank_00_model_states\.pt is refused.*--trust-check"):
+        merge_checkpoint(tmp_path / "hostile")
+    assert not marker.exists()
+    command = [sys.executable, "-m", "helix_megatron.deepspeed.merge", "--trust-checkpoint"]
+    paths = str(tmp_path / "hostile"), str(tmp_path / "model.safetensors")
+    subprocess.run([*command, *paths], check=True)
+    assert marker.exists()
 
 
 # -------------------------------------------------------------------------- refusals

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from helix_megatron.checkpoint.safe import load_pt
 from helix_megatron.deepspeed.checkpoints import find_checkpoint, indices_of, read_manifest
 from helix_megatron.errors import HelixError, exit_on_error
 
@@ -21,7 +22,11 @@ PROGRAM = "helix_megatron.deepspeed.merge"
 
 
 def merge_checkpoint(
-    directory: str | os.PathLike[str], tag: str | None = None, *, prefix: str = ""
+    directory: str | os.PathLike[str],
+    tag: str | None = None,
+    *,
+    prefix: str = "",
+    trust: bool = False,
 ) -> dict[str, Any]:
     """The whole model's state dictionary, in the dtype of training (bf16, fp16 or fp32), on the CPU.
 
@@ -32,10 +37,11 @@ def merge_checkpoint(
         directory: as passed to `engine.save_checkpoint`.
         tag: which checkpoint; the one that `latest` names when None.
         prefix: keep only names that begin with it, and take it away: of the model inside a module of one's own.
+        trust: read the files as pickle would: whatever is in them may run.
 
     Raises:
         HelixError: no checkpoint of a Hugging Face model that is cut, or one of ZeRO 3, whose model files hold
-            no weights.
+            no weights, or a file that holds what could run code.
     """
     import torch
 
@@ -54,7 +60,7 @@ def merge_checkpoint(
             "Load it into an engine with the same block."
         )
     ranks = manifest["block"]["tensor_parallel_size"]
-    states = [_module_state(checkpoint, rank) for rank in range(ranks)]
+    states = [_module_state(checkpoint, rank, trust) for rank in range(ranks)]
     cuts = [Cut(cut["dim"], indices_of(cut)) for cut in manifest["cuts"]]
     whole: dict[str, Any] = {}
     joined: dict[tuple[int, ...], Any] = {}  # tied weights stay one tensor
@@ -75,9 +81,7 @@ def merge_checkpoint(
     return whole
 
 
-def _module_state(checkpoint: Path, rank: int) -> dict[str, Any]:
-    import torch
-
+def _module_state(checkpoint: Path, rank: int, trust: bool) -> dict[str, Any]:
     path = checkpoint / f"mp_rank_{rank:02d}_model_states.pt"
     if not path.is_file():
         if any(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
@@ -87,9 +91,7 @@ def _module_state(checkpoint: Path, rank: int) -> dict[str, Any]:
                 "deepspeed.zero.GatheredParameters, or save with ZeRO 0, 1 or 2."
             )
         raise HelixError(f"{checkpoint} lacks {path.name}: the checkpoint is incomplete.")
-    # DeepSpeed keeps its own objects beside the weights, so the file is a pickle; trust it as DeepSpeed does.
-    state = torch.load(path, map_location="cpu", weights_only=False)
-    return state["module"]
+    return load_pt(path, mmap=True, trust=trust)["module"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,9 +108,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--prefix", default="", help="of the model's names inside a module of your own"
     )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="read pickles that could run code of whoever wrote them; only for files that are your own",
+    )
     args = parser.parse_args(argv)
     with exit_on_error(PROGRAM):
-        whole = merge_checkpoint(args.directory, args.tag, prefix=args.prefix)
+        whole = merge_checkpoint(
+            args.directory, args.tag, prefix=args.prefix, trust=args.trust_checkpoint
+        )
         _write(whole, args.output)
     print(f"{len(whole)} tensors written to {args.output}")
 
