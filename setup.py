@@ -43,6 +43,7 @@ setup(
         HOST["torch"],
         HOST["megatron-core"],  # 0.16.1 is the last one for Python 3.11
         HOST["safetensors"],
+        "blake3>=1.0,<2",
         "numpy>=1.26,<3",
         "psutil>=6,<8",  # megatron-core's distributed checkpoints import it and do not declare it
         "tqdm>=4.66,<5",

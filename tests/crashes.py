@@ -19,10 +19,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.checkpoint.manifest import Manifest, digest_directory, verify, write_manifest
+from helix_megatron.checkpoint.durable import sync_directories
+from helix_megatron.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    digest,
+    file_names,
+    verify,
+    write_manifest,
+)
 from helix_megatron.checkpoint.store import POINTER, Store
 
 OPERATIONS = ("replace", "rename", "fsync", "mkdir", "rmdir", "unlink", "open", "close")
+
+
+def digests(directory: Path) -> dict[str, FileEntry]:
+    """Size and hash of every file in a directory, as a manifest has them."""
+    return {name: digest(directory / name) for name in file_names(directory)}
 
 
 def save(root: Path, iteration: int, content: str, keep: int | None = None) -> None:
@@ -33,7 +46,8 @@ def save(root: Path, iteration: int, content: str, keep: int | None = None) -> N
     for name in ("weights.pt", "sub/more.pt"):
         with open(staging / name, "w") as file:
             file.write(f"{name} of {content}")
-    files = digest_directory(staging)
+    files = digests(staging)
+    sync_directories(staging)
     write_manifest(
         staging, Manifest("canonical", {"text": content}, iteration=iteration, files=files)
     )

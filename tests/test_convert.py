@@ -50,9 +50,8 @@ def helix(command: str, *paths: Path) -> int:
     ],
 )
 def test_there_and_back_gives_the_same_files(tmp_path, model, files, dtype):
-    """Hugging Face → canonical → one file per rank → Hugging Face: every file's bytes, tokenizers' too."""
-    metadata = {"format": "pt", "made": "by somebody"}
-    source = write_hugging_face(tmp_path / "hf", model, files=files, dtype=dtype, metadata=metadata)
+    """Hugging Face → canonical → one file per rank → Hugging Face: all tensors, and tokenizers."""
+    source = write_hugging_face(tmp_path / "hf", model, files=files, dtype=dtype)
     assert helix("--to canonical --verify", source, tmp_path / "store") == 0
     assert helix("--to huggingface --verify", tmp_path / "store", tmp_path / "back") == 0
     assert hashes(tmp_path / "back") == hashes(source)
@@ -144,10 +143,34 @@ def test_rank_files_of_a_run_need_something_like_them(tmp_path):
         convert(run, tmp_path / "back", "huggingface")
     like = f"--to huggingface --like {tmp_path / 'ranks'}"
     assert helix(like, run, tmp_path / "back") == 0
-    weights = (
-        "model.safetensors"  # without a header to follow, as the safetensors package writes them
-    )
+    weights = "model.safetensors"
     assert hashes(tmp_path / "back")[weights] == hashes(source)[weights]
+
+
+def test_side_files_come_from_the_model_alone(tmp_path):
+    """A link out of the model's folder could carry any file of this machine into the result."""
+    source = write_hugging_face(tmp_path / "hf")
+    (tmp_path / "secret.txt").write_text("key")
+    (source / "secret.txt").symlink_to(tmp_path / "secret.txt")
+    (source / "modeling.py").write_text("import os")
+    (source / "pytorch_model.bin").write_bytes(b"weights")
+    with pytest.warns(
+        UserWarning, match=r"secret\.txt is a link to another folder, and is left out"
+    ):
+        assert helix("--to canonical", source, tmp_path / "store") == 0
+    carried = {path.name for path in (tmp_path / "store" / "release" / "huggingface").iterdir()}
+    assert carried == {"config.json", "model.safetensors.index.json", *TOKENIZER}
+    # A snapshot of the Hub's cache is made of links.
+    (source / "secret.txt").unlink()
+    blobs, snapshot = (tmp_path / "hub" / name for name in ("blobs", "snapshots/abc"))
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    for path in source.iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert helix("--to canonical", snapshot, tmp_path / "from hub") == 0
+    same = {path.name for path in (tmp_path / "from hub" / "release" / "huggingface").iterdir()}
+    assert same == carried
 
 
 # -------------------------------------------------------------------- segment-local
@@ -335,4 +358,4 @@ def test_the_script_is_the_same_command(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == f"Wrote {tmp_path / 'store'}."
-    assert "converting: 100 %" in run.stdout
+    assert "converting: 100%" in run.stdout

@@ -7,27 +7,26 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crashes import digests
 from tiny_checkpoints import hashes, write_hugging_face
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from helix_megatron.checkpoint import (
     canonical_files,
     canonical_io,
     huggingface_io,
+    manifest,
     rank_io,
-    verified,
 )
 from helix_megatron.checkpoint.command import main
 from helix_megatron.checkpoint.convert import Options, RankOptions, convert
-from helix_megatron.checkpoint.manifest import digest_directory, read_manifest, write_manifest
-from helix_megatron.checkpoint.store import Store
+from helix_megatron.checkpoint.manifest import read_manifest, write_manifest
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 
@@ -53,10 +52,6 @@ def convert_and_die(source: Path, target: Path, kind: str, options: Options, num
             return original(*args)
 
         setattr(cls, method, counted)
-        rank_io.SYNC_BYTES = 1
-        from helix_megatron.checkpoint import targets
-
-        targets.SYNC_BYTES = 1
         try:
             convert(source, target, kind, options, out=io.StringIO())
         finally:
@@ -81,9 +76,8 @@ def test_a_killed_conversion_leaves_nothing_and_is_resumed(tmp_path, kind):
         assert not target.exists()
         staged = tmp_path / f".{target.name}.converting" / "content"
         journal = (staged.parent / "journal.jsonl").read_text()
-        records = [json.loads(line) for line in journal.splitlines() if '"unit"' in line]
-        done = [entry for entry in records if "files" in entry]
-        names = [name for entry in done for name in entry["files"]]
+        records = [line for line in journal.splitlines() if '"unit"' in line]
+        names = [name for line in records for name in json.loads(line.rpartition(" ")[0])["files"]]
         before = {name: (staged / name).stat().st_ino for name in names}
         said = io.StringIO()
         convert(source, target, kind, options, out=said)
@@ -129,18 +123,55 @@ def test_another_source_or_setting_starts_afresh(tmp_path):
         target.rename(tmp_path / f"target {change}")
 
 
-def test_a_staged_file_that_was_damaged_is_written_anew(tmp_path):
-    """What an interrupted conversion left is checked against its hashes before it is kept."""
+DAMAGES = {
+    "a bit of a file": lambda root: flip(next(root.rglob("*00001*.safetensors"))),
+    "a file that is cut": lambda root: os.truncate(next(root.rglob("*00001*.safetensors")), 100),
+    "another file": lambda root: (root / "content" / "stray.json").write_text("{}"),
+    "the journal": lambda root: flip(root / "journal.jsonl"),
+    "a journal that is cut": lambda root: os.truncate(root / "journal.jsonl", 700),
+    "a link to files of somebody else": lambda root: linked(root, root.parent / "precious"),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def linked(root: Path, elsewhere: Path) -> None:
+    shutil.rmtree(root / "content")
+    (root / "content").symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_resumed_is_checked(tmp_path, damage):
+    """An interrupted conversion's files and journal may have changed: what is not as it was is made anew."""
     source = write_hugging_face(tmp_path / "hf")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("data")
     options = Options(shard_size=20_000)
     convert(source, tmp_path / "whole", "huggingface", options, out=io.StringIO())
     assert convert_and_die(source, tmp_path / "target", "huggingface", options, 12)
-    path = next((tmp_path / ".target.converting" / "content").glob("*00001*.safetensors"))
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    DAMAGES[damage](tmp_path / ".target.converting")
     convert(source, tmp_path / "target", "huggingface", options, out=io.StringIO())
     assert hashes(tmp_path / "target") == hashes(tmp_path / "whole")
+    assert hashes(tmp_path / "precious").keys() == {"file"}
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+@pytest.mark.parametrize("name", [".target.converting", ".target.replaced"])
+def test_what_others_have_put_beside_the_target_stays(tmp_path, name, kind):
+    """The names of our working folders are no proof that we made what lies under them."""
+    source = write_hugging_face(tmp_path / "hf")
+    precious = tmp_path / ("elsewhere" if kind == "link" else name)
+    precious.mkdir()
+    (precious / "file").write_text("data")
+    if kind == "link":
+        (tmp_path / name).symlink_to(precious)
+    with pytest.raises(HelixError, match=rf"{name} is in the way, and no conversion made it"):
+        convert(source, tmp_path / "target", "canonical", out=io.StringIO())
+    assert (precious / "file").read_text() == "data"
 
 
 def test_two_conversions_to_one_target(tmp_path):
@@ -181,14 +212,29 @@ def test_every_damaged_file_is_found_before_a_tensor_is_used(tmp_path):
     convert(release, tmp_path / "back", "huggingface", out=io.StringIO())
 
 
+def test_an_index_does_not_lead_out_of_the_result(tmp_path):
+    """A store from elsewhere says in which files a Hugging Face model was: it must not choose other folders."""
+    source = write_hugging_face(tmp_path / "hf")
+    convert(source, tmp_path / "store", "canonical", out=io.StringIO())
+    path = tmp_path / "store" / "release" / "huggingface" / huggingface_io.INDEX
+    for name in ("../../precious.safetensors", "/tmp/x.safetensors", "config.json"):
+        content = json.loads(path.read_text())
+        content["weight_map"] = dict.fromkeys(content["weight_map"], name)
+        path.write_text(json.dumps(content))
+        options = Options(verify_source=False)
+        with pytest.raises(HelixError, match="weight_map is not a table of tensors and files"):
+            convert(tmp_path / "store", tmp_path / "back", "huggingface", options)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "store"}
+
+
 def test_files_of_no_tensor_are_verified_too(tmp_path):
     """Optimizer state lies in files that a conversion does not read: damage there tells of a bad copy."""
     source = write_hugging_face(tmp_path / "hf")
     convert(source, tmp_path / "store", "canonical", out=io.StringIO())
     release = tmp_path / "store" / "release"
     (release / "__9_0.distcp").write_bytes(b"optimizer")
-    manifest = read_manifest(release)
-    write_manifest(release, dataclasses.replace(manifest, files=digest_directory(release)))
+    facts = read_manifest(release)
+    write_manifest(release, dataclasses.replace(facts, files=digests(release)))
     convert(release, tmp_path / "back", "huggingface", out=io.StringIO())
     (release / "__9_0.distcp").write_bytes(b"optimiser")
     with pytest.raises(HelixError, match=r"__9_0.distcp has changed"):
@@ -199,39 +245,47 @@ def test_files_of_no_tensor_are_verified_too(tmp_path):
 
 
 def test_a_tensor_is_read_only_after_its_file_is_verified(tmp_path, monkeypatch):
-    """Verification runs in the background: reading must wait for it, file by file."""
+    """Files are verified one by one, between reading: none may be mapped before its turn."""
     source = write_hugging_face(tmp_path / "hf")
     options = Options(shard_size=20_000)
     convert(source, tmp_path / "store", "canonical", options, out=io.StringIO())
-    events = []
-    mapped, check = canonical_io.CanonicalReader._mapped, verified.VerifiedFiles._check
+    verified = []
+    piece, problem = canonical_io.CanonicalReader._piece, manifest.problem
 
-    def checked(self: Any, name: str) -> None:
-        time.sleep(0.05)
-        check(self, name)
-        events.append(name)
+    def checked(path: Path, entry: Any) -> Any:
+        verified.append(path.name)
+        return problem(path, entry)
 
-    def reading(self: Any, name: str) -> Any:
-        value = mapped(self, name)
-        key = self._keys[name]
-        place = self._reader.storage_data[MetadataIndex(key, self._chunks(name).chunks[0].offsets)]
-        assert place.relative_path in events, f"{name} was read before its file was verified"
+    def reading(self: Any, tensor: Any, chunk: Any) -> Any:
+        value = piece(self, tensor, chunk)
+        assert self._place(tensor, chunk).relative_path in verified, tensor.name
         return value
 
-    monkeypatch.setattr(verified.VerifiedFiles, "_check", checked)
-    monkeypatch.setattr(canonical_io.CanonicalReader, "_mapped", reading)
+    monkeypatch.setattr(manifest, "problem", checked)
+    monkeypatch.setattr(canonical_io.CanonicalReader, "_piece", reading)
     convert(tmp_path / "store", tmp_path / "back", "huggingface", out=io.StringIO())
-    assert len(events) > 3
+    assert len(set(verified)) > 3
+    assert len(set(verified)) == len(verified), "a file was hashed twice"
 
 
 def test_a_target_that_exists_stays_as_it_is(tmp_path, monkeypatch):
-    """Refused; with --overwrite replaced, but not by a conversion that fails."""
+    """Refused; with --overwrite replaced if we made all of it, but not by a conversion that fails."""
     source = write_hugging_face(tmp_path / "hf")
     target = tmp_path / "target"
     target.mkdir()
-    (target / "precious").write_text("data")
-    with pytest.raises(SystemExit):
-        main([str(source), str(target), "--to", "canonical"])
+    for name in ("precious", "release/huggingface/notes.txt"):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text("data")
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(SystemExit):
+                main([str(source), str(target), "--to", "canonical", *more])
+        assert (target / name).read_text() == "data"
+        with pytest.raises(HelixError, match=f"holds {name.split('notes')[0][:7]}.*no conversion"):
+            convert(source, target, "canonical", Options(overwrite=True), out=io.StringIO())
+        (target / name).unlink()
+        if not (target / "release").exists():
+            target.rmdir()
+            convert(source, target, "canonical", out=io.StringIO())
     before = hashes(target)
 
     def no_space(*_: Any) -> None:
@@ -242,9 +296,8 @@ def test_a_target_that_exists_stays_as_it_is(tmp_path, monkeypatch):
         with pytest.raises(HelixError, match=r"cannot write to .*target.*no space is left"):
             convert(source, target, "canonical", Options(overwrite=True), out=io.StringIO())
     assert hashes(target) == before
-    assert main([str(source), str(target), "--to", "canonical", "--overwrite"]) == 0
-    assert Store(target).resolve().name == "release"
-    assert not (target / "precious").exists()
+    assert main([str(source), str(target), "--to", "huggingface", "--overwrite"]) == 0
+    assert hashes(target).keys() == hashes(source).keys()
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "target"}
     (tmp_path / "file").write_text("")
     with pytest.raises(HelixError, match="is a file"):
@@ -255,8 +308,8 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path, monkeypatch):
     """--overwrite moves the old target aside for a moment: the next conversion puts it back."""
     source = write_hugging_face(tmp_path / "hf")
     target = tmp_path / "target"
-    target.mkdir()
-    (target / "precious").write_text("data")
+    convert(source, target, "canonical", out=io.StringIO())
+    before = hashes(target)
     rename = os.rename
 
     def stop(a: Any, b: Any) -> None:
@@ -271,7 +324,7 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path, monkeypatch):
     assert not target.exists()
     with pytest.raises(HelixError, match="target exists"):
         convert(source, target, "canonical", out=io.StringIO())
-    assert (target / "precious").read_text() == "data"
+    assert hashes(target) == before
 
 
 def test_verify_finds_what_was_written_wrongly(tmp_path, monkeypatch):

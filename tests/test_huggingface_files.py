@@ -216,7 +216,10 @@ def _other_sizes(directory: Path) -> None:
 def _one_lost(directory: Path) -> None:
     index = directory / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    del content["weight_map"]["model.norm.weight"]
+    file = directory / content["weight_map"].pop("model.norm.weight")
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file)
     index.write_text(json.dumps(content))
 
 
@@ -243,11 +246,11 @@ def _quantized(directory: Path) -> None:
     ("damage", "said"),
     [
         (_no_config, "is no directory of a Hugging Face model: it has no config.json"),
-        (_pickles, "only safetensors can be read in parts"),
+        (_pickles, "holds pickled weights (pytorch_model.bin), which can execute code"),
         (_other_sizes, "has shape (48, 32), and the configuration asks for (64, 32)"),
         (_one_lost, "lacks model.norm.weight, which its config.json asks for"),
         (_damaged_index, "is damaged: no valid JSON"),
-        (_truncated, "cannot be read: "),
+        (_truncated, "safetensors is damaged: "),
         (_other_family, "models of type 'gpt2' cannot be cut. Valid model types: llama, mistral,"),
         (_quantized, "are quantized, and quantized weights cannot be cut"),
     ],

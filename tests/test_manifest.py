@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
+from crashes import digests
 
 from helix_megatron.checkpoint import manifest as manifests
 from helix_megatron.checkpoint.manifest import (
@@ -19,7 +21,6 @@ from helix_megatron.checkpoint.manifest import (
     FileEntry,
     Manifest,
     digest,
-    digest_directory,
     read_manifest,
     verify,
     write_manifest,
@@ -34,7 +35,7 @@ FULL = Manifest(
     iteration=10,
     layout={"tp": 4, "m": 2, "optimizer": None},
     versions={"torch": "2.13.0"},
-    files={"a/b.pt": FileEntry(3, "0" * 64), ".metadata": FileEntry(0, "f" * 64)},
+    files={"a/b.pt": FileEntry(3, "0" * 64), ".metadata": FileEntry(0, "f" * 64, "sha256")},
     extra={"position": {"samples": 12}, "text": "Grüße"},
 )
 FILES = {
@@ -53,7 +54,7 @@ def checkpoint(tmp_path: Path) -> Path:
     for name, content in FILES.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content)
-    files = digest_directory(directory)
+    files = digests(directory)
     write_manifest(directory, Manifest(kind="canonical", model={}, iteration=10, files=files))
     return directory
 
@@ -90,8 +91,8 @@ ENTRY = {"size": 1, "sha256": "0" * 64}
     [
         ("", "no valid JSON"),
         ("[1]", "holds a list, not a manifest"),
-        ("{}", "format is None. This version of helix_megatron reads format 1"),
-        (changed(format=2), "format is 2. This version of helix_megatron reads format 1"),
+        ("{}", "format is None. This version of helix_megatron reads formats 1 to 2"),
+        (changed(format=3), "format is 3. This version of helix_megatron reads formats 1 to 2"),
         (changed(format=True), "format"),
         (changed(colour="red"), "unknown field 'colour'"),
         (changed(kind="zarr"), "kind is 'zarr'. Valid values: canonical, ranks, huggingface"),
@@ -114,12 +115,13 @@ ENTRY = {"size": 1, "sha256": "0" * 64}
         (changed(files={"a\\b": ENTRY}), "files names 'a\\\\b'"),
         (changed(files={"a\0b": ENTRY}), "files names 'a\\x00b'"),
         (changed(files={MANIFEST_NAME: ENTRY}), "the manifest itself"),
-        (changed(files={"a": {"size": 1}}), "not a size and a SHA-256"),
-        (changed(files={"a": {**ENTRY, "mode": 1}}), "not a size and a SHA-256"),
-        (changed(files={"a": {**ENTRY, "size": -1}}), "not a size and a SHA-256"),
-        (changed(files={"a": {**ENTRY, "size": True}}), "not a size and a SHA-256"),
-        (changed(files={"a": {**ENTRY, "sha256": "0" * 63}}), "not a size and a SHA-256"),
-        (changed(files={"a": {**ENTRY, "sha256": "G" * 64}}), "not a size and a SHA-256"),
+        (changed(files={"a": {"size": 1}}), "not a size and a hash"),
+        (changed(files={"a": {**ENTRY, "mode": 1}}), "not a size and a hash"),
+        (changed(files={"a": {**ENTRY, "size": -1}}), "not a size and a hash"),
+        (changed(files={"a": {**ENTRY, "size": True}}), "not a size and a hash"),
+        (changed(files={"a": {"size": 1, "md5": "0" * 64}}), "not a size and a hash"),
+        (changed(files={"a": {**ENTRY, "sha256": "0" * 63}}), "not a size and a hash"),
+        (changed(files={"a": {**ENTRY, "sha256": "G" * 64}}), "not a size and a hash"),
         (FULL.to_json().replace('"kind"', '"kind": "ranks", "kind"'), "'kind' is there twice"),
         (FULL.to_json()[:-20], "no valid JSON"),
         ("[" * 100_000, "no valid JSON"),
@@ -154,17 +156,31 @@ def test_a_wrong_manifest_is_not_written(tmp_path, wrong):
 
 
 def test_digest(tmp_path):
-    """Against hashlib, at sizes around those of a chunk."""
+    """Against the hash of all bytes at once, at sizes around those of a chunk."""
     for size in (0, 1, manifests.CHUNK_BYTES, manifests.CHUNK_BYTES + 1):
         content = os.urandom(size)
         (tmp_path / "file").write_bytes(content)
-        assert digest(tmp_path / "file") == FileEntry(size, hashlib.sha256(content).hexdigest())
+        assert digest(tmp_path / "file") == FileEntry(size, blake3(content).hexdigest())
+
+
+def test_manifests_with_sha_256_are_verified(checkpoint):
+    """Format 1, which checkpoints of before have: it loads, and damage is found."""
+    path = checkpoint / MANIFEST_NAME
+    content = json.loads(path.read_text()) | {"format": 1}
+    for name, data in FILES.items():
+        content["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.write_text(json.dumps(content))
+    checksum = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {MANIFEST_NAME}\n"
+    (checkpoint / CHECKSUM_NAME).write_text(checksum)
+    verify(checkpoint)
+    (checkpoint / "common.pt").write_bytes(b"COMMON")
+    with pytest.raises(HelixError, match=r"common\.pt has changed: its sha256 hash is another"):
+        verify(checkpoint)
 
 
 def test_verify_accepts_what_was_written(checkpoint):
     """Every file is in the manifest, in any directory; notes and leftovers of editors may be added."""
     assert set(verify(checkpoint).files) == set(FILES)
-    assert set(digest_directory(checkpoint)) == set(FILES)
     (checkpoint / "notes.txt").write_text("good one")
     (checkpoint / ".tmp-upload.distcp").write_text("")
     verify(checkpoint, workers=1)
@@ -183,7 +199,7 @@ def test_every_file_flipped_truncated_lengthened_removed(checkpoint, name):
     for position in {0, len(good) // 2, max(0, len(good) - 1)} if good else ():
         flipped = bytearray(good)
         flipped[position] ^= 1
-        damages[f"flipped {position}"] = bytes(flipped), "has changed: its SHA-256 is another"
+        damages[f"flipped {position}"] = bytes(flipped), "has changed: its blake3 hash is another"
     for content, message in damages.values():
         if content is None:
             path.unlink()
@@ -262,9 +278,8 @@ def test_things_that_are_not_files(checkpoint, kind):
         os.mkfifo(path)
     else:
         path.symlink_to(checkpoint / "huggingface")
-    for check in (verify, digest_directory):
-        with pytest.raises(HelixError, match=r"odd\.pt is neither a file nor a directory"):
-            check(checkpoint)
+    with pytest.raises(HelixError, match=r"odd\.pt is neither a file nor a directory"):
+        verify(checkpoint)
 
 
 def test_links_to_files_are_files(checkpoint, tmp_path):

@@ -242,33 +242,6 @@ def test_latest_may_not_lead_elsewhere(tmp_path):
     assert RankReader(tmp_path, layout).names
 
 
-def test_an_interrupted_stage_goes_on(tmp_path):
-    """Tensors that are there stay; the files end up as if nothing had happened."""
-    layout = layout_of("gqa", (2, 1, 1, 2, 2))
-    whole = write(tmp_path / "whole", layout)
-    dtypes = dict.fromkeys(whole, torch.float32)
-    folder = tmp_path / "ranks"
-    folder.mkdir()
-    with StageFiles(folder, layout, 0, dtypes) as files:
-        for tensor in files.tensors[:10]:
-            files.write(tensor, whole[tensor.name])
-        files.sync()
-    with StageFiles(folder, layout, 0, dtypes, resume=True) as files:
-        assert files.resumed
-        for tensor in files.tensors[10:]:
-            files.write(tensor, whole[tensor.name])
-    for rank in range(2):
-        ours, expected = (
-            torch.load(place / file_name(rank), weights_only=True)["module"]
-            for place in (folder, tmp_path / "whole")
-        )
-        assert ours.keys() == expected.keys()
-        assert all(v is None or v.equal(expected[k]) for k, v in ours.items())
-    (folder / file_name(1)).unlink()
-    with StageFiles(folder, layout, 0, dtypes, resume=True) as files:
-        assert not files.resumed, "files that are gone cannot be gone on with"
-
-
 def test_a_file_is_read_by_anyone(tmp_path):
     """The bytes are torch.save's format: loaded mapped or not, and as large as the rank's part."""
     layout = layout_of("gqa", (2, 1, 1, 2, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
@@ -173,7 +174,6 @@ def write_hugging_face(
     *,
     dtype: torch.dtype = torch.float32,
     files: int = 1,
-    metadata: dict[str, str] | None = None,
     seed: int = 0,
 ) -> Path:
     """A model as transformers saves it, by the safetensors package; with a tokenizer's files."""
@@ -188,7 +188,7 @@ def write_hugging_face(
         name = (
             f"model-{number:05d}-of-{files:05d}.safetensors" if files > 1 else "model.safetensors"
         )
-        save_file({key: tensors[key] for key in part}, folder / name, metadata or {"format": "pt"})
+        save_file({key: tensors[key] for key in part}, folder / name, {"format": "pt"})
         table |= dict.fromkeys(part, name)
     if files > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -204,9 +204,24 @@ OWN = {
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Relative path → SHA-256, of what is not ours to add."""
+    """Relative path → SHA-256 of each file, of what is not ours to add.
+
+    Of safetensors it is of the tensors by name, with dtype and shape, and of their index of its table: their
+    order in a file says nothing.
+    """
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(folder).as_posix(): hashlib.sha256(_content(path)).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in OWN
     }
+
+
+def _content(path: Path) -> bytes:
+    if path.suffix == ".safetensors":
+        tensors = sorted(load_file(path).items())
+        return pickle.dumps(
+            [(n, t.dtype, t.shape, t.view(torch.uint8).numpy()) for n, t in tensors]
+        )
+    if path.name.endswith(".index.json"):
+        return repr(sorted(json.loads(path.read_text())["weight_map"].items())).encode()
+    return path.read_bytes()

@@ -140,11 +140,11 @@ def write_model(folder: Path, size: int) -> int:
     import torch
 
     from helix_megatron.checkpoint.huggingface_io import (
+        INDEX,
         Entry,
-        SafetensorsFile,
-        make_header,
         make_index,
         shards,
+        write_safetensors,
     )
     from helix_megatron.model.families import FAMILIES
 
@@ -153,17 +153,18 @@ def write_model(folder: Path, size: int) -> int:
     rules = family.rules(family.model_flags(config))
     pairs = [pair for rule in rules for pair in zip(rule.sources, rule.shapes, strict=True)]
     entries = [Entry(name, torch.bfloat16, tuple(shape)) for name, shape in pairs]
+    shape_of = dict(pairs)
+
+    def random(name: str) -> Any:
+        return torch.empty(shape_of[name], dtype=torch.int16).random_().view(torch.bfloat16)
+
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     files = shards(entries, 5 * 10**9)
     for name, part in files.items():
-        with SafetensorsFile(folder / name, make_header(part, {"format": "pt"})) as file:
-            for entry in file.missing:
-                bits = torch.empty(entry.shape, dtype=torch.int16).random_()
-                file.add(bits.view(torch.bfloat16))
-            file.close()
+        write_safetensors(folder / name, part, random)
     if len(files) > 1:
-        (folder / "model.safetensors.index.json").write_bytes(make_index(files))
+        (folder / INDEX).write_bytes(make_index(files))
     return max(entry.nbytes for entry in entries)
 
 

@@ -1,18 +1,19 @@
 """Writing canonical checkpoints, one tensor at a time: distributed checkpoints that megatron-core reads.
 
-torch's own writer keeps all tensors of a file in memory until the file is complete, so files are written here.
-`canonical_io` describes the format.
+torch's own writer keeps all tensors of a file in memory until the file is complete, and copies each twice, so
+files are written here. `canonical_io` describes the format.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
-import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from helix_megatron.checkpoint.canonical_io import METADATA_NAME
 from helix_megatron.checkpoint.catalog import catalog, extra_states
+from helix_megatron.checkpoint.huggingface_io import tensor_bytes
+from helix_megatron.checkpoint.output import OutputFile
 from helix_megatron.errors import HelixError
 
 CHECKPOINT_VERSION = 3.0  # Megatron-LM's number for the order of rows that megatron-core has
@@ -38,64 +41,69 @@ ALIGNMENT = 64  # of tensors in a file, as of their bytes inside what torch.save
 Place = tuple[int, int]  # offset and length in a file
 
 
-class CanonicalFile:
-    """One `.distcp` file, written tensor by tensor.
-
-    Args:
-        path: of the file, replaced if it exists.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115
+class CanonicalFile(OutputFile):
+    """One `.distcp` file, written tensor by tensor."""
 
     def add(self, tensor: Tensor) -> Place:
-        """Append a tensor of shape (1, …, 1, *shape): one box of the key's global tensor."""
-        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-        start = self._file.tell()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # torch.save would write the whole storage
-        with _without_checksums():
-            torch.save(tensor.contiguous(), self._file)
-        return start, self._file.tell() - start
+        """Append a box of a key's global tensor, of shape (1, …, 1, *shape), as `torch.save` would.
+
+        `torch.save` itself copies the bytes twice and computes a CRC-32 of them, which `torch.load` ignores.
+        """
+        self.write(b"\0" * (-self.written % ALIGNMENT))
+        start = self.written
+        with zipfile.ZipFile(_Stream(self), "w") as archive:  # type: ignore[call-overload]
+            archive.writestr("archive/data.pkl", _pickled(tensor))
+            archive.writestr("archive/byteorder", sys.byteorder)
+            archive.writestr("archive/version", "3\n")
+            entry = zipfile.ZipInfo("archive/data/0")
+            stream: Any = archive.fp
+            entry.header_offset = stream.tell()
+            entry.file_size = entry.compress_size = tensor.nbytes
+            entry.CRC = 0
+            large = tensor.nbytes > zipfile.ZIP64_LIMIT
+            unpadded = entry.header_offset + len(entry.FileHeader(large)) + 4
+            padding = -unpadded % ALIGNMENT
+            entry.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)  # as torch pads
+            stream.write(entry.FileHeader(large))
+            stream.write(tensor_bytes(tensor))
+            archive.filelist.append(entry)
+            archive.start_dir = stream.tell()  # where the table of entries follows
+        return start, self.written - start
 
     def add_object(self, content: bytes) -> Place:
         """Append an object that `torch.save` has written."""
-        start = self._file.tell()
-        self._file.write(content)
+        start = self.written
+        self.write(content)
         return start, len(content)
 
-    @property
-    def written(self) -> int:
-        """Bytes in the file, some still in its buffer."""
-        return self._file.tell()
 
-    def flush(self) -> int:
-        """Hand what was added to the operating system; bytes in the file."""
-        self._file.flush()
-        return self._file.tell()
+class _Stream:
+    """What `zipfile` needs of a file that cannot seek: so its offsets begin at each archive."""
 
-    def close(self) -> None:
-        """Flush, put everything on the disk, close."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def __init__(self, file: OutputFile) -> None:
+        self.write = file.write
 
-    def __enter__(self) -> CanonicalFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def flush(self) -> None:
+        pass
 
 
-@contextlib.contextmanager
-def _without_checksums() -> Iterator[None]:
-    """torch.save takes longer for a CRC-32, which torch.load ignores, than for everything else together."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+def _pickled(tensor: Tensor) -> bytes:
+    """The pickle in which `torch.save` describes a tensor of this shape and dtype that has its own storage."""
+    content = io.BytesIO()
+    _Pickler(content, protocol=2).dump(torch.empty(tensor.shape, dtype=tensor.dtype))
+    return content.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Names storage 0 where a storage would be pickled, as `torch.save` does."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, torch.storage.TypedStorage):
+            kind = getattr(torch, obj._pickle_storage_type())
+            return "storage", kind, "0", "cpu", obj._size()
+        if isinstance(obj, torch.UntypedStorage):
+            return "storage", torch.UntypedStorage, "0", "cpu", obj.nbytes()
+        return None
 
 
 def empty_state() -> bytes:

@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,10 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
-from helix_megatron.checkpoint.records import Slice, storage_records
-from helix_megatron.checkpoint.safe import SafeFileSystemReader
+from helix_megatron.checkpoint.safe import METADATA_NAME, load_metadata
 from helix_megatron.errors import HelixError, listed
 
 # What torch and zipfile raise for a damaged file.
@@ -41,7 +39,6 @@ UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
-METADATA_NAME = ".metadata"
 PREFIX = "module."  # megatron-core's distributed data parallel puts it before every key
 # Transformer Engine's MoE layers have a norm of their own where its dense layers fuse it into linear_fc1.
 ALIASES = (("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),)
@@ -72,9 +69,8 @@ class CanonicalReader:
     ) -> None:
         self.directory = Path(directory)
         self._before_reading = before_reading or (lambda name: None)
-        self._reader = SafeFileSystemReader(self.directory, trust=trust)
-        metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        metadata = load_metadata(self.directory / METADATA_NAME, trust=trust)
+        self._storage = metadata.storage_data
         self._stored: dict[str, TensorStorageMetadata] = {
             key.removeprefix(PREFIX): entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -87,16 +83,6 @@ class CanonicalReader:
         self._keys = {name: self._key(tensor) for name, tensor in self._tensors.items()}
         self._by_place: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._check_files(metadata)
-
-    @property
-    def files(self) -> list[str]:
-        """The files that hold the model's tensors, in the order of the tensors."""
-        found: dict[str, None] = {}
-        for name in self._tensors:
-            for chunk in self._chunks(name).chunks:
-                index = MetadataIndex(self._prefix + self._keys[name], chunk.offsets)
-                found[self._reader.storage_data[index].relative_path] = None
-        return list(found)
 
     @property
     def names(self) -> list[str]:
@@ -117,56 +103,26 @@ class CanonicalReader:
         It is mapped from its file where it lies there in one piece.
 
         Raises:
-            HelixError: as for `read_part`.
-        """
-        with self._reading(name):
-            mapped = self._mapped(name)
-        return self.read_part(name) if mapped is None else mapped
-
-    def read_part(
-        self, name: str, axis: int = 0, runs: Sequence[tuple[int, int]] | None = None
-    ) -> Tensor:
-        """Some rows or columns of a tensor, in memory of their own.
-
-        Args:
-            name: canonical.
-            axis: of the tensor.
-            runs: (start, length) along it, in the order wanted; None for the whole tensor.
-
-        Raises:
             HelixError: the file is damaged, or the checkpoint lacks a piece of the tensor.
         """
-        tensor, stored = self._tensors[name], self._chunks(name)
-        runs = [(0, tensor.shape[axis])] if runs is None else runs
-        shape = list(tensor.shape)
-        shape[axis] = sum(length for _, length in runs)
-        result = torch.empty(shape, dtype=stored.properties.dtype)
-        planner = _Into(result, axis, len(tensor.leading))
-        items, place = [], 0
-        for start, length in runs:
-            box = list(tensor.shape)
-            box[axis] = length
-            offset = [0] * len(box)
-            offset[axis] = start
-            chunk = ChunkStorageMetadata(
-                torch.Size((*tensor.leading, *offset)),
-                torch.Size((*(1 for _ in tensor.leading), *box)),
-            )
-            key = self._prefix + self._keys[name]
-            found = create_read_items_for_chunk_list(key, stored, [chunk])
-            planner.places[chunk.offsets] = place
-            place += length
-            items += found
-        read = sum(int(torch.Size(item.lengths).numel()) for item in items)
-        if read != result.numel():
+        tensor = self._tensors[name]
+        depth, chunks = len(tensor.leading), self._chunks(tensor)
+        with self._reading(name):
+            if [tuple(chunk.sizes[depth:]) for chunk in chunks] == [tensor.shape]:
+                return self._piece(tensor, chunks[0])
+            result = torch.empty(tensor.shape, dtype=self.dtype(name))
+            found = 0
+            for chunk in chunks:
+                piece, target = self._piece(tensor, chunk), result
+                for axis, start in enumerate(chunk.offsets[depth:]):
+                    target = target.narrow(axis, start, piece.shape[axis])
+                target.copy_(piece)
+                found += piece.numel()
+        if found != result.numel():
             raise HelixError(
-                f"{self.directory / METADATA_NAME} lists {read} of the {result.numel()} elements of {name}. "
+                f"{self.directory / METADATA_NAME} lists {found} of the {result.numel()} elements of {name}. "
                 "The checkpoint is incomplete: copy it again from where it came."
             )
-        with self._reading(name):
-            for item in items:
-                self._before_reading(self._reader.storage_data[item.storage_index].relative_path)
-            self._reader.read_data(LoadPlan(items), planner)
         return result
 
     @contextlib.contextmanager
@@ -182,54 +138,50 @@ class CanonicalReader:
                 "checkpoint again from where it came."
             ) from error
 
-    def _mapped(self, name: str) -> Tensor | None:
-        """A tensor that is one contiguous, aligned piece of a file; None of any other."""
-        stored, shape = self._chunks(name), self.shape(name)
-        leading = self._tensors[name].leading
-        whole = (*(1 for _ in leading), *shape)
-        if [tuple(chunk.sizes) for chunk in stored.chunks] != [whole] or 0 in whole:
-            return None
-        index = MetadataIndex(self._prefix + self._keys[name], stored.chunks[0].offsets)
-        place = self._reader.storage_data[index]
+    def _piece(self, tensor: CanonicalTensor, chunk: ChunkStorageMetadata) -> Tensor:
+        """What a chunk holds of one layer's or expert's tensor, mapped from its file where that is possible."""
+        place = self._place(tensor, chunk)
         if getattr(place, "transform_descriptors", None):
-            return None
+            raise ValueError("it is compressed, which megatron-core does not do")
         self._before_reading(place.relative_path)
         with open(self.directory / place.relative_path, "rb") as file:
-            view: Any = Slice(file, place.offset, place.length)
-            with torch.serialization.skip_data():  # reads shape and strides, and no bytes
-                found = torch.load(view, map_location="cpu", weights_only=True)
-            dtype = stored.properties.dtype
-            if not isinstance(found, Tensor) or (found.dtype, tuple(found.shape)) != (dtype, whole):
+            view: Any = _create_file_view(file, place.offset, place.length)
+            found = torch.load(view, map_location="meta", weights_only=True)  # reads no bytes
+            dtype = self.dtype(tensor.name)
+            if not isinstance(found, Tensor) or (found.dtype, found.shape) != (dtype, chunk.sizes):
                 raise ValueError("it is not what .metadata says")
-            records = list(storage_records(view).values())
-            if len(records) != 1 or found.storage_offset() or not found.is_contiguous():
-                return None
-            start, end = place.offset + records[0][0], place.offset + records[0][0] + found.nbytes
-            if records[0][1] < found.nbytes or end > place.offset + place.length:
-                raise ValueError("its bytes are not all there")
-            if start % dtype.itemsize:
-                return None
-            skip = start % mmap.ALLOCATIONGRANULARITY
-            mapping = mmap.mmap(
-                file.fileno(), end - start + skip, access=mmap.ACCESS_COPY, offset=start - skip
-            )
-        return torch.frombuffer(mapping, dtype=dtype, offset=skip).reshape(shape)
+            start = place.offset + getattr(found.untyped_storage(), "_checkpoint_offset", 0)
+            if found.storage_offset() or not found.is_contiguous() or start % dtype.itemsize:
+                view.seek(0)
+                found = torch.load(view, map_location="cpu", weights_only=True)
+            elif not found.numel():
+                found = torch.empty(found.shape, dtype=dtype)
+            else:
+                skip = start % mmap.ALLOCATIONGRANULARITY
+                if start + found.nbytes > place.offset + place.length:
+                    raise ValueError("its bytes are not all there")
+                mapping = mmap.mmap(
+                    file.fileno(), found.nbytes + skip, access=mmap.ACCESS_COPY, offset=start - skip
+                )
+                shape = found.shape
+                found = torch.frombuffer(mapping, dtype=dtype, offset=skip).reshape(shape)
+        inside = (at - first for at, first in zip(tensor.leading, chunk.offsets, strict=False))
+        return found[tuple(inside)]
 
-    def _chunks(self, name: str) -> TensorStorageMetadata:
-        """What is stored of one layer's or expert's tensor: a stacked tensor can have thousands of pieces."""
-        key, leading = self._keys[name], self._tensors[name].leading
-        stored = self._stored[key]
-        if not leading:
-            return stored
-        depth = len(leading)
+    def _place(self, tensor: CanonicalTensor, chunk: ChunkStorageMetadata) -> Any:
+        index = MetadataIndex(self._prefix + self._keys[tensor.name], chunk.offsets)
+        return self._storage[index]
+
+    def _chunks(self, tensor: CanonicalTensor) -> list[ChunkStorageMetadata]:
+        """The pieces of one layer's or expert's tensor: a stacked tensor can have thousands."""
+        key, depth = self._keys[tensor.name], len(tensor.leading)
         if key not in self._by_place:
             places = self._by_place[key] = {}
-            for chunk in stored.chunks:
+            for chunk in self._stored[key].chunks:
                 ranges = zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)
                 for place in product(*(range(start, start + size) for start, size in ranges)):
                     places.setdefault(place, []).append(chunk)
-        chunks = self._by_place[key].get(leading, [])
-        return TensorStorageMetadata(stored.properties, stored.size, chunks)
+        return self._by_place[key].get(tensor.leading, [])
 
     def _key(self, tensor: CanonicalTensor) -> str:
         names = [tensor.key, *(tensor.key.replace(a, b) for a, b in ALIASES if a in tensor.key)]
@@ -261,28 +213,3 @@ class CanonicalReader:
                     "is missing" if actual is None else f"is truncated: {actual} of {size} bytes"
                 )
                 raise HelixError(f"{path} {problem}. Copy the checkpoint again from where it came.")
-
-
-class _Into(LoadPlanner):
-    """Copies what is read to its place in one tensor; asked by torch's reader for nothing else."""
-
-    def __init__(self, result: Tensor, axis: int, leading: int) -> None:
-        self.result, self.axis, self.leading = result, axis, leading
-        self.places: dict[torch.Size, int] = {}
-
-    def resolve_tensor(self, read_item: Any) -> Tensor:
-        offsets = list(read_item.dest_offsets)[self.leading :]
-        lengths = list(read_item.lengths)[self.leading :]
-        offsets[self.axis] += self.places[read_item.dest_index.offset]
-        target = self.result
-        for axis, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
-            target = target.narrow(axis, start, length)
-        return target[(None,) * self.leading]
-
-    def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
-        pass
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError("reading needs no state dictionary")
-
-    create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner  # type: ignore[assignment]

@@ -6,7 +6,9 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, exit_on_error
@@ -16,6 +18,32 @@ Convert a checkpoint between Hugging Face safetensors, Megatron's distributed ch
 (what --save and --load of the training script and stock Megatron use), and one file per rank as DeepSpeed
 writes them. What SOURCE is, is found out. TARGET is a directory that does not exist; it appears when it is
 complete, and an interrupted conversion goes on where it was when the same command is given again."""
+LAYOUT = (  # flag, field of `RankOptions` or `HelixConfig`, metavar, default, help
+    ("--tensor-model-parallel-size", "tensor", "P", 1, "ranks p = m·n"),
+    ("--pipeline-model-parallel-size", "pipeline", "PP", 1, "pipeline stages"),
+    ("--expert-model-parallel-size", "expert", "EP", 1, "ranks for experts"),
+    (
+        "--expert-tensor-parallel-size",
+        "expert_tensor",
+        "ETP",
+        None,
+        "tensor parallel ranks inside an expert; P when not given",
+    ),
+    (
+        "--intra-head-parallel-size",
+        "intra_head_parallel_size",
+        "M",
+        1,
+        "segments m of a head; 1 is stock attention",
+    ),
+    (
+        "--make-vocab-size-divisible-by",
+        "vocabulary_multiple",
+        "N",
+        1,
+        "pad each rank's rows of the vocabulary to a multiple of this, as in training",
+    ),
+)
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
@@ -41,47 +69,33 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print every tensor that would be written, and stop")
     add("--verify", action="store_true", help="read the result back and compare it bit for bit")
     add("--overwrite", action="store_true", help="replace TARGET once the new one is complete")
-    add("--no-resume", action="store_true", help="begin anew after an interruption")
+    add(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="begin anew after an interruption",
+    )
     add(
         "--no-verify-source",
-        action="store_true",
+        dest="verify_source",
+        action="store_false",
         help="do not check SOURCE against the sizes and hashes in its manifest",
     )
     add(
         "--trust-checkpoint",
+        dest="trust",
         action="store_true",
         help="read pickles that could run code of whoever wrote them; only for files that are your own",
     )
     ranks = parser.add_argument_group("files per rank (--to ranks)")
     add = ranks.add_argument
-    add("--tensor-model-parallel-size", type=int, default=1, metavar="P", help="ranks p = m·n")
-    add("--pipeline-model-parallel-size", type=int, default=1, metavar="PP", help="pipeline stages")
-    add("--expert-model-parallel-size", type=int, default=1, metavar="EP", help="ranks for experts")
-    add(
-        "--expert-tensor-parallel-size",
-        type=int,
-        metavar="ETP",
-        help="tensor parallel ranks inside an expert; P when not given",
-    )
-    add(
-        "--intra-head-parallel-size",
-        type=int,
-        default=1,
-        metavar="M",
-        help="segments m of a head; 1 is stock attention",
-    )
+    for flag, field, metavar, default, text in LAYOUT:
+        add(flag, dest=field, type=int, metavar=metavar, default=default, help=text)
     add(
         "--helix-query-layout",
         choices=HelixConfig.choices("query_layout"),
         default="auto",
         help="whether query heads are cut, as in training",
-    )
-    add(
-        "--make-vocab-size-divisible-by",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pad each rank's rows of the vocabulary to a multiple of this, as in training",
     )
     add("--tag", default="global_step0", help="directory of the rank files, as DeepSpeed calls it")
     add(
@@ -135,31 +149,16 @@ def _run(args: argparse.Namespace) -> None:
     helix = HelixConfig(args.intra_head_parallel_size, query_layout=args.helix_query_layout)
     from helix_megatron.checkpoint.convert import Options, RankOptions, convert
 
-    ranks = RankOptions(
-        tensor=args.tensor_model_parallel_size,
-        pipeline=args.pipeline_model_parallel_size,
-        expert=args.expert_model_parallel_size,
-        expert_tensor=args.expert_tensor_parallel_size,
-        helix=helix,
-        vocabulary_multiple=args.make_vocab_size_divisible_by,
-        tag=args.tag,
-    )
-    options = Options(
-        ranks=ranks,
-        dtype=args.dtype,
-        shard_size=size,
-        segments=args.segments,
-        allow_quality_loss=args.allow_quality_loss,
-        verify=args.verify,
-        verify_source=not args.no_verify_source,
-        trust=args.trust_checkpoint,
-        overwrite=args.overwrite,
-        resume=not args.no_resume,
-        like=args.like,
-    )
+    given = vars(args) | {"shard_size": size, "helix": helix}
+    given["ranks"] = RankOptions(**_fields_of(RankOptions, given))
+    options = Options(**_fields_of(Options, given))
     written = convert(args.source, args.target, args.to, options, dry_run=args.dry_run)
     if written is not None:
         print(f"Wrote {written}.")
+
+
+def _fields_of(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: given[field.name] for field in fields(kind)}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -168,15 +167,7 @@ def _check(args: argparse.Namespace) -> None:
             "--attention segment-local and --segments M belong together: M is how many segments a head is cut "
             "into. Give both or neither."
         )
-    given = {
-        "--tensor-model-parallel-size": args.tensor_model_parallel_size != 1,
-        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size != 1,
-        "--expert-model-parallel-size": args.expert_model_parallel_size != 1,
-        "--expert-tensor-parallel-size": args.expert_tensor_parallel_size is not None,
-        "--intra-head-parallel-size": args.intra_head_parallel_size != 1,
-        "--make-vocab-size-divisible-by": args.make_vocab_size_divisible_by != 1,
-    }
-    flags = [flag for flag, there in given.items() if there]
+    flags = [flag for flag, field, _, default, _ in LAYOUT if getattr(args, field) != default]
     if flags and args.to != "ranks":
         raise HelixError(
             f"{flags[0]} has no effect with --to {args.to}: that holds whole tensors, which load at any "

@@ -1,53 +1,32 @@
 """Hugging Face checkpoints, one tensor at a time: safetensors files and their index.
 
 A safetensors file is the length of a JSON header (8 bytes, little-endian), the header, and the tensors' bytes
-in the order of their offsets in it. The safetensors package writes a file from tensors that are all in memory;
-here they are written one by one, to the same bytes.
+in the order of their offsets in it. The safetensors package reads it; it writes a file only from tensors that
+are all in memory, so files are written here.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
+from safetensors.torch import _TYPES
 from torch import Tensor
 
+from helix_megatron.checkpoint.manifest import FileEntry
+from helix_megatron.checkpoint.output import OutputFile
 from helix_megatron.errors import HelixError, listed
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-REOPEN_BYTES = (
-    512 << 20
-)  # a file is mapped anew after so much was read, so that its pages can be given back
-HEADER_LIMIT = 100_000_000  # of the safetensors package
-
-# In the order in which the safetensors package sorts tensors of a file, last first.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
+REOPEN_BYTES = 512 << 20  # after so much a file is mapped anew, so that its pages can be given back
+DTYPES: dict[str, torch.dtype] = {name: dtype for name, dtype in _TYPES.items() if dtype}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-RANKS = {name: rank for rank, name in enumerate(DTYPES)}
 
 
 @dataclass(frozen=True)
@@ -57,6 +36,11 @@ class Entry:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Entry:
+        """The entry of a tensor, on whatever device."""
+        return cls(name, tensor.dtype, tuple(tensor.shape))
 
     @property
     def nbytes(self) -> int:
@@ -79,11 +63,11 @@ class HuggingFaceReader:
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
-        self.headers: dict[str, bytes] = {}
+        self.files: dict[str, list[Entry]] = {}
         self._entries: dict[str, tuple[str, Entry]] = {}
-        for file in self._files():
-            self.headers[file] = read_header(self.directory / file)
-            for entry in header_entries(self.headers[file], self.directory / file):
+        for file in self._file_names():
+            self.files[file] = self._entries_of(file)
+            for entry in self.files[file]:
                 if entry.name in self._entries:
                     raise HelixError(
                         f"tensor {entry.name} is in {self._entries[entry.name][0]} and in {file} of "
@@ -107,24 +91,41 @@ class HuggingFaceReader:
         """The file that a tensor is in."""
         return self._entries[name][0]
 
-    def read(self, name: str) -> Tensor:
-        """A tensor, mapped from its file: not to be written to.
+    def open(self, file: str) -> Any:
+        """A file's own mapping, as the safetensors package has it.
 
         Raises:
-            HelixError: the file is damaged.
+            HelixError: the file is missing or damaged.
         """
-        file, entry = self._entries[name]
         try:
-            if self._open is None or self._open[0] != file or self._served > REOPEN_BYTES:
-                self._open = None
-                handle = safetensors.safe_open(self.directory / file, framework="pt")
-                self._open, self._served = (file, handle), 0
-            self._served += entry.nbytes
-            return self._open[1].get_tensor(name)
+            return safetensors.safe_open(self.directory / file, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:
             raise HelixError(_damaged(self.directory / file, str(error))) from error
 
-    def _files(self) -> list[str]:
+    def read(self, name: str) -> Tensor:
+        """A tensor, mapped from its file: not to be written to."""
+        file, entry = self._entries[name]
+        if self._open is None or self._open[0] != file or self._served > REOPEN_BYTES:
+            self._open = None
+            self._open, self._served = (file, self.open(file)), 0
+        self._served += entry.nbytes
+        return self._open[1].get_tensor(name)
+
+    def _entries_of(self, file: str) -> list[Entry]:
+        """The tensors of a file; the package checks header, offsets and size."""
+        found = []
+        with self.open(file) as opened:
+            for name in opened.offset_keys():
+                facts = opened.get_slice(name)
+                if facts.get_dtype() not in DTYPES:
+                    raise HelixError(
+                        f"tensor {name} of {self.directory / file} has dtype {facts.get_dtype()}. Known: "
+                        f"{listed(DTYPES)}."
+                    )
+                found.append(Entry(name, DTYPES[facts.get_dtype()], tuple(facts.get_shape())))
+        return found
+
+    def _file_names(self) -> list[str]:
         index = self.directory / INDEX
         if index.is_file():
             files = sorted(set(self._index().values()))
@@ -159,14 +160,7 @@ class HuggingFaceReader:
 
     def _index(self) -> dict[str, str]:
         path = self.directory / INDEX
-        content = read_json(path)
-        table = content.get("weight_map")
-        names = table.values() if isinstance(table, dict) else [None]
-        plain = all(isinstance(n, str) and n and Path(n).name == n for n in names)
-        if not plain:
-            raise HelixError(_damaged(path, "weight_map is not a table of tensors and files"))
-        assert isinstance(table, dict)
-        return table
+        return weight_map(read_json(path), path)
 
     def _check_index(self) -> None:
         if not (self.directory / INDEX).is_file():
@@ -177,6 +171,23 @@ class HuggingFaceReader:
                     f"{self.directory / INDEX} says that {name} is in {file}, and it is not. Copy the model "
                     "again."
                 )
+
+
+def weight_map(content: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Tensor → file, as an index has it.
+
+    Raises:
+        HelixError: it has no such table, or one that leads to other files than safetensors beside it.
+    """
+    table = content.get("weight_map")
+    names = table.values() if isinstance(table, dict) else [None]
+    if not all(
+        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+        for name in names
+    ):
+        raise HelixError(_damaged(path, "weight_map is not a table of tensors and files"))
+    assert isinstance(table, dict)
+    return table
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -196,39 +207,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_header(path: Path) -> bytes:
-    """The JSON header of a safetensors file, as it stands there; the whole file's size is checked.
-
-    Raises:
-        HelixError: the file is damaged.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt"):
-            pass  # the package checks header, offsets and size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return file.read(length)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise HelixError(_damaged(path, str(error))) from error
-
-
-def header_entries(header: bytes, path: Path) -> list[Entry]:
-    """The tensors of a header in the order of their bytes.
-
-    Raises:
-        HelixError: a dtype that is not known.
-    """
-    table = json.loads(header)
-    table.pop("__metadata__", None)
-    ordered = sorted(table.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
-    for name, facts in ordered:
-        if facts["dtype"] not in DTYPES:
-            raise HelixError(
-                f"tensor {name} of {path} has dtype {facts['dtype']}. Known: {listed(DTYPES)}."
-            )
-    return [Entry(name, DTYPES[f["dtype"]], tuple(f["shape"])) for name, f in ordered]
-
-
 def _damaged(path: Path, reason: str) -> str:
     return f"{path} is damaged: {reason}. Copy the model again from where it came."
 
@@ -236,22 +214,46 @@ def _damaged(path: Path, reason: str) -> str:
 # ------------------------------------------------------------------------- write
 
 
-def make_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The header that the safetensors package gives a file of these tensors, offsets in its order."""
-    ordered = sorted(entries, key=lambda entry: (-RANKS[NAMES[entry.dtype]], entry.name))
-    table: dict[str, Any] = {}
-    if metadata is not None:
-        table["__metadata__"] = dict(metadata)
-    offset = 0
-    for entry in ordered:
-        table[entry.name] = {
-            "dtype": NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.nbytes],
-        }
-        offset += entry.nbytes
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    return text + b" " * (-len(text) % 8)
+class SafetensorsFile(OutputFile):
+    """A safetensors file that is written tensor by tensor.
+
+    Args:
+        path: of the file, replaced if it exists.
+        entries: what it will hold. Tensors of larger elements come first, so that all are aligned.
+    """
+
+    def __init__(self, path: Path, entries: Iterable[Entry]) -> None:
+        self.missing = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for entry in self.missing:
+            table[entry.name] = {
+                "dtype": NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [offset, offset + entry.nbytes],
+            }
+            offset += entry.nbytes
+        header = json.dumps(table, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        super().__init__(path)
+        self.write(len(header).to_bytes(8, "little"))
+        self.write(header)
+
+    def add(self, tensor: Tensor) -> None:
+        """Append the tensor that is the first of `missing`."""
+        entry = self.missing.pop(0)
+        assert Entry.of(entry.name, tensor) == entry, entry.name
+        self.write(tensor_bytes(tensor))
+
+
+def write_safetensors(
+    path: Path, entries: Iterable[Entry], tensor_of: Callable[[str], Tensor]
+) -> FileEntry:
+    """Write a whole file; `tensor_of` gives the tensor of a name, one at a time."""
+    with SafetensorsFile(path, entries) as file:
+        while file.missing:
+            file.add(tensor_of(file.missing[0].name))
+        return file.finish()
 
 
 def make_index(files: Mapping[str, Sequence[Entry]]) -> bytes:
@@ -287,55 +289,6 @@ def shards(entries: Iterable[Entry], limit: int) -> dict[str, list[Entry]]:
         f"model-{number:05d}-of-{len(files):05d}.safetensors": part
         for number, part in enumerate(files, 1)
     }
-
-
-class SafetensorsFile:
-    """A safetensors file that is written tensor by tensor, in the order of its header's offsets.
-
-    Args:
-        path: of the file, replaced if it exists.
-        header: JSON, of a length that is a multiple of 8; `make_header` gives one.
-    """
-
-    def __init__(self, path: Path, header: bytes) -> None:
-        self._expected = header_entries(header, path)
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
-        self._number = 0
-        self.written = 0
-        self._write(len(header).to_bytes(8, "little"))
-        self._write(header)
-
-    @property
-    def missing(self) -> list[Entry]:
-        """What is still to be added, in order."""
-        return self._expected[self._number :]
-
-    def add(self, tensor: Tensor) -> None:
-        """Append the next tensor."""
-        entry = self._expected[self._number]
-        assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
-        self._number += 1
-        self._write(tensor_bytes(tensor))
-
-    def close(self) -> None:
-        """Put everything on the disk."""
-        assert not self.missing, "tensors are missing"
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def _write(self, content: bytes | memoryview) -> None:
-        view = memoryview(content)
-        while view:
-            count = self._file.write(view)
-            assert count
-            view = view[count:]
-            self.written += count
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

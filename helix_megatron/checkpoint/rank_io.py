@@ -20,7 +20,6 @@ from torch import Tensor
 from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
 from helix_megatron.checkpoint.huggingface_io import REOPEN_BYTES, same_bits, tensor_bytes
 from helix_megatron.checkpoint.partition import Part, RankLayout
-from helix_megatron.checkpoint.records import storage_records
 from helix_megatron.checkpoint.torch_files import load_pt
 from helix_megatron.errors import HelixError
 
@@ -37,7 +36,6 @@ ENGINE_STATE: dict[str, Any] = {
     "data_sampler": None,
     "random_ltd": None,
 }
-SYNC_BYTES = 1 << 30  # how much of an interrupted conversion may have to be written again
 
 
 def file_name(rank: int) -> str:
@@ -59,7 +57,6 @@ class StageFiles:
         layout: which rank holds what.
         stage: pipeline stage.
         dtypes: canonical name → dtype.
-        resume: the files are there already, with some tensors in them.
     """
 
     def __init__(
@@ -68,8 +65,6 @@ class StageFiles:
         layout: RankLayout,
         stage: int,
         dtypes: Mapping[str, torch.dtype],
-        *,
-        resume: bool = False,
     ) -> None:
         self.layout = layout
         tensors = catalog(layout.flags)
@@ -81,36 +76,23 @@ class StageFiles:
         ]
         self._offsets: dict[int, dict[str, int]] = {}
         self._files: dict[int, int] = {}
-        self.resumed = resume and all(path.is_file() for path in self.paths.values())
-        if not self.resumed:
-            for rank, path in self.paths.items():
-                _write_skeleton(path, layout, rank, tensors, dtypes)
         for rank, path in self.paths.items():
+            path.unlink(missing_ok=True)  # a link must not be followed
+            _write_skeleton(path, layout, rank, tensors, dtypes)
             self._offsets[rank] = _storage_offsets(path, layout, rank, tensors)
             self._files[rank] = os.open(path, os.O_WRONLY)
 
-    def write(self, tensor: CanonicalTensor, value: Tensor) -> None:
-        """Put every rank's part of a tensor in its place."""
+    def write(self, tensor: CanonicalTensor, value: Tensor) -> int:
+        """Put every rank's part of a tensor in its place; the bytes of all parts."""
+        written = 0
         for rank in self.ranks:
             place = self.layout.place(rank)
             name = self.layout.local_name(tensor, place)
             if name is not None:
-                part = take(value, self.layout.part(tensor, place))
-                _write_at(self._files[rank], tensor_bytes(part), self._offsets[rank][name])
-
-    def nbytes(self, tensor: CanonicalTensor, dtype: torch.dtype) -> int:
-        """Bytes of all ranks' parts of a tensor."""
-        count = 0
-        for rank in self.ranks:
-            place = self.layout.place(rank)
-            if self.layout.holds(tensor, place):
-                count += torch.Size(self.layout.part(tensor, place).shape(tensor.shape)).numel()
-        return count * dtype.itemsize
-
-    def sync(self) -> None:
-        """Put what was written on the disk."""
-        for file in self._files.values():
-            os.fsync(file)
+                content = tensor_bytes(take(value, self.layout.part(tensor, place)))
+                _write_at(self._files[rank], content, self._offsets[rank][name])
+                written += len(content)
+        return written
 
     def close(self) -> None:
         """Close the files."""
@@ -175,13 +157,9 @@ def _storage_offsets(
     path: Path, layout: RankLayout, rank: int, tensors: Sequence[CanonicalTensor]
 ) -> dict[str, int]:
     """Local name → where its bytes are in the file: `torch.save` numbers tensors in the order of the pickle."""
-    names = list(_local_shapes(layout, rank, tensors))
-    with open(path, "rb") as file:
-        records = storage_records(file)
-    assert sorted(records) == list(range(len(names))), (
-        "torch.save wrote other storages than tensors"
-    )
-    return {name: records[number][0] for number, name in enumerate(names)}
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    names = enumerate(_local_shapes(layout, rank, tensors))
+    return {name: reader.get_record_offset(f"data/{number}") for number, name in names}
 
 
 def _write_at(file: int, content: memoryview, offset: int) -> None:

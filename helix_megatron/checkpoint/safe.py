@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorStorageMetadata,
 )
 
@@ -33,7 +31,7 @@ from helix_megatron.checkpoint.manifest import file_names
 from helix_megatron.checkpoint.torch_files import DAMAGED, TRUST, load_pt
 from helix_megatron.errors import HelixError
 
-__all__ = ["SafeFileSystemReader", "inspect", "load_metadata", "load_pt"]
+__all__ = ["inspect", "load_common", "load_metadata", "load_pt"]
 
 METADATA_NAME = ".metadata"
 COMMON_NAME = "common.pt"
@@ -296,61 +294,21 @@ def _objects(
 def _check_nested(value: Any, name: str, extra_state: bool) -> None:
     """Refuse pickles inside values that a model unpickles itself.
 
-    Transformer Engine does so with `_extra_state`, a byte tensor or a BytesIO.
+    Transformer Engine does so with `_extra_state`, a BytesIO or the bytes of a tensor of whatever dtype.
     """
     if isinstance(value, io.BytesIO):
         content = value.getvalue()
         if content:
-            _check_nested(load_pt(content, name=name), name, extra_state)
+            # Tensors in it are the state's own: nobody unpickles what they hold.
+            _check_nested(load_pt(content, name=name), name, extra_state=False)
     elif isinstance(value, Tensor):
-        if extra_state and value.dtype == torch.uint8 and value.numel():
-            _unpickled(value.contiguous().numpy().tobytes(), name)
+        if extra_state and value.layout is not torch.strided:
+            raise HelixError(f"{name} is refused: its layout is {value.layout}. {TRUST}")
+        if extra_state and value.numel():
+            _unpickled(value.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes(), name)
     elif isinstance(value, dict):
         for key, item in value.items():
             _check_nested(item, name, extra_state or "_extra_state" in str(key))
     elif isinstance(value, list | tuple):
         for item in value:
             _check_nested(item, name, extra_state)
-
-
-class SafeFileSystemReader(FileSystemReader):
-    """torch's reader of distributed checkpoints, for files that nobody vouches for.
-
-    Args:
-        path: directory of the checkpoint.
-        trust: read pickles as torch does.
-    """
-
-    def __init__(self, path: Path | str, *, trust: bool = False) -> None:
-        super().__init__(path)
-        self._trust = trust
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        rank = kwargs.get("rank")  # of a checkpoint whose ranks wrote metadata of their own
-        name = METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
-        metadata = load_metadata(Path(self.path) / name, trust=self._trust)
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    def read_data(self, plan: Any, planner: Any) -> Any:
-        if not self._trust:
-            planner = _CheckedPlanner(planner, self.path)
-        return super().read_data(plan, planner)
-
-
-class _CheckedPlanner:
-    """A planner that is given objects only after a look into them: torch's own unpickles whatever it gets."""
-
-    def __init__(self, planner: Any, directory: Any) -> None:
-        self._planner, self._directory = planner, directory
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._planner, name)
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        name = f"{self._directory} ({read_item.storage_index.fqn})"
-        load_pt(value.getvalue(), name=name)
-        value.seek(0)
-        self._planner.load_bytes(read_item, value)

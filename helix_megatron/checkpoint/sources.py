@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,18 @@ from helix_megatron.checkpoint.catalog import (
     segment_local_flags,
     segment_local_permutation,
 )
-from helix_megatron.checkpoint.huggingface_io import INDEX, WEIGHTS, HuggingFaceReader, read_json
+from helix_megatron.checkpoint.huggingface_io import (
+    INDEX,
+    WEIGHTS,
+    HuggingFaceReader,
+    make_index,
+    read_json,
+)
 from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, RankReader, rank_directory
 from helix_megatron.checkpoint.safe import load_common
 from helix_megatron.checkpoint.store import Store
-from helix_megatron.checkpoint.verified import VerifiedFiles
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.model.description import FUNCTION_FLAGS, ModelConfig, complete
@@ -33,7 +39,6 @@ from helix_megatron.model.families.rules import Rule
 
 DATA = ".distcp"  # ending of files with tensors
 SIDECARS = "huggingface"  # folder of the other kinds of checkpoints, for what came with a Hugging Face model
-HEADER = ".header"  # ending of a copy of a safetensors file's header
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
 OTHER_FLAGS = (
     "group_query_attention",
@@ -44,51 +49,19 @@ OTHER_FLAGS = (
 )
 
 
-class Source(Protocol):
-    """A checkpoint as canonical tensors.
+class Source:
+    """A checkpoint as canonical tensors, one at a time.
 
     Attributes:
         kind: `canonical`, `huggingface` or `ranks`.
         directory: of the files.
         flags: model flags of the tensors.
         attention, segments, iteration: as in a manifest.
+        names: canonical names, in the order of the layers.
     """
 
-    kind: str
-    directory: Path
-    flags: dict[str, Any]
-    attention: str
-    segments: int
-    iteration: int | None
-
-    @property
-    def names(self) -> list[str]:
-        """Canonical names, in the order of the layers."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
-
-    def read(self, name: str) -> Tensor:
-        """A tensor; not to be written to."""
-
-    def origin(self, name: str) -> str:
-        """What a tensor is made of, for people."""
-
-    def finish(self) -> None:
-        """Verify what has not been verified yet. Raises HelixError that names a damaged file."""
-
-    def close(self) -> None:
-        """Stop what goes on in the background."""
-
-    def sidecars(self) -> dict[str, bytes | Path]:
-        """What came with a Hugging Face model, by file name: content, or the file that has it."""
-
-
-class _Base:
     kind = ""
+    names: list[str]
 
     def __init__(
         self, directory: Path, flags: Mapping[str, Any], manifest: Manifest | None
@@ -98,69 +71,74 @@ class _Base:
         self.attention = manifest.attention if manifest else "exact"
         self.segments = manifest.segments if manifest else 1
         self.iteration = manifest.iteration if manifest else None
+        self._reader: Any = None  # of canonical tensors, where the files hold such
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return self._reader.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        return self._reader.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor; not to be written to."""
+        return self._reader.read(name)
+
+    def origin(self, name: str) -> str:
+        """What a tensor is made of, for people."""
+        return name
 
     def finish(self) -> None:
-        """Everything was verified when it was opened."""
-
-    def close(self) -> None:
-        """Nothing goes on in the background."""
+        """Verify what has not been verified yet. Raises HelixError that names a damaged file."""
 
     def sidecars(self) -> dict[str, bytes | Path]:
-        folder = self.directory / SIDECARS
-        return {path.name: path for path in sorted(folder.glob("*")) if path.is_file()}
+        """What a Hugging Face model has beside its weights, by file name: content, or the file that has it.
+
+        Configuration, tokenizer, texts; and the index, which tells what each file of weights held.
+        """
+        return side_files(self.directory / SIDECARS)
 
 
-class CanonicalSource(_Base):
+class CanonicalSource(Source):
     """A distributed checkpoint, of this package or of stock megatron-core."""
 
     kind = "canonical"
 
     def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest | None,
-        *,
-        trust: bool = False,
-        verify: bool = False,
+        self, directory: Path, manifest: Manifest | None, *, trust: bool, verify: bool
     ) -> None:
         flags = manifest.model if manifest is not None else stock_flags(directory, trust=trust)
         super().__init__(directory, flags, manifest)
-        self._reader = CanonicalReader(directory, flags, trust=trust, before_reading=self._verified)
-        self._files: VerifiedFiles | None = None
-        if verify and manifest is not None:
-            used = self._reader.files
-            others = [n for n in manifest.files if n.endswith(DATA) and n not in used]
-            self._files = VerifiedFiles(directory, [*used, *others])
-        self.names, self.shape = self._reader.names, self._reader.shape
-        self.dtype, self.read = self._reader.dtype, self._reader.read
-
-    def origin(self, name: str) -> str:
-        return name
+        self._reader = CanonicalReader(directory, flags, trust=trust, before_reading=self._verify)
+        self.names = self._reader.names
+        # A file is verified just before it is read: so it comes from the disk once.
+        entries = manifest.files if verify and manifest is not None else {}
+        self._unverified = {name: entries[name] for name in entries if name.endswith(DATA)}
 
     def finish(self) -> None:
-        if self._files is not None:
-            self._files.wait_for_all()
+        for name in list(self._unverified):
+            self._verify(name)
 
-    def close(self) -> None:
-        if self._files is not None:
-            self._files.cancel()
+    def _verify(self, name: str) -> None:
+        entry = self._unverified.get(name)
+        if entry is not None:
+            if text := manifests.problem(self.directory / name, entry):
+                raise HelixError(f"{self.directory / name} {text}. {manifests.TRY}")
+            del self._unverified[name]
 
-    def _verified(self, file: str) -> None:
-        if self._files is not None:
-            self._files.wait(file)
 
-
-class HuggingFaceSource(_Base):
+class HuggingFaceSource(Source):
     """A directory as transformers' `save_pretrained` writes it."""
 
     kind = "huggingface"
 
     def __init__(self, directory: Path, manifest: Manifest | None) -> None:
         config = read_json(directory / "config.json")
-        self._reader = HuggingFaceReader(directory)
+        self._files = HuggingFaceReader(directory)
         self.family = family_of(config)
         super().__init__(directory, self.family.model_flags(config), manifest)
-        rules = self.family.rules(self.flags, self._reader.names)
+        rules = self.family.rules(self.flags, self._files.names)
         self._rules: dict[str, Rule] = {rule.name: rule for rule in rules}
         self.names = [tensor.name for tensor in catalog(self.flags)]
         assert set(self.names) == set(self._rules), (
@@ -173,63 +151,49 @@ class HuggingFaceSource(_Base):
         return self._rules[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._reader.entry(self._rules[name].sources[0]).dtype
+        return self._files.entry(self._rules[name].sources[0]).dtype
 
     def read(self, name: str) -> Tensor:
         rule = self._rules[name]
-        return rule.to_canonical([self._reader.read(source) for source in rule.sources])
+        return rule.to_canonical([self._files.read(source) for source in rule.sources])
 
     def origin(self, name: str) -> str:
         return ", ".join(self._rules[name].sources)
 
     def sidecars(self) -> dict[str, bytes | Path]:
-        """Configuration and tokenizer; and headers of the files, from which they can be made again exactly."""
-        found: dict[str, bytes | Path] = {}
-        for pattern in COPIED:
-            for path in sorted(self.directory.glob(pattern)):
-                if path.is_file() and path.name != manifests.MANIFEST_NAME:
-                    found[path.name] = path
-        for file, header in self._reader.headers.items():
-            found[file + HEADER] = header
-        return found
+        return {INDEX: make_index(self._files.files)} | side_files(self.directory)
 
     def _check(self, rule: Rule) -> None:
         """Wrong shapes are told before the first tensor is converted, not hours later."""
         for source, shape in zip(rule.sources, rule.shapes, strict=True):
-            actual = self._reader.entry(source).shape
+            actual = self._files.entry(source).shape
             if actual != tuple(shape):
                 raise HelixError(
-                    f"tensor {source} of {self.directory / self._reader.file(source)} has shape "
+                    f"tensor {source} of {self.directory / self._files.file(source)} has shape "
                     f"{list(actual)}, and config.json makes it {list(shape)}. Check that config.json is "
                     "this model's."
                 )
 
 
-class RankSource(_Base):
+class RankSource(Source):
     """A directory with one file per rank."""
 
     kind = "ranks"
 
-    def __init__(self, directory: Path, manifest: Manifest, *, trust: bool = False) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, *, trust: bool) -> None:
         super().__init__(directory, manifest.model, manifest)
         self._reader = RankReader(directory, layout_of(manifest), trust=trust)
-        self.names, self.shape = self._reader.names, self._reader.shape
-        self.dtype, self.read = self._reader.dtype, self._reader.read
-
-    def origin(self, name: str) -> str:
-        return name
+        self.names = self._reader.names
 
 
-class SegmentLocalSource:
+class SegmentLocalSource(Source):
     """An ordinary model as one with `segment-local` attention: its attention's rows and columns permuted."""
 
     def __init__(self, source: Source, segments: int) -> None:
-        self._source = source
-        self.kind, self.directory, self.iteration = source.kind, source.directory, source.iteration
-        self.flags = segment_local_flags(source.flags, segments)
+        super().__init__(source.directory, segment_local_flags(source.flags, segments), None)
+        self._reader, self.kind, self.iteration = source, source.kind, source.iteration
         self.attention, self.segments = "segment-local", segments
-        self.names, self.shape, self.dtype = source.names, source.shape, source.dtype
-        self.finish, self.close = source.finish, source.close
+        self.names, self.finish, self.sidecars = source.names, source.finish, source.sidecars  # type: ignore[method-assign]
         rows, columns = segment_local_permutation(ModelConfig.from_flags(source.flags), segments)
         self._order = {
             Cut.QKV_ROWS: (0, torch.from_numpy(rows)),
@@ -238,17 +202,12 @@ class SegmentLocalSource:
         self._cuts = {tensor.name: tensor.cut for tensor in catalog(source.flags)}
 
     def read(self, name: str) -> Tensor:
-        value, order = self._source.read(name), self._order.get(self._cuts[name])
+        value, order = self._reader.read(name), self._order.get(self._cuts[name])
         return value if order is None else value.index_select(*order)
 
     def origin(self, name: str) -> str:
         permuted = " (permuted)" if self._cuts[name] in self._order else ""
-        return self._source.origin(name) + permuted
-
-    def sidecars(self) -> dict[str, bytes | Path]:
-        """Without headers: no Hugging Face file holds these tensors."""
-        found = self._source.sidecars()
-        return {name: content for name, content in found.items() if not name.endswith(HEADER)}
+        return self._reader.origin(name) + permuted
 
 
 # ------------------------------------------------------------------------- opening
@@ -370,7 +329,25 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
     return complete(flags)
 
 
-def copy_sidecars(files: Mapping[str, bytes | Path], folder: Path) -> None:
+def side_files(folder: Path) -> dict[str, bytes | Path]:
+    """The files of a Hugging Face model beside its weights, by name; none that a link brings in from elsewhere.
+
+    In a snapshot of the Hub's cache every file is a link to one of the cache's blobs.
+    """
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    found: dict[str, bytes | Path] = {}
+    for path in sorted(path for pattern in COPIED for path in folder.glob(pattern)):
+        if path.is_file() and path.name not in (manifests.MANIFEST_NAME, manifests.CHECKSUM_NAME):
+            if path.resolve().parent in inside:
+                found[path.name] = path
+            else:
+                warnings.warn(f"{path} is a link to another folder, and is left out.", stacklevel=2)
+    return found
+
+
+def write_side_files(files: Mapping[str, bytes | Path], folder: Path) -> None:
     """Write what came with a Hugging Face model into a folder."""
     folder.mkdir(exist_ok=True)
     for name, content in files.items():

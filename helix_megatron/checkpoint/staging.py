@@ -1,25 +1,31 @@
 """A conversion's output while it is written: beside its target, resumable, published whole or not at all.
 
-.NAME.converting/journal.jsonl   what is finished, one JSON object a line
+.NAME.converting/journal.jsonl   what is finished, one JSON object a line, each with its hash
 .NAME.converting/content/        becomes the target NAME by one rename
-.NAME.replaced                   the old target, between that rename and its removal
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import os
+import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from helix_megatron.checkpoint.durable import sync_directory, writing_errors
-from helix_megatron.checkpoint.manifest import FileEntry, digest
+from helix_megatron.checkpoint.manifest import (
+    FileEntry,
+    file_names,
+    has_manifest,
+    problem,
+    read_manifest,
+)
+from helix_megatron.checkpoint.publish import lock, publish, recover, remove, replaced
+from helix_megatron.checkpoint.store import POINTER, is_complete
 from helix_megatron.errors import HelixError
 
 JOURNAL = "journal.jsonl"
@@ -36,7 +42,8 @@ class Staging:
         say: called with a line for the user.
 
     Raises:
-        HelixError: the target exists, or another process is converting to it, or the disk refuses.
+        HelixError: the target exists, or another process is converting to it, or something else has the name
+            of the directory that is written to, or the disk refuses.
     """
 
     def __init__(
@@ -51,44 +58,40 @@ class Staging:
         self.target = Path(os.path.abspath(target))
         self.root = self.target.with_name(f".{self.target.name}.converting")
         self.content = self.root / "content"
-        self._replaced = self.target.with_name(f".{self.target.name}.replaced")
         self._overwrite = overwrite
+        self._lock: int | None = None
+        self.records: dict[str, dict[str, Any]] = {}
         with writing_errors(self.target):
-            self._recover()
+            self._check_names()
+            recover(self.target)
             check_target(self.target, overwrite)
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.root.mkdir(exist_ok=True)
-            self._lock: int | None = _locked(self.root)
-            self.records = self._journal(identity) if resume else None
-            if self.records is None:
-                if (self.root / JOURNAL).exists() and resume:
+            try:
+                self._lock = lock(self.root)
+            except BlockingIOError:
+                raise HelixError(
+                    f"another process is converting to {self.root}. Wait for it, or give another target."
+                ) from None
+            begun, records = self._journal(identity)
+            if not resume or not begun or self._has_links():
+                if resume and (self.root / JOURNAL).exists():
                     say(
                         f"An interrupted conversion to {self.target} was of another source or had other "
-                        "settings: this one starts afresh."
+                        "settings, or its files were changed: this one starts afresh."
                     )
-                self._clear()
-                self.records = {}
-                self._append({"identity": identity})
-            elif self.records:
-                say(f"Resuming: {len(self.records)} parts of {self.target} are finished.")
+                remove(self.content)
+                self._append({"identity": identity}, os.O_TRUNC)
+            else:
+                self._keep(records)
+                if self.records:
+                    say(f"Resuming: {len(self.records)} parts of {self.target} are finished.")
             self.content.mkdir(exist_ok=True)
 
-    def finished(self, unit: str) -> dict[str, Any] | None:
-        """What `record` was given for a part, if its files are still as they were."""
-        assert self.records is not None
-        record = self.records.get(unit)
-        if record is None:
-            return None
-        for name, entry in record.get("files", {}).items():
-            path = self.content / name
-            if not path.is_file() or digest(path) != FileEntry(**entry):
-                return None
-        return record
-
-    def record(self, unit: str, **facts: Any) -> None:
+    def record(self, unit: str, facts: dict[str, Any]) -> None:
         """Note that a part is finished; `facts` are JSON values. Its files are on the disk already."""
-        assert self.records is not None
-        sync_directory(self.content)
+        for folder in {path.parent for path in map(self.content.joinpath, facts["files"])}:
+            sync_directory(folder)
         self.records[unit] = facts
         self._append({"unit": unit, **facts})
 
@@ -100,13 +103,9 @@ class Staging:
         """
         with writing_errors(self.target):
             check_target(self.target, self._overwrite)
-            if self.target.exists():
-                os.rename(self.target, self._replaced)
-                sync_directory(self.target.parent)
-            os.rename(self.content, self.target)
-            sync_directory(self.target.parent)
+            publish(self.content, self.target)
             self.close()
-            for left in (self.root, self._replaced):
+            for left in (self.root, replaced(self.target)):
                 shutil.rmtree(left, ignore_errors=True)
         return self.target
 
@@ -116,148 +115,91 @@ class Staging:
             os.close(self._lock)
             self._lock = None
 
-    def _recover(self) -> None:
-        """Finish what a killed `publish` began."""
-        if self._replaced.exists():
-            if self.target.exists():
-                shutil.rmtree(self._replaced)
-            else:
-                os.rename(self._replaced, self.target)
-                sync_directory(self.target.parent)
+    def _check_names(self) -> None:
+        """Refuse what somebody else has put where this is going to write and remove."""
+        old = replaced(self.target)
+        journal = self.root / JOURNAL
+        empty = self.root.is_dir() and not any(self.root.iterdir())
+        ours = {self.root: empty or (journal.is_file() and not journal.is_symlink())}
+        ours[old] = old.is_dir() and next(_foreign(old), None) is None
+        for path, made_here in ours.items():
+            if os.path.lexists(path) and (path.is_symlink() or not made_here):
+                raise HelixError(
+                    f"{path} is in the way, and no conversion made it. Move it away, or give another target."
+                )
 
-    def _journal(self, identity: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
-        """Records by part; None if there is no journal of this identity."""
+    def _keep(self, records: dict[str, dict[str, Any]]) -> None:
+        """Keep the parts whose files are as the journal says; remove every other file."""
+        for unit, record in records.items():
+            entries = {name: FileEntry.from_json(entry) for name, entry in record["files"].items()}
+            if all(entry and not problem(self.content / n, entry) for n, entry in entries.items()):
+                self.records[unit] = record
+        kept = {self.content / name for record in self.records.values() for name in record["files"]}
+        for path in self.content.rglob("*"):
+            if path not in kept and not path.is_dir():
+                path.unlink()
+
+    def _journal(self, identity: dict[str, Any]) -> tuple[bool, dict[str, dict[str, Any]]]:
+        """Whether there is a journal of this identity, and its records by part."""
         try:
-            lines = (self.root / JOURNAL).read_text().splitlines()
+            lines = (self.root / JOURNAL).read_bytes().splitlines()
         except FileNotFoundError:
-            return None
+            return False, {}
         entries = []
-        for line in lines:
-            with contextlib.suppress(
-                ValueError
-            ):  # the last one of a killed process may be half a line
-                entries.append(json.loads(line))
-        if not entries or entries[0].get("identity") != json.loads(json.dumps(identity)):
-            return None
-        found = {}
-        for entry in entries[1:]:
-            if isinstance(entry, dict) and "unit" in entry:
-                found[entry.pop("unit")] = entry
-        return found
+        for line in lines:  # the last one of a killed process may be half a line
+            text, _, stated = line.rpartition(b" ")
+            if stated.decode("ascii", "replace") == blake3(text).hexdigest():
+                entries.append(json.loads(text))
+        begun = bool(entries) and entries[0].get("identity") == json.loads(json.dumps(identity))
+        return begun, {entry.pop("unit"): entry for entry in entries[1:] if "unit" in entry}
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        with open(self.root / JOURNAL, "a") as file:
-            file.write("\n" + json.dumps(entry))  # a half line before it stays a line of its own
+    def _append(self, entry: dict[str, Any], mode: int = os.O_APPEND) -> None:
+        text = json.dumps(entry)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | mode
+        with open(os.open(self.root / JOURNAL, flags, 0o666), "w") as file:
+            # A half line before it stays a line of its own.
+            file.write(f"\n{text} {blake3(text.encode()).hexdigest()}")
             file.flush()
             os.fsync(file.fileno())
 
-    def _clear(self) -> None:
-        for path in self.root.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    def _has_links(self) -> bool:
+        return any(path.is_symlink() for path in (self.content, *self.content.rglob("*")))
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, unless it may be replaced.
+    """Refuse a target that exists, unless it may be replaced: an empty directory, or one that we made.
 
     Raises:
         HelixError: names it.
     """
-    if not target.exists() or (overwrite and target.is_dir()):
+    if not os.path.lexists(target):
         return
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if not target.is_dir():
-        raise HelixError(f"{target} is a file. Give a directory that does not exist yet.")
-    raise HelixError(
-        f"{target} exists. Give a directory that does not, or --overwrite to replace it once the new one is "
-        "complete."
-    )
-
-
-def _locked(directory: Path) -> int:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+    if target.is_symlink() or not target.is_dir():
         raise HelixError(
-            f"another process is converting to {directory}. Wait for it, or give another target."
-        ) from None
-    return descriptor
+            f"{target} is a {'link' if target.is_symlink() else 'file'}. Give a directory that does not exist "
+            "yet."
+        )
+    if any(target.iterdir()) and not overwrite:
+        raise HelixError(
+            f"{target} exists. Give a directory that does not, or --overwrite to replace it once the new one "
+            "is complete."
+        )
+    if foreign := next(_foreign(target), None):
+        raise HelixError(
+            f"{target} holds {foreign}, which no conversion and no save made, so --overwrite does not replace "
+            "it. Move it away, or give another target."
+        )
 
 
-class FollowingDigest:
-    """Hashes a file in a thread while it is written, and pushes it to the disk meanwhile.
-
-    Args:
-        path: of a file that only grows.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._known, self._ended = 0, False
-        self._changed = threading.Condition()
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._problem: BaseException | None = None
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-
-    def advance(self, size: int) -> None:
-        """`size` bytes of the file have been handed to the operating system."""
-        with self._changed:
-            self._known = size
-            self._changed.notify()
-
-    def finish(self, size: int) -> FileEntry:
-        """Size and hash of the whole file.
-
-        Raises:
-            OSError: it cannot be read.
-        """
-        with self._changed:
-            self._known, self._ended = size, True
-            self._changed.notify()
-        self._thread.join()
-        self._file.close()
-        if self._problem is not None:
-            raise self._problem
-        assert self._size == size, "the file is not as long as it was said to be"
-        return FileEntry(self._size, self._hash.hexdigest())
-
-    def _follow(self) -> None:
-        buffer = memoryview(bytearray(4 << 20))
-        try:
-            while True:
-                with self._changed:
-                    while self._known == self._size and not self._ended:
-                        self._changed.wait()
-                    known, ended = self._known, self._ended
-                while self._size < known:
-                    count = self._file.readinto(buffer[: min(len(buffer), known - self._size)])
-                    if not count:
-                        return
-                    self._hash.update(buffer[:count])
-                    self._size += count
-                if ended:
-                    return
-        except BaseException as error:
-            self._problem = error
-
-
-@contextlib.contextmanager
-def following(path: Path) -> Iterator[FollowingDigest]:
-    """A `FollowingDigest` whose thread ends with the block, whatever happens in it."""
-    digester = FollowingDigest(path)
-    try:
-        yield digester
-    finally:
-        if digester._thread.is_alive():
-            with digester._changed:
-                digester._known, digester._ended = digester._size, True
-                digester._changed.notify()
-            digester._thread.join()
-        digester._file.close()
+def _foreign(directory: Path) -> Iterator[str]:
+    """Names of what is in a directory and belongs to no checkpoint: in its manifest, or in one of a store."""
+    if has_manifest(directory):
+        yield from sorted(set(file_names(directory)) - read_manifest(directory).files.keys())
+        return
+    for path in sorted(directory.iterdir()):
+        checkpoint = path.name == "release" or re.fullmatch(r"iter_\d{7,}", path.name)
+        if checkpoint and path.is_dir() and not path.is_symlink() and is_complete(path):
+            if has_manifest(path):
+                yield from (f"{path.name}/{name}" for name in _foreign(path))
+        elif path.name != POINTER:
+            yield path.name

@@ -4,7 +4,7 @@
     DIR/latest_checkpointed_iteration.txt   the pointer: "10"
     DIR/.iter_0000020.saving-1f3a…          being written
     DIR/.iter_0000010.replaced              the old one while another of the same iteration takes its place
-    DIR/.iter_0000005.removing              being deleted
+    DIR/.iter_0000005.removing-1f3a…        being deleted
 
 Only the first two are read by Megatron. Everything that changes what is loaded is one rename, after all that
 it depends on is on the disk:
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -41,6 +40,7 @@ from helix_megatron.checkpoint.manifest import (
     has_manifest,
     read_manifest,
 )
+from helix_megatron.checkpoint.publish import in_use, lock, publish, recover, remove, replaced
 from helix_megatron.errors import HelixError, listed
 
 __all__ = ["POINTER", "Store", "is_complete", "writing_errors"]
@@ -48,7 +48,7 @@ __all__ = ["POINTER", "Store", "is_complete", "writing_errors"]
 POINTER = "latest_checkpointed_iteration.txt"
 CHECKPOINT = re.compile(r"iter_(\d{7,})")
 REPLACED = re.compile(r"\.iter_(\d{7,})\.replaced")
-LEFTOVER = re.compile(r"\.iter_(\d{7,})\.(saving-[0-9a-f]+|removing)")
+LEFTOVER = re.compile(r"\.iter_(\d{7,})\.(saving-[0-9a-f]+|removing(-[0-9a-f]+)?)")
 STOCK_FILES = ("metadata.json", ".metadata")  # megatron-core writes the first one last
 
 
@@ -101,7 +101,7 @@ class Store:
             staging = self.root / f".{self.path(iteration).name}.saving-{secrets.token_hex(8)}"
             staging.mkdir()
             sync_directory(self.root)
-            self._staging[iteration] = staging, _locked(staging)
+            self._staging[iteration] = staging, lock(staging)
         return staging
 
     def check_writable(self) -> None:
@@ -159,22 +159,17 @@ class Store:
         assert iteration in self._staging, f"commit({iteration}) without begin({iteration})"
         staging, _ = self._staging[iteration]
         _check_sizes(staging)
-        final, replaced = self.path(iteration), self._replaced(iteration)
+        final = self.path(iteration)
         with writing_errors(self.root):
             sync_directories(staging)
-            if is_complete(final):
-                _remove(replaced)  # by now it is the older of two
-                os.rename(final, replaced)
-                sync_directory(self.root)
-            else:
+            if not is_complete(final):
                 _set_aside(final)
-            os.rename(staging, final)
-            sync_directory(self.root)
+            publish(staging, final)
             self._forget(iteration)
             write_durably(self.root / POINTER, str(iteration).encode())
         # The new checkpoint is safe; that old ones resist must not end a training run.
         try:
-            _remove(replaced)
+            remove(replaced(final))
             if keep is not None:
                 self.prune(keep)
         except (OSError, HelixError) as error:
@@ -203,32 +198,27 @@ class Store:
             own = [i for i in self.complete() if (self.path(i) / MANIFEST_NAME).is_file()]
             for iteration in own[:-keep]:
                 if iteration not in (self._pointer(), self.latest()):
-                    _remove(self.path(iteration))
+                    remove(self.path(iteration))
             self._sweep()
 
     def _recover(self) -> None:
         """Finish what a killed `commit` began: its replaced checkpoint goes back, or goes away."""
         for entry, iteration in self._matching(REPLACED):
-            final = self.path(iteration)
-            if is_complete(final) or not is_complete(entry):
-                _remove(entry)
-            else:
-                _set_aside(final)
-                os.rename(entry, final)
-                sync_directory(self.root)
+            if not is_complete(entry):
+                remove(entry)
+            elif not is_complete(self.path(iteration)):
+                _set_aside(self.path(iteration))
+            recover(self.path(iteration))
 
     def _sweep(self, only: int | None = None) -> None:
         """Delete directories that killed processes left, unless a live process writes to them."""
         for entry, iteration in self._matching(LEFTOVER):
-            if only in (None, iteration) and not _in_use(entry):
+            if only in (None, iteration) and not in_use(entry):
                 shutil.rmtree(entry)
 
     def _forget(self, iteration: int) -> None:
         _, descriptor = self._staging.pop(iteration)
         os.close(descriptor)
-
-    def _replaced(self, iteration: int) -> Path:
-        return self.root / f".{self.path(iteration).name}.replaced"
 
     def _matching(self, pattern: re.Pattern[str]) -> list[tuple[Path, int]]:
         """Entries of the directory whose whole name matches, with their iterations, in order."""
@@ -283,7 +273,7 @@ class Store:
             if has_manifest(release) or is_complete(release):
                 return release
         chosen = self.latest() if iteration is None else iteration
-        for directory in () if chosen is None else (self.path(chosen), self._replaced(chosen)):
+        for directory in () if chosen is None else (self.path(chosen), replaced(self.path(chosen))):
             if is_complete(directory):
                 self._warn_of_pointer(iteration, chosen)
                 return directory
@@ -371,43 +361,3 @@ def _set_aside(directory: Path) -> None:
     aside = directory.with_name(f"{directory.name}.incomplete-{secrets.token_hex(4)}")
     os.rename(directory, aside)
     warnings.warn(f"{directory} was no complete checkpoint. It is now {aside}.", stacklevel=4)
-
-
-def _remove(directory: Path) -> None:
-    """Delete a directory such that it is whole or gone to readers."""
-    if not os.path.lexists(directory):
-        return
-    name = directory.name.removeprefix(".").removesuffix(".replaced")
-    doomed = directory.with_name(f".{name}.removing")
-    if os.path.lexists(doomed):
-        shutil.rmtree(doomed)
-    os.rename(directory, doomed)
-    sync_directory(directory.parent)
-    if doomed.is_symlink() or not doomed.is_dir():
-        doomed.unlink()
-    else:
-        shutil.rmtree(doomed)
-
-
-def _locked(directory: Path) -> int:
-    """A descriptor of a directory with a lock that ends with this process and those it forks."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    with contextlib.suppress(OSError):  # not every network file system knows locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
-def _in_use(directory: Path) -> bool:
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,16 +24,13 @@ from helix_megatron.checkpoint.canonical_files import (
 from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest, digest
 from helix_megatron.checkpoint.partition import RankLayout
-from helix_megatron.checkpoint.rank_io import LATEST, SYNC_BYTES, StageFiles, file_name
-from helix_megatron.checkpoint.sources import SIDECARS, Source, copy_sidecars
-from helix_megatron.checkpoint.staging import following
+from helix_megatron.checkpoint.rank_io import LATEST, StageFiles, file_name
+from helix_megatron.checkpoint.sources import SIDECARS, Source, write_side_files
 from helix_megatron.checkpoint.store import POINTER
 from helix_megatron.errors import HelixError
 
 Report = Callable[[int], None]
 """Called with the number of bytes that have just been written."""
-Mark = Callable[[dict[str, Any]], None]
-"""Called with what lets an unfinished part go on from here."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +65,10 @@ class Target(Protocol):
     def rows(self) -> Iterator[Row]:
         """Every tensor of the result."""
 
-    def write(
-        self, unit: str, content: Path, report: Report, mark: Mark, begun: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def write(self, unit: str, content: Path, report: Report) -> dict[str, Any]:
         """Write one part below `content`; what is returned (JSON values) is given to `finish`.
 
-        `begun` is what `mark` was last called with when the part was interrupted. The result's `files` are
-        the part's files with size and hash.
+        The result's `files` are the part's files with size and hash.
         """
 
     def finish(self, content: Path, records: Mapping[str, dict[str, Any]]) -> Manifest:
@@ -98,7 +92,7 @@ class Tensors:
 
 def as_json(files: Mapping[str, FileEntry]) -> dict[str, Any]:
     """File entries as JSON values."""
-    return {name: asdict(entry) for name, entry in files.items()}
+    return {name: entry.to_json() for name, entry in files.items()}
 
 
 def manifest_of(source: Source, kind: str, **others: Any) -> Manifest:
@@ -154,26 +148,21 @@ class CanonicalTarget:
                 dtype = self.tensors.dtypes[tensor.name]
                 yield Row(tensor.name, tensor.shape, dtype, origin, f"{self.main}/{unit}")
 
-    def write(
-        self, unit: str, content: Path, report: Report, mark: Mark, begun: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def write(self, unit: str, content: Path, report: Report) -> dict[str, Any]:
         folder = content / self.main
         folder.mkdir(exist_ok=True)
         number = self.units.index(unit)
         tensors: dict[str, Any] = {}
         objects: dict[str, Any] = {}
-        with CanonicalFile(folder / unit) as file, following(folder / unit) as digester:
+        with CanonicalFile(folder / unit) as file:
             if number == 0:
                 empty = empty_state()
                 objects = {key: file.add_object(empty) for key in all_objects(self.source.flags)}
             for tensor in self._parts[number]:
                 value = self.tensors.read(tensor.name)
                 tensors[tensor.name] = file.add(value[(None,) * len(tensor.leading)])
-                digester.advance(file.flush())
                 report(value.nbytes)
-            file.close()
-            entry = digester.finish((folder / unit).stat().st_size)
-        files = as_json({f"{self.main}/{unit}": entry})
+            files = as_json({f"{self.main}/{unit}": file.finish()})
         return {"files": files, "tensors": tensors, "objects": objects}
 
     def finish(self, content: Path, records: Mapping[str, dict[str, Any]]) -> Manifest:
@@ -189,7 +178,7 @@ class CanonicalTarget:
         write_metadata(folder, self.source.flags, tensors, objects, self.tensors.dtypes)
         write_common(folder, self.source.flags, iteration=0)
         if sidecars := self.source.sidecars():
-            copy_sidecars(sidecars, folder / SIDECARS)
+            write_side_files(sidecars, folder / SIDECARS)
         (content / POINTER).write_text("release")
         return manifest_of(self.source, self.kind, layout={"tp": 1, "pp": 1, "dp": 1, "ep": 1})
 
@@ -221,26 +210,13 @@ class RankTarget:
                     origin = self.source.origin(tensor.name)
                     yield Row(name, shape, dtype, origin, f"{self.tag}/{file_name(rank)}")
 
-    def write(
-        self, unit: str, content: Path, report: Report, mark: Mark, begun: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def write(self, unit: str, content: Path, report: Report) -> dict[str, Any]:
         folder = content / self.tag
         folder.mkdir(exist_ok=True)
         stage = self.units.index(unit)
-        dtypes = self.tensors.dtypes
-        with StageFiles(folder, self.layout, stage, dtypes, resume=begun is not None) as files:
-            done = begun["tensors"] if begun and files.resumed else 0
-            unsynced = 0
-            for number, tensor in enumerate(files.tensors):
-                nbytes = files.nbytes(tensor, dtypes[tensor.name])
-                if number >= done:
-                    files.write(tensor, self.tensors.read(tensor.name))
-                    unsynced += nbytes
-                report(nbytes)
-                if unsynced > SYNC_BYTES:
-                    files.sync()
-                    mark({"tensors": number + 1})
-                    unsynced = 0
+        with StageFiles(folder, self.layout, stage, self.tensors.dtypes) as files:
+            for tensor in files.tensors:
+                report(files.write(tensor, self.tensors.read(tensor.name)))
             paths = list(files.paths.values())
         with ThreadPoolExecutor(4) as pool:
             entries = pool.map(digest, paths)
@@ -249,7 +225,7 @@ class RankTarget:
 
     def finish(self, content: Path, records: Mapping[str, dict[str, Any]]) -> Manifest:
         if sidecars := self.source.sidecars():
-            copy_sidecars(sidecars, content / SIDECARS)
+            write_side_files(sidecars, content / SIDECARS)
         (content / LATEST).write_text(self.tag)
         layout, heads = self.layout, self.layout.heads
         m = layout.helix.intra_head_parallel_size

@@ -8,6 +8,7 @@ Neither ranks nor the model are needed: `helix_parts.json` in the checkpoint say
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -124,16 +125,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write(whole: dict[str, Any], output: str) -> None:
     """safetensors takes no tensor twice: a tied weight is written under its first name, as the library does."""
-    from safetensors.torch import save_file
+    from helix_megatron.checkpoint.huggingface_io import Entry, write_safetensors
 
     seen: set[int] = set()
     kept = {}
     for name, tensor in whole.items():
         if tensor.data_ptr() not in seen or not tensor.numel():
             seen.add(tensor.data_ptr())
-            kept[name] = tensor.contiguous()
+            kept[name] = tensor
     try:
-        save_file(kept, output, metadata={"format": "pt"})
+        entries = itertools.starmap(Entry.of, kept.items())
+        write_safetensors(Path(output), entries, kept.__getitem__)
     except OSError as error:
         raise HelixError(f"cannot write {output}: {error}. Check the directory.") from error
 

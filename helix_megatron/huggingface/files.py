@@ -1,21 +1,18 @@
-"""Reading parts of the weights in a directory of safetensors files, as `transformers` writes them."""
+"""A rank's parts of the weights in safetensors files, and the names that weights have in files."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface.cuts import Cut, block_cut
 from helix_megatron.layout import contiguous_runs
 from helix_megatron.model.families.modules import ExpertFiles
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -36,108 +33,67 @@ class Part:
         return self.shape if self.cut is None else self.cut.whole_shape(self.shape)
 
 
-class WeightFiles:
-    """The tensors of a checkpoint directory, by name. Only what is asked for is read.
+def float_dtype(files: HuggingFaceReader) -> torch.dtype:
+    """Of the first tensor that has floating-point elements; fp32 if there is none."""
+    dtypes = (files.entry(name).dtype for name in sorted(files.names))
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
-    Raises:
-        HelixError: there are no safetensors files, or one is missing or damaged.
+
+def read_part(files: HuggingFaceReader, name: str, part: Part) -> Tensor:
+    """A rank's part of the tensor called `name`."""
+    out = part.empty()
+    _read_into(out, files, name, part.whole_shape, part.cut, part.rank)
+    return out
+
+
+def read_experts(files: HuggingFaceReader, names: ExpertNames, part: Part) -> Tensor:
+    """A rank's part of stacked experts [E, rows, columns] from files that hold each expert by itself.
+
+    `part.cut` is of the stacked parameter: two blocks of rows (gate, up), or columns (down).
     """
+    out = part.empty()
+    for expert in range(out.size(0)):
+        matrices = names.of(expert)
+        rows, columns = part.whole_shape[1] // len(matrices), part.whole_shape[2]
+        cut = None
+        if part.cut is not None:
+            dim = part.cut.dim - 1
+            cut = block_cut(dim, (rows, columns)[dim], len(part.cut.indices))
+        for matrix, piece in zip(matrices, out[expert].chunk(len(matrices)), strict=True):
+            _read_into(piece, files, matrix, (rows, columns), cut, part.rank)
+    return out
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._file_of = self._index()
 
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
+def _read_into(
+    out: Tensor,
+    files: HuggingFaceReader,
+    name: str,
+    whole_shape: tuple[int, ...],
+    cut: Cut | None,
+    rank: int,
+) -> None:
+    """Copy a rank's part into `out`, run by run.
 
-    def dtype(self) -> torch.dtype:
-        """Of the first tensor that has floating-point elements; fp32 if there is none."""
-        for name in sorted(self.names):
-            with self._open(name) as file:
-                found = file.get_slice(name)[:0].dtype
-            if found.is_floating_point:
-                return found
-        return torch.float32
-
-    def read(self, name: str, part: Part) -> Tensor:
-        """A rank's part of the tensor called `name`."""
-        out = part.empty()
-        self._read_into(out, name, part.whole_shape, part.cut, part.rank)
-        return out
-
-    def read_experts(self, names: ExpertNames, part: Part) -> Tensor:
-        """A rank's part of stacked experts [E, rows, columns] from files that hold each expert by itself.
-
-        `part.cut` is of the stacked parameter: two blocks of rows (gate, up), or columns (down).
-        """
-        out = part.empty()
-        for expert in range(out.size(0)):
-            matrices = [template.format(expert) for template in names.templates]
-            rows, columns = part.whole_shape[1] // len(matrices), part.whole_shape[2]
-            cut = None
-            if part.cut is not None:
-                dim = part.cut.dim - 1
-                cut = block_cut(dim, (rows, columns)[dim], len(part.cut.indices))
-            for matrix, piece in zip(matrices, out[expert].chunk(len(matrices)), strict=True):
-                self._read_into(piece, matrix, (rows, columns), cut, part.rank)
-        return out
-
-    # ------------------------------------------------------------------------- files
-
-    def _read_into(
-        self, out: Tensor, name: str, whole_shape: tuple[int, ...], cut: Cut | None, rank: int
-    ) -> None:
-        """Copy a rank's part into `out`, run by run.
-
-        The file is opened anew for every tensor: pages of a mapped file count as this process's memory while
-        the mapping lasts, and columns touch all pages of a tensor.
-        """
-        with self._open(name) as file:
-            stored = file.get_slice(name)
-            found = tuple(stored.get_shape())
-            if found != whole_shape:
-                raise HelixError(
-                    f"{name} in {self.directory} has shape {found}, and the configuration asks for "
-                    f"{whole_shape}. Take config.json and weights of one model."
-                )
-            if cut is None:
-                out.copy_(stored[:])
-                return
-            before: tuple[slice, ...] = (slice(None),) * cut.dim
-            start = 0
-            for first, length in contiguous_runs(cut.indices[rank]):
-                read = stored[(*before, slice(first, first + length))]
-                out.narrow(cut.dim, start, length).copy_(read)
-                start += length
-
-    def _open(self, name: str) -> safe_open:
-        path = self.directory / self._file_of[name]
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise HelixError(f"{path} cannot be read: {error}. Copy the model again.") from error
-
-    def _index(self) -> dict[str, str]:
-        """Tensor name → file name."""
-        index, weights = self.directory / INDEX, self.directory / WEIGHTS
-        if index.exists():
-            try:
-                return dict(json.loads(index.read_bytes())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise HelixError(
-                    f"{index} is damaged: no valid JSON, or no 'weight_map'. Copy the model again."
-                ) from error
-        if not weights.exists():
-            raise HelixError(
-                f"{self.directory} has neither {INDEX} nor {WEIGHTS}; only safetensors can be read in parts. "
-                "Load the model with transformers and save it with model.save_pretrained(directory) first."
-            )
-        try:
-            with safe_open(weights, framework="pt") as file:
-                return dict.fromkeys(file.keys(), WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise HelixError(f"{weights} cannot be read: {error}. Copy the model again.") from error
+    The file is opened anew for every tensor: pages of a mapped file count as this process's memory while the
+    mapping lasts, and columns touch all pages of a tensor.
+    """
+    found = files.entry(name).shape
+    if found != whole_shape:
+        raise HelixError(
+            f"{name} in {files.directory} has shape {found}, and the configuration asks for {whole_shape}. "
+            "Take config.json and weights of one model."
+        )
+    with files.open(files.file(name)) as file:
+        stored = file.get_slice(name)
+        if cut is None:
+            out.copy_(stored[:])
+            return
+        before: tuple[slice, ...] = (slice(None),) * cut.dim
+        start = 0
+        for first, length in contiguous_runs(cut.indices[rank]):
+            read = stored[(*before, slice(first, first + length))]
+            out.narrow(cut.dim, start, length).copy_(read)
+            start += length
 
 
 @dataclass(frozen=True)

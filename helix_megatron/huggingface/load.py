@@ -11,14 +11,17 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.files import (
     Part,
-    WeightFiles,
     expert_names,
     file_name,
+    float_dtype,
     missing_names,
+    read_experts,
+    read_part,
 )
 from helix_megatron.huggingface.shard import shard, sharding_of
 from helix_megatron.kernels import AttentionKernel
@@ -63,8 +66,8 @@ def from_pretrained(
 
     directory = Path(directory)
     config = _config(directory)
-    files = WeightFiles(directory)
-    dtype = _dtype(dtype) or getattr(config, "dtype", None) or files.dtype()
+    files = HuggingFaceReader(directory)
+    dtype = _dtype(dtype) or getattr(config, "dtype", None) or float_dtype(files)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = shard(
@@ -116,7 +119,7 @@ def _config(directory: Path) -> Any:
 
 
 def _fill_parameters(
-    model: Any, files: WeightFiles, experts: ExpertFiles | None, device: torch.device
+    model: Any, files: HuggingFaceReader, experts: ExpertFiles | None, device: torch.device
 ) -> None:
     """Put real parameters in the place of the empty ones; tied ones stay tied."""
     sharding = sharding_of(model)
@@ -125,12 +128,13 @@ def _fill_parameters(
         for last, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((module, last))
 
+    stored = set(files.names)
     wanted = dict(model.named_parameters())  # of tied ones the first name, as in files
     names_of = {
-        name: _names_in_files(name, experts, files.names, empty.size(0) if empty.dim() else 0)
+        name: _names_in_files(name, experts, stored, empty.size(0) if empty.dim() else 0)
         for name, empty in wanted.items()
     }
-    missing = [n for names in names_of.values() for n in names if n not in files.names]
+    missing = [n for names in names_of.values() for n in names if n not in stored]
     if missing:
         raise missing_names(missing, files.directory)
     _warn_of_unused(model, files, {n for names in names_of.values() for n in names})
@@ -141,9 +145,9 @@ def _fill_parameters(
         part = Part(tuple(empty.shape), empty.dtype, device, cut, rank)
         stacked, names = expert_names(name, experts), names_of[name]
         if stacked is not None and names[0] in stacked.of(0):
-            data = files.read_experts(stacked, part)
+            data = read_experts(files, stacked, part)
         else:
-            data = files.read(names[0], part)
+            data = read_part(files, names[0], part)
         parameter = nn.Parameter(data, requires_grad=empty.requires_grad)
         vars(parameter).update(vars(empty))  # the marks of a cut parameter
         for module, last in owners[id(empty)]:
@@ -166,10 +170,10 @@ def _names_in_files(
     return [n for expert in range(num_experts) for n in stacked.of(expert)]
 
 
-def _warn_of_unused(model: nn.Module, files: WeightFiles, used: set[str]) -> None:
+def _warn_of_unused(model: nn.Module, files: HuggingFaceReader, used: set[str]) -> None:
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     unused = sorted(
-        name for name in files.names - used - tied if not name.endswith(IGNORED_SUFFIXES)
+        name for name in set(files.names) - used - tied if not name.endswith(IGNORED_SUFFIXES)
     )
     if unused:
         warnings.warn(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from helix_megatron.checkpoint.huggingface_io import (
+    INDEX,
+    Entry,
+    SafetensorsFile,
+    make_index,
+    shards,
+)
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.cuts import Cut
-from helix_megatron.huggingface.files import INDEX, WEIGHTS, expert_names, file_name
+from helix_megatron.huggingface.files import expert_names, file_name
 from helix_megatron.huggingface.shard import Sharding, sharding_of
 from helix_megatron.model.families import cuttable_modules
 from helix_megatron.model.families.modules import ExpertFiles
@@ -45,7 +51,7 @@ def whole_parameters(model: Any) -> Iterator[tuple[str, Tensor | None]]:
     A tied parameter comes once. Every rank of the tensor group must exhaust the iterator.
     """
     sharding = sharding_of(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in _in_order_of_files(model):
         data = parameter.data
         cut = None if sharding is None else sharding.plan.cuts.get(name)
         if sharding is not None and cut is not None:
@@ -54,12 +60,17 @@ def whole_parameters(model: Any) -> Iterator[tuple[str, Tensor | None]]:
             yield name, data.cpu() if sharding is None or sharding.rank == 0 else None
 
 
+def _in_order_of_files(model: Any) -> list[tuple[str, Tensor]]:
+    """The parameters, those with larger elements first: so do `SafetensorsFile`s have them."""
+    return sorted(model.named_parameters(), key=lambda pair: -pair[1].element_size())
+
+
 def save_pretrained(
     model: Any, directory: str | Path, *, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
     """Write a sharded model as plain `transformers` would have: its `from_pretrained` loads it.
 
-    Rank 0 of the tensor group writes, tensor by tensor, and holds `max_file_bytes` and one weight at a time.
+    Rank 0 of the tensor group writes, tensor by tensor, and holds one weight at a time.
     Collective over the tensor group; of several replicas, that of global rank 0 writes.
 
     Args:
@@ -113,52 +124,45 @@ def _collected(part: Tensor, cut: Cut, group: ProcessGroup) -> Tensor | None:
 
 
 class _Writer:
-    """Collects tensors under the names of files and writes a file when it is full."""
+    """Writes files of safetensors beside those of an earlier model, and puts them in place at the end."""
 
     def __init__(self, model: Any, sharding: Sharding, directory: Path, max_bytes: int) -> None:
         self._model, self._sharding, self._directory = model, sharding, directory
         self._experts: ExpertFiles | None = cuttable_modules(model.config.model_type).experts
-        self._max_bytes = max_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._files: list[list[str]] = []
-        self._bytes = self._total = 0
+        entries = []
+        for name, parameter in _in_order_of_files(model):
+            cut = sharding.plan.cuts.get(name)
+            shape = parameter.shape if cut is None else cut.whole_shape(parameter.shape)
+            whole = torch.empty(shape, dtype=parameter.dtype, device="meta")
+            entries += [Entry.of(*pair) for pair in self._as_stored(name, whole)]
+        self._files = shards(entries, max_bytes)
+        self._left = list(self._files)
+        self._file: SafetensorsFile | None = None
 
     def add(self, name: str, whole: Tensor) -> None:
-        for stored, tensor in self._as_stored(name, whole):
-            if self._pending and self._bytes + tensor.nbytes > self._max_bytes:
-                self._write()
-            self._pending[stored] = tensor.contiguous()
-            self._bytes += tensor.nbytes
-            self._total += tensor.nbytes
+        for _, tensor in self._as_stored(name, whole):
+            if self._file is None:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                file = self._left.pop(0)
+                self._file = SafetensorsFile(self._temporary(file), self._files[file])
+            self._file.add(tensor)
+            if not self._file.missing:
+                self._file.finish()
+                self._file = None
 
     def finish(self) -> None:
-        """Write what is pending, name the files, and write the index and the configurations."""
-        self._write()
-        count = len(self._files)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._files, 1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else WEIGHTS
-            self._temporary(number).rename(self._directory / final)
-            weight_map |= dict.fromkeys(names, final)
+        """Put the files in place, and write the index and the configurations."""
+        for file in self._files:
+            self._temporary(file).rename(self._directory / file)
         for stale in self._directory.glob("model*.safetensors*"):
-            of_library = STALE.fullmatch(stale.name)
-            if of_library and stale.name not in weight_map.values():
+            if STALE.fullmatch(stale.name) and stale.name not in self._files:
                 stale.unlink()  # of an earlier model, or the index of one
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            (self._directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        if len(self._files) > 1:
+            (self._directory / INDEX).write_bytes(make_index(self._files))
         self._write_configurations()
 
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._files.append(list(self._pending))
-        save_file(self._pending, self._temporary(len(self._files)), metadata={"format": "pt"})
-        self._pending, self._bytes = {}, 0
-
-    def _temporary(self, number: int) -> Path:
-        return self._directory / f"part-{number:05d}.safetensors.tmp"
+    def _temporary(self, file: str) -> Path:
+        return self._directory / f"{file}.tmp"
 
     def _as_stored(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name in files, tensor): stacked experts one by one, as in the files of the Hub."""

@@ -88,13 +88,10 @@ def _fill(model: GPTModel, config: InferenceConfig, path: Path) -> None:
 
     def fill() -> tuple[list[str], set[str]]:
         source = open_source(path, trust=config.trust_checkpoint, verify=_verifies())
-        try:
-            tensors = _Tensors(source, vocabulary, rows)
-            fill_weights(model, tensors)
-            source.finish()
-            return source.names, tensors.asked
-        finally:
-            source.close()
+        tensors = _Tensors(source, vocabulary, rows)
+        fill_weights(model, tensors)
+        source.finish()
+        return source.names, tensors.asked
 
     names, asked = on_every_rank(fill)
     everyone: list[Any] = [None] * dist.get_world_size()
