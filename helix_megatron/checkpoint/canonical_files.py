@@ -52,9 +52,10 @@ class CanonicalFile(OutputFile):
         self.write(b"\0" * (-self.written % ALIGNMENT))
         start = self.written
         with zipfile.ZipFile(_Stream(self), "w") as archive:  # type: ignore[call-overload]
-            archive.writestr("archive/data.pkl", _pickled(tensor))
-            archive.writestr("archive/byteorder", sys.byteorder)
-            archive.writestr("archive/version", "3\n")
+            records = {"data.pkl": _pickled(tensor), "byteorder": sys.byteorder, "version": "3\n"}
+            for name, content in records.items():
+                # With an entry of its own, an archive does not tell when it was written.
+                archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
             entry = zipfile.ZipInfo("archive/data/0")
             stream: Any = archive.fp
             entry.header_offset = stream.tell()
