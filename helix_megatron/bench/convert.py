@@ -41,6 +41,12 @@ print(json.dumps([time.perf_counter() - began, time.process_time() - worked, imp
 """
 
 
+STEPS = (
+    ("Hugging Face → canonical", "model", "store", "canonical"),
+    ("canonical → Hugging Face", "store", "back", "huggingface"),
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """One conversion, or a copy; bytes and seconds. Memory of a copy is not measured.
@@ -60,6 +66,11 @@ class Row:
         """Bytes per second."""
         return self.bytes / self.seconds
 
+    @property
+    def memory(self) -> int:
+        """Bytes beyond what importing takes."""
+        return (self.peak_memory or 0) - (self.imported_memory or 0)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="1GB", help="of the model (default: %(default)s)")
@@ -77,22 +88,15 @@ def run(args: argparse.Namespace) -> int:
         root = Path(folder)
         largest = write_model(root / "model", size)
         rows = [_copied(root)]
-        rows.append(
-            _converted("Hugging Face → canonical", root / "model", root / "store", "canonical")
-        )
-        rows.append(_copied(root))
-        rows.append(
-            _converted("canonical → Hugging Face", root / "store", root / "back", "huggingface")
-        )
-        rows.append(_copied(root))
+        for name, source, target, kind in STEPS:
+            rows += [_converted(name, root / source, root / target, kind), _copied(root)]
         names = sorted(path.name for path in (root / "model").iterdir())
         _, different, missing = filecmp.cmpfiles(
             root / "model", root / "back", names, shallow=False
         )
     identical = not different and not missing
-    copy_rate = statistics.median(row.rate for row in rows if row.peak_memory is None)
+    copy_rate = statistics.median(row.rate for row in rows[::2])
     _print(rows, largest, copy_rate, identical)
-    conversions = [row for row in rows if row.peak_memory is not None]
     write_json(
         args.json,
         args.argv,
@@ -100,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
             "rows": [asdict(row) for row in rows],
             "largest_tensor_bytes": largest,
             "median_copy_bytes_per_second": copy_rate,
-            "throughput_relative_to_copy": [row.rate / copy_rate for row in conversions],
-            "peak_memory_beyond_imports": [_memory(row) for row in conversions],
+            "throughput_relative_to_copy": [row.rate / copy_rate for row in rows[1::2]],
+            "peak_memory_beyond_imports": [row.memory for row in rows[1::2]],
             "peak_memory_beyond_imports_and_largest_tensor": [
-                _memory(row) - largest for row in conversions
+                row.memory - largest for row in rows[1::2]
             ],
             "files_identical": identical,
         },
@@ -111,21 +115,11 @@ def run(args: argparse.Namespace) -> int:
     return 0 if identical else 1
 
 
-def _memory(row: Row) -> int:
-    assert row.peak_memory is not None
-    assert row.imported_memory is not None
-    return row.peak_memory - row.imported_memory
-
-
 def _print(rows: list[Row], largest: int, copy_rate: float, identical: bool) -> None:
     lines = []
     for row in rows:
-        memory = ["", "", ""]
-        if row.peak_memory is not None:
-            beyond = _memory(row)
-            memory = [
-                f"{bytes_ / 1e6:.0f}" for bytes_ in (row.peak_memory, beyond, beyond - largest)
-            ]
+        sizes = (row.peak_memory, row.memory, row.memory - largest) if row.peak_memory else ()
+        memory = [f"{size / 1e6:.0f}" for size in sizes] or [""] * 3
         figures = (row.seconds, row.cpu_seconds, row.rate / 1e9, row.rate / copy_rate)
         speed = [f"{figure:.2f}" for figure in figures]
         lines.append([row.name, *speed, *memory])
@@ -202,11 +196,8 @@ def _copied(root: Path) -> Row:
     began, worked = time.perf_counter(), time.process_time()
     for path in sorted((root / "model").iterdir()):
         shutil.copyfile(path, target / path.name)
-        descriptor = os.open(target / path.name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with open(target / path.name, "rb") as file:
+            os.fsync(file.fileno())
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
     shutil.rmtree(target)
     return Row("plain copy", _size(root / "model"), seconds, cpu_seconds)
