@@ -57,8 +57,9 @@ class FileEntry:
             return None
         algorithm = next((name for name in HASHES if name in entry), "")
         size, text = entry.get("size"), entry.get(algorithm)
-        right = type(size) is int and size >= 0 and isinstance(text, str)
-        return cls(size, text, algorithm) if right and re.fullmatch(r"[0-9a-f]{64}", text) else None
+        if type(size) is not int or size < 0 or not isinstance(text, str):
+            return None
+        return cls(size, text, algorithm) if re.fullmatch(r"[0-9a-f]{64}", text) else None
 
 
 @dataclass(frozen=True)

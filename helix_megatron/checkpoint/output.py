@@ -8,8 +8,10 @@ from typing import Self
 
 from blake3 import blake3
 
-from helix_megatron.checkpoint.manifest import CHUNK_BYTES, FileEntry
+from helix_megatron.checkpoint.manifest import FileEntry
 
+# Given more at once, Linux looks for large blocks of free memory, which can take longer than all the rest.
+WRITE_BYTES = 128 << 10
 FLUSH_BYTES = 32 << 20  # the disk is given so much at a time while more is being written
 
 
@@ -32,8 +34,8 @@ class OutputFile:
         """Append bytes of any shape and type that are contiguous; how many there were."""
         assert self._descriptor is not None
         view = memoryview(content).cast("B")
-        for start in range(0, len(view), CHUNK_BYTES):
-            chunk = view[start : start + CHUNK_BYTES]
+        for start in range(0, len(view), WRITE_BYTES):
+            chunk = view[start : start + WRITE_BYTES]
             self._hash.update(chunk)
             while chunk:  # the kernel may take less than it is offered
                 count = os.write(self._descriptor, chunk)

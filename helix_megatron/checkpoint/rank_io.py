@@ -19,6 +19,7 @@ from torch import Tensor
 
 from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
 from helix_megatron.checkpoint.huggingface_io import REOPEN_BYTES, same_bits, tensor_bytes
+from helix_megatron.checkpoint.output import WRITE_BYTES
 from helix_megatron.checkpoint.partition import Part, RankLayout
 from helix_megatron.checkpoint.torch_files import load_pt
 from helix_megatron.errors import HelixError
@@ -164,7 +165,7 @@ def _storage_offsets(
 
 def _write_at(file: int, content: memoryview, offset: int) -> None:
     while len(content):
-        count = os.pwrite(file, content, offset)
+        count = os.pwrite(file, content[:WRITE_BYTES], offset)
         content, offset = content[count:], offset + count
 
 
