@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 import pytest
@@ -168,25 +169,75 @@ def test_commands_to_paste_are_understood(capsys):
                 assert "has no context parallelism" in row["caveats"][0]
 
 
-@pytest.mark.parametrize("model", ["llama-3-8b", "qwen3-8b", "mixtral-8x7b", "gpt3-5b"])
-@pytest.mark.parametrize("cp", [1, 2])
-def test_the_printed_command_is_for_a_script_that_takes_it(capsys, model, cp):
-    """The script here refuses context parallelism: with it Megatron-LM's own is named, and what that needs."""
+def printed_commands(text: str) -> dict[str, list[str]]:
+    """Program → the words after it, of the commands that the planner prints for people to paste."""
+    programs = {
+        "scripts/pretrain_gpt.py": "train",
+        "$MEGATRON_LM/pretrain_gpt.py": "megatron-lm",
+        "helix serve": "serve",
+        "-m helix_megatron.cli serve": "serve",
+    }
+    found = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        for program, name in programs.items():
+            _, here, rest = line.partition(program + " ")
+            if here and rest.lstrip().startswith("--"):
+                found[name] = shlex.split(rest)
+    return found
+
+
+@pytest.mark.parametrize("task", ["train", "prefill", "decode"])
+@pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b", "gpt3-5b"])
+def test_every_printed_command_parses(tmp_path, capsys, task, model):
+    """On the terminal and in the deployment plan: the program that a command names takes all of its flags."""
+    from helix_megatron.deepspeed.config import KEY, HelixBlock
+    from helix_megatron.serving.command import build_parser
     from helix_megatron.training.arguments import parse_args
     from helix_megatron.training.run import RunConfig
 
-    flags = ["--model", model, "--gpus", "16", "--context-parallel-size", str(cp)]
+    flags = ["--model", model, "--gpus", "16", "--cluster", "nvlink-16", "--task", task]
+    flags += ["--sequence-length", "2048", "--global-batch", "16", "--write", str(tmp_path)]
+    flags += ["--pipeline-model-parallel-size", "1", "--context-parallel-size", "1"]
+    if model != "gpt3-5b":
+        flags += ["--tensor-model-parallel-size", "16", "--intra-head-parallel-size", "2"]
+    assert plan_main(flags) == 0
+    page = (tmp_path / "plan.md").read_text()
+    for text in (capsys.readouterr().out, page):
+        commands = printed_commands(text)
+        assert [*commands] == ["train" if task == "train" else "serve"]
+        if task == "train":
+            RunConfig.from_values(parse_args(commands["train"]), 16)
+            continue
+        options = build_parser().parse_args(commands["serve"])
+        assert (options.dtype, options.max_sequences > 0) == ("bf16", True)
+        if model == "llama-3-8b":
+            assert (options.nproc_per_node, options.intra_head_parallel_size) == (16, 2)
+            row = json.loads((tmp_path / "plan.json").read_text())["prediction"]["layout"]
+            assert options.cache_layout == (row["cache"] if task == "decode" else "auto")
+    for advice in re.findall(r"`(--[^`]+)`", page):
+        parse_args([*commands.get("train", []), *shlex.split(advice)])
+    block = json.loads((tmp_path / "plan.json").read_text())["prediction"]["deepspeed"]
+    if block is not None:
+        HelixBlock.from_dict(block[KEY])
+
+
+def test_what_no_server_runs_is_no_command(capsys):
+    """A pipeline for decode is a forecast, and the text says why instead of naming a program."""
+    flags = ["--model", "llama-3-8b", "--gpus", "16", "--task", "decode", "--global-batch", "16"]
+    assert plan_main([*flags, "--pipeline-model-parallel-size", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "# This row is a forecast. helix serve does not run it: it has no pipeline" in text
+    assert printed_commands(text) == {}
+
+
+@pytest.mark.parametrize("model", ["llama-3-8b", "qwen3-8b", "mixtral-8x7b", "gpt3-5b"])
+def test_context_parallelism_names_a_script_that_has_it(capsys, model):
+    """The script here refuses it: Megatron-LM's own is named, with what that needs beside."""
+    flags = ["--model", model, "--gpus", "16", "--context-parallel-size", "2"]
     assert plan_main([*flags, "--rows", "1", "--sequence-length", "2048"]) == 0
-    text = capsys.readouterr().out.rpartition("Row ")[2]
-    command = text[text.index("torchrun") :].partition("\n\n")[0].partition("\nDeepSpeed")[0]
-    rest = command.partition("pretrain_gpt.py")[2].partition("\nscripts/")[0]
-    words = shlex.split(rest.replace("\\\n", ""))  # a continued line
+    text = capsys.readouterr().out
+    words = printed_commands(text)["megatron-lm"]
     assert len({w for w in words if w.startswith("--")}) == sum(w.startswith("--") for w in words)
-    if cp == 1:
-        assert "scripts/pretrain_gpt.py" in command
-        RunConfig.from_values(parse_args(words), 16)
-        return
-    assert "$MEGATRON_LM/pretrain_gpt.py" in command
     assert "# For Megatron-LM's own pretrain_gpt.py, never run here" in text
     for needed in (
         "--context-parallel-size 2",

@@ -1,7 +1,8 @@
-"""The command to paste: flags of the training script and of Megatron-LM, and DeepSpeed's JSON."""
+"""Commands to paste: the training script here or Megatron-LM's, `helix serve`, and DeepSpeed's JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from helix_megatron.arguments import FLAGS
@@ -109,30 +110,13 @@ def training_command(
 
     With context parallelism it is for Megatron-LM's own script, since the one here has none.
     """
-    per_node = min(layout.gpus, cluster.domain)
-    nodes = -(-layout.gpus // per_node)
-    start = ["torchrun", "--nproc-per-node", str(per_node)]
-    if nodes > 1:
-        start += [
-            "--nnodes",
-            str(nodes),
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "$HEAD_NODE:29500",
-        ]
+    start = _torchrun(layout.gpus, cluster)
     words = command_words(model, layout, job, software)
     if layout.cp > 1:  # Megatron-LM refuses to start without the variable on GPUs before Blackwell
         lines = [" ".join(["CUDA_DEVICE_MAX_CONNECTIONS=1", *start, OWN_SCRIPT])]
     else:
         lines = [" ".join([*start, "scripts/pretrain_gpt.py"])]
-    line = ""
-    for word in words:
-        if word.startswith("--") and line and len(line) + len(word) > 70:
-            lines.append("    " + line)
-            line = ""
-        line = f"{line} {word}".strip()
-    lines.append("    " + line)
+    lines += _wrapped(words)
     note = (
         f"# For Megatron-LM's own pretrain_gpt.py, never run here: {NO_CP}\n"
         if layout.cp > 1
@@ -141,43 +125,91 @@ def training_command(
     return note + " \\\n".join(lines)
 
 
+def _torchrun(ranks: int, cluster: Cluster) -> list[str]:
+    """The words that start so many ranks, on every node alike."""
+    per_node = min(ranks, cluster.domain)
+    start = ["torchrun", "--nproc-per-node", str(per_node)]
+    if ranks > per_node:
+        start += ["--nnodes", str(-(-ranks // per_node))]
+        start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "$HEAD_NODE:29500"]
+    return start
+
+
+def _wrapped(words: Sequence[str]) -> list[str]:
+    """Lines of flags; a flag and its value stay together."""
+    lines, line = [], ""
+    for word in words:
+        if word.startswith("--") and line and len(line) + len(word) > 70:
+            lines.append("    " + line)
+            line = ""
+        line = f"{line} {word}".strip()
+    return [*lines, "    " + line]
+
+
+def serving_words(
+    model: ModelSpec, layout: Layout, job: Job, software: Software, *, nodes: int = 1
+) -> list[str]:
+    """The flags of `helix serve` for one replica; over several nodes a launcher starts the ranks."""
+    words = ["--load", "$CHECKPOINT"]
+    if nodes == 1:
+        words += ["--nproc-per-node", str(layout.tp)]
+    words += [FLAGS["intra_head_parallel_size"], str(layout.segments)]
+    if layout.segments > 1:
+        words += [FLAGS["query_layout"], layout.query_layout]
+        if job.task == "decode":
+            words += ["--cache-layout", layout.cache]
+    if model.experts:
+        words += ["--expert-model-parallel-size", str(layout.ep)]
+        words += ["--expert-tensor-parallel-size", str(layout.etp)]
+    words += ["--dtype", "fp32" if software.precision == "fp32" else "bf16"]
+    words += ["--max-sequences", str(job.global_batch // layout.dp)]
+    # The planner's sequence is in the cache already; a token follows it where the model has a position for it.
+    positions = job.sequence + 1
+    if model.learned_positions:
+        positions = min(positions, model.learned_positions)
+    words += ["--max-context", str(positions)]
+    if job.task == "prefill":
+        words += ["--prefill-chunk", str(layout.micro_batch * job.sequence)]
+    return words
+
+
+def not_served(model: ModelSpec, layout: Layout) -> str:
+    """Why `helix serve` cannot run a layout, as a clause; empty if it can."""
+    if layout.pp > 1:
+        return "it has no pipeline parallelism"
+    if layout.cp > 1:
+        return "it has no context parallelism"
+    if layout.segments == 1 and layout.tp > model.num_kv_heads:
+        return "it does not keep whole heads on more ranks than there are key-value heads"
+    if model.experts and layout.tp % (layout.ep * layout.etp):
+        return "it deals experts to the tensor parallel ranks of one replica only"
+    return ""
+
+
+def serving_command(
+    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
+) -> str:
+    """The command of `helix serve` for one replica, or a comment that says why the layout is a forecast."""
+    reason = not_served(model, layout)
+    if reason:
+        return f"# This row is a forecast. helix serve does not run it: {reason}."
+    nodes = -(-layout.tp // cluster.domain)
+    start = "helix serve"
+    if nodes > 1:
+        start = " ".join([*_torchrun(layout.tp, cluster), "-m helix_megatron.cli serve"])
+    words = serving_words(model, layout, job, software, nodes=nodes)
+    note = "# $CHECKPOINT is a checkpoint of Helix, Megatron or Hugging Face.\n"
+    if layout.dp > 1:
+        note += f"# Start {layout.dp} of these, on {layout.tp} GPUs each, behind a load balancer.\n"
+    return note + " \\\n".join([start, *_wrapped(words)])
+
+
 def launch_text(
     model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
 ) -> str:
-    """What to paste: the training command; for inference the few lines of a script that serves the model."""
-    if job.task == "train":
-        return training_command(model, layout, job, cluster, software)
-    if layout.pp > 1 or layout.cp > 1 or (layout.segments == 1 and layout.tp > model.num_kv_heads):
-        return (
-            "# No host here runs inference with pipeline or context parallelism, or whole heads on more ranks\n"
-            "# than key-value heads: this row is a forecast. --pipeline-model-parallel-size 1 and\n"
-            "# --context-parallel-size 1 leave those that run."
-        )
-    helix = layout.helix().to_dict() if layout.segments > 1 else layout.segments
-    per_node = min(layout.gpus, cluster.domain)
-    nodes = -(-layout.gpus // per_node)
-    many = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint $HEAD_NODE:29500"
-    return "\n".join(
-        [
-            f"# serve.py, started on every node by: torchrun --nproc-per-node {per_node}"
-            f"{many if nodes > 1 else ''} serve.py",
-            "import os",
-            "",
-            "import torch",
-            "import torch.distributed as dist",
-            "",
-            "from helix_megatron.huggingface import from_pretrained, make_groups",
-            "",
-            'torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))',
-            "dist.init_process_group()",
-            f"groups = make_groups(tensor_parallel_size={layout.tp}, "
-            f"intra_head_parallel_size={layout.segments})",
-            f"helix = {helix}",
-            'model = from_pretrained("PATH", helix, tensor_group=groups.tensor, device="cuda")  # Hugging Face',
-            f"model.generate(input_ids)  # {layout.micro_batch} sequences of {job.sequence} tokens, equal on "
-            "all TP ranks",
-        ]
-    )
+    """What to paste: the training command, or for inference the command that serves the model."""
+    command = training_command if job.task == "train" else serving_command
+    return command(model, layout, job, cluster, software)
 
 
 def deepspeed_config(
@@ -205,9 +237,10 @@ def deepspeed_config(
 def caveats(model: ModelSpec, layout: Layout, job: Job, software: Software) -> list[str]:
     """What a user should know before pasting."""
     found = []
-    if job.task == "decode" and layout.cache in ("batch", "sequence"):
+    if job.task == "prefill" and layout.segments > 1:
         found.append(
-            f"Cache layout {layout.cache} is a forecast: the hosts keep keys and values cut by segments."
+            "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "
+            "Hugging Face models run that helix_megatron.huggingface has cut."
         )
     if layout.cp > 1 and job.task == "train":
         found.append(f"{NO_CP} The command is for Megatron-LM's own pretrain_gpt.py.")
@@ -217,7 +250,9 @@ def caveats(model: ModelSpec, layout: Layout, job: Job, software: Software) -> l
             found.append(
                 f"Megatron-LM's own script has no {flags}: it needs changes to train this model."
             )
-    if software.precision == "fp8":
+    if software.precision == "fp8" and job.task != "train":
+        found.append("helix serve has no fp8: the command is for bf16, and this row is a forecast.")
+    elif software.precision == "fp8":
         found.append(
             "fp8 needs Transformer Engine: add --fp8-format hybrid to Megatron-LM's script."
         )

@@ -58,7 +58,7 @@ def verdict(plan: Plan) -> tuple[bool, str]:
     if gain > MARGIN:
         return True, (
             f"Helix helps: {helix.layout.describe()} is {100 * gain:.1f} % faster (simulated) than the best "
-            f"layout with whole heads, {stock.layout.describe()}.{_why(plan, helix, stock)}{_forecast(helix)}"
+            f"layout with whole heads, {stock.layout.describe()}.{_why(plan, helix, stock)}"
         )
     if gain > -MARGIN:
         return False, (
@@ -71,15 +71,6 @@ def verdict(plan: Plan) -> tuple[bool, str]:
         f"{100 * (helix.seconds / stock.seconds - 1):.1f} % faster (simulated) than the best layout that cuts "
         f"heads, {helix.layout.describe()}.{_why_not(plan, stock)}"
     )
-
-
-def _forecast(helix: Row) -> str:
-    if helix.layout.cache in ("batch", "sequence"):
-        return (
-            f" A forecast: cache layout {helix.layout.cache} is a formula so far, the hosts keep caches cut by "
-            "segments."
-        )
-    return ""
 
 
 def _why(plan: Plan, helix: Row, stock: Row) -> str:

@@ -244,8 +244,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _commands(plan: Plan, p: Prediction, content: dict[str, Any]) -> list[str]:
-    language = "bash" if plan.job.task == "train" else "python"
-    parts = [f"```{language}\n{content['command']}\n```\n"]
+    parts = [f"```bash\n{content['command']}\n```\n"]
     if plan.job.task == "train":
         config, reason = deepspeed_config(plan.model, p.layout, plan.job, plan.software)
         parts.append(
@@ -265,7 +264,9 @@ def _watch(plan: Plan, p: Prediction) -> list[str]:
         f"- Memory: {p.memory.total / 1e9:.1f} GB simulated on the fullest GPU, of "
         f"{plan.cluster.chip.memory / 1e9:.0f}.",
         f"- Communication: {p.exposed / p.seconds:.0%} of the step exposed (simulated)"
-        + ("; `--log-communication-time on` measures it." if plan.job.task == "train" else "."),
+        + (
+            "; `--log-communication-time exposed` measures it." if plan.job.task == "train" else "."
+        ),
     ]
     slowest = max(p.traffic, key=lambda t: t.exposed, default=None)
     if slowest is not None and slowest.seconds:
