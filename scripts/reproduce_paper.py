@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write docs/paper.md and its pictures: the paper's claims, measured and simulated. See --help."""
 
-from helix_megatron.evidence.command import main
+from paper.command import main
 
 if __name__ == "__main__":
     main()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from helix_megatron.errors import HelixError
-from helix_megatron.evidence import claims, command, curves, measured, plots, simulated
-from helix_megatron.evidence.corrections import corrections
-from helix_megatron.evidence.document import document
-from helix_megatron.evidence.plots import draw_all
 from helix_megatron.plan.clusters import CLUSTERS
+from paper import claims, command, curves, measured, plots, simulated
+from paper.corrections import corrections
+from paper.document import document
+from paper.plots import draw_all
 
 STORED = Path(__file__).parents[1] / "docs" / "paper"
 

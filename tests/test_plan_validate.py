@@ -17,8 +17,8 @@ from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import spec_of_flags
 from helix_megatron.plan.score import predict_training
 from helix_megatron.plan.settings import Job
-from helix_megatron.plan.tables import A100_COLUMNS, H100_COLUMNS, MEGATRON_2021, VOCABULARY
-from helix_megatron.plan.validate import evaluate, main, mean_error, rank_correlation
+from training_tables import A100_COLUMNS, H100_COLUMNS, MEGATRON_2021, VOCABULARY
+from validate_planner import evaluate, main, mean_error, rank_correlation
 
 A100 = """
 3.6,64,512,8,3072,32,30,2048,1,64,1,3570
@@ -154,8 +154,8 @@ def test_statistics_are_what_they_say():
 
 def test_the_constant_guess_is_the_best_one(tmp_path):
     """A weak opponent would flatter the model: no other constant may do better."""
-    from helix_megatron.plan.tables import read_table
-    from helix_megatron.plan.validate import constant_guess
+    from training_tables import read_table
+    from validate_planner import constant_guess
 
     runs = read_table(write(tmp_path / "t.csv", A100_COLUMNS, A100)).runs
     rate, guessed = constant_guess(runs)

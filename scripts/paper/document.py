@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.errors import HelixError
-from helix_megatron.evidence import claims as c
-from helix_megatron.evidence import measured, simulated
-from helix_megatron.evidence.corrections import corrections, share_of_peak
-from helix_megatron.evidence.curves import EARLY, ITERATIONS, SEEDS, summaries
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.constants import CHIPS
 from helix_megatron.training import units
+from paper import claims as c
+from paper import measured, simulated
+from paper.corrections import corrections, share_of_peak
+from paper.curves import EARLY, ITERATIONS, SEEDS, summaries
 
 NAMES = {"dense": "4-layer dense", "moe": "4-layer MoE"}
 

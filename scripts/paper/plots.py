@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.evidence import claims as c
-from helix_megatron.evidence import simulated
-from helix_megatron.evidence.curves import KINDS
 from helix_megatron.exchanges import AttentionShape
 from helix_megatron.exchanges.choice import EXACT
 from helix_megatron.layout import HeadLayout
@@ -18,6 +15,9 @@ from helix_megatron.plan.layouts import Layout, attention_shape
 from helix_megatron.plan.memory import training_memory
 from helix_megatron.plan.settings import Job, Software
 from helix_megatron.training.report_picture import LIGHT, PALETTE, style
+from paper import claims as c
+from paper import simulated
+from paper.curves import KINDS
 
 LINKS = (12.5e9, 25e9, 50e9, 100e9, 200e9, 450e9)  # byte/s of a GPU to the other node
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)

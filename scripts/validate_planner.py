@@ -1,8 +1,9 @@
-"""`python -m helix_megatron.plan.validate TABLE.csv`: predictions against published training runs.
+#!/usr/bin/env python3
+"""`python scripts/validate_planner.py TABLE.csv`: predictions against published training runs.
 
 A table has the columns of vTrain's iteration times (A100, bf16) or of NVIDIA NeMo's throughput (DGX H100, FP8);
 its header says which. No constant of the model belongs to a row: the only number that was fitted to such tables
-is the share of its peak that a chip sustains, one for each chip and precision (`constants.Chip.sustained`).
+is the share of its peak that a chip sustains, one for each chip and precision (`Chip.sustained`).
 `--hold-out` shows what that is worth: it is fitted again without each model, and that model predicted.
 """
 
@@ -20,9 +21,9 @@ from typing import Any
 from helix_megatron.errors import HelixError, exit_on_error, listed
 from helix_megatron.plan.clusters import Cluster, cluster_of
 from helix_megatron.plan.score import Prediction, predict_training
-from helix_megatron.plan.tables import Run, read_table
+from training_tables import Run, read_table
 
-PROGRAM = "python -m helix_megatron.plan.validate"
+PROGRAM = "python scripts/validate_planner.py"
 
 
 def predict(runs: Sequence[Run], cluster: Cluster) -> list[Prediction]:

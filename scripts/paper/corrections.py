@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helix_megatron.evidence import claims as c
-from helix_megatron.evidence.simulated import exposed_shares
 from helix_megatron.layout import HeadLayout
 from helix_megatron.plan.constants import CHIPS
 from helix_megatron.plan.models import model_of
+from paper import claims as c
+from paper.simulated import exposed_shares
 
 GROUPS = c.GPUS // c.SEGMENTS  # n
 HEADS_HERE = c.HEADS // GROUPS

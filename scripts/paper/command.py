@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from helix_megatron.evidence import curves, measured
-    from helix_megatron.evidence.document import document
-    from helix_megatron.evidence.plots import draw_all
+    from paper import curves, measured
+    from paper.document import document
+    from paper.plots import draw_all
 
     directory = args.out / "paper"
     try:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
-from helix_megatron.evidence import claims as c
 from helix_megatron.plan.clusters import CLUSTERS, Cluster
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec, model_of
@@ -14,6 +13,7 @@ from helix_megatron.plan.results import PREDICT, Limits
 from helix_megatron.plan.score import Prediction
 from helix_megatron.plan.search import search
 from helix_megatron.plan.settings import Job, Software
+from paper import claims as c
 
 PRESETS = {"dense": "paper-dense", "moe": "paper-moe"}
 # Name in tables → cluster of 16 GPUs.
