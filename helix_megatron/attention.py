@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.errors import HelixError
 from helix_megatron.exchanges import AttentionShape, LocalInputs, choose
-from helix_megatron.exchanges.choice import GPU, MACHINES
+from helix_megatron.hardware import GPU, MACHINES
 from helix_megatron.kernels import AttentionKernel
 from helix_megatron.kernels.sdpa import sdpa
 from helix_megatron.layout import HeadLayout

@@ -15,8 +15,8 @@ import pytest
 from helix_megatron.bench import decode
 from helix_megatron.bench.__main__ import main
 from helix_megatron.bench.decode import CONTESTANTS, STOCK, STOCK_PAGED, DecodeCase
+from helix_megatron.caches import NAMES
 from helix_megatron.errors import HelixError
-from helix_megatron.inference.cache_layouts import NAMES
 
 TINY = DecodeCase(
     heads=8, kv_heads=1, ranks=4, head_dim=16, hidden_size=64, layers=2, sequences=8, context=64

@@ -17,7 +17,7 @@ from helix_megatron.bench.layout_report import Result, losses_text, scaling_text
 from helix_megatron.bench.layout_spec import LayoutSpec, rivals, validated
 from helix_megatron.errors import HelixError
 from helix_megatron.exchanges import choose
-from helix_megatron.exchanges.choice import MACHINES
+from helix_megatron.hardware import MACHINES
 
 ROUNDS = sized("training", full=2, quick=1)
 MODEL = [

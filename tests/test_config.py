@@ -11,7 +11,7 @@ import pytest
 from helix_megatron.arguments import FLAGS, add_helix_arguments
 from helix_megatron.config import ATTENTIONS, EXCHANGES, QUERY_LAYOUTS, HelixConfig
 from helix_megatron.errors import HelixError, exit_on_error
-from helix_megatron.exchanges.choice import EXACT
+from helix_megatron.exchanges import EXACT
 
 SETTINGS = [f.name for f in dataclasses.fields(HelixConfig)]
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from helix_megatron.attention import partitioned_attention
 from helix_megatron.errors import HelixError
-from helix_megatron.exchanges import AttentionShape, candidates, choose, explain
-from helix_megatron.exchanges.choice import CPU, EXACT, GPU
+from helix_megatron.exchanges import EXACT, AttentionShape, candidates, choose, explain
+from helix_megatron.hardware import CPU, GPU
 from helix_megatron.layout import HeadLayout
 from helix_megatron.masks import AttentionMask
 from helix_megatron.meter import measure

@@ -14,8 +14,7 @@ from graph_runs import BASELINE, DEALT_EXPERTS, EXPERTS, HELIX, SEGMENTS, flags,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helix_megatron.errors import HelixError
-from helix_megatron.exchanges import choose
-from helix_megatron.exchanges.choice import EXACT, GPU
+from helix_megatron.exchanges import EXACT, choose
 from helix_megatron.graph import trace as tracing
 from helix_megatron.graph import values
 from helix_megatron.graph.build import attention_view, mlp_view
@@ -23,6 +22,7 @@ from helix_megatron.graph.flags import parse
 from helix_megatron.graph.fold import rank_classes
 from helix_megatron.graph.model import COLLECTIVE, PARAMETER, Spec
 from helix_megatron.graph.recorder import Recorder
+from helix_megatron.hardware import GPU
 
 
 def real_traffic(argv: list[str]) -> dict[str, int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiers import is_full
 
-from helix_megatron.inference.cache_layouts import NAMES
+from helix_megatron.caches import NAMES
 from helix_megatron.inference.request import Request, Sampling
 from helix_megatron.kernels.partial import unfused
 from helix_megatron.megatron.self_attention import HelixSelfAttention
@@ -340,7 +340,7 @@ def test_trouble_of_one_sequence_is_its_own(pool):
 
 def logits_as_on_a_gpu(text: str, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """With the plain kernel, pages always copied, and small messages gathered."""
-    from helix_megatron.inference import paged
+    from helix_megatron.caches import paged
 
     kept = paged.VIEW_FROM, paged.COPY_UP_TO, paged.partial_kernel
     paged.VIEW_FROM, paged.COPY_UP_TO = {}, {}

@@ -12,9 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import sized
 
-from helix_megatron.inference.cache_layouts import CACHE_LAYOUTS, NAMES, DecodeShape, cache_layout
-from helix_megatron.inference.choice import choose_cache_layout, explain_cache_layout
-from helix_megatron.inference.pages import PageBook
+from helix_megatron.caches import (
+    CACHE_LAYOUTS,
+    NAMES,
+    DecodeShape,
+    cache_layout,
+    choose_cache_layout,
+    explain_cache_layout,
+)
+from helix_megatron.caches.pages import PageBook
 from helix_megatron.inference.request import Output, Request, Sampling
 from helix_megatron.inference.scheduler import Running, Scheduler
 from helix_megatron.inference.step import Piece, StepPlan

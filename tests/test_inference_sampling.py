@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from helix_megatron.caches.paged import LocalPiece, PagedCache, PagedWork
 from helix_megatron.errors import HelixError
-from helix_megatron.inference.paged import LocalPiece, PagedCache, PagedWork
 from helix_megatron.inference.request import Sampling
 from helix_megatron.inference.sampler import sample
 from helix_megatron.kernels.partial import fused_on_cpu, merge, partial_kernel, unfused

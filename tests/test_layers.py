@@ -1,9 +1,9 @@
 """Dependencies point down: what a module may import, and what it may know about processes.
 
-    errors ← versions
+    errors ← versions, hardware
            ← layout, flags ← config ← arguments ← model
            ← observe, meter, collectives, masks, replicated, head_norm
-           ← kernels, exchanges
+           ← kernels, exchanges, caches
            ← attention, parallel_state, patching, needs
            ← checkpoint (files: no host)
            ← hosts: megatron, deepspeed, huggingface
@@ -32,13 +32,13 @@ HOSTS = ("megatron", "deepspeed", "huggingface")
 HOST_IMPORTS = {("deepspeed", "huggingface"), ("deepspeed", "megatron")}
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("versions",),
+    ("versions", "hardware"),
     ("layout", "flags"),
     ("config",),
     ("arguments",),
     ("model",),
     ("observe", "meter", "collectives", "masks", "replicated", "head_norm"),
-    ("kernels", "exchanges"),
+    ("kernels", "exchanges", "caches"),
     ("attention", "parallel_state", "patching", "needs"),
     ("checkpoint",),
     HOSTS,
@@ -50,7 +50,7 @@ ALGORITHMS = BELOW_HOSTS - {"parallel_state", "versions"}
 GLOBALS = {"WORLD", "get_rank", "get_world_size", "is_initialized", "_get_default_group", "environ"}
 # What calls of collectives begin with, `collective` being a variable that holds one.
 COLLECTIVES = ("dist.", "_all_gather", "_reduce_scatter", "collective")
-WITHOUT_TORCH = {"errors", "layout", "config", "arguments"}
+WITHOUT_TORCH = {"errors", "hardware", "layout", "config", "arguments"}
 
 
 def modules() -> dict[str, ast.Module]:

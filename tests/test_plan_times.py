@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from helix_megatron.errors import divisors
+from helix_megatron.hardware import CHIPS, COLLECTIVE_MICROSECONDS, COLLECTIVE_SIZES
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.collective_time import (
     Group,
@@ -15,7 +16,6 @@ from helix_megatron.plan.collective_time import (
     point_to_point_seconds,
     sent_bytes,
 )
-from helix_megatron.plan.constants import CHIPS, COLLECTIVE_MICROSECONDS, COLLECTIVE_SIZES
 from helix_megatron.plan.roofline import (
     AttentionWork,
     attention_seconds,

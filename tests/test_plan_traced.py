@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from helix_megatron.bench.traffic_layer import Layer
-from helix_megatron.exchanges.choice import EXACT
+from helix_megatron.exchanges import EXACT
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.launch_commands import layout_words, model_words
 from helix_megatron.plan.layouts import Layout

@@ -236,7 +236,7 @@ def test_validation_loss_is_the_same_at_every_layout(pool):
 def test_metrics_tell_the_traffic(pool):
     """Bytes per token in attention are those of the exchange's formula, forward and backward, per layer."""
     from helix_megatron.exchanges import choose
-    from helix_megatron.exchanges.choice import CPU
+    from helix_megatron.hardware import CPU
 
     flags = f"{SIZE} --train-iters 2 {TP} 4 {HELIX} 2 --log-communication-time total"
     settings = validate(parse_args(flags.split()), 4)

@@ -8,7 +8,7 @@ from helix_megatron.bench.timing import Samples
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.exchanges import AttentionShape, Exchange, choose
-from helix_megatron.exchanges.choice import CPU
+from helix_megatron.hardware import CPU
 from helix_megatron.layout import HeadLayout
 
 ELEMENT_SIZES = {"fp32": 4, "bf16": 2}

@@ -15,9 +15,9 @@ from typing import Any
 from helix_megatron.bench.report import table, write_json
 from helix_megatron.bench.spawn import hide_gpus, launched_ranks, run_on_ranks
 from helix_megatron.bench.timing import Samples, Spread, compare
+from helix_megatron.caches import NAMES, DecodeShape, cache_layout
 from helix_megatron.config import QUERY_LAYOUTS, HelixConfig
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.inference.cache_layouts import NAMES, DecodeShape, cache_layout
 from helix_megatron.layout import HeadLayout
 
 NAME = "decode"

@@ -17,8 +17,8 @@ from torch import Tensor
 from helix_megatron import parallel_state
 from helix_megatron.bench.decode import CONTESTANTS, STOCK, STOCK_PAGED, DecodeCase, Measured
 from helix_megatron.bench.timing import interleaved
+from helix_megatron.caches.pages import PageBook
 from helix_megatron.errors import HelixError
-from helix_megatron.inference.pages import PageBook
 from helix_megatron.inference.runner import Runner, make_book
 from helix_megatron.inference.step import Piece, StepPlan
 from helix_megatron.layout import HeadLayout

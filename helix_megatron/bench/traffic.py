@@ -17,8 +17,8 @@ from helix_megatron.bench.spawn import hide_gpus, launched_ranks
 from helix_megatron.bench.traffic_layer import Layer
 from helix_megatron.config import EXCHANGES
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.exchanges import choose
-from helix_megatron.exchanges.choice import EXACT, GPU
+from helix_megatron.exchanges import EXACT, choose
+from helix_megatron.hardware import GPU
 
 NAME = "traffic"
 HELP = (

@@ -5,30 +5,20 @@
 
 from __future__ import annotations
 
-from helix_megatron.exchanges.all_to_all_batch import AllToAllBatch
-from helix_megatron.exchanges.all_to_all_heads import AllToAllHeads
-from helix_megatron.exchanges.all_to_all_sequence import AllToAllSequence
-from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalInputs
-from helix_megatron.exchanges.choice import Candidate, Machine, candidates, choose, explain
-from helix_megatron.exchanges.gather_kv import GatherKV
-from helix_megatron.exchanges.gather_qk import GatherQK
-from helix_megatron.exchanges.none import NoExchange
-from helix_megatron.exchanges.score_reduce import ScoreReduce
+from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalInputs, sent_bytes
+from helix_megatron.exchanges.choice import Candidate, candidates, choose, explain
+from helix_megatron.exchanges.registry import COSTS, EXACT, NO_EXCHANGE
 
 __all__ = [
-    "AllToAllBatch",
-    "AllToAllHeads",
-    "AllToAllSequence",
+    "COSTS",
+    "EXACT",
+    "NO_EXCHANGE",
     "AttentionShape",
     "Candidate",
     "Exchange",
-    "GatherKV",
-    "GatherQK",
     "LocalInputs",
-    "Machine",
-    "NoExchange",
-    "ScoreReduce",
     "candidates",
     "choose",
     "explain",
+    "sent_bytes",
 ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalInputs
+from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalHeads, LocalInputs
+from helix_megatron.layout import HeadLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +33,12 @@ class AllToAllBatch(Exchange):
         k_and_v = shape.segment_bytes(shape.key_length, 2 * layout.group_kv_heads)
         return (layout.segments - 1) * (q_and_o + k_and_v) // layout.segments
 
-    def flops(self, shape: AttentionShape) -> int:
-        layout = shape.layout
-        return shape.flops(layout.group_heads / layout.segments, layout.head_dim, layout.head_dim)
+    def local_heads(self, layout: HeadLayout) -> LocalHeads:
+        m = (
+            layout.segments
+        )  # all heads of 1/m of the sequences cost what 1/m of the heads of all do
+        dim = layout.head_dim
+        return LocalHeads(layout.group_heads / m, layout.group_kv_heads / m, dim, dim)
 
     def messages(self, shape: AttentionShape) -> int:
         return 2 if shape.query_length == shape.key_length else 3

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalInputs
-from helix_megatron.exchanges.gather_kv import gather_needed_kv, kv_gather_bytes, match_heads
+from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalHeads, LocalInputs
+from helix_megatron.exchanges.gather_kv import (
+    gather_needed_kv,
+    kv_gather_bytes,
+    match_heads,
+    whole_local_heads,
+)
+from helix_megatron.layout import HeadLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +39,8 @@ class AllToAllHeads(Exchange):
         q_and_o = 2 * (m - 1) * shape.segment_bytes(shape.query_length, layout.group_heads) // m
         return q_and_o + kv_gather_bytes(shape)
 
-    def flops(self, shape: AttentionShape) -> int:
-        layout = shape.layout
-        return shape.flops(layout.group_heads // layout.segments, layout.head_dim, layout.head_dim)
+    def local_heads(self, layout: HeadLayout) -> LocalHeads:
+        return whole_local_heads(layout)
 
     def messages(self, shape: AttentionShape) -> int:
         return 3

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalInputs
+from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalHeads, LocalInputs
+from helix_megatron.layout import HeadLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +36,9 @@ class AllToAllSequence(Exchange):
         k_and_v = (m - 1) * shape.segment_bytes(shape.key_length, 2 * layout.group_kv_heads)
         return q_and_o + k_and_v
 
-    def flops(self, shape: AttentionShape) -> int:
-        layout = shape.layout
-        return shape.flops(layout.group_heads / layout.segments, layout.head_dim, layout.head_dim)
+    def local_heads(self, layout: HeadLayout) -> LocalHeads:
+        dim = layout.head_dim  # all heads of 1/m of the queries, and of all keys
+        return LocalHeads(layout.group_heads / layout.segments, layout.group_kv_heads, dim, dim)
 
     def messages(self, shape: AttentionShape) -> int:
         return 3

@@ -10,6 +10,7 @@ they run, so that a planner can ask for costs without it.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
     from helix_megatron.masks import AttentionMask
 
 
+def sent_bytes(kind: str, size: float, ranks: int) -> float:
+    """Bytes that one rank sends in a collective with the usual bandwidth-optimal algorithm.
+
+    Sizes as nccl-tests counts them: an all-gather's whole output, the whole input of a reduce-scatter or an
+    all-to-all, the tensor of an all-reduce.
+    """
+    share = (ranks - 1) / ranks
+    return 2 * share * size if kind == "all-reduce" else share * size
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """All that decides whether an exchange fits and what it costs.
@@ -44,7 +55,7 @@ class AttentionShape:
     window: tuple[int, int] | None = None
     masked: bool = False
 
-    @property
+    @functools.cached_property
     def visible_pairs(self) -> int:
         """(query, key) pairs of one head of one sequence that causality and window show."""
         first = self.key_length - self.query_length
@@ -98,20 +109,34 @@ class LocalInputs:
         return self.q.size(0) == self.k.size(0)
 
 
-class Exchange(ABC):
-    """One way for the m ranks of a head group to compute exact attention together."""
+@dataclass(frozen=True)
+class LocalHeads:
+    """What one rank's kernel computes: query heads, key-value heads, dimensions of queries and of values.
+
+    Heads are fractions where a rank has all heads of a part of the sequences or queries.
+    """
+
+    heads: float
+    kv_heads: float
+    query_dim: int
+    value_dim: int
+
+
+class AttentionCost(ABC):
+    """What attention costs one rank.
+
+    collective: how most of the bytes move. fusible: whether a fused kernel can compute what is left.
+    output_in_order: whether the kernel's output is, for one sequence, already in the order that the projection
+    reads.
+    """
 
     name: ClassVar[str]
-    summary: ClassVar[str]
-    query_layout: ClassVar[QueryLayout] = "segments"
+    collective: ClassVar[str] = "all-to-all"
+    fusible: ClassVar[bool] = True
+    output_in_order: ClassVar[bool] = False
 
     def supports(self, shape: AttentionShape) -> str:
-        """Empty if this exchange can run that shape; else why not, as a clause."""
-        if shape.layout.query_layout != self.query_layout:
-            return f"it needs query layout {self.query_layout}, and this is {shape.layout.query_layout}"
-        return self._fits(shape)
-
-    def _fits(self, shape: AttentionShape) -> str:
+        """Empty if that shape can run; else why not, as a clause."""
         return ""
 
     @abstractmethod
@@ -119,8 +144,15 @@ class Exchange(ABC):
         """Bytes that one rank sends in the forward pass of one layer."""
 
     @abstractmethod
+    def local_heads(self, layout: HeadLayout) -> LocalHeads:
+        """What one rank's kernel computes."""
+
     def flops(self, shape: AttentionShape) -> int:
         """FLOPs of one rank's local attention in the forward pass of one layer."""
+        local = self.local_heads(shape.layout)
+        # Scores that are written are computed for every pair, whatever the mask hides.
+        pairs = shape.query_length * shape.key_length if self.score_bytes(shape) else None
+        return shape.flops(local.heads, local.query_dim, local.value_dim, pairs)
 
     def messages(self, shape: AttentionShape) -> int:
         """Collectives that one rank takes part in, in the forward pass of one layer."""
@@ -129,6 +161,21 @@ class Exchange(ABC):
     def score_bytes(self, shape: AttentionShape) -> int:
         """Bytes of attention scores that are written to memory; 0 where a fused kernel can be used."""
         return 0
+
+
+class Exchange(AttentionCost):
+    """One way for the m ranks of a head group to compute exact attention together."""
+
+    summary: ClassVar[str]
+    query_layout: ClassVar[QueryLayout] = "segments"
+
+    def supports(self, shape: AttentionShape) -> str:
+        if shape.layout.query_layout != self.query_layout:
+            return f"it needs query layout {self.query_layout}, and this is {shape.layout.query_layout}"
+        return self._fits(shape)
+
+    def _fits(self, shape: AttentionShape) -> str:
+        return ""
 
     @abstractmethod
     def run(self, inputs: LocalInputs) -> Tensor:

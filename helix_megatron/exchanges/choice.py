@@ -6,49 +6,9 @@ import functools
 from dataclasses import dataclass
 
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.exchanges.all_to_all_batch import AllToAllBatch
-from helix_megatron.exchanges.all_to_all_heads import AllToAllHeads
-from helix_megatron.exchanges.all_to_all_sequence import AllToAllSequence
 from helix_megatron.exchanges.base import AttentionShape, Exchange
-from helix_megatron.exchanges.gather_kv import GatherKV
-from helix_megatron.exchanges.gather_qk import GatherQK
-from helix_megatron.exchanges.score_reduce import ScoreReduce
-
-EXACT: tuple[Exchange, ...] = (
-    GatherKV(),
-    AllToAllBatch(),
-    AllToAllSequence(),
-    AllToAllHeads(),
-    GatherQK(),
-    ScoreReduce(),
-)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The constants of the roofline, in FLOP/s, byte/s and seconds.
-
-    `fused_head_dim` is the widest head of the fused attention kernels: wider heads write their scores to
-    memory, as an unfused softmax does.
-    """
-
-    name: str
-    flops: float
-    bandwidth: float
-    latency: float
-    memory_bandwidth: float
-    fused_head_dim: int
-
-
-# H100 SXM: fused causal attention reaches about 400 TFLOP/s in bf16 (FlashAttention-3, arXiv 2407.08608,
-# fig. 5: head_dim 128, forward, sequence 2k); NVLink 4 moves 450 GB/s in each direction, of which NCCL
-# sustains about 350; 3.35 TB/s HBM3 (NVIDIA H100 data sheet).
-GPU = Machine("gpu", 400e12, 350e9, 10e-6, 3.35e12, 256)
-# One CPU core with torch's attention over gloo on loopback: orders of magnitude only.
-CPU = Machine("cpu", 30e9, 1e9, 100e-6, 10e9, 1 << 30)
-MACHINES = {"cuda": GPU, "cpu": CPU}
-
-SCORE_PASSES = 6  # an unfused softmax writes or reads each score about this often, forward
+from helix_megatron.exchanges.registry import EXACT
+from helix_megatron.hardware import GPU, SCORE_PASSES, Machine
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalInputs
+from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalHeads, LocalInputs
 from helix_megatron.layout import HeadLayout, QueryLayout
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ class GatherKV(Exchange):
     name = "gather-kv"
     summary = "all-gather the segments of keys and values; queries are whole heads"
     query_layout: ClassVar[QueryLayout] = "heads"
+    collective = "all-gather"
+    output_in_order = True
 
     def bytes(self, shape: AttentionShape) -> int:
         return kv_gather_bytes(shape)
 
-    def flops(self, shape: AttentionShape) -> int:
-        heads, dim = shape.layout.rank_query_shape
-        return shape.flops(heads, dim, dim)
+    def local_heads(self, layout: HeadLayout) -> LocalHeads:
+        return whole_local_heads(layout)
 
     def messages(self, shape: AttentionShape) -> int:
         return 1
@@ -56,6 +57,14 @@ def kv_heads_received(layout: HeadLayout) -> int:
     needs = [layout.kv_heads_needed(member) for member in range(layout.segments)]
     sizes = {len(need) for need in needs}
     return sizes.pop() if len(sizes) == 1 else layout.group_kv_heads
+
+
+def whole_local_heads(layout: HeadLayout) -> LocalHeads:
+    """Whole query heads, 1/m of the group's, and the key-value heads that they need."""
+    kv_heads = max(1.0, layout.group_kv_heads / layout.segments)
+    return LocalHeads(
+        layout.group_heads / layout.segments, kv_heads, layout.head_dim, layout.head_dim
+    )
 
 
 def kv_gather_bytes(shape: AttentionShape) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalInputs
+from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalHeads, LocalInputs
+from helix_megatron.layout import HeadLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 class GatherQK(Exchange):
     name = "gather-qk"
     summary = "all-gather the segments of queries and keys; values stay cut"
+    collective = "all-gather"
+    fusible = False  # torch's kernels need values as wide as keys
 
     def bytes(self, shape: AttentionShape) -> int:
         layout = shape.layout
@@ -25,9 +28,9 @@ class GatherQK(Exchange):
         k = shape.segment_bytes(shape.key_length, layout.group_kv_heads)
         return (layout.segments - 1) * (q + k)
 
-    def flops(self, shape: AttentionShape) -> int:
-        layout = shape.layout
-        return shape.flops(layout.group_heads, layout.head_dim, layout.segment_dim)
+    def local_heads(self, layout: HeadLayout) -> LocalHeads:
+        heads, kv_heads = layout.group_heads, layout.group_kv_heads
+        return LocalHeads(heads, kv_heads, layout.head_dim, layout.segment_dim)
 
     def messages(self, shape: AttentionShape) -> int:
         return 1 if shape.query_length == shape.key_length else 2

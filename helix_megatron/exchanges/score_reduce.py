@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalInputs
+from helix_megatron.exchanges.base import AttentionShape, Exchange, LocalHeads, LocalInputs
+from helix_megatron.layout import HeadLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,15 +20,16 @@ if TYPE_CHECKING:
 class ScoreReduce(Exchange):
     name = "score-reduce"
     summary = "all-reduce partial scores in fp32; no fused kernel"
+    collective = "all-reduce"
+    fusible = False  # no kernel can stop before its softmax
 
     def bytes(self, shape: AttentionShape) -> int:
         m = shape.layout.segments
         return 2 * (m - 1) * self.score_bytes(shape) // m
 
-    def flops(self, shape: AttentionShape) -> int:
-        layout = shape.layout
-        pairs = shape.query_length * shape.key_length
-        return shape.flops(layout.group_heads, layout.segment_dim, layout.segment_dim, pairs)
+    def local_heads(self, layout: HeadLayout) -> LocalHeads:
+        dim = layout.segment_dim
+        return LocalHeads(layout.group_heads, layout.group_kv_heads, dim, dim)
 
     def messages(self, shape: AttentionShape) -> int:
         return 1

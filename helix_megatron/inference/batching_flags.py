@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from helix_megatron.caches import NAMES
 from helix_megatron.flags import add_flags, check_values, setting, values_of
-from helix_megatron.inference.cache_layouts import NAMES
 
 MOST_NUMBER = 2**31 - 1
 

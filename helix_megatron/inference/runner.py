@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from helix_megatron import parallel_state
+from helix_megatron.caches import cache_layout
+from helix_megatron.caches.attention import LocalAttention, StepAttention
+from helix_megatron.caches.paged import PagedCache
+from helix_megatron.caches.pages import PageBook
 from helix_megatron.errors import HelixError
-from helix_megatron.inference.attention import EXECUTORS, LocalAttention, StepAttention
-from helix_megatron.inference.cache_layouts import cache_layout
 from helix_megatron.inference.layer import PagedSelfAttention
-from helix_megatron.inference.paged import PagedCache
-from helix_megatron.inference.pages import PageBook
 from helix_megatron.inference.step import StepPlan
 from helix_megatron.layout import HeadLayout
 from helix_megatron.observe import purpose
@@ -78,8 +78,8 @@ class Runner:
             self.dtype,
             self.device,
         )
-        kind: type[StepAttention] = LocalAttention if local else EXECUTORS[cache]
-        self.attention = kind(layout, head_group, self.book, self.cache)
+        attention_of = LocalAttention if local else cache_layout(cache).attention
+        self.attention: StepAttention = attention_of(layout, head_group, self.book, self.cache)
         for index, layer in enumerate(model.decoder.layers):
             layer.self_attention = PagedSelfAttention(layer.self_attention, index, self.attention)
         self._rotary = self._rotary_table(max_context)

@@ -10,12 +10,16 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from helix_megatron.caches import (
+    DecodeShape,
+    cache_layout,
+    choose_cache_layout,
+    explain_cache_layout,
+)
 from helix_megatron.errors import HelixError
-from helix_megatron.exchanges.choice import MACHINES
+from helix_megatron.hardware import MACHINES
 from helix_megatron.inference.arguments import InferenceConfig
 from helix_megatron.inference.batching_flags import EngineOptions
-from helix_megatron.inference.cache_layouts import DecodeShape, cache_layout
-from helix_megatron.inference.choice import choose_cache_layout, explain_cache_layout
 from helix_megatron.inference.engine import Engine
 from helix_megatron.inference.load import TORCH_DTYPES, inference_groups, load_model
 from helix_megatron.inference.request import Capacity

@@ -7,37 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from helix_megatron.caches.pages import Piece
+
 if TYPE_CHECKING:
     from torch import device
     from torch.distributed import ProcessGroup
 
 INLINE = 1024  # numbers that travel with the first message; a longer step needs a second one
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive tokens of one sequence.
-
-    Args:
-        sequence: the number of the sequence.
-        start: the position of the first token; 0 begins the sequence.
-        tokens: the token ids, int64 [count], at least one.
-        member: the rank that keeps the sequence's first block, the same in every head group.
-        expected: how many positions the sequence may come to have.
-        wanted: whether the logits after the last token are wanted.
-    """
-
-    sequence: int
-    start: int
-    tokens: np.ndarray
-    member: int
-    expected: int
-    wanted: bool
-
-    @property
-    def stop(self) -> int:
-        """Position after the last token."""
-        return self.start + len(self.tokens)
 
 
 @dataclass(frozen=True)

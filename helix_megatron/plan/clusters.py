@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.plan.constants import (
+from helix_megatron.hardware import (
     CHIPS,
     HDR,
     HDR_HALF,
+    LOOPBACK,
     NDR,
     NDR_HALF,
     NVLINK3,
@@ -252,7 +253,7 @@ def local_cluster() -> Cluster:
     cores = os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     chip = dataclasses.replace(CHIPS["cpu"], memory=memory / cores)
-    return Cluster(LOCAL, chip, cores, "loopback", 1e9, "loopback", 1e9, chip.source, gpus=None)
+    return Cluster(LOCAL, chip, cores, *LOOPBACK, *LOOPBACK, chip.source, gpus=None)
 
 
 def _local_gpus(found: list[tuple[str, str]]) -> Cluster:

@@ -11,8 +11,8 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
-from helix_megatron.plan.clusters import Cluster
-from helix_megatron.plan.constants import (
+from helix_megatron.exchanges import sent_bytes
+from helix_megatron.hardware import (
     COLLECTIVE_MICROSECONDS,
     COLLECTIVE_SIZES,
     LATENCY_PER_DOUBLING,
@@ -21,6 +21,7 @@ from helix_megatron.plan.constants import (
     POINT_TO_POINT_LATENCY,
     TABLE_LINK_BANDWIDTH,
 )
+from helix_megatron.plan.clusters import Cluster
 
 MEASURED_RANKS = tuple(COLLECTIVE_MICROSECONDS["all-gather"])
 _SIZES = tuple(math.log(size) for size in COLLECTIVE_SIZES)
@@ -62,12 +63,6 @@ def _spread(ranks: int, stride: int, domain: int, gpus: int | None) -> tuple[int
             held = Counter((first + k * stride) // domain for k in range(ranks))
             fewest, most = min(fewest, *held.values()), max(most, len(held))
     return fewest, most
-
-
-def sent_bytes(kind: str, size: float, ranks: int) -> float:
-    """Bytes that one rank sends with the usual bandwidth-optimal algorithm."""
-    share = (ranks - 1) / ranks
-    return 2 * share * size if kind == "all-reduce" else share * size
 
 
 @functools.lru_cache(maxsize=65536)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from helix_megatron.caches import NAMES
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, divisors, exit_on_error, listed
-from helix_megatron.exchanges.choice import EXACT
+from helix_megatron.exchanges import EXACT
 from helix_megatron.plan.clusters import CLUSTERS, LOCAL, cluster_of
-from helix_megatron.plan.inference import CACHES
 from helix_megatron.plan.memory import RECOMPUTE
 from helix_megatron.plan.models import ModelSpec, model_of, model_of_arguments
 from helix_megatron.plan.presets import PRESETS
@@ -75,7 +75,7 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     add("--helix-exchange", choices=[e.name for e in EXACT], help="the exchange")
     add("--helix-query-layout", choices=("heads", "segments"), help="the query layout")
     add("--recompute-granularity", choices=RECOMPUTE, help="recomputation")
-    add("--cache", choices=CACHES, help="decode: where a head group keeps keys and values")
+    add("--cache", choices=NAMES, help="decode: where a head group keeps keys and values")
     add("--max-tensor-parallel", type=int, metavar="P", help="widest TP (default: four domains)")
     return parser
 

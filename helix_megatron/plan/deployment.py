@@ -118,7 +118,7 @@ def cuts(plan: Plan, layout: Layout) -> Iterator[dict[str, Any]]:
 
 
 def _refusal(plan: Plan, layout: Layout, m: int) -> str:
-    wanted, last = layout._replace(segments=m), ("exchange", "cache layout")  # one of several
+    wanted, last = layout._replace(segments=m), ("exchange",)  # one of several
     for rejected in sorted(plan.rejected, key=lambda r: r.kind in last):
         cuts_heads = any(name == "segments" for name, _ in rejected.sizes)
         if cuts_heads and rejected.explains(wanted, "tp", "segments", "pp", "cp", "dp"):

@@ -1,9 +1,7 @@
 """Prefill and decode: seconds until the first token, seconds of a token, and the key-value cache.
 
-Cache layouts over the m ranks of a head group, in decode: `batch` keeps whole heads of 1/m of the sequences
-(Pope et al., arXiv 2211.05102), `sequence` whole heads of 1/m of the positions (Helix parallelism, arXiv
-2507.07120), `segment` segments of all. None of them stores a head twice; stock megatron-core with more ranks
-than key-value heads does (`heads`).
+The cache layouts over the m ranks of a head group (`helix_megatron.caches`) state what they send and read. None
+of them stores a head twice; stock megatron-core with more ranks than key-value heads does.
 """
 
 from __future__ import annotations
@@ -13,10 +11,11 @@ import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from helix_megatron.caches import NAMES, DecodeShape, cache_layout
+from helix_megatron.hardware import ATTENTION_CURVE
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.collective_time import collective_seconds, point_to_point_seconds
-from helix_megatron.plan.constants import ATTENTION_CURVE
-from helix_megatron.plan.layouts import Layout, strip
+from helix_megatron.plan.layouts import Layout, head_layout, strip
 from helix_megatron.plan.memory import Memory, expert_weights, rank_weights
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.operators import layer_kinds
@@ -27,8 +26,6 @@ from helix_megatron.plan.settings import Job, Software
 from helix_megatron.plan.steps import FORWARD, Recorder, Step
 from helix_megatron.plan.traffic import Traffic, layer_traffic, traffic_of
 
-CACHES = ("batch", "sequence", "segment")
-
 
 @functools.lru_cache(maxsize=64)
 def inference_software(software: Software) -> Software:
@@ -36,31 +33,26 @@ def inference_software(software: Software) -> Software:
     return dataclasses.replace(software, fused_head_dim=max(ATTENTION_CURVE), dropout=False)
 
 
-def cache_refusal(layout: Layout) -> str:
-    """Why a cache layout does not fit; empty if it does."""
-    if layout.cache == "batch" and layout.micro_batch % layout.segments:
-        return (
-            f"cache layout batch deals {layout.micro_batch} sequences to {layout.segments} ranks; they must "
-            "be a multiple"
-        )
-    return ""
-
-
 def cache_bytes(
-    model: ModelSpec, layout: Layout, sequences: float, context: int, element: int
+    model: ModelSpec, layout: Layout, sequences: int, context: int, element: int
 ) -> float:
     """Bytes of keys and values of one layer on one rank."""
-    heads = model.num_kv_heads / layout.tp
-    if layout.segments == 1:
-        heads = max(1.0, heads)  # stock: a copy on every rank that has query heads of it
-    return 2 * sequences * context * heads * model.head_dim * element
+    if layout.segments > 1:
+        heads = head_layout(model, layout.tp, layout.segments, layout.query_layout)
+        shape = DecodeShape(heads, sequences, context, element)
+        if layout.cache in NAMES:
+            return cache_layout(layout.cache).read_bytes(shape)
+        return shape.cache_bytes() / layout.segments
+    # Stock: a copy on every rank that has query heads of it.
+    kv_heads = max(1.0, model.num_kv_heads / layout.tp)
+    return 2 * sequences * context * kv_heads * model.head_dim * element
 
 
 def inference_memory(model: ModelSpec, layout: Layout, job: Job, software: Software) -> Memory:
     """Weights, the cache of all sequences of a replica, and the work space of a micro-batch."""
     weights = (rank_weights(model, layout) + expert_weights(model, layout)) * software.weight_bytes
     layers = model.num_layers / layout.pp
-    sequences = job.global_batch / layout.dp
+    sequences = job.global_batch // layout.dp
     cache = layers * cache_bytes(model, layout, sequences, job.sequence, software.element)
     cache /= layout.cp
     tokens = layout.micro_batch * (job.sequence / layout.cp if job.task == "prefill" else 1)
@@ -285,37 +277,24 @@ def decode_steps(
 
 
 def _decode_attention(record: Recorder, model: ModelSpec, layout: Layout, context: int) -> None:
-    element, m, n = record.element, layout.segments, layout.head_groups
-    rows, group = layout.micro_batch, layout.head_group
-    # Bytes of a segment of one head, divided by n: all heads are n times those of this group.
-    segment = rows * model.head_dim / m * element / n
-    queries, keys = segment * model.num_heads, segment * model.num_kv_heads
-    read = cache_bytes(model, layout, rows, context, element)
-    scores = 0.0
-
-    def fastest(name: str, ways: dict[str, float]) -> None:
-        """The collective that is faster: an all-gather sends more, and small messages travel sooner."""
-        kind = min(ways, key=lambda k: collective_seconds(record.cluster, k, ways[k], group))
-        record.collective(name, FORWARD, kind, ways[kind], group, "exchange")
-
-    def swap(name: str, size: float) -> None:
-        """Every rank gets its part of `size` bytes of each."""
-        fastest(name, {"all-to-all": size, "all-gather": m * size})
-
-    if m > 1 and layout.cache == "batch":
-        swap("segments to sequences", queries + 2 * keys)
-        swap("sequences to segments", queries)
-    elif m > 1 and layout.cache == "sequence":
-        spread = {"all-to-all": m * queries + 2 * keys, "all-gather": m * (queries + 2 * keys)}
-        fastest("whole queries, new keys, values", spread)
-        swap("partial outputs", m * queries * 4 / element)
-    elif m > 1:
-        scores = rows * model.num_heads / n * context * 4
-        record.collective("partial scores", FORWARD, "all-reduce", scores, group, "exchange")
-    seconds = decode_seconds(record.chip, read, scores)
+    rows, group, scores = layout.micro_batch, layout.head_group, 0.0
+    read = cache_bytes(model, layout, rows, context, record.element)
+    if layout.segments > 1:
+        heads = head_layout(model, layout.tp, layout.segments, layout.query_layout)
+        shape, cache = DecodeShape(heads, rows, context, record.element), cache_layout(layout.cache)
+        scores = cache.score_bytes(shape)
+        for step in cache.collectives(shape):
+            # The faster one: an all-gather sends more, and small messages travel sooner by it.
+            ways = {step.kind: step.size} | ({"all-gather": step.gathered} if step.gathered else {})
+            seconds = {k: collective_seconds(record.cluster, k, ways[k], group) for k in ways}
+            kind = min(ways, key=seconds.__getitem__)
+            record.collective(step.name, FORWARD, kind, ways[kind], group, "exchange")
     flops = 4.0 * rows * model.num_heads * model.head_dim * context / layout.tp
     text = f"{rows} sequences, cache {layout.cache}, {read / 1e6:.1f} MB"
-    record.steps.append(Step("core attention", FORWARD, "attention", text, flops, read, seconds))
+    seconds_of_cache = decode_seconds(record.chip, read, scores)
+    record.steps.append(
+        Step("core attention", FORWARD, "attention", text, flops, read, seconds_of_cache)
+    )
 
 
 def _decode_experts(record: Recorder, model: ModelSpec, layout: Layout, gemm: Any) -> None:

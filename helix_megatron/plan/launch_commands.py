@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from helix_megatron.arguments import FLAGS
+from helix_megatron.exchanges import NO_EXCHANGE
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec
@@ -62,7 +63,7 @@ def _parallel_words(model: ModelSpec, layout: Layout) -> list[str]:
     if layout.segments > 1:
         words += [FLAGS["intra_head_parallel_size"], str(layout.segments)]
         words += [FLAGS["query_layout"], layout.query_layout]
-        if layout.exchange != "none":
+        if layout.exchange != NO_EXCHANGE.name:
             words += [FLAGS["exchange"], layout.exchange]
     if layout.pp > 1:
         words += ["--pipeline-model-parallel-size", str(layout.pp)]

@@ -6,14 +6,10 @@ import functools
 from typing import NamedTuple
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.exchanges import AttentionShape
+from helix_megatron.exchanges import NO_EXCHANGE, AttentionShape
 from helix_megatron.layout import HeadLayout
 from helix_megatron.plan.collective_time import Group
 from helix_megatron.plan.models import ModelSpec
-
-# What no fused kernel computes: torch's needs values as wide as keys (gather-qk), and none can stop before its
-# softmax (score-reduce).
-UNFUSED_EXCHANGES = ("gather-qk", "score-reduce")
 
 
 class Layout(NamedTuple):
@@ -33,7 +29,7 @@ class Layout(NamedTuple):
     vp: int = 1
     segments: int = 1
     query_layout: str = "segments"
-    exchange: str = "none"
+    exchange: str = NO_EXCHANGE.name
     micro_batch: int = 1
     sequence_parallel: bool = False
     recompute: str = "none"
@@ -89,7 +85,7 @@ class Layout(NamedTuple):
         """The configuration that runs it."""
         if self.segments == 1:
             return HelixConfig()
-        if self.exchange == "none":  # decode: the caches decide
+        if self.exchange == NO_EXCHANGE.name:  # decode: the caches decide
             return HelixConfig(self.segments)
         return HelixConfig(self.segments, exchange=self.exchange, query_layout=self.query_layout)
 

@@ -7,8 +7,9 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from helix_megatron.plan.constants import FRAMEWORK_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
-from helix_megatron.plan.layouts import UNFUSED_EXCHANGES, Layout, strip
+from helix_megatron.exchanges import COSTS
+from helix_megatron.hardware import FRAMEWORK_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
+from helix_megatron.plan.layouts import Layout, attention_shape, strip
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.settings import Job, Software
 
@@ -227,7 +228,7 @@ def layer_activations(
         work += hidden * model.ffn_hidden_size / layout.tp * element
     work = max(work, scores - inner)
     # The kernel's output for one sequence is already in the order that linear_proj reads.
-    in_order = layout.exchange in ("none", "gather-kv") and layout.micro_batch == 1
+    in_order = COSTS[layout.exchange].output_in_order and layout.micro_batch == 1
     copied = 0.0 if in_order else width * product
     return LayerActivations(norms + core + copied + inner, core, work)
 
@@ -250,39 +251,29 @@ def _core_attention(
 ) -> tuple[float, float]:
     """(bytes that core attention keeps, work space for its scores where they are written)."""
     element, m = software.element, layout.segments
-    width = tokens * model.num_heads * model.head_dim / layout.tp  # query elements of one rank
-    groups = tokens * model.num_kv_heads * model.head_dim  # key elements of all heads
-    own_kv = groups / min(layout.tp, model.num_kv_heads if m == 1 else layout.tp)
-    times = {"all-to-all-sequence": m, "gather-kv": m, "all-to-all-heads": m}.get(
-        layout.exchange, 1
-    )
-    queries, keys, values = width, own_kv * times, own_kv * times
-    if layout.exchange in ("gather-kv", "all-to-all-heads"):
-        # A rank keeps the key-value heads that its own query heads need.
-        needed = max(1.0, model.num_heads / layout.tp * model.num_kv_heads / model.num_heads)
-        keys = values = tokens * needed * model.head_dim
-    if layout.exchange == "gather-qk":
-        queries, keys = m * queries, m * keys
+    cut = (layout.tp, m, layout.query_layout, layout.micro_batch)
+    shape = attention_shape(model, *cut, job.sequence, job.sequence, element, None)
+    cost = COSTS[layout.exchange]
+    local, writes_scores = cost.local_heads(shape.layout), cost.score_bytes(shape) > 0
+    queries = tokens * local.heads * local.query_dim
+    keys, values = (tokens * local.kv_heads * dim for dim in (local.query_dim, local.value_dim))
+    width = tokens * model.num_heads * model.head_dim / layout.tp  # output elements of one rank
     size = (queries + keys + values + width) * element
     if model.rotary != "none":  # tables of sine and cosine in the precision of queries and keys
         dims = model.rotary_dim / (m if layout.query_layout == "segments" else 1)
         size += 2 * job.sequence / layout.cp * (dims + model.rotary_dim / m) * element
-    heads = (
-        model.num_heads / layout.tp * (m if layout.exchange in ("gather-qk", "score-reduce") else 1)
-    )
-    pairs = layout.micro_batch * heads * job.sequence**2 / layout.cp
-    head_dim = model.head_dim / (m if layout.exchange == "none" else 1)
+    pairs = layout.micro_batch * local.heads * job.sequence**2 / layout.cp
     if model.rotary != "none" and m == 1:
         size += (queries + keys) * element  # values are a view of all that linear_qkv has written
-    if head_dim <= software.widest and layout.exchange not in UNFUSED_EXCHANGES:
-        return size + 4 * tokens * heads, 0.0
+    if local.query_dim <= software.widest and cost.fusible:
+        return size + 4 * tokens * local.heads, 0.0
     dropped = pairs if software.dropout else 0.0
-    if layout.exchange == "gather-qk" or (m > 1 and layout.exchange != "score-reduce"):
+    if m > 1 and not writes_scores:
         # torch's own attention without a fused kernel: everything in fp32.
         return size + pairs * 4 + (queries + keys + values) * (4 - element) + dropped, pairs * 8
     # Probabilities in fp32 and in 16 bits, and the mask that hides the future, a byte for each pair.
     size += pairs * (4 + element) + job.sequence**2 / layout.cp + dropped
-    if layout.exchange == "score-reduce":
+    if writes_scores:
         return size + (queries + keys) * (4 - element), pairs * 14
     return size, pairs * 8
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 
-from helix_megatron.exchanges.base import AttentionShape, Exchange
-from helix_megatron.exchanges.choice import EXACT
-from helix_megatron.exchanges.none import NoExchange
+from helix_megatron.exchanges import COSTS, NO_EXCHANGE, AttentionShape
+from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS
 from helix_megatron.plan.clusters import Cluster
-from helix_megatron.plan.constants import ATTENTION_BACKWARD_FLOPS
-from helix_megatron.plan.layouts import UNFUSED_EXCHANGES, Layout, attention_shape, strip
+from helix_megatron.plan.layouts import Layout, attention_shape, strip
 from helix_megatron.plan.linears import (
     cast,
     column_parallel,
@@ -27,26 +25,6 @@ from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.roofline import AttentionWork, attention_seconds
 from helix_megatron.plan.settings import Software
 from helix_megatron.plan.steps import BACKWARD, FORWARD, Recorder, Step
-
-EXCHANGES: dict[str, Exchange] = {e.name: e for e in (*EXACT, NoExchange())}
-# What each exchange's collectives are; all-to-all is what most of them move by.
-COLLECTIVE_OF = {"score-reduce": "all-reduce", "gather-qk": "all-gather", "gather-kv": "all-gather"}
-
-
-@functools.lru_cache(maxsize=65536)
-def exchange_costs(name: str, shape: AttentionShape) -> tuple[str, int, int, int, int]:
-    """(why it does not fit, bytes, FLOPs, messages, score bytes), as the exchange itself states them."""
-    exchange = EXCHANGES[name]
-    reason = exchange.supports(shape)
-    if reason:
-        return reason, 0, 0, 0, 0
-    return (
-        "",
-        exchange.bytes(shape),
-        exchange.flops(shape),
-        exchange.messages(shape),
-        exchange.score_bytes(shape),
-    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -85,7 +63,7 @@ def attention_part(layout: Layout) -> Layout:
 @functools.lru_cache(maxsize=65536)
 def mlp_part(layout: Layout) -> Layout:
     """The layout without what the MLP does not depend on."""
-    return strip(layout)._replace(segments=1, query_layout="segments", exchange="none")
+    return strip(layout)._replace(segments=1, query_layout="segments", exchange=NO_EXCHANGE.name)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -188,9 +166,9 @@ def _core_attention(
         record.element,
         window,
     )
-    reason, sent, flops, messages, scores = exchange_costs(layout.exchange, shape)
-    assert not reason, f"{layout.exchange}: {reason}"
-    work = attention_work(model, layout, shape, flops / layout.cp, scores)
+    cost = COSTS[layout.exchange]
+    assert not cost.supports(shape), f"{cost.name}: {cost.supports(shape)}"
+    work = attention_work(model, layout, shape)
     forward, backward = attention_seconds(
         record.chip,
         work,
@@ -198,19 +176,19 @@ def _core_attention(
         dropout=software.dropout,
         precision=software.unquantised,
     )
-    kind = COLLECTIVE_OF.get(layout.exchange, "all-to-all")
+    sent = cost.bytes(shape)
+    size = sent * layout.segments / max(1, layout.segments - 1)
+    size /= 2 if cost.collective == "all-reduce" else 1
     for phase in (FORWARD, BACKWARD):
-        size = sent * layout.segments / max(1, layout.segments - 1)
-        size /= 2 if kind == "all-reduce" else 1
         record.collective(
-            f"exchange {layout.exchange}",
+            f"exchange {cost.name}",
             phase,
-            kind,
+            cost.collective,
             size,
             layout.head_group,
             "exchange",
             sent=sent,
-            messages=messages,
+            messages=cost.messages(shape),
         )
     if layout.cp > 1:
         # Keys and values travel round a ring of context parallel ranks beside the computation, and every turn's
@@ -250,29 +228,21 @@ def _attention_bytes(work: AttentionWork, model: ModelSpec, software: Software) 
     return ends * work.head_dim * software.element + scores
 
 
-def attention_work(
-    model: ModelSpec, layout: Layout, shape: AttentionShape, flops: float, scores: float
-) -> AttentionWork:
-    """What is left to compute on one rank; all exchanges but score-reduce and none have whole heads."""
-    local = layout.exchange in ("none", "score-reduce") and layout.segments > 1
-    head_dim = shape.layout.segment_dim if local else model.head_dim
-    pairs = max(shape.visible_pairs, 1)
-    per_head = 4.0 * head_dim * pairs
-    if layout.exchange == "gather-qk":
-        per_head = 2.0 * (head_dim + shape.layout.segment_dim) * pairs
-    if scores:
-        per_head = 4.0 * head_dim * shape.query_length * shape.key_length
+def attention_work(model: ModelSpec, layout: Layout, shape: AttentionShape) -> AttentionWork:
+    """What is left to compute on one rank, as the exchange states it."""
+    cost = COSTS[layout.exchange]
+    local = cost.local_heads(shape.layout)
     window = shape.window[0] if shape.window is not None else shape.key_length
     return AttentionWork(
-        flops=flops,
-        batch_heads=max(1.0, layout.cp * flops / per_head),
+        flops=cost.flops(shape) / layout.cp,
+        batch_heads=max(1.0, shape.batch * local.heads),
         queries=shape.query_length / layout.cp,
         keys=shape.key_length,
-        head_dim=head_dim,
+        head_dim=local.query_dim,
         grouped=model.num_kv_heads < model.num_heads,
         positions=min(shape.key_length / layout.cp, max(window, 128)),
-        score_bytes=scores,
-        fusible=layout.exchange not in UNFUSED_EXCHANGES or layout.segments == 1,
+        score_bytes=cost.score_bytes(shape),
+        fusible=cost.fusible,
     )
 
 

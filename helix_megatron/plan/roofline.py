@@ -6,8 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from helix_megatron.exchanges.choice import SCORE_PASSES
-from helix_megatron.plan.constants import (
+from helix_megatron.hardware import (
     ATTENTION_BACKWARD_FLOPS,
     ATTENTION_BACKWARD_RATE,
     ATTENTION_CURVE,
@@ -20,6 +19,7 @@ from helix_megatron.plan.constants import (
     GEMM_TILE_START,
     GEMM_TILES,
     MEMORY_EFFICIENCY,
+    SCORE_PASSES,
     SOFTMAX_PASSES,
     Chip,
 )

@@ -7,18 +7,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from helix_megatron.exchanges import sent_bytes
+from helix_megatron.hardware import (
+    ITERATION_OVERHEAD,
+    MEMORY_EFFICIENCY,
+    OPTIMIZER_TRAFFIC,
+    OVERLAP_ROOM,
+)
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.collective_time import (
     Group,
     collective_seconds,
     point_to_point_seconds,
-    sent_bytes,
-)
-from helix_megatron.plan.constants import (
-    ITERATION_OVERHEAD,
-    MEMORY_EFFICIENCY,
-    OPTIMIZER_TRAFFIC,
-    OVERLAP_ROOM,
 )
 from helix_megatron.plan.layouts import Layout, strip
 from helix_megatron.plan.memory import Memory, expert_weights, rank_weights, training_memory

@@ -7,13 +7,14 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+from helix_megatron.caches import NAMES
 from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.exchanges import EXACT, NO_EXCHANGE
 from helix_megatron.plan.clusters import Cluster
-from helix_megatron.plan.inference import CACHES, cache_refusal, inference_memory
+from helix_megatron.plan.inference import inference_memory
 from helix_megatron.plan.layouts import Layout, attention_shape, head_layout, strip
 from helix_megatron.plan.memory import RECOMPUTE, training_bytes, training_states
 from helix_megatron.plan.models import ModelSpec
-from helix_megatron.plan.operators import EXCHANGES, exchange_costs
 from helix_megatron.plan.results import Limits, Plan, Rejected, Row
 from helix_megatron.plan.score import iteration, layers_cost
 from helix_megatron.plan.settings import Job, Software
@@ -257,35 +258,29 @@ class _Search:
             return
         what = f"TP {base.tp}, m {base.segments}, queries {base.query_layout}, micro-batch {base.micro_batch}"
         if self.job.task == "decode":
-            for cache in CACHES:
-                layout = base._replace(cache=cache, exchange="none")
-                reason = cache_refusal(layout)
-                if reason:
-                    self.reject(f"{what}, cache {cache}", "cache layout", reason, **_sizes(layout))
-                else:
-                    yield layout
+            for cache in NAMES:
+                yield base._replace(cache=cache, exchange=NO_EXCHANGE.name)
             return
         timed: list[tuple[float, Layout]] = []
-        for name in EXCHANGES:
-            if name == "none":
-                continue
-            if EXCHANGES[name].query_layout != base.query_layout:
+        length = self.job.sequence
+        shape = attention_shape(
+            self.model,
+            base.tp,
+            base.segments,
+            base.query_layout,
+            base.micro_batch,
+            length,
+            length,
+            self.software.element,
+            None,
+        )
+        for exchange in EXACT:
+            if exchange.query_layout != base.query_layout:
                 continue  # it is tried with the other query layout, where that fits
-            layout = base._replace(exchange=name)
-            shape = attention_shape(
-                self.model,
-                base.tp,
-                base.segments,
-                base.query_layout,
-                base.micro_batch,
-                self.job.sequence,
-                self.job.sequence,
-                self.software.element,
-                None,
-            )
-            reason = exchange_costs(name, shape)[0]
+            layout = base._replace(exchange=exchange.name)
+            reason = exchange.supports(shape)
             if reason:
-                self.reject(f"{what}, {name}", "exchange", reason, **_sizes(layout))
+                self.reject(f"{what}, {exchange.name}", "exchange", reason, **_sizes(layout))
                 continue
             timed.append((self._layer_seconds(layout), layout))
         timed.sort(key=lambda pair: pair[0])
@@ -436,7 +431,7 @@ class _Search:
 
     def _does_not_fit(self, layout: Layout, memory: float, how: str) -> None:
         detail = f"{layout.describe()}, micro-batch {layout.micro_batch}"
-        if layout.exchange != "none":
+        if layout.exchange != NO_EXCHANGE.name:
             detail += f", {layout.exchange}"
         capacity = self.cluster.chip.memory
         self.plan.rejected.append(

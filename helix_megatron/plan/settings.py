@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.plan.constants import FUSED_HEAD_DIM, WEIGHT_BYTES
+from helix_megatron.hardware import FUSED_HEAD_DIM, WEIGHT_BYTES
 
 TASKS = ("train", "prefill", "decode")
 PRECISIONS = ("bf16", "fp8", "fp32")

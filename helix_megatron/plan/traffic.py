@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from helix_megatron.exchanges import sent_bytes
+from helix_megatron.hardware import GRADIENT_BYTES
 from helix_megatron.plan.clusters import Cluster
-from helix_megatron.plan.collective_time import Group, collective_seconds, sent_bytes
-from helix_megatron.plan.constants import GRADIENT_BYTES
+from helix_megatron.plan.collective_time import Group, collective_seconds
 from helix_megatron.plan.layouts import Layout, strip
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.operators import layer_kinds, layer_steps, outer_steps

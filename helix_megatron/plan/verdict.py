@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from helix_megatron.errors import divisors, listed
-from helix_megatron.plan.constants import FRAMEWORK_BYTES
+from helix_megatron.hardware import FRAMEWORK_BYTES
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.memory import training_states
 from helix_megatron.plan.results import Plan, Row

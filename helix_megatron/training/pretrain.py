@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from helix_megatron.data.text import build_tokenizer
 from helix_megatron.errors import exit_on_error
-from helix_megatron.exchanges.choice import MACHINES, Machine
+from helix_megatron.hardware import MACHINES, Machine
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.run import RunConfig
 from helix_megatron.training.settings import Parallelism

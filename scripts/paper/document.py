@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.errors import HelixError
+from helix_megatron.hardware import CHIPS
 from helix_megatron.plan.clusters import CLUSTERS
-from helix_megatron.plan.constants import CHIPS
 from helix_megatron.training import units
 from paper import claims as c
 from paper import measured, simulated

@@ -46,7 +46,7 @@ def formula_bytes(kind: str, batches: int, layout: str) -> float:
     """Bytes per token that a rank should send in attention's exchange, forward and backward, all layers."""
     from helix_megatron.bench.layout_spec import LayoutSpec, validated
     from helix_megatron.exchanges import choose
-    from helix_megatron.exchanges.choice import MACHINES
+    from helix_megatron.hardware import MACHINES
 
     common = [*KINDS[kind][0], "--global-batch-size", str(batches)]
     run = validated(LayoutSpec.parse(layout), RANKS, common)

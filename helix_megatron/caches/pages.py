@@ -18,6 +18,32 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of one sequence.
+
+    Args:
+        sequence: its number.
+        start: position of the first token; 0 begins the sequence.
+        tokens: int64 [count], at least one.
+        member: who keeps its first block; the same in every head group.
+        expected: positions that the sequence may come to have.
+        wanted: whether the logits after the last token are.
+    """
+
+    sequence: int
+    start: int
+    tokens: np.ndarray
+    member: int
+    expected: int
+    wanted: bool
+
+    @property
+    def stop(self) -> int:
+        """Position after the last token."""
+        return self.start + len(self.tokens)
+
+
 class PageAllocator:
     """The free pages of one pool. Gives neighbours where it can: a run of pages is read without a copy."""
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+from helix_megatron.caches.base import CacheLayout, DecodeShape
+from helix_megatron.caches.registry import CACHE_LAYOUTS, NAMES, cache_layout
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.exchanges.choice import GPU, SCORE_PASSES, Machine
-from helix_megatron.inference.cache_layouts import (
-    CACHE_LAYOUTS,
-    NAMES,
-    CacheLayout,
-    DecodeShape,
-    cache_layout,
-)
+from helix_megatron.hardware import GPU, SCORE_PASSES, Machine
 
 
 def decode_seconds(cache: CacheLayout, shape: DecodeShape, machine: Machine = GPU) -> float:
     """Estimated seconds of attention of one layer and one step, on the busiest rank."""
-    layout = shape.layout
     return (
         cache.read_bytes(shape) / machine.memory_bandwidth
         + cache.bytes(shape) / machine.bandwidth
-        + cache.messages(layout) * machine.latency
+        + len(cache.collectives(shape)) * machine.latency
         + SCORE_PASSES * cache.score_bytes(shape) / machine.memory_bandwidth
     )
 

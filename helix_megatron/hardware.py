@@ -1,4 +1,7 @@
-"""Every constant of the cost model, with its source. Nowhere else in this package is a rate written down.
+"""Every constant of the cost models, with its source. Nowhere else in this package is a rate written down.
+
+The planner reads the detailed tables. The choice of an exchange or a cache layout, which must cost nothing
+itself, reads a `Machine`: a roofline of five numbers.
 
 Published specifications are taken as they are. Measured curves are a few rounded points or a fit of the public
 tables of ai-dynamo/aiconfigurator (Apache-2.0; H100 SXM), named by their file: gemm_h100_sxm_bf16,
@@ -92,7 +95,7 @@ CHIPS = {
             8e9,
             10e9,
             1,
-            "one CPU core with torch over gloo: the order of magnitude of exchanges/choice.py",
+            "one CPU core with torch over gloo: the order of magnitude of what was seen on small machines",
             {"bf16": 1.0, "fp32": 1.0},
             launch=20e-6,
         ),
@@ -111,6 +114,38 @@ NDR = ("NDR InfiniBand", 50e9)  # 400 Gbit/s, an adapter for each GPU
 NDR_HALF = ("NDR InfiniBand", 25e9)  # an adapter for two GPUs
 HDR = ("HDR InfiniBand", 25e9)  # 200 Gbit/s, an adapter for each GPU
 HDR_HALF = ("HDR InfiniBand", 12.5e9)  # an adapter for two GPUs
+
+# --------------------------------------------------------------------------- rooflines
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The constants of a roofline, in FLOP/s, byte/s and seconds.
+
+    `fused_head_dim` is the widest head of the fused attention kernels: wider heads write their scores to
+    memory, as an unfused softmax does.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    latency: float
+    memory_bandwidth: float
+    fused_head_dim: int
+
+
+# Widest head of the fused kernels that train (FlashAttention 2 and 3, cuDNN 9): wider heads write scores.
+FUSED_HEAD_DIM = 256
+SCORE_PASSES = 6  # an unfused softmax writes or reads each score about this often, forward
+# H100 SXM: fused causal attention reaches about 400 TFLOP/s in bf16 (FlashAttention-3, arXiv 2407.08608,
+# fig. 5: head_dim 128, forward, sequence 2k); NCCL sustains about 350 GB/s of NVLink 4.
+GPU = Machine("gpu", 400e12, 350e9, 10e-6, CHIPS["h100"].memory_bandwidth, FUSED_HEAD_DIM)
+# One CPU core with torch's attention over gloo on loopback: orders of magnitude only.
+LOOPBACK = ("loopback", 1e9)
+CPU = Machine(
+    "cpu", CHIPS["cpu"].flops["fp32"], LOOPBACK[1], 100e-6, CHIPS["cpu"].memory_bandwidth, 1 << 30
+)
+MACHINES = {"cuda": GPU, "cpu": CPU}
 
 # ------------------------------------------------------------------- matrix products
 
@@ -140,8 +175,6 @@ ATTENTION_CURVE = {
 # arXiv 2407.08608, figures 5 and 6 (forward 648, backward 561 TFLOP/s; shorter sequences less).
 ATTENTION_BACKWARD_FLOPS = 2.5
 ATTENTION_BACKWARD_RATE = 0.8
-# Widest head of the fused kernels that train (FlashAttention 2 and 3, cuDNN 9): wider heads write scores.
-FUSED_HEAD_DIM = 256
 # FP32 products run without tensor cores: 67 TFLOP/s beside 989 in bf16 (H100 SXM data sheet), 19.5 beside 312
 # on A100.
 FP32_SHARE = 67 / 989
@@ -179,6 +212,9 @@ COLLECTIVE_MICROSECONDS = {
         8: (7.5, 8.7, 16, 26, 125, 1490),
     },
 }
+# Up to about this size per rank an all-gather beats an all-to-all of two ranks that moves half as much (the
+# table above), and one that moves as much at any number of ranks.
+GATHERED_BYTES = 512 * KIB
 # What the table was measured on: NVLink 4, 450 GB/s in each direction (H100 SXM data sheet).
 TABLE_LINK_BANDWIDTH = 450e9
 # Above 8 ranks in one domain nothing was measured: bandwidth stays, latency grows by this factor per doubling
