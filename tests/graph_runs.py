@@ -90,10 +90,15 @@ def _place(nodes: list[Node], module: str, kind: str) -> int:
     return found
 
 
+def of_rank(graph: Graph, rank: int) -> list[Node]:
+    """A rank's nodes, in the order of its program."""
+    return [node for node in graph.nodes if node.ranks == (rank,)]
+
+
 def forward(graph: Graph, rank: int, op: str, module: str = "") -> list[Node]:
     """A rank's forward nodes with that operator, below a module."""
     return [
         node
-        for node in graph.of_rank(rank)
+        for node in of_rank(graph, rank)
         if node.op == op and node.module.startswith(module) and node.phase == "forward"
     ]

@@ -17,11 +17,11 @@ from tiers import sized
 from helix_megatron.bench import attention, traffic
 from helix_megatron.bench.__main__ import main
 from helix_megatron.bench.cases import DEFAULT_CASES, FREE, HELIX, LAYERS, STOCK, STOCK_SDPA, Case
-from helix_megatron.bench.report import table
 from helix_megatron.bench.spawn import run_on_ranks
 from helix_megatron.bench.timing import Samples, Spread, compare
 from helix_megatron.bench.traffic_layer import Layer
 from helix_megatron.errors import HelixError
+from helix_megatron.tables import text_table
 
 TINY = {"sequence_length": 16, "micro_batch_size": 2}
 FULL_SIZE = Layer(8192, 16, 16, 32768, ranks=32, segments=2, sequence_length=10000)
@@ -230,7 +230,7 @@ def test_ratios_are_those_of_medians_and_of_pairs():
 
 def test_table_aligns_columns():
     """Numbers are compared by eye: their ends must be one below the other."""
-    assert table(("", "ms"), [("stock", "9.5"), ("a", "10.25")]) == (
+    assert text_table(("", "ms"), [("stock", "9.5"), ("a", "10.25")]) == (
         "            ms\n  stock    9.5\n  a      10.25"
     )
 

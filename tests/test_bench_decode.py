@@ -14,7 +14,7 @@ import pytest
 
 from helix_megatron.bench import decode
 from helix_megatron.bench.__main__ import main
-from helix_megatron.bench.decode import CONTESTANTS, STOCK, STOCK_PAGED, DecodeCase
+from helix_megatron.bench.decode_case import CONTESTANTS, STOCK, STOCK_PAGED, DecodeCase
 from helix_megatron.caches import NAMES
 from helix_megatron.errors import HelixError
 

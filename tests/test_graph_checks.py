@@ -15,6 +15,7 @@ from graph_runs import (
     PLAIN,
     SEGMENTS,
     forward,
+    of_rank,
     traced,
 )
 
@@ -121,7 +122,7 @@ def same_id(graph: Graph) -> None:
 
 
 def idle_rank(graph: Graph) -> None:
-    gone = {node.id for node in graph.of_rank(2)}
+    gone = {node.id for node in of_rank(graph, 2)}
     graph.nodes = [node for node in graph.nodes if node.id not in gone]
     graph.edges = [edge for edge in graph.edges if edge.target not in gone]
 
@@ -252,12 +253,12 @@ def missing_product(graph: Graph) -> None:
 
 
 def busy_rank(graph: Graph) -> None:
-    for node in graph.of_rank(1):
+    for node in of_rank(graph, 1):
         node.flops *= 2
 
 
 def heavy_rank(graph: Graph) -> None:
-    for node in graph.of_rank(1):
+    for node in of_rank(graph, 1):
         node.bytes *= 2
 
 

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from graph_runs import BASELINE, HELIX, flags, traced
+from graph_runs import BASELINE, HELIX, flags, of_rank, traced
 from waiting import PROGRAM_LIMIT
 
 from helix_megatron.checkpoint.manifest import Manifest, write_manifest
@@ -24,7 +24,7 @@ from helix_megatron.graph.flags import parse
 from helix_megatron.graph.fold import items, tree
 from helix_megatron.graph.html import to_html
 from helix_megatron.graph.layout import GAP, Cell, heights
-from helix_megatron.graph.model import Edge, Graph, Node, Spec
+from helix_megatron.graph.model import Edge, Node, Spec
 
 ROOT = Path(__file__).parent.parent
 needs_dot = pytest.mark.skipif(
@@ -35,62 +35,30 @@ needs_dot = pytest.mark.skipif(
 # -------------------------------------------------------------------------------- JSON
 
 
-def test_json_comes_back_as_it_was(tmp_path):
-    """The planner and others read the file: nothing may get lost on the way."""
+def test_json_holds_everything(tmp_path):
+    """Others read the file: nothing may get lost on the way. What has its default may be left out."""
     graph = traced(HELIX)
     graph.write(tmp_path / "graph.json")
-    assert Graph.read(tmp_path / "graph.json") == graph
     data = json.loads((tmp_path / "graph.json").read_text())
-    assert {"traced_peak", "parameters", "gradients", "activations", "flops"} <= data["ranks"][
-        0
-    ].keys()
+    assert (data["format"], data["version"]) == ("helix-graph", 1)
+    assert data["edges"] == [[e.source, e.output, e.target, e.input] for e in graph.edges]
+    for name in ("nodes", "collectives", "weights"):
+        for made, entry in zip(getattr(graph, name), data[name], strict=True):
+            for field in dataclasses.fields(made):
+                value = getattr(made, field.name)
+                if field.name not in entry:
+                    assert value == field.default or not value
+                elif isinstance(value, tuple):
+                    plain = [str(item) if isinstance(item, Spec) else item for item in value]
+                    assert entry[field.name] == json.loads(json.dumps(plain))
+                else:
+                    assert entry[field.name] == (str(value) if isinstance(value, Spec) else value)
+    totals = {"traced_peak", "parameters", "gradients", "activations", "flops"}
+    assert totals <= data["ranks"][0].keys()
     assert data["ranks"][3]["head_group"] == 1 and data["ranks"][3]["segment"] == 1
     product = next(n for n in data["nodes"] if n["op"] == "aten.mm")
-    assert product["outputs"] == [str(Spec((32, 48), "bf16"))]
-
-
-@pytest.mark.parametrize(
-    ("damage", "text"),
-    [
-        (lambda d: d.update(format="other"), "no operator graph of version 1"),
-        (lambda d: d.update(version=99), "its version 99"),
-        (lambda d: d.pop("nodes"), "cannot be read (KeyError: 'nodes')"),
-        (
-            lambda d: d["nodes"][0].update(outputs=["bf16[x]"]),
-            "is no tensor such as bf16[625, 8192]",
-        ),
-        (lambda d: d["edges"].append([1]), "cannot be read (TypeError"),
-    ],
-)
-def test_files_that_are_no_graph_are_refused(tmp_path, damage, text):
-    """A wrong file is the user's to put right, not a traceback."""
-    graph = traced(HELIX, backward=False)
-    data = graph.to_json()
-    damage(data)
-    path = tmp_path / "graph.json"
-    path.write_text(json.dumps(data))
-    with pytest.raises(HelixError) as error:
-        Graph.read(path)
-    assert text in str(error.value)
-
-
-def test_missing_and_unreadable_files_are_refused(tmp_path):
-    """The same for what is no JSON at all."""
-    with pytest.raises(HelixError, match="cannot be read as an operator graph"):
-        Graph.read(tmp_path / "none.json")
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(HelixError, match="is no operator graph"):
-        Graph.read(tmp_path / "list.json")
-
-
-def test_specs_are_text_and_back():
-    """Shapes are written for people; scalars and empty tensors are shapes, too."""
-    for spec in (Spec((2, 3), "bf16"), Spec((), "f32"), Spec((0,), "i64")):
-        assert Spec.parse(str(spec)) == spec
-    assert str(Spec((2, 3), "bf16")) == "bf16[2, 3]"
+    assert product["outputs"] == [str(Spec((32, 48), "bf16"))] == ["bf16[32, 48]"]
     assert Spec((2, 3), "bf16").nbytes == 12
-    with pytest.raises(ValueError, match="is no tensor"):
-        Spec.parse("float[2]")
 
 
 # ----------------------------------------------------------------------- folding, layout
@@ -176,7 +144,7 @@ def test_operators_can_be_drawn_one_by_one(tmp_path):
     view = mlp_view(traced(HELIX, backward=False))
     text = to_dot(view, detail="operators", fold=True)
     boxes = [line for line in text.splitlines() if line.startswith('  "k0_')]
-    program = [n for n in view.of_rank(0) if n.kind in ("operator", "input")]
+    program = [n for n in of_rank(view, 0) if n.kind in ("operator", "input")]
     assert len([line for line in boxes if "->" not in line]) == len(program)
     (tmp_path / "x.dot").write_text(text)
     assert render(tmp_path / "x.dot").stat().st_size > 1000
@@ -337,7 +305,7 @@ def test_exit_status_says_whether_checks_passed(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("passed  ") == 8 and "FAILED" not in printed
     first = graph.edges[0]
-    broken = dataclasses.replace(first, source=next(n.id for n in graph.of_rank(1) if n.outputs))
+    broken = dataclasses.replace(first, source=next(n.id for n in of_rank(graph, 1) if n.outputs))
     graph.edges[0] = Edge(broken.source, 0, first.target, first.input)
     graph.__dict__.pop("producers", None)
     assert command.main(arguments) == 1
@@ -374,4 +342,5 @@ def test_the_whole_command(tmp_path):
     for name in names:
         for kind in kinds:
             assert (tmp_path / f"{name}.{kind}").stat().st_size > 0
-    assert Graph.read(tmp_path / "complete_helix_model.json") == traced(HELIX, backward=False)
+    data = json.loads((tmp_path / "complete_helix_model.json").read_text())
+    assert data == json.loads(json.dumps(traced(HELIX, backward=False).to_json()))

@@ -10,7 +10,17 @@ from collections import Counter
 
 import pytest
 import torch
-from graph_runs import BASELINE, DEALT_EXPERTS, EXPERTS, HELIX, SEGMENTS, flags, forward, traced
+from graph_runs import (
+    BASELINE,
+    DEALT_EXPERTS,
+    EXPERTS,
+    HELIX,
+    SEGMENTS,
+    flags,
+    forward,
+    of_rank,
+    traced,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helix_megatron.errors import HelixError
@@ -71,7 +81,7 @@ def test_traced_collectives_are_those_that_really_run(pool, run):
     graph = traced(run)
     for rank, sent in enumerate(real):
         recorded: Counter[str] = Counter()
-        for node in graph.of_rank(rank):
+        for node in of_rank(graph, rank):
             if node.sent_bytes:
                 recorded[node.purpose] += node.sent_bytes
         assert recorded == sent, f"rank {rank}"
@@ -88,7 +98,7 @@ def test_exchange_bytes_are_the_formula_of_the_exchange(run):
     formula = choose(shape, settings.helix.exchange, GPU).bytes(shape)
     graph = traced(run, backward=False)
     for rank in range(4):
-        sent = [n.sent_bytes for n in graph.of_rank(rank) if n.purpose.startswith("exchange")]
+        sent = [n.sent_bytes for n in of_rank(graph, rank) if n.purpose.startswith("exchange")]
         assert sum(sent) == settings.model.num_layers * formula > 0
 
 
@@ -111,11 +121,13 @@ def test_modules_phases_and_shapes():
     assert product.inputs == (Spec((32, 64), "bf16"), Spec((64, 64), "bf16"))
     assert product.outputs == (Spec((32, 64), "bf16"),)
     assert product.bytes == 2 * 3 * 32 * 64 + 2 * (64 * 64 - 32 * 64)
-    backward = [n for n in graph.of_rank(3) if n.module == product.module and n.phase == "backward"]
+    backward = [
+        n for n in of_rank(graph, 3) if n.module == product.module and n.phase == "backward"
+    ]
     assert sum(node.op == "aten.mm" for node in backward) == 2
     assert any(node.op == "all-gather" and node.kind == COLLECTIVE for node in backward)
     kinds = Counter(
-        node.module.split(".")[0] for node in graph.of_rank(0) if node.kind != PARAMETER
+        node.module.split(".")[0] for node in of_rank(graph, 0) if node.kind != PARAMETER
     )
     assert kinds["decoder"] and kinds["embedding"] and kinds["output_layer"] and kinds["loss"]
     assert {node.phase for node in graph.nodes} == {"forward", "backward", "gradients"}

@@ -1,6 +1,6 @@
 """Dependencies point down: what a module may import, and what it may know about processes.
 
-    errors ← versions, hardware
+    errors ← versions, hardware, tables
            ← layout, flags ← config ← arguments ← model
            ← observe, meter, collectives, masks, replicated, head_norm
            ← kernels, exchanges, caches
@@ -32,7 +32,7 @@ HOSTS = ("megatron", "deepspeed", "huggingface")
 HOST_IMPORTS = {("deepspeed", "huggingface"), ("deepspeed", "megatron")}
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("versions", "hardware"),
+    ("versions", "hardware", "tables"),
     ("layout", "flags"),
     ("config",),
     ("arguments",),

@@ -50,7 +50,7 @@ def test_the_table_names_all_that_was_asked_for(written):
         "Helix does not help here",
         "All figures are simulated; bytes and FLOPs of one rank.",
         "linear_qkv",
-        "GB  gradients, fp32",
+        "gradients    fp32",
         "Communication of one rank",
         "torchrun --nproc-per-node 16 scripts/pretrain_gpt.py",
         "--intra-head-parallel-size 4",

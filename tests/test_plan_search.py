@@ -18,7 +18,7 @@ from helix_megatron.plan.inference import inference_memory
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec, model_of, spec_of_flags
 from helix_megatron.plan.operators import attention_steps
-from helix_megatron.plan.report import header, plan_json
+from helix_megatron.plan.ranking import header, plan_json
 from helix_megatron.plan.results import Limits, Plan
 from helix_megatron.plan.score import iteration, layers_cost, predict_training
 from helix_megatron.plan.search import search

@@ -21,11 +21,12 @@ from helix_megatron.bench.cases import (
     Case,
     Measured,
 )
-from helix_megatron.bench.report import table, write_json
+from helix_megatron.bench.result_file import write_json
 from helix_megatron.bench.spawn import hide_gpus, launched_ranks, run_on_ranks
 from helix_megatron.bench.timing import Spread, compare
 from helix_megatron.config import EXCHANGES
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.tables import text_table
 
 NAME = "attention"
 LEGEND = f"""\
@@ -192,5 +193,5 @@ def describe(result: dict[str, Any]) -> str:
         f"{result['segments']} segments, exchange {result['exchange']}.\n"
         f"Equal to stock within {differences[HELIX]:.0e}, {STOCK_SDPA} within "
         f"{differences[STOCK_SDPA]:.0e}: output, gradients of input and weights.\n"
-        + table(header, rows)
+        + text_table(header, rows)
     )

@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.bench.report import table, write_json
+from helix_megatron.bench.result_file import write_json
 from helix_megatron.checkpoint.command import parse_size
 from helix_megatron.errors import HelixError
+from helix_megatron.tables import text_table
 
 NAME = "convert"
 HELP = "memory and speed of converting Hugging Face files to canonical ones and back"
@@ -125,7 +126,7 @@ def _print(rows: list[Row], largest: int, copy_rate: float, identical: bool) -> 
         lines.append([row.name, *speed, *memory])
     header = ["", "s", "CPU s", "GB/s", "of a copy", "peak MB", "- imports", "- largest tensor"]
     print(f"{rows[0].bytes / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB\n")
-    print(table(header, lines))
+    print(text_table(header, lines))
     print(f"\nFiles that came back are {'identical' if identical else 'DIFFERENT'}.")
 
 

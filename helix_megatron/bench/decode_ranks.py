@@ -15,8 +15,15 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from torch import Tensor
 
 from helix_megatron import parallel_state
-from helix_megatron.bench.decode import CONTESTANTS, STOCK, STOCK_PAGED, DecodeCase, Measured
+from helix_megatron.bench.decode_case import (
+    CONTESTANTS,
+    STOCK,
+    STOCK_PAGED,
+    DecodeCase,
+    Measured,
+)
 from helix_megatron.bench.timing import interleaved
+from helix_megatron.caches import WHOLE_HEADS
 from helix_megatron.caches.pages import PageBook
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.runner import Runner, make_book
@@ -153,7 +160,7 @@ class Paged:
         if self.gathers:
             # Each rank's copy of a key-value head, as if there were one head for every rank.
             self.layout = HeadLayout(case.heads, case.ranks, case.head_dim, case.ranks)
-        cache = "batch" if self.gathers else name
+        cache = WHOLE_HEADS if self.gathers else name
         members = self.layout.segments
         self.runner = Runner(
             model,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.bench.layout_ranks import Measured
-from helix_megatron.bench.report import table
 from helix_megatron.bench.timing import Spread
+from helix_megatron.tables import text_table
 from helix_megatron.training import units
 from helix_megatron.training.run import RunConfig
 
@@ -117,7 +117,7 @@ def table_text(results: Sequence[Result]) -> str:
     return "\n".join(
         [
             f"{first.model} on {first.ranks} ranks, {first.device}",
-            table(header, rows),
+            text_table(header, rows),
             "",
             "  tokens/s, × first: median (quartiles). comm: ms per token that a rank spends in collectives,",
             "  the paper's TPOT; exposed: that its computation waits, for other stages, too. B: bytes that a",
@@ -169,7 +169,7 @@ def scaling_text(results: Sequence[Result], kind: str) -> str:
             cells.append(f"{units.count(speed)} ({share:.0%})")
         rows.append(cells)
     title = f"{kind} scaling, tokens/s (efficiency per rank)"
-    return table([title, *(f"{ranks} ranks" for ranks in numbers)], rows) + "\n"
+    return text_table([title, *(f"{ranks} ranks" for ranks in numbers)], rows) + "\n"
 
 
 def draw(results: Sequence[Result], path: Path, *, scaling: str | None) -> None:

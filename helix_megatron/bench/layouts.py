@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         scaling_text,
         table_text,
     )
-    from helix_megatron.bench.report import write_json
+    from helix_megatron.bench.result_file import write_json
 
     numbers = _check(args)
     plan = _plan(args, rest, numbers)

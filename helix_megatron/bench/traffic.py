@@ -12,13 +12,14 @@ import dataclasses
 import warnings
 from dataclasses import dataclass
 
-from helix_megatron.bench.report import table, write_json
+from helix_megatron.bench.result_file import write_json
 from helix_megatron.bench.spawn import hide_gpus, launched_ranks
 from helix_megatron.bench.traffic_layer import Layer
 from helix_megatron.config import EXCHANGES
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.exchanges import EXACT, choose
 from helix_megatron.hardware import GPU
+from helix_megatron.tables import text_table
 
 NAME = "traffic"
 HELP = (
@@ -201,7 +202,7 @@ def describe(
         f"{layer.ranks} ranks: {groups} head groups of {layer.segments} segments. Bytes that one rank sends, "
         f"traced on {len(traced_ranks)} of them.",
         "",
-        table(
+        text_table(
             (
                 "micro-batch, exchange",
                 "exchange",

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from helix_megatron.caches.base import CacheLayout, DecodeShape
 from helix_megatron.caches.choice import choose_cache_layout, explain_cache_layout
-from helix_megatron.caches.registry import CACHE_LAYOUTS, NAMES, cache_layout
+from helix_megatron.caches.registry import CACHE_LAYOUTS, NAMES, SEGMENTS, WHOLE_HEADS, cache_layout
 
 __all__ = [
     "CACHE_LAYOUTS",
     "NAMES",
+    "SEGMENTS",
+    "WHOLE_HEADS",
     "CacheLayout",
     "DecodeShape",
     "cache_layout",

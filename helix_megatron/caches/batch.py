@@ -34,11 +34,8 @@ class BatchCache(CacheLayout):
     placement = "one"
 
     def collectives(self, shape: DecodeShape) -> tuple[Collective, ...]:
-        m, there, back = (
-            shape.layout.segments,
-            shape.query_bytes + shape.key_value_bytes,
-            shape.query_bytes,
-        )
+        m, back = shape.layout.segments, shape.query_bytes
+        there = shape.query_bytes + shape.key_value_bytes
         return (
             Collective("segments to sequences", "all-to-all", there, m * there),
             Collective("sequences to segments", "all-to-all", back, m * back),

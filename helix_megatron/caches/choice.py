@@ -6,6 +6,7 @@ from helix_megatron.caches.base import CacheLayout, DecodeShape
 from helix_megatron.caches.registry import CACHE_LAYOUTS, NAMES, cache_layout
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.hardware import GPU, SCORE_PASSES, Machine
+from helix_megatron.tables import text_table
 
 
 def decode_seconds(cache: CacheLayout, shape: DecodeShape, machine: Machine = GPU) -> float:
@@ -43,21 +44,23 @@ def explain_cache_layout(shape: DecodeShape, name: str = "auto", machine: Machin
     chosen = choose_cache_layout(shape, name, machine)
     layout = shape.layout
     loads = sorted({1, shape.sequences})
-    lines = [
+    title = (
         f"Cache over head groups of {layout.segments} ranks, {layout.group_kv_heads} key-value heads of "
         f"{layout.head_dim} each; context {shape.context:,}. Attention of one layer and one token of every "
-        f"sequence, per rank, estimated for {machine.name}:",
-        f"  {'cache layout':<14} {'bytes sent':>12} {'bytes read':>14}"
-        + "".join(f" {_sequences(load) + ', ms':>18}" for load in loads),
-    ]
-    for cache in CACHE_LAYOUTS:
-        times = [decode_seconds(cache, _at(shape, load), machine) * 1e3 for load in loads]
-        mark = "  <- chosen" if cache is chosen else ""
-        lines.append(
-            f"  {cache.name:<14} {round(cache.bytes(shape)):>12,} {round(cache.read_bytes(shape)):>14,}"
-            + "".join(f" {time:>18.3f}" for time in times)
-            + mark
+        f"sequence, per rank, estimated for {machine.name}:"
+    )
+    rows = [
+        (
+            cache.name,
+            f"{round(cache.bytes(shape)):,}",
+            f"{round(cache.read_bytes(shape)):,}",
+            *(f"{decode_seconds(cache, _at(shape, n), machine) * 1e3:.3f}" for n in loads),
+            "<- chosen" if cache is chosen else "",
         )
+        for cache in CACHE_LAYOUTS
+    ]
+    times = [f"{_sequences(load)}, ms" for load in loads]
+    lines = [title, text_table(("cache layout", "bytes sent", "bytes read", *times, ""), rows)]
     if name == "auto":
         worst = _worst_ratio(chosen, shape, machine)
         most = "the fastest" if worst < 1.005 else f"at most {worst:.2f}× the fastest"

@@ -11,6 +11,12 @@ CACHE_LAYOUTS: tuple[CacheLayout, ...] = (BatchCache(), SequenceCache(), Segment
 NAMES = tuple(layout.name for layout in CACHE_LAYOUTS)
 
 
+# Where every rank keeps its segments of everything, as stock Megatron does.
+SEGMENTS = next(layout.name for layout in CACHE_LAYOUTS if layout.placement == "all")
+# Where a rank keeps whole heads, as one that shares its heads with nobody does anyway.
+WHOLE_HEADS = next(layout.name for layout in CACHE_LAYOUTS if layout.placement == "one")
+
+
 def cache_layout(name: str) -> CacheLayout:
     """The layout of that name."""
     return next(layout for layout in CACHE_LAYOUTS if layout.name == name)

@@ -9,6 +9,7 @@ from helix_megatron.errors import HelixError, listed
 from helix_megatron.exchanges.base import AttentionShape, Exchange
 from helix_megatron.exchanges.registry import EXACT
 from helix_megatron.hardware import GPU, SCORE_PASSES, Machine
+from helix_megatron.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -65,25 +66,21 @@ def choose(shape: AttentionShape, name: str = "auto", machine: Machine = GPU) ->
 def explain(shape: AttentionShape, name: str = "auto", machine: Machine = GPU) -> str:
     """A table of all exchanges for a shape, what each costs or why it does not fit, and the choice."""
     layout = shape.layout
-    lines = [
+    title = (
         f"{layout.num_heads} query heads, {layout.num_kv_heads} key-value heads of {layout.head_dim}, "
         f"{layout.head_groups} head groups of {layout.segments} ranks, query layout {layout.query_layout}; "
         f"batch {shape.batch}, {shape.query_length} queries, {shape.key_length} keys. "
-        f"Per rank and layer, forward, estimated for {machine.name}:",
-        f"  {'exchange':<20} {'bytes sent':>12} {'GFLOP':>9} {'est. ms':>9}",
-    ]
-    chosen = choose(shape, name, machine)
-    for candidate in candidates(shape, machine):
-        label = candidate.exchange.name
-        if candidate.fits:
-            mark = "  <- chosen" if candidate.exchange is chosen else ""
-            lines.append(
-                f"  {label:<20} {candidate.bytes:>12,} {candidate.flops / 1e9:>9.3f} "
-                f"{candidate.seconds * 1e3:>9.3f}{mark}"
-            )
+        f"Per rank and layer, forward, estimated for {machine.name}:"
+    )
+    chosen, rows, unfit = choose(shape, name, machine), [], []
+    for c in candidates(shape, machine):
+        if c.fits:
+            cells = (f"{c.bytes:,}", f"{c.flops / 1e9:.3f}", f"{c.seconds * 1e3:.3f}")
+            rows.append((c.exchange.name, *cells, "<- chosen" if c.exchange is chosen else ""))
         else:
-            lines.append(f"  {label:<20} not here: {candidate.reason}")
-    return "\n".join(lines)
+            unfit.append(f"  {c.exchange.name:<20} not here: {c.reason}")
+    head = ("exchange", "bytes sent", "GFLOP", "est. ms", "")
+    return "\n".join([title, text_table(head, rows), *unfit])
 
 
 def _in_family(candidate: Candidate, name: str) -> bool:

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from helix_megatron.errors import HelixError
 
 FORMAT = "helix-graph"
 VERSION = 1
@@ -32,7 +29,6 @@ SOURCES = (PARAMETER, INPUT, BUFFER)
 KINDS = (OPERATOR, COLLECTIVE, *SOURCES)
 
 FORWARD, BACKWARD, GRADIENTS = "forward", "backward", "gradients"
-PHASES = (FORWARD, BACKWARD, GRADIENTS)
 
 DTYPES = {  # short name → bytes of an element
     "bf16": 2,
@@ -65,18 +61,6 @@ class Spec:
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
-
-    @classmethod
-    def parse(cls, text: str) -> Spec:
-        """The inverse of `str`.
-
-        Raises:
-            ValueError: the text is none.
-        """
-        match = re.fullmatch(r"(\w+)\[([\d, ]*)\]", text)
-        if not match or match[1] not in DTYPES:
-            raise ValueError(f"{text!r} is no tensor such as bf16[625, 8192]")
-        return cls(tuple(int(size) for size in match[2].split(",") if size.strip()), match[1])
 
 
 @dataclass(slots=True)
@@ -203,14 +187,10 @@ class Graph:
         """Edges out of each node."""
         return _by(self.edges, "source")
 
-    def of_rank(self, rank: int) -> list[Node]:
-        """A rank's nodes, in the order of its program."""
-        return [node for node in self.nodes if node.ranks == (rank,)]
-
     # ------------------------------------------------------------------- JSON
 
     def to_json(self) -> dict[str, Any]:
-        """A mapping that `json` can write; `from_json` is its inverse."""
+        """A mapping that `json` can write."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -223,57 +203,9 @@ class Graph:
             "weights": [_plain(weight) for weight in self.weights],
         }
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Graph:
-        """Read what `to_json` made.
-
-        Raises:
-            HelixError: the mapping is no graph, or of another version.
-        """
-        if data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise HelixError(
-                f"this is no operator graph of version {VERSION}: its format is {data.get('format')!r}, its "
-                f"version {data.get('version')!r}. Write one with helix graph."
-            )
-        try:
-            return cls(
-                name=data["name"],
-                settings=dict(data["settings"]),
-                ranks=list(data["ranks"]),
-                nodes=[_node(entry) for entry in data["nodes"]],
-                edges=[Edge(*entry) for entry in data["edges"]],
-                collectives=[_collective(entry) for entry in data["collectives"]],
-                weights=[_weight(entry) for entry in data["weights"]],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise HelixError(
-                f"the operator graph cannot be read ({type(error).__name__}: {error}). Write it anew with "
-                "helix graph."
-            ) from error
-
     def write(self, path: Path) -> None:
         """Write the JSON form."""
         path.write_text(json.dumps(self.to_json(), separators=(",", ":")))
-
-    @classmethod
-    def read(cls, path: Path) -> Graph:
-        """Read a file that `write` made.
-
-        Raises:
-            HelixError: there is none, or it is no graph.
-        """
-        try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise HelixError(
-                f"{path} cannot be read as an operator graph: {error}. Give a .json file that helix graph "
-                "wrote."
-            ) from error
-        if not isinstance(data, dict):
-            raise HelixError(
-                f"{path} is no operator graph. Give a .json file that helix graph wrote."
-            )
-        return cls.from_json(data)
 
 
 def _by(edges: Iterable[Edge], end: str) -> dict[str, list[Edge]]:
@@ -299,21 +231,3 @@ def _plain(value: Node | Collective | Weight) -> dict[str, Any]:
             continue
         plain[name] = item
     return plain
-
-
-def _node(entry: Mapping[str, Any]) -> Node:
-    specs = {key: tuple(map(Spec.parse, entry.get(key, ()))) for key in ("inputs", "outputs")}
-    text = {key: entry.get(key, "") for key in ("id", "kind", "op", "module")}
-    return Node(**{**text, **entry, **specs, "ranks": tuple(entry.get("ranks", ()))})
-
-
-def _collective(entry: Mapping[str, Any]) -> Collective:
-    text = {key: entry.get(key, "") for key in ("id", "kind", "group", "purpose")}
-    lists = {key: tuple(entry.get(key, ())) for key in ("ranks", "members")}
-    return Collective(**{**text, "sent_bytes": 0, **entry, **lists})
-
-
-def _weight(entry: Mapping[str, Any]) -> Weight:
-    runs = tuple((start, length) for start, length in entry.get("runs", ()))
-    tuples = {"shape": tuple(entry.get("shape", ())), "runs": runs}
-    return Weight(**{"rank": 0, **entry, **tuples, "spec": Spec.parse(entry["spec"])})

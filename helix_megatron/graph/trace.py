@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,12 +33,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helix_megatron.errors import HelixError
 from helix_megatron.graph import costs
-from helix_megatron.graph.fake_world import FunctionsWithoutData, fake_world
 from helix_megatron.graph.model import BUFFER, INPUT, PARAMETER, Edge, Node, Weight
 from helix_megatron.graph.recorder import Participation, Recorder
+from helix_megatron.graph.without_data import FunctionsWithoutData, new_process
 from helix_megatron.layout import contiguous_runs
 from helix_megatron.megatron.checkpoint import PermutedFactory
 from helix_megatron.megatron.dropout import use_layout_free_dropout
+from helix_megatron.megatron.fake_world import fake_world
 from helix_megatron.megatron.fill import canonical_name, sharded_weights
 from helix_megatron.megatron.initialize import weights_not_drawn
 from helix_megatron.observe import observing
@@ -87,8 +89,23 @@ def trace(
     for rank in ranks:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # megatron-core's, of packages and GPU settings
-            with fake_world(rank, run), fake:
+            with _world(run, rank), new_process(), fake:
                 yield _trace(run, rank, backward, micro_batches)
+
+
+def _world(run: RunConfig, rank: int) -> AbstractContextManager[None]:
+    """A rank of the groups that the flags describe."""
+    parallel: Any = run.parallel
+    return fake_world(
+        rank,
+        run.world_size,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        run.training.seed,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        intra_head_parallel_size=run.helix.intra_head_parallel_size,
+    )
 
 
 def trace_all(

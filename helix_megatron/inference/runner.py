@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from helix_megatron import parallel_state
-from helix_megatron.caches import cache_layout
+from helix_megatron.caches import SEGMENTS, cache_layout
 from helix_megatron.caches.attention import LocalAttention, StepAttention
 from helix_megatron.caches.paged import PagedCache
 from helix_megatron.caches.pages import PageBook
@@ -61,7 +61,7 @@ class Runner:
         self.layout = layout = rank_layout(layout, self.group.size())
         head_group: Any = parallel_state.get_intra_head_parallel_group()
         local = is_local(layout, attention)
-        if attention == "segment-local" and layout.segments > 1 and cache != "segment":
+        if attention == "segment-local" and layout.segments > 1 and cache != SEGMENTS:
             raise HelixError(
                 f"cache layout {cache} keeps whole heads, and segment-local attention has none. Try "
                 "--cache-layout segment."
@@ -172,7 +172,7 @@ def is_local(layout: HeadLayout, attention: str) -> bool:
 
 def kept_dims(layout: HeadLayout, cache: str, local: bool) -> int:
     """Dimensions of a key or value as a rank keeps it: of a whole head, or of a segment."""
-    return layout.segment_dim if local or cache == "segment" else layout.head_dim
+    return layout.segment_dim if local or cache == SEGMENTS else layout.head_dim
 
 
 def make_book(cache: str, members: int, pages: int, page_size: int) -> PageBook:

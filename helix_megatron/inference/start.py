@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from helix_megatron.caches import (
+    SEGMENTS,
     DecodeShape,
     cache_layout,
     choose_cache_layout,
@@ -65,7 +66,7 @@ def start(
     shape = DecodeShape(layout, options.max_sequences, context, element)
     local = is_local(layout, run.helix.attention)
     if local and (layout.segments == 1 or options.cache_layout == "auto"):
-        cache = "segment"
+        cache = SEGMENTS
     else:
         cache = choose_cache_layout(shape, options.cache_layout, machine).name
     pages = _pages(config, layout, options, cache, context, local)

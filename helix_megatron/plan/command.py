@@ -207,7 +207,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 def _show(plan: Plan, args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from helix_megatron.plan.report import plan_json, print_plan
+    from helix_megatron.plan.ranking import plan_json, print_plan
 
     if args.json == "-":
         print(json.dumps(plan_json(plan, args.rows), indent=1))
@@ -280,13 +280,12 @@ def command_text(plan: Plan, layout: Any, number: int) -> str:
     """What to paste for a row."""
     from helix_megatron.plan.launch_commands import caveats, deepspeed_config, launch_text
 
-    parts = (plan.model, layout, plan.job)
-    lines = [f"\nRow {number}:\n", launch_text(*parts, plan.cluster, plan.software), ""]
+    lines = [f"\nRow {number}:\n", launch_text(plan, layout), ""]
     if plan.job.task == "train":
-        config, reason = deepspeed_config(*parts, plan.software)
+        config, reason = deepspeed_config(plan, layout)
         text = json.dumps(config) if config else f"not for this row, {reason}."
         lines.append(f"DeepSpeed: {text}")
-    return "\n".join([*lines, *caveats(*parts, plan.software)])
+    return "\n".join([*lines, *caveats(plan, layout)])
 
 
 def simulate_main(argv: Sequence[str] | None = None, program: str = "helix simulate") -> int:
@@ -307,7 +306,7 @@ def simulate_main(argv: Sequence[str] | None = None, program: str = "helix simul
             raise HelixError(nothing_fits(plan))
         from helix_megatron.plan.explain import explain
         from helix_megatron.plan.perfetto import pipeline_text, trace_json
-        from helix_megatron.plan.report import header
+        from helix_megatron.plan.ranking import header
 
         layout = plan.rows[0].layout
         print(header(plan))

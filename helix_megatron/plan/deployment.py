@@ -15,7 +15,7 @@ from helix_megatron.plan.collective_time import Group
 from helix_megatron.plan.explain import kinds_of_layers
 from helix_megatron.plan.launch_commands import caveats, launch_text
 from helix_megatron.plan.layouts import Layout, head_layout
-from helix_megatron.plan.report import prediction_json
+from helix_megatron.plan.ranking import prediction_json
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.score import Prediction
 from helix_megatron.plan.steps import BACKWARD, FORWARD, in_order
@@ -48,8 +48,8 @@ def deployment(plan: Plan, p: Prediction) -> dict[str, Any]:
         "operators_per_micro_batch": operators,
         "groups": list(groups(plan, layout)),
         "checks": checks(plan, p, heads),
-        "command": launch_text(plan.model, layout, plan.job, plan.cluster, plan.software),
-        "caveats": caveats(plan.model, layout, plan.job, plan.software),
+        "command": launch_text(plan, layout),
+        "caveats": caveats(plan, layout),
     }
 
 

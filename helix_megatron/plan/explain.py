@@ -1,4 +1,7 @@
-"""One layout, term by term: every operator of a layer, and how seconds and bytes add up. All simulated."""
+"""One layout, term by term: the tables and sentences of `--explain`, `helix simulate` and the deployment plan.
+
+All of it is simulated. A table is (head, rows); the terminal and the page print the same ones.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,14 @@ from helix_megatron.plan.operators import layer_kinds, layer_steps
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.score import Prediction
 from helix_megatron.plan.steps import BACKWARD, FORWARD, Step, in_order
+from helix_megatron.tables import text_table
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+A_STEP = {
+    "train": "an iteration",
+    "prefill": "until the first tokens of the batch",
+    "decode": "a token of every sequence",
+}
 
 
 def kinds_of_layers(plan: Plan, layout: Layout) -> Iterator[tuple[str, int, tuple[Step, ...]]]:
@@ -56,103 +67,143 @@ def duration(seconds: float) -> str:
 
 
 def explain(plan: Plan, layout: Layout) -> str:
-    """The arithmetic of one layout."""
+    """The arithmetic of one layout, for the terminal."""
     p = plan.predict(layout)
-    lines = [
+    core, exchange = attention_times(plan, layout)
+    parts = [
         f"{layout.describe()}, micro-batch {layout.micro_batch}, {p.micro_batches} micro-batches, "
         f"recomputation {layout.recompute}"
         + (", sequence parallel" if layout.sequence_parallel else "")
-        + ". All figures are simulated; bytes and FLOPs of one rank.",
-        "",
+        + ". All figures are simulated; bytes and FLOPs of one rank."
     ]
     for name, count, steps in kinds_of_layers(plan, layout):
-        lines += [f"{count} layers, {name}; one micro-batch:", *step_lines(steps), ""]
-    core, exchange = attention_times(plan, layout)
-    lines += [
+        operators = text_table(*operators_table(steps, layout.tp), left=3)
+        parts.append(f"{count} layers, {name}; one micro-batch:\n{operators}")
+    parts += [
         f"Attention of a layer, forward: {duration(core)} core + {duration(exchange)} exchange = "
         f"{duration(core + exchange)} (simulated)",
-        "",
+        f"{speed_text(plan, p)}\n{text_table(*terms_table(p))}",
     ]
-    lines += [*_seconds(plan, p), "", *memory_lines(plan, p), "", *_traffic(p)]
-    return "\n".join(lines)
+    if plan.job.task == "train":
+        parts.append(pipeline_text(plan, p))
+    parts += [
+        f"{memory_text(plan, p)}\n{text_table(*memory_table(plan, p), left=2)}",
+        f"Communication of one rank: {duration(p.exposed)} exposed, {duration(p.hidden)} hidden\n"
+        + text_table(*traffic_table(p), left=3),
+    ]
+    return "\n\n".join(parts)
 
 
-def step_lines(steps: Sequence[Step]) -> list[str]:
-    """A line for every kernel and collective."""
-    lines = [f"  {'phase':<9}{'operator':<34}{'shape':<44}{'GFLOP':>10}{'us':>10}{'hidden':>9}"]
+# --------------------------------------------------------------------------- sentences
+
+
+def speed_text(plan: Plan, p: Prediction) -> str:
+    """How fast a step is, and what of it is communication."""
+    return (
+        f"{duration(p.seconds)} {A_STEP[plan.job.task]} (simulated), {p.tokens_per_second:,.0f} tokens/s, "
+        f"{p.flops_per_gpu / 1e12:.0f} TFLOP/s a GPU ({p.model_flops / p.tokens / 1e9:.2f} GFLOP of the model "
+        f"a token), bubble {p.bubble:.1%}, communication {duration(p.exposed)} exposed and "
+        f"{duration(p.hidden)} hidden."
+    )
+
+
+def pipeline_text(plan: Plan, p: Prediction) -> str:
+    """How the layers' sums make a step."""
+    layout = p.layout
+    return (
+        f"{p.micro_batches} micro-batches × {plan.model.num_layers / layout.pp:g} layers a stage × the sums "
+        f"above. Pipeline: slowest stage × {p.micro_batches} + the others once"
+        + (f" / {layout.vp} chunks" if layout.vp > 1 else "")
+        + "."
+    )
+
+
+def memory_text(plan: Plan, p: Prediction) -> str:
+    """How much of the fullest GPU is used."""
+    capacity = plan.cluster.chip.memory
+    return (
+        f"{p.memory.total / 1e9:.2f} GB on the fullest GPU (simulated), of {capacity / 1e9:.0f} GB."
+    )
+
+
+# ------------------------------------------------------------------------------ tables
+
+
+def operators_table(steps: Sequence[Step], ranks: int) -> Table:
+    """Every kernel and collective of a layer, with the sums of each direction.
+
+    MB of kernels are read and written in GPU memory; those of collectives are sent.
+    """
+    rows = []
     for phase in (FORWARD, BACKWARD):
         own = in_order(steps, phase)
         for step in own:
-            hidden = f"{step.hidden * 1e6:.1f}" if step.hidden else ""
-            lines.append(
-                f"  {phase:<9}{step.name[:33]:<34}{(step.shape or step.kind)[:43]:<44}"
-                f"{step.flops / 1e9:>10.2f}{step.seconds * 1e6:>10.1f}{hidden:>9}"
+            rows.append(
+                (
+                    phase,
+                    step.name,
+                    step.shape or step.kind,
+                    f"{step.flops / 1e9:,.2f}",
+                    f"{(step.sent or step.moved) / 1e6:,.2f}",
+                    f"{step.seconds * 1e6:,.1f}",
+                    f"{step.hidden * 1e6:,.1f}" if step.hidden else "",
+                )
             )
         if own:
-            exposed = sum(step.exposed for step in own)
-            lines.append(f"  {phase:<9}{'= sum, hidden taken off':<88}{exposed * 1e6:>10.1f}")
-    return lines
+            flops, sent = sum(step.flops for step in own), sum(step.sent for step in own)
+            rows.append(
+                (
+                    phase,
+                    "= sum, hidden taken off",
+                    f"{flops * ranks / 1e9:,.0f} GFLOP on all {ranks} TP ranks",
+                    f"{flops / 1e9:,.2f}",
+                    f"{sent / 1e6:,.2f} sent",
+                    f"{sum(step.exposed for step in own) * 1e6:,.1f}",
+                    "",
+                )
+            )
+    return ("phase", "operator", "shape", "GFLOP", "MB", "us", "hidden us"), rows
 
 
-def _seconds(plan: Plan, p: Prediction) -> list[str]:
-    layout, job = p.layout, plan.job
-    what = {"train": "an iteration", "prefill": "until the first tokens", "decode": "a token"}
-    lines = [f"{duration(p.seconds)} {what[job.task]} (simulated) ="]
-    lines += [f"  {duration(seconds):>14}  {name}" for name, seconds in p.terms.items()]
-    if job.task == "train":
-        per = plan.model.num_layers / layout.pp
-        lines.append(
-            f"  layers: {p.micro_batches} micro-batches × {per:g} layers a stage × the sums above. Pipeline: "
-            f"slowest stage × {p.micro_batches} + the others once"
-            + (f" / {layout.vp} chunks" if layout.vp > 1 else "")
-            + f"; bubble {p.bubble:.1%} of the step."
-        )
-    lines.append(
-        f"  {p.tokens:,} tokens / {duration(p.seconds)} = {p.tokens_per_second:,.0f} tokens/s; "
-        f"{p.model_flops / 1e12:,.2f} TFLOP of the model / {layout.gpus} GPUs / {duration(p.seconds)} = "
-        f"{p.flops_per_gpu / 1e12:.0f} TFLOP/s a GPU"
-    )
-    return lines
+def terms_table(p: Prediction) -> Table:
+    """What the seconds of a step consist of."""
+    return ("part", "time"), [(name, duration(seconds)) for name, seconds in p.terms.items()]
 
 
-def memory_lines(plan: Plan, p: Prediction) -> list[str]:
+def memory_table(plan: Plan, p: Prediction) -> Table:
     """What the memory of the fullest GPU consists of."""
     layout, model, job = p.layout, plan.model, plan.job
     weights = rank_weights(model, layout) + expert_weights(model, layout)
-    gb = {n: getattr(p.memory, n) / 1e9 for n in p.memory.__dataclass_fields__}
-    lines = [
-        f"{p.memory.total / 1e9:.2f} GB on the fullest GPU (simulated), of "
-        f"{plan.cluster.chip.memory / 1e9:.0f} GB =",
-        f"  {gb['weights']:>8.2f} GB  weights: {weights / 1e6:,.1f} M parameters",
-    ]
+    what = {"weights": f"{weights / 1e6:,.1f} M parameters"}
     if job.task == "train":
-        batches = layout.micro_batches(job.global_batch)
         activations = layer_activations(model, strip(layout), job, plan.software)
-        flight = layers_in_flight(layout, model, batches)
-        lines += [
-            f"  {gb['gradients']:>8.2f} GB  gradients, fp32",
-            f"  {gb['optimizer']:>8.2f} GB  Adam: {optimizer_bytes(plan.software)} bytes a parameter, on "
+        flight = layers_in_flight(layout, model, layout.micro_batches(job.global_batch))
+        what |= {
+            "gradients": "fp32",
+            "optimizer": f"Adam: {optimizer_bytes(plan.software)} bytes a parameter, on "
             f"{layout.dp_group.ranks} replicas",
-            f"  {gb['activations']:>8.2f} GB  activations: {flight:g} layers in flight × "
-            f"{activations.kept / 1e6:,.1f} MB (recomputation {layout.recompute}), and work space",
-        ]
+            "activations": f"{flight:g} layers in flight × {activations.kept / 1e6:,.1f} MB (recomputation "
+            f"{layout.recompute}), and work space",
+        }
     else:
-        lines += [
-            f"  {gb['cache']:>8.2f} GB  key-value cache",
-            f"  {gb['activations']:>8.2f} GB  work space of a micro-batch",
-        ]
-    lines.append(f"  {gb['framework']:>8.2f} GB  CUDA, NCCL, fragments (assumed)")
-    return lines
+        what |= {"cache": "keys and values", "activations": "work space of a micro-batch"}
+    what["framework"] = "CUDA, NCCL, fragments (assumed)"
+    rows = [(name, text, f"{getattr(p.memory, name) / 1e9:.2f}") for name, text in what.items()]
+    return ("memory", "of what", "GB"), rows
 
 
-def _traffic(p: Prediction) -> list[str]:
-    lines = [
-        f"Communication of one rank: {duration(p.exposed)} exposed, {duration(p.hidden)} hidden",
-        f"  {'axis':<10}{'collective':<16}{'link':<18}{'MB sent':>14}{'time':>13}{'exposed':>13}",
-    ]
-    for t in p.traffic:
-        lines.append(
-            f"  {t.axis:<10}{t.kind:<16}{t.link:<18}{t.bytes / 1e6:>14,.3f}{duration(t.seconds):>13}"
-            f"{duration(t.exposed):>13}"
+def traffic_table(p: Prediction) -> Table:
+    """Collectives of one rank in a step, by axis and kind."""
+    rows = [
+        (
+            t.axis,
+            t.kind,
+            t.link,
+            f"{t.bytes / 1e6:,.3f}",
+            duration(t.seconds),
+            duration(t.exposed),
+            f"{t.bytes / t.seconds / 1e9:,.0f}" if t.seconds else "",
         )
-    return lines
+        for t in p.traffic
+    ]
+    return ("axis", "collective", "slowest link", "MB sent", "time", "exposed", "GB/s sent"), rows

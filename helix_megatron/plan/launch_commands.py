@@ -10,6 +10,7 @@ from helix_megatron.exchanges import NO_EXCHANGE
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.results import Plan
 from helix_megatron.plan.settings import Job, Software
 
 # Model flags that only describe where the model came from, or follow from others.
@@ -80,11 +81,14 @@ def _parallel_words(model: ModelSpec, layout: Layout) -> list[str]:
     return words
 
 
-def command_words(model: ModelSpec, layout: Layout, job: Job, software: Software) -> list[str]:
+def command_words(plan: Plan, layout: Layout) -> list[str]:
     """All flags of the training command."""
-    words = [*model_words(model), *layout_words(model, layout, job, software)]
+    words = [
+        *model_words(plan.model),
+        *layout_words(plan.model, layout, plan.job, plan.software),
+    ]
     if layout.cp > 1:
-        for flag, value in _own_flags(model, job).items():
+        for flag, value in _own_flags(plan.model, plan.job).items():
             words += [] if flag in words else [flag, value]
     return words
 
@@ -104,15 +108,13 @@ def _own_flags(model: ModelSpec, job: Job) -> dict[str, str]:
     return flags
 
 
-def training_command(
-    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
-) -> str:
+def training_command(plan: Plan, layout: Layout) -> str:
     """One command for every node; data, learning rate and checkpoints are the user's to add.
 
     With context parallelism it is for Megatron-LM's own script, since the one here has none.
     """
-    start = _torchrun(layout.gpus, cluster)
-    words = command_words(model, layout, job, software)
+    start = _torchrun(layout.gpus, plan.cluster)
+    words = command_words(plan, layout)
     if layout.cp > 1:  # Megatron-LM refuses to start without the variable on GPUs before Blackwell
         lines = [" ".join(["CUDA_DEVICE_MAX_CONNECTIONS=1", *start, OWN_SCRIPT])]
     else:
@@ -147,10 +149,9 @@ def _wrapped(words: Sequence[str]) -> list[str]:
     return [*lines, "    " + line]
 
 
-def serving_words(
-    model: ModelSpec, layout: Layout, job: Job, software: Software, *, nodes: int = 1
-) -> list[str]:
+def serving_words(plan: Plan, layout: Layout, nodes: int) -> list[str]:
     """The flags of `helix serve` for one replica; over several nodes a launcher starts the ranks."""
+    model, job = plan.model, plan.job
     words = ["--load", "$CHECKPOINT"]
     if nodes == 1:
         words += ["--nproc-per-node", str(layout.tp)]
@@ -162,7 +163,7 @@ def serving_words(
     if model.experts:
         words += ["--expert-model-parallel-size", str(layout.ep)]
         words += ["--expert-tensor-parallel-size", str(layout.etp)]
-    words += ["--dtype", "fp32" if software.precision == "fp32" else "bf16"]
+    words += ["--dtype", "fp32" if plan.software.precision == "fp32" else "bf16"]
     words += ["--max-sequences", str(job.global_batch // layout.dp)]
     # The planner's sequence is in the cache already; a token follows it where the model has a position for it.
     positions = job.sequence + 1
@@ -187,35 +188,29 @@ def not_served(model: ModelSpec, layout: Layout) -> str:
     return ""
 
 
-def serving_command(
-    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
-) -> str:
+def serving_command(plan: Plan, layout: Layout) -> str:
     """The command of `helix serve` for one replica, or a comment that says why the layout is a forecast."""
-    reason = not_served(model, layout)
+    reason = not_served(plan.model, layout)
     if reason:
         return f"# This row is a forecast. helix serve does not run it: {reason}."
-    nodes = -(-layout.tp // cluster.domain)
+    nodes = -(-layout.tp // plan.cluster.domain)
     start = "helix serve"
     if nodes > 1:
-        start = " ".join([*_torchrun(layout.tp, cluster), "-m helix_megatron.cli serve"])
-    words = serving_words(model, layout, job, software, nodes=nodes)
+        start = " ".join([*_torchrun(layout.tp, plan.cluster), "-m helix_megatron.cli serve"])
+    words = serving_words(plan, layout, nodes)
     note = "# $CHECKPOINT is a checkpoint of Helix, Megatron or Hugging Face.\n"
     if layout.dp > 1:
         note += f"# Start {layout.dp} of these, on {layout.tp} GPUs each, behind a load balancer.\n"
     return note + " \\\n".join([start, *_wrapped(words)])
 
 
-def launch_text(
-    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
-) -> str:
+def launch_text(plan: Plan, layout: Layout) -> str:
     """What to paste: the training command, or for inference the command that serves the model."""
-    command = training_command if job.task == "train" else serving_command
-    return command(model, layout, job, cluster, software)
+    command = training_command if plan.job.task == "train" else serving_command
+    return command(plan, layout)
 
 
-def deepspeed_config(
-    model: ModelSpec, layout: Layout, job: Job, software: Software
-) -> tuple[dict[str, Any] | None, str]:
+def deepspeed_config(plan: Plan, layout: Layout) -> tuple[dict[str, Any] | None, str]:
     """(DeepSpeed's configuration, "") or (None, why there is none)."""
     for degree, name in ((layout.pp, "pipeline"), (layout.cp, "context"), (layout.ep, "expert")):
         if degree > 1:
@@ -225,35 +220,35 @@ def deepspeed_config(
             )
     helix: dict[str, Any] = {"tensor_parallel_size": layout.tp} | layout.helix().to_dict()
     config: dict[str, Any] = {
-        "train_batch_size": job.global_batch,
+        "train_batch_size": plan.job.global_batch,
         "train_micro_batch_size_per_gpu": layout.micro_batch,
-        "gradient_accumulation_steps": layout.micro_batches(job.global_batch),
-        "zero_optimization": {"stage": 1 if software.distributed_optimizer else 0},
+        "gradient_accumulation_steps": layout.micro_batches(plan.job.global_batch),
+        "zero_optimization": {"stage": 1 if plan.software.distributed_optimizer else 0},
     }
-    if software.precision in ("bf16", "fp8"):
+    if plan.software.precision in ("bf16", "fp8"):
         config["bf16"] = {"enabled": True}
     return config | {"helix": helix}, ""
 
 
-def caveats(model: ModelSpec, layout: Layout, job: Job, software: Software) -> list[str]:
+def caveats(plan: Plan, layout: Layout) -> list[str]:
     """What a user should know before pasting."""
     found = []
-    if job.task == "prefill" and layout.segments > 1:
+    if plan.job.task == "prefill" and layout.segments > 1:
         found.append(
             "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "
             "Hugging Face models run that helix_megatron.huggingface has cut."
         )
-    if layout.cp > 1 and job.task == "train":
+    if layout.cp > 1 and plan.job.task == "train":
         found.append(f"{NO_CP} The command is for Megatron-LM's own pretrain_gpt.py.")
-        missing = [name for name, value in model.flags if name in NOT_THERE and value]
+        missing = [name for name, value in plan.model.flags if name in NOT_THERE and value]
         if missing:
             flags = ", ".join("--" + name.replace("_", "-") for name in missing)
             found.append(
                 f"Megatron-LM's own script has no {flags}: it needs changes to train this model."
             )
-    if software.precision == "fp8" and job.task != "train":
+    if plan.software.precision == "fp8" and plan.job.task != "train":
         found.append("helix serve has no fp8: the command is for bf16, and this row is a forecast.")
-    elif software.precision == "fp8":
+    elif plan.software.precision == "fp8":
         found.append(
             "fp8 needs Transformer Engine: add --fp8-format hybrid to Megatron-LM's script."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from helix_megatron.errors import HelixError
 from helix_megatron.plan.results import Plan
@@ -81,7 +82,7 @@ def plot(plan: Plan, path: Path) -> None:
         plt.close(figure)
 
 
-def _bars(plan: Plan, axes: object, tokens: float) -> None:
+def _bars(plan: Plan, axes: Any, tokens: float) -> None:
     """The fastest layouts that differ in their degrees of parallelism, and the best of each family."""
     seen, rows = set(), []
     best = list(rivals(plan).values())
@@ -108,17 +109,17 @@ def _bars(plan: Plan, axes: object, tokens: float) -> None:
         for r in rows
     ]
     places = range(len(rows))
-    axes.barh(places, [tokens / row.seconds for row in rows], color=colours, height=0.7)  # type: ignore[attr-defined]
+    axes.barh(places, [tokens / row.seconds for row in rows], color=colours, height=0.7)
     for place, row in zip(places, rows, strict=True):
-        axes.annotate(  # type: ignore[attr-defined]
+        axes.annotate(
             f" {tokens / row.seconds:,.0f} tokens/s, {row.memory / 1e9:.0f} GB",
             (tokens / row.seconds, place),
             va="center",
             fontsize=8,
         )
-    axes.set_yticks(places, labels, fontsize=8)  # type: ignore[attr-defined]
-    axes.set_xlim(0, 1.35 * max(tokens / row.seconds for row in rows))  # type: ignore[attr-defined]
-    axes.xaxis.set_major_formatter("{x:,.0f}")  # type: ignore[attr-defined]
-    axes.locator_params(axis="x", nbins=5)  # type: ignore[attr-defined]
-    axes.set_xlabel("simulated tokens per second")  # type: ignore[attr-defined]
-    axes.set_title("the best, and the best of each family", loc="left", fontsize=11)  # type: ignore[attr-defined]
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.set_xlim(0, 1.35 * max(tokens / row.seconds for row in rows))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlabel("simulated tokens per second")
+    axes.set_title("the best, and the best of each family", loc="left", fontsize=11)

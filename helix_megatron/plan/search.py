@@ -15,12 +15,20 @@ from helix_megatron.plan.inference import inference_memory
 from helix_megatron.plan.layouts import Layout, attention_shape, head_layout, strip
 from helix_megatron.plan.memory import RECOMPUTE, training_bytes, training_states
 from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.refusals import (
+    INDIVISIBLE,
+    Refusal,
+    of_batch,
+    of_context_parallel,
+    of_stages,
+    of_tensor_parallel,
+    of_whole_heads,
+)
 from helix_megatron.plan.results import Limits, Plan, Rejected, Row
 from helix_megatron.plan.score import iteration, layers_cost
 from helix_megatron.plan.settings import Job, Software
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-LEAST_CHUNK = 256  # tokens of a sequence on a context parallel rank; fewer were never worth a ring
 
 
 def search(
@@ -81,6 +89,12 @@ class _Search:
             self.seen.add((what, reason))
             self.plan.rejected.append(Rejected(what, kind, reason, tuple(sizes.items())))
 
+    def _allowed(self, what: str, refusal: Refusal, **sizes: Any) -> bool:
+        """Whether there is no refusal; one is kept for the report."""
+        if refusal is not None:
+            self.reject(what, *refusal, **sizes)
+        return refusal is None
+
     def run(self) -> None:
         for tp in self._tensor_parallel():
             for segments, query_layout in self._head_cuts(tp):
@@ -94,107 +108,48 @@ class _Search:
 
     def _tensor_parallel(self) -> Iterator[int]:
         """TP sizes that the widths of the model allow."""
-        model, most = self.model, self.limits.max_tp or max(4 * self.cluster.domain, 16)
-        widths = {"hidden size": model.hidden_size}
-        if model.dense_layers:
-            widths["FFN hidden size"] = model.ffn_hidden_size
-        if model.shared_ffn:
-            widths["hidden size of the shared experts"] = model.shared_ffn
+        domain = self.cluster.domain
+        most = self.limits.max_tp or max(4 * domain, 16)
         for tp in divisors(self.gpus):
+            refusal = of_tensor_parallel(self.model, tp)
             if tp > most and self.limits.tp != tp:
-                spans = -(-tp // self.cluster.domain)
-                self.reject(
-                    f"TP {tp}",
+                refusal = (
                     "too wide",
-                    f"a group would span {spans} domains of {self.cluster.domain} GPUs in every layer; more "
-                    f"than {most} is tried only with --max-tensor-parallel {tp}",
-                    tp=tp,
+                    (
+                        f"a group would span {-(-tp // domain)} domains of {domain} GPUs in every layer; more "
+                        f"than {most} is tried only with --max-tensor-parallel {tp}"
+                    ),
                 )
-                continue
-            bad = [(name, size) for name, size in widths.items() if size % tp]
-            if bad:
-                name, size = bad[0]
-                self.reject(
-                    f"TP {tp}",
-                    "not divisible",
-                    f"{name} {size} is not divisible by {tp}; nearest that divide it: {_nearest(size, tp)}",
-                    tp=tp,
-                )
-                continue
-            yield tp
+            if self._allowed(f"TP {tp}", refusal, tp=tp):
+                yield tp
 
     def _head_cuts(self, tp: int) -> Iterator[tuple[int, str]]:
         """(m, query layout) for m·n = TP; m = 1 first."""
-        model = self.model
+        layouts = ("segments",) if self.job.task == "decode" else ("heads", "segments")
         for m in divisors(tp):
             what = f"TP {tp}, m {m}"
             if m == 1:
-                reason = self._stock_refusal(tp)
-                if reason:
-                    self.reject(what, "not divisible", reason, tp=tp, segments=1)
-                else:
+                if self._allowed(what, of_whole_heads(self.model, tp), tp=tp, segments=1):
                     yield 1, "segments"
                 continue
-            for query_layout in (
-                ("heads", "segments") if self.job.task != "decode" else ("segments",)
-            ):
+            for query_layout in layouts:
+                # Query layout heads needs what segments needs, and whole heads for every rank.
+                refusal: Refusal = None
                 try:
-                    head_layout(model, tp, m, query_layout)
+                    head_layout(self.model, tp, m, query_layout)
                 except HelixError as error:
-                    # Query layout heads needs what segments needs, and whole heads for every rank.
-                    self.reject(
-                        f"{what}, queries {query_layout}",
-                        "not divisible",
-                        str(error),
-                        tp=tp,
-                        segments=m,
-                        query_layout=query_layout,
-                    )
-                    continue
-                yield m, query_layout
-
-    def _stock_refusal(self, tp: int) -> str:
-        model = self.model
-        if model.num_heads % tp:
-            return (
-                f"{model.num_heads} query heads cannot be dealt whole to {tp} ranks; nearest that divide them: "
-                f"{_nearest(model.num_heads, tp)}"
-            )
-        if model.num_kv_heads % tp and tp % model.num_kv_heads:
-            return (
-                f"Megatron needs {tp} to divide the {model.num_kv_heads} key-value heads or be a multiple of "
-                f"them; nearest: {_nearest(model.num_kv_heads, tp)}"
-            )
-        return ""
+                    refusal = INDIVISIBLE, str(error)
+                sizes = {"tp": tp, "segments": m, "query_layout": query_layout}
+                if self._allowed(f"{what}, queries {query_layout}", refusal, **sizes):
+                    yield m, query_layout
 
     def _context_parallel(self, tp: int, segments: int) -> Iterator[int]:
-        for cp in divisors(self.gpus // tp):
-            if cp == 1:
-                yield 1
-            elif segments > 1:
-                continue  # Helix refuses context parallelism
-            elif self.job.task == "decode":
-                self.reject(
-                    f"CP {cp}",
-                    "not modelled",
-                    "a token's cache dealt to context parallel ranks; cache sequence of Helix is the nearest",
-                    cp=cp,
-                )
-            elif self.job.sequence % (2 * cp):
-                self.reject(
-                    f"CP {cp}",
-                    "not divisible",
-                    f"sequence length {self.job.sequence} is not divisible by 2·{cp} chunks",
-                    cp=cp,
-                )
-            elif self.job.sequence // cp < LEAST_CHUNK and self.limits.cp != cp:
-                self.reject(
-                    f"CP {cp}",
-                    "too small",
-                    f"leaves {self.job.sequence // cp} tokens of a sequence to a rank, under {LEAST_CHUNK}",
-                    cp=cp,
-                )
-            else:
+        yield 1
+        if segments > 1:
+            return  # Helix refuses context parallelism
+        for cp in divisors(self.gpus // tp)[1:]:
+            refusal = of_context_parallel(self.job, cp, asked=self.limits.cp == cp)
+            if self._allowed(f"CP {cp}", refusal, cp=cp):
                 yield cp
 
     def _micro_batches(
@@ -209,7 +164,7 @@ class _Search:
             if self.model.experts and self.training:
                 self.reject(
                     f"TP {tp}, CP {cp}",
-                    "not divisible",
+                    INDIVISIBLE,
                     f"{why} (Megatron's MoE needs it)",
                     tp=tp,
                     cp=cp,
@@ -256,24 +211,15 @@ class _Search:
         if base.segments == 1:
             yield base
             return
-        what = f"TP {base.tp}, m {base.segments}, queries {base.query_layout}, micro-batch {base.micro_batch}"
         if self.job.task == "decode":
             for cache in NAMES:
                 yield base._replace(cache=cache, exchange=NO_EXCHANGE.name)
             return
+        what = f"TP {base.tp}, m {base.segments}, queries {base.query_layout}, micro-batch {base.micro_batch}"
+        cut = (base.tp, base.segments, base.query_layout, base.micro_batch)
+        length, element = self.job.sequence, self.software.element
+        shape = attention_shape(self.model, *cut, length, length, element, None)
         timed: list[tuple[float, Layout]] = []
-        length = self.job.sequence
-        shape = attention_shape(
-            self.model,
-            base.tp,
-            base.segments,
-            base.query_layout,
-            base.micro_batch,
-            length,
-            length,
-            self.software.element,
-            None,
-        )
         for exchange in EXACT:
             if exchange.query_layout != base.query_layout:
                 continue  # it is tried with the other query layout, where that fits
@@ -302,30 +248,14 @@ class _Search:
 
     def _pipelines(self, layer: Layout) -> None:
         rest = self.gpus // (layer.tp * layer.cp)
-        layers = self.model.num_layers
         for pp in divisors(rest):
-            if layers % pp:
-                self.reject(
-                    f"PP {pp}",
-                    "not divisible",
-                    f"{layers} layers cannot be dealt to {pp} stages; nearest that divide them: "
-                    f"{_nearest(layers, pp)}",
-                    pp=pp,
-                )
+            if not self._allowed(f"PP {pp}", of_stages(self.model.num_layers, pp), pp=pp):
                 continue
-            dp = rest // pp
-            unit = dp * layer.micro_batch
-            if self.job.global_batch % unit:
-                self.reject(
-                    f"DP {dp}, micro-batch {layer.micro_batch}",
-                    "not divisible",
-                    f"global batch {self.job.global_batch} is not divisible by {dp} × {layer.micro_batch}; "
-                    f"nearest that is: {-(-self.job.global_batch // unit) * unit}",
-                    dp=dp,
-                    micro_batch=layer.micro_batch,
-                )
+            dp, size = rest // pp, layer.micro_batch
+            refusal = of_batch(self.job.global_batch, dp, size)
+            if not self._allowed(f"DP {dp}, micro-batch {size}", refusal, dp=dp, micro_batch=size):
                 continue
-            batches = self.job.global_batch // unit
+            batches = self.job.global_batch // (dp * size)
             for vp in self._chunks(pp, batches):
                 placed = layer._replace(pp=pp, dp=dp, vp=vp)
                 self._consider(self._expert_parallel(layer, placed))
@@ -338,7 +268,7 @@ class _Search:
         if batches % pp:
             self.reject(
                 f"PP {pp} interleaved, {batches} micro-batches",
-                "not divisible",
+                INDIVISIBLE,
                 f"the interleaved schedule needs micro-batches in multiples of {pp}",
                 pp=pp,
             )
@@ -367,7 +297,7 @@ class _Search:
             for etp in {1, layout.tp}:
                 if etp > 1 and model.biases:
                     why = "Megatron cannot cut experts with biases"
-                    self.reject(f"ETP {etp}", "not divisible", why, etp=etp)
+                    self.reject(f"ETP {etp}", INDIVISIBLE, why, etp=etp)
                 elif ranks % (ep * etp) == 0 and model.moe_ffn % etp == 0:
                     found.append(layout._replace(ep=ep, etp=etp))
         capacity = self.cluster.chip.memory
@@ -449,10 +379,3 @@ def _sizes(layer: Layout) -> dict[str, Any]:
     """What a rejected layer has in common with all layouts that are made of it."""
     names = ("tp", "cp", "segments", "query_layout", "micro_batch", "exchange")
     return {name: getattr(layer, name) for name in names}
-
-
-def _nearest(number: int, wanted: int) -> str:
-    """The divisors next to a number, below and above."""
-    below = [d for d in divisors(number) if d < wanted]
-    above = [d for d in divisors(number) if d > wanted]
-    return listed(below[-1:] + above[:1])

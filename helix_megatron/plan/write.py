@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from helix_megatron.errors import HelixError
 from helix_megatron.plan.deployment import deployment
-from helix_megatron.plan.explain import duration, memory_lines
+from helix_megatron.plan.explain import (
+    duration,
+    kinds_of_layers,
+    memory_table,
+    memory_text,
+    operators_table,
+    speed_text,
+    terms_table,
+    traffic_table,
+)
 from helix_megatron.plan.launch_commands import deepspeed_config
+from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.score import Prediction
+from helix_megatron.tables import markdown_table
 
 SHOWN_RANKS = 64  # of the table in Markdown; JSON has all
 SHOWN_GROUPS = 4
@@ -43,7 +54,8 @@ def markdown(plan: Plan, p: Prediction, content: dict[str, Any]) -> str:
         _summary(plan, p),
         content["verdict"] + "\n",
         "## Prediction (simulated)\n",
-        *_prediction(plan, p),
+        speed_text(plan, p) + "\n",
+        _table(*terms_table(p)),
         "## Batch\n",
         _batch(content["batch"]),
         f"## Ways to cut TP {p.layout.tp}: m segments × n head groups (simulated)\n",
@@ -56,11 +68,14 @@ def markdown(plan: Plan, p: Prediction, content: dict[str, Any]) -> str:
         "## Operators of one rank, one micro-batch\n",
         "FLOPs count a multiply-add as two. MB of kernels are read and written in GPU memory; those of "
         "collectives are sent. Times are simulated.\n",
-        *_operator_tables(content["operators_per_micro_batch"], p.layout.tp),
+        *_operators(plan, p.layout),
         "## Memory of the fullest GPU (simulated)\n",
-        "```\n" + "\n".join(memory_lines(plan, p)) + "\n```\n",
+        memory_text(plan, p) + "\n",
+        _table(*memory_table(plan, p)),
         "## Communication of one rank in a step (simulated times)\n",
-        *_communication(p, content["groups"]),
+        _table(*traffic_table(p)),
+        "Who talks to whom:\n",
+        _groups(content["groups"]),
         "## Checks\n",
         _table(
             ("check", "result", "figure"),
@@ -88,22 +103,6 @@ def _summary(plan: Plan, p: Prediction) -> str:
         f"Task {job.task}, sequence {job.sequence}, {plan.software.precision}. **Every figure of time and "
         "memory here is simulated, none is measured.**\n"
     )
-
-
-def _prediction(plan: Plan, p: Prediction) -> list[str]:
-    unit = {
-        "train": "an iteration",
-        "prefill": "until the first tokens of the batch",
-        "decode": "a token of every sequence",
-    }[plan.job.task]
-    per_token = p.model_flops / p.tokens
-    return [
-        f"{duration(p.seconds)} {unit}, {p.tokens_per_second:,.0f} tokens/s, "
-        f"{p.flops_per_gpu / 1e12:.0f} TFLOP/s a GPU ({per_token / 1e9:.2f} GFLOP of the model a token), "
-        f"bubble {p.bubble:.1%}, communication "
-        f"{duration(p.exposed)} exposed and {duration(p.hidden)} hidden.\n",
-        _table(("part", "time"), [(k, duration(v)) for k, v in p.terms.items()]),
-    ]
 
 
 def _batch(sizes: dict[str, Any]) -> str:
@@ -172,68 +171,20 @@ def _weights(matrices: Sequence[dict[str, Any]]) -> str:
     return _table(("matrix", "on this rank", "whole", "parameters"), rows)
 
 
-def _operator_tables(kinds: list[dict[str, Any]], ranks: int) -> list[str]:
-    found = []
-    for kind in kinds:
-        found.append(f"{kind['count']} layers, {kind['layers']}:\n")
-        rows = [
-            (
-                s["phase"],
-                s["name"],
-                s["shape"] or s["kind"],
-                f"{s['flops'] / 1e9:,.2f}",
-                f"{(s['bytes_sent'] or s['bytes']) / 1e6:,.2f}",
-                f"{s['simulated_seconds'] * 1e6:,.1f}",
-                f"{s['hidden_seconds'] * 1e6:,.1f}" if s["hidden_seconds"] else "",
-            )
-            for s in kind["steps"]
-        ]
-        for phase in dict.fromkeys(s["phase"] for s in kind["steps"]):
-            own = [s for s in kind["steps"] if s["phase"] == phase]
-            flops = sum(s["flops"] for s in own)
-            sent = sum(s["bytes_sent"] for s in own)
-            exposed = sum(s["simulated_seconds"] - s["hidden_seconds"] for s in own)
-            rows.append(
-                (
-                    phase,
-                    "**sum, hidden taken off**",
-                    f"{flops * ranks / 1e9:,.0f} GFLOP on all {ranks} TP ranks",
-                    f"{flops / 1e9:,.2f}",
-                    f"{sent / 1e6:,.2f} sent",
-                    f"{exposed * 1e6:,.1f}",
-                    "",
-                )
-            )
-        head = ("phase", "operator", "shape", "GFLOP", "MB", "µs", "hidden µs")
-        found.append(_table(head, rows))
-    return found
+def _operators(plan: Plan, layout: Layout) -> Iterator[str]:
+    for name, count, steps in kinds_of_layers(plan, layout):
+        yield f"{count} layers, {name}:\n"
+        yield _table(*operators_table(steps, layout.tp))
 
 
-def _communication(p: Prediction, groups: Sequence[dict[str, Any]]) -> list[str]:
-    traffic = [
-        (
-            t.axis,
-            t.kind,
-            t.link,
-            f"{t.bytes / 1e9:,.3f}",
-            duration(t.seconds),
-            duration(t.exposed),
-            f"{t.bytes / t.seconds / 1e9:,.0f}" if t.seconds else "",
-        )
-        for t in p.traffic
-    ]
-    head = ("axis", "collective", "slowest link", "GB sent", "time", "exposed", "GB/s sent")
-    members = []
+def _groups(groups: Sequence[dict[str, Any]]) -> str:
+    rows = []
     for group in groups:
         shown = [_ranks(ranks) for ranks in group["groups"][:SHOWN_GROUPS]]
         more = len(group["groups"]) - len(shown)
         text = "; ".join(shown) + (f"; … {more} more in plan.json" if more else "")
-        members.append((group["axis"], str(group["ranks"]), group["slowest_link"], text))
-    return [
-        _table(head, traffic),
-        "Who talks to whom:\n",
-        _table(("group", "ranks", "slowest link", "members"), members),
-    ]
+        rows.append((group["axis"], str(group["ranks"]), group["slowest_link"], text))
+    return _table(("group", "ranks", "slowest link", "members"), rows)
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -246,7 +197,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 def _commands(plan: Plan, p: Prediction, content: dict[str, Any]) -> list[str]:
     parts = [f"```bash\n{content['command']}\n```\n"]
     if plan.job.task == "train":
-        config, reason = deepspeed_config(plan.model, p.layout, plan.job, plan.software)
+        config, reason = deepspeed_config(plan, p.layout)
         parts.append(
             f"DeepSpeed:\n\n```json\n{json.dumps(config, indent=2)}\n```\n"
             if config
@@ -292,6 +243,5 @@ def _watch(plan: Plan, p: Prediction) -> list[str]:
     return lines
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown_table(head, rows) + "\n"

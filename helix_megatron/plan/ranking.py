@@ -150,9 +150,9 @@ def prediction_json(plan: Plan, p: Prediction) -> dict[str, Any]:
         "communication": [traffic.__dict__ for traffic in p.traffic],
         "exposed_communication_seconds": p.exposed,
         "hidden_communication_seconds": p.hidden,
-        "megatron_flags": command_words(plan.model, p.layout, plan.job, plan.software),
-        "deepspeed": deepspeed_config(plan.model, p.layout, plan.job, plan.software)[0],
-        "caveats": caveats(plan.model, p.layout, plan.job, plan.software),
+        "megatron_flags": command_words(plan, p.layout),
+        "deepspeed": deepspeed_config(plan, p.layout)[0],
+        "caveats": caveats(plan, p.layout),
     }
 
 

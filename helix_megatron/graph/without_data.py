@@ -1,4 +1,4 @@
-"""This process as one rank of a world in which collectives return at once and move nothing."""
+"""What Megatron and torch look up outside of the operators that they run, where tensors have no data."""
 
 from __future__ import annotations
 
@@ -15,29 +15,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from helix_megatron.graph import values
 from helix_megatron.graph.attention_kernel import scaled_dot_product_attention
 from helix_megatron.kernels import sdpa
-from helix_megatron.megatron.fake_world import fake_world as a_fake_world
-from helix_megatron.training.run import RunConfig
 
 
 @contextlib.contextmanager
-def fake_world(rank: int, run: RunConfig) -> Iterator[None]:
-    """Rank `rank` of the run's groups, as a new process.
-
-    Raises:
-        HelixError: this process belongs to a process group already.
-    """
-    parallel: Any = run.parallel
-    world = a_fake_world(
-        rank,
-        run.world_size,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        run.training.seed,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        intra_head_parallel_size=run.helix.intra_head_parallel_size,
-    )
-    with world, _fresh_router_losses(), _biases_of_shapes():
+def new_process() -> Iterator[None]:
+    """What a new process would have: no router losses of earlier steps, and biases that are shapes only."""
+    with _fresh_router_losses(), _biases_of_shapes():
         yield
 
 

@@ -1,4 +1,4 @@
-"""Tables for the terminal, and JSON that says where, when and by which command its numbers were made."""
+"""JSON that says where, when and by which command its numbers were made."""
 
 from __future__ import annotations
 
@@ -16,20 +16,6 @@ from helix_megatron import __version__
 from helix_megatron.errors import HelixError
 
 PROGRAM = "python -m helix_megatron.bench"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
-    """Columns as wide as their widest entry: the first aligned left, the others right, two spaces between."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = []
-    for line in lines:
-        first, *others = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        text.append((indent + "  ".join([first, *others])).rstrip())
-    return "\n".join(text)
 
 
 def check_json_path(path: str | None) -> None:

@@ -1,0 +1,83 @@
+"""Why a size cannot be, of the model, the job or Megatron: (kind, clause), with the nearest size that can."""
+
+from __future__ import annotations
+
+from helix_megatron.errors import divisors, listed
+from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.settings import Job
+
+Refusal = tuple[str, str] | None
+INDIVISIBLE = "not divisible"
+LEAST_CHUNK = 256  # tokens of a sequence on a context parallel rank; fewer were never worth a ring
+
+
+def nearest(number: int, wanted: int) -> str:
+    """The divisors next to a number, below and above."""
+    below = [d for d in divisors(number) if d < wanted]
+    above = [d for d in divisors(number) if d > wanted]
+    return listed(below[-1:] + above[:1])
+
+
+def of_tensor_parallel(model: ModelSpec, tp: int) -> Refusal:
+    """Widths that TP ranks must divide."""
+    widths = {"hidden size": model.hidden_size}
+    if model.dense_layers:
+        widths["FFN hidden size"] = model.ffn_hidden_size
+    if model.shared_ffn:
+        widths["hidden size of the shared experts"] = model.shared_ffn
+    for name, size in widths.items():
+        if size % tp:
+            reason = f"{name} {size} is not divisible by {tp}; nearest that divide it: "
+            return INDIVISIBLE, reason + nearest(size, tp)
+    return None
+
+
+def of_whole_heads(model: ModelSpec, tp: int) -> Refusal:
+    """Heads that stock Megatron deals whole."""
+    if model.num_heads % tp:
+        return INDIVISIBLE, (
+            f"{model.num_heads} query heads cannot be dealt whole to {tp} ranks; nearest that divide them: "
+            f"{nearest(model.num_heads, tp)}"
+        )
+    if model.num_kv_heads % tp and tp % model.num_kv_heads:
+        return INDIVISIBLE, (
+            f"Megatron needs {tp} to divide the {model.num_kv_heads} key-value heads or be a multiple of "
+            f"them; nearest: {nearest(model.num_kv_heads, tp)}"
+        )
+    return None
+
+
+def of_context_parallel(job: Job, cp: int, *, asked: bool) -> Refusal:
+    """A sequence that a ring of ranks shares; `asked` lets its parts be as small as they come."""
+    if job.task == "decode":
+        return "not modelled", (
+            "a token's cache dealt to context parallel ranks; cache sequence of Helix is the nearest"
+        )
+    if job.sequence % (2 * cp):
+        return INDIVISIBLE, f"sequence length {job.sequence} is not divisible by 2·{cp} chunks"
+    if job.sequence // cp < LEAST_CHUNK and not asked:
+        tokens = job.sequence // cp
+        return (
+            "too small",
+            f"leaves {tokens} tokens of a sequence to a rank, under {LEAST_CHUNK}",
+        )
+    return None
+
+
+def of_stages(layers: int, pp: int) -> Refusal:
+    """Layers that pipeline stages share evenly."""
+    if layers % pp == 0:
+        return None
+    reason = f"{layers} layers cannot be dealt to {pp} stages; nearest that divide them: "
+    return INDIVISIBLE, reason + nearest(layers, pp)
+
+
+def of_batch(batch: int, dp: int, micro_batch: int) -> Refusal:
+    """A global batch that replicas and micro-batches divide."""
+    unit = dp * micro_batch
+    if batch % unit == 0:
+        return None
+    return INDIVISIBLE, (
+        f"global batch {batch} is not divisible by {dp} × {micro_batch}; nearest that is: "
+        f"{-(-batch // unit) * unit}"
+    )
