@@ -37,6 +37,7 @@ setup(
     package_data={
         "helix_megatron": ["py.typed"],
         "helix_megatron.graph.page": ["*.html", "*.css", "*.js"],
+        "helix_megatron.plan": ["*.jinja"],
     },
     python_requires=">=3.11",
     install_requires=[
@@ -48,6 +49,7 @@ setup(
         "psutil>=6,<8",  # megatron-core's distributed checkpoints import it and do not declare it
         "tqdm>=4.66,<5",
         "rich>=13.7,<16",
+        "jinja2>=3.1.6,<4",
         "pyyaml>=6.0.2,<7",
         "matplotlib>=3.9,<4",
     ],

@@ -171,7 +171,8 @@ ATTENTION_CURVE = {
     256: (0.82, 1640.0, 660.0),
     512: (0.40, 640.0, 435.0),
 }
-# Backward computes 2.5 times the FLOPs (five products instead of two) at 0.8 of the rate: FlashAttention-3,
+# Backward computes 2.5 times the FLOPs (five products instead of two: scores again, and the gradients of
+# probabilities, values, keys and queries) at 0.8 of the rate: FlashAttention-3,
 # arXiv 2407.08608, figures 5 and 6 (forward 648, backward 561 TFLOP/s; shorter sequences less).
 ATTENTION_BACKWARD_FLOPS = 2.5
 ATTENTION_BACKWARD_RATE = 0.8

@@ -30,4 +30,5 @@ def text_table(
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The same for a page."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    escaped = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+    return "\n".join(f"| {line} |" for line in escaped)

@@ -21,6 +21,8 @@ from typing import Any
 from helix_megatron.errors import HelixError, exit_on_error, listed
 from helix_megatron.plan.clusters import Cluster, cluster_of
 from helix_megatron.plan.score import Prediction, predict_training
+from helix_megatron.plan.settings import Scenario
+from helix_megatron.tables import text_table
 from training_tables import Run, read_table
 
 PROGRAM = "python scripts/validate_planner.py"
@@ -28,7 +30,7 @@ PROGRAM = "python scripts/validate_planner.py"
 
 def predict(runs: Sequence[Run], cluster: Cluster) -> list[Prediction]:
     """What the planner says of each."""
-    return [predict_training(r.model, r.layout, r.job, cluster, r.software) for r in runs]
+    return [predict_training(Scenario(r.model, r.job, cluster, r.software), r.layout) for r in runs]
 
 
 def with_share(cluster: Cluster, precision: str, share: float) -> Cluster:
@@ -159,15 +161,19 @@ def evaluate(path: Path, cluster_name: str | None, leave_out: bool) -> dict[str,
 
 def describe(result: dict[str, Any]) -> str:
     """The figures as text."""
-    lines = [
-        f"{'model':<14} {'layout':<26} {'micro-batch':>11} {'measured s':>11} {'simulated s':>11} {'error':>8}"
-    ]
-    for row in result["rows"]:
-        batch = f"{row['micro_batch']} × {row['micro_batches']}"
-        lines.append(
-            f"{row['model']:<14} {row['layout']:<26} {batch:>11} {row['measured_seconds']:>11.3f} "
-            f"{row['predicted_seconds']:>11.3f} {row['error_percent']:>+7.1f}%"
+    rows = [
+        (
+            row["model"],
+            row["layout"],
+            f"{row['micro_batch']} × {row['micro_batches']}",
+            f"{row['measured_seconds']:.3f}",
+            f"{row['predicted_seconds']:.3f}",
+            f"{row['error_percent']:+.1f}%",
         )
+        for row in result["rows"]
+    ]
+    head = ("model", "layout", "micro-batch", "measured s", "simulated s", "error")
+    lines = [text_table(head, rows, left=2, indent="")]
     lines += [f"line {r['line']} not predicted: {r['reason']}" for r in result["refused"]]
     if result["ignored_columns"]:
         lines.append(f"columns not used: {listed(result['ignored_columns'])}")

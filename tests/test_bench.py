@@ -16,7 +16,15 @@ from tiers import sized
 
 from helix_megatron.bench import attention, traffic
 from helix_megatron.bench.__main__ import main
-from helix_megatron.bench.cases import DEFAULT_CASES, FREE, HELIX, LAYERS, STOCK, STOCK_SDPA, Case
+from helix_megatron.bench.attention_case import (
+    DEFAULT_CASES,
+    FREE,
+    HELIX,
+    LAYERS,
+    STOCK,
+    STOCK_SDPA,
+    Case,
+)
 from helix_megatron.bench.spawn import run_on_ranks
 from helix_megatron.bench.timing import Samples, Spread, compare
 from helix_megatron.bench.traffic_layer import Layer
@@ -85,8 +93,8 @@ def check_broken(case: Case, fault: str) -> str:
     import torch.distributed as dist
 
     from helix_megatron import parallel_state
+    from helix_megatron.bench.attention_layers import build_layers
     from helix_megatron.bench.attention_ranks import check_equal
-    from helix_megatron.bench.layers import build_layers
     from helix_megatron.megatron import cpu_runtime
     from helix_megatron.megatron.random import seed_model_parallel
 

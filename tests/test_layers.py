@@ -182,6 +182,8 @@ layout = helix_megatron.config.HelixConfig(2).layout(64, 8, 128, 16)
 shape = helix_megatron.exchanges.AttentionShape(layout, 2, 1024, 1024)
 print(helix_megatron.exchanges.choose(shape).name)
 helix_megatron.exchanges.explain(shape)
+from helix_megatron.caches import DecodeShape, explain_cache_layout
+explain_cache_layout(DecodeShape(layout, 64, 8192))
 print(sorted({"torch", "megatron", "deepspeed"} & set(sys.modules)))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -219,6 +220,30 @@ def test_every_printed_command_parses(tmp_path, capsys, task, model):
     block = json.loads((tmp_path / "plan.json").read_text())["prediction"]["deepspeed"]
     if block is not None:
         HelixBlock.from_dict(block[KEY])
+
+
+# Flags of programs that are not ours: torchrun, nvidia-smi, and Megatron-LM's own script.
+OTHERS = (
+    "nproc-per-node nnodes rdzv-backend rdzv-endpoint query-gpu format fp8-format tokenizer-type"
+)
+
+
+def test_every_flag_that_the_planner_names_exists():
+    """Advice, errors and commands alike: some program that they speak of must have the flag."""
+    from helix_megatron.plan.command import build_parser
+    from helix_megatron.serving import command as serve
+    from helix_megatron.training import arguments as training
+
+    known = {f"--{name}" for name in OTHERS.split()}
+    known |= {"--context-parallel-size"}  # of the planner and of Megatron-LM
+    for parser in (build_parser("plan", ""), training.build_parser(), serve.build_parser()):
+        known |= set(parser._option_string_actions)
+    sources = sorted((Path(__file__).parents[1] / "helix_megatron" / "plan").glob("*.py"))
+    text = "\n".join(path.read_text() for path in sources)
+    known |= set(re.findall(r'(?:add|add_argument)\(\s*"(--[a-z-]+)"', text))  # of the two commands
+    named = set(re.findall(r"--[a-z][a-z0-9-]+", text))
+    assert len(named) > 50
+    assert named <= known, sorted(named - known)
 
 
 def test_what_no_server_runs_is_no_command(capsys):

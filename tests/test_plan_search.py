@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from helix_megatron.plan.ranking import header, plan_json
 from helix_megatron.plan.results import Limits, Plan
 from helix_megatron.plan.score import iteration, layers_cost, predict_training
 from helix_megatron.plan.search import search
-from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.settings import Job, Scenario, Software
 from helix_megatron.plan.traffic import layer_traffic
 from helix_megatron.plan.verdict import RIVALS, missing_rival, recommended, rivals, verdict
 
@@ -164,7 +165,7 @@ def test_a_rival_that_is_not_ranked_has_a_reason():
         rest = [
             r for r in found.everything if r.layout.segments in (1, m) and r.layout.tp * m >= 16
         ]
-        narrow = Plan(**{**found.__dict__, "everything": [*rest]})
+        narrow = dataclasses.replace(found, everything=rest)
         text = missing_rival(narrow)
         best = narrow.best(RIVALS["Helix (m > 1)"]).layout
         there = narrow.best(
@@ -178,8 +179,8 @@ def test_segments_beat_the_stock_gather():
     model, job = model_of("llama-3-8b"), Job("train", 4096, 8)
     base = Layout(tp=16, dp=1, micro_batch=1, sequence_parallel=True)
     cut = base._replace(segments=2, query_layout="heads", exchange="gather-kv")
-    cluster, software = CLUSTERS["nvlink-16"], Software()
-    stock, helix = (iteration(model, x, job, cluster, software).seconds for x in (base, cut))
+    scenario = Scenario(model, job, CLUSTERS["nvlink-16"], Software())
+    stock, helix = (iteration(scenario, x).seconds for x in (base, cut))
     assert helix < stock
 
 
@@ -196,20 +197,19 @@ def test_segments_beat_the_stock_gather():
 )
 def test_selective_recomputation_repeats_core_attention_only(preset, layout, name):
     """Megatron checkpoints core attention: what comes before it is sent once, forward and backward."""
-    model, software = model_of(preset), Software()
-    steps = attention_steps(model, layout, 4096, DGX, software, False)
+    model = model_of(preset)
+    scenario = Scenario(model, Job("train", 4096, 1), DGX, Software())
+    steps = attention_steps(scenario, layout, False)
     assert [step.axis for step in steps if step.name == name] == ["qkv", "qkv"]
     repeated = sum(
         step.exposed
         for step in steps
         if step.phase == "forward" and (step.kind == "attention" or step.axis == "exchange")
     )
-    cost = layers_cost(model, layout, 4096, DGX, software)
+    cost = layers_cost(scenario, layout)
     assert cost.attention == pytest.approx(model.num_layers * repeated)
     rows = {
-        recompute: layer_traffic(
-            model, layout._replace(recompute=recompute), 4096, DGX, software, 1
-        )
+        recompute: layer_traffic(scenario, layout._replace(recompute=recompute), 1)
         for recompute in ("none", "selective", "full")
     }
     sent = {key: sum(r.bytes for r in rows[key] if r.axis == "qkv") for key in rows}
@@ -238,11 +238,11 @@ def test_fp32_is_planned_on_a_chip_that_has_nothing_else(tmp_path):
         sum(
             row.bytes
             for row in predict_training(
-                model, layout._replace(dp=2), Job("train", 4096, 2), cluster, software
+                Scenario(model, Job("train", 4096, 2), *where), layout._replace(dp=2)
             ).traffic
             if (row.axis, row.kind) == ("dp", "all-gather")
         )
-        for cluster, software in ((DGX, Software()), (cluster, fp32))
+        for where in ((DGX, Software()), (cluster, fp32))
     ]
     assert gathered[1] == 2 * gathered[0]
 

@@ -18,7 +18,7 @@ from helix_megatron.plan.memory import training_memory
 from helix_megatron.plan.models import ModelSpec, model_of, spec_of_flags
 from helix_megatron.plan.presets import PRESETS
 from helix_megatron.plan.score import predict_training
-from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.settings import Job, Scenario, Software
 from helix_megatron.plan.traffic import layer_traffic
 
 IN_FULL_TIER = functools.partial(pytest.param, marks=pytest.mark.full("graph"))
@@ -72,7 +72,7 @@ def test_predicted_bytes_equal_traced_ones(segments, kv_heads, sequence_parallel
 
     layer, cases = layer_cases(segments, kv_heads, sequence_parallel)
     assert len(cases) >= 2
-    model = one_layer(kv_heads)
+    scenario = Scenario(one_layer(kv_heads), Job("train", TOKENS, 1), CLUSTER, Software())
     for (exchange, batch), traced in zip(cases, trace(layer, cases, 0), strict=True):
         layout = Layout(
             tp=RANKS,
@@ -82,7 +82,7 @@ def test_predicted_bytes_equal_traced_ones(segments, kv_heads, sequence_parallel
             micro_batch=batch,
             sequence_parallel=sequence_parallel,
         )
-        rows = layer_traffic(model, layout, TOKENS, CLUSTER, Software(), 1)
+        rows = layer_traffic(scenario, layout, 1)
         exchanged = sum(row.bytes for row in rows if row.axis == "exchange")
         others = sum(row.bytes for row in rows if row.axis == "tp")
         assert (exchanged, others) == traced, exchange
@@ -133,7 +133,7 @@ def check_step(
         fused_attention=layout.segments > 1,  # Megatron's own local attention writes its scores
     )
     found: Counter[tuple[str, str]] = Counter()
-    for row in predict_training(model, layout, job, CLUSTER, software, stage).traffic:
+    for row in predict_training(Scenario(model, job, CLUSTER, software), layout, stage).traffic:
         axis = "exchange" if row.axis == "qkv" else row.axis  # QK norms sum over the same group
         found[axis, "" if axis == "exchange" else row.kind] += row.bytes
     # Once, before the first step, tied embeddings are made equal in 16 bits; their gradients are in 32.

@@ -16,7 +16,7 @@ from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import spec_of_flags
 from helix_megatron.plan.score import predict_training
-from helix_megatron.plan.settings import Job
+from helix_megatron.plan.settings import Job, Scenario
 from training_tables import A100_COLUMNS, H100_COLUMNS, MEGATRON_2021, VOCABULARY
 from validate_planner import evaluate, main, mean_error, rank_correlation
 
@@ -87,8 +87,9 @@ def test_runs_that_nothing_was_fitted_to_are_predicted():
         chunks = [v for v in (1, 2, 4) if v == 1 or (layers // pp % v == 0 == batches % pp)]
         layout = Layout(tp=tp, pp=pp, dp=dp, micro_batch=2, recompute="full")
         job, cluster = Job("train", 2048, batch), CLUSTERS["dgx-a100"]
+        scenario = Scenario(model, job, cluster, MEGATRON_2021)
         seconds = min(
-            predict_training(model, layout._replace(vp=v), job, cluster, MEGATRON_2021).seconds
+            predict_training(scenario, layout._replace(vp=v)).seconds
             for v in chunks
             if pp > 1 or v == 1
         )

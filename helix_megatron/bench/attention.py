@@ -11,7 +11,7 @@ import dataclasses
 import os
 from typing import Any
 
-from helix_megatron.bench.cases import (
+from helix_megatron.bench.attention_case import (
     DEFAULT_CASES,
     ELEMENT_SIZES,
     FREE,

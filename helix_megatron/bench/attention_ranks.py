@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_megatron import parallel_state
-from helix_megatron.bench.cases import HELIX, STOCK, STOCK_SDPA, Case, Measured
-from helix_megatron.bench.layers import DTYPES, build_layers, canonical_part, rotary_table
+from helix_megatron.bench.attention_case import HELIX, STOCK, STOCK_SDPA, Case, Measured
+from helix_megatron.bench.attention_layers import DTYPES, build_layers, canonical_part, rotary_table
 from helix_megatron.bench.timing import interleaved
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron import cpu_runtime

@@ -8,8 +8,8 @@ from helix_megatron.exchanges.all_to_all_sequence import AllToAllSequence
 from helix_megatron.exchanges.base import AttentionCost, Exchange
 from helix_megatron.exchanges.gather_kv import GatherKV
 from helix_megatron.exchanges.gather_qk import GatherQK
+from helix_megatron.exchanges.no_exchange import NoExchange
 from helix_megatron.exchanges.score_reduce import ScoreReduce
-from helix_megatron.exchanges.whole_heads import NoExchange
 
 EXACT: tuple[Exchange, ...] = (
     GatherKV(),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from helix_megatron.graph import attention_kernel  # noqa: F401 (defines the operators)
 from helix_megatron.graph.model import Spec
+from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS
 
 _aten = torch.ops.aten
 ATTENTION = torch.ops.helix.attention.default
@@ -18,8 +19,6 @@ MATRIX_PRODUCTS = {
     _aten.mm.default,
     getattr(_aten.mm, "dtype", None),
 }  # torch 2.6 has no second one
-# Forward: scores and weighted values. Backward: scores again, and gradients of weights, values, keys, queries.
-BACKWARD_PRODUCTS = 5 / 2
 
 DTYPES = {
     torch.bfloat16: "bf16",
@@ -55,7 +54,7 @@ def flops_of(func: Any, args: Sequence[Any], inputs: Sequence[Spec]) -> int:
     if func is ATTENTION:
         return attention_flops(inputs[0], inputs[2], args[4])
     if func is ATTENTION_BACKWARD:
-        return round(BACKWARD_PRODUCTS * attention_flops(inputs[1], inputs[3], args[6]))
+        return round(ATTENTION_BACKWARD_FLOPS * attention_flops(inputs[1], inputs[3], args[6]))
     return 0
 
 

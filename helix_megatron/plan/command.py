@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from helix_megatron.caches import NAMES
 from helix_megatron.config import HelixConfig
@@ -28,6 +29,31 @@ A model is a preset, a Hugging Face config.json, or Megatron's model flags given
 SIMULATE = """\
 Print one layout in full, operator by operator, and write a trace of its pipeline for ui.perfetto.dev. The
 layout is the fastest that the flags leave; fix all of it with --tensor-model-parallel-size and the others."""
+
+
+class Size(NamedTuple):
+    """A flag that fixes a size of the layout: the field of `Limits`, and whether it divides the GPUs."""
+
+    field: str
+    flag: str
+    metavar: str
+    divides: bool
+    help: str
+
+
+SIZES = (
+    Size("tp", "--tensor-model-parallel-size", "P", True, "tensor parallel ranks p = m·n"),
+    Size("segments", "--intra-head-parallel-size", "M", True, "segments m of a head"),
+    Size("pp", "--pipeline-model-parallel-size", "PP", True, "pipeline stages"),
+    Size("vp", "--virtual-pipeline-model-parallel-size", "VP", False, "chunks of a stage"),
+    Size("cp", "--context-parallel-size", "CP", True, "context parallel ranks"),
+    Size("ep", "--expert-model-parallel-size", "EP", True, "ranks for experts"),
+    Size("etp", "--expert-tensor-parallel-size", "ETP", True, "ranks for one expert"),
+    Size("micro_batch", "--micro-batch", "b", False, "sequences of a micro-batch"),
+    Size("max_tp", "--max-tensor-parallel", "P", False, "widest TP (default: four domains)"),
+)
+# Whose rejections are shown where nothing is left.
+EXPLAINED = ("tp", "segments", "pp", "cp", "micro_batch", "exchange")
 
 
 def build_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -62,21 +88,23 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     )
     add("--precision", choices=PRECISIONS, help="(default: bf16, fp32 where the chip has no bf16)")
     fixed = parser.add_argument_group("fix a part of the layout")
-    add = fixed.add_argument
-    add("--tensor-model-parallel-size", type=int, metavar="P", help="tensor parallel ranks p = m·n")
-    add("--intra-head-parallel-size", type=int, metavar="M", help="segments m of a head")
-    add("--pipeline-model-parallel-size", type=int, metavar="PP", help="pipeline stages")
-    add("--virtual-pipeline-model-parallel-size", type=int, metavar="VP", help="chunks of a stage")
-    add("--context-parallel-size", type=int, metavar="CP", help="context parallel ranks")
-    add("--expert-model-parallel-size", type=int, metavar="EP", help="ranks for experts")
-    add("--expert-tensor-parallel-size", type=int, metavar="ETP", help="ranks for one expert")
-    add("--sequence-parallel", choices=("on", "off"), help="sequence parallelism of norms")
-    add("--micro-batch", type=int, metavar="b", help="sequences of a micro-batch")
-    add("--helix-exchange", choices=[e.name for e in EXACT], help="the exchange")
-    add("--helix-query-layout", choices=("heads", "segments"), help="the query layout")
-    add("--recompute-granularity", choices=RECOMPUTE, help="recomputation")
-    add("--cache", choices=NAMES, help="decode: where a head group keeps keys and values")
-    add("--max-tensor-parallel", type=int, metavar="P", help="widest TP (default: four domains)")
+    for size in SIZES:
+        fixed.add_argument(
+            size.flag, dest=size.field, type=int, metavar=size.metavar, help=size.help
+        )
+    for flag, field, choices, text in (
+        (
+            "--sequence-parallel",
+            "sequence_parallel",
+            ("on", "off"),
+            "sequence parallelism of norms",
+        ),
+        ("--helix-exchange", "exchange", [e.name for e in EXACT], "the exchange"),
+        ("--helix-query-layout", "query_layout", ("heads", "segments"), "the query layout"),
+        ("--recompute-granularity", "recompute", RECOMPUTE, "recomputation"),
+        ("--cache", "cache", NAMES, "decode: where a head group keeps keys and values"),
+    ):
+        fixed.add_argument(flag, dest=field, choices=choices, help=text)
     return parser
 
 
@@ -95,65 +123,37 @@ def plan_of(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
     if precision is None:
         precision = next((p for p in ("bf16", "fp32") if p in cluster.chip.flops), "bf16")
     _check_sizes(args, batch)
-    tp, m = args.tensor_model_parallel_size, args.intra_head_parallel_size
-    if tp is not None and m is not None:
-        HelixConfig(m).head_groups(tp)
-    exchange = next((e for e in EXACT if e.name == args.helix_exchange), None)
-    if exchange is not None and args.helix_query_layout not in (None, exchange.query_layout):
+    limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
+    if limits.sequence_parallel is not None:
+        limits = replace(limits, sequence_parallel=args.sequence_parallel == "on")
+    if limits.tp is not None and limits.segments is not None:
+        HelixConfig(limits.segments).head_groups(limits.tp)
+    exchange = next((e for e in EXACT if e.name == limits.exchange), None)
+    if exchange is not None and limits.query_layout not in (None, exchange.query_layout):
+        valid = listed(e.name for e in EXACT if e.query_layout == limits.query_layout)
         raise HelixError(
             f"--helix-exchange {exchange.name} needs --helix-query-layout {exchange.query_layout}. Valid with "
-            f"{args.helix_query_layout}: "
-            f"{listed(e.name for e in EXACT if e.query_layout == args.helix_query_layout)}."
+            f"{limits.query_layout}: {valid}."
         )
-    limits = Limits(
-        tp=tp,
-        pp=args.pipeline_model_parallel_size,
-        cp=args.context_parallel_size,
-        vp=args.virtual_pipeline_model_parallel_size,
-        ep=args.expert_model_parallel_size,
-        etp=args.expert_tensor_parallel_size,
-        segments=m,
-        micro_batch=args.micro_batch,
-        exchange=args.helix_exchange,
-        query_layout=args.helix_query_layout,
-        recompute=args.recompute_granularity,
-        sequence_parallel={"on": True, "off": False}.get(args.sequence_parallel),
-        cache=args.cache,
-        max_tp=args.max_tensor_parallel,
-    )
     job = Job(args.task, args.sequence_length, batch)
     return search(model, args.gpus, cluster, job, Software(precision=precision), limits)
 
 
-# Flags of a part of the layout, and whether they divide the number of GPUs.
-SIZES = {
-    "tensor_model_parallel_size": True,
-    "intra_head_parallel_size": True,
-    "pipeline_model_parallel_size": True,
-    "virtual_pipeline_model_parallel_size": False,
-    "context_parallel_size": True,
-    "expert_model_parallel_size": True,
-    "expert_tensor_parallel_size": True,
-    "micro_batch": False,
-    "max_tensor_parallel": False,
-}
-
-
 def _check_sizes(args: argparse.Namespace, batch: int) -> None:
     """Sizes that no model could make possible."""
-    for name, parts in SIZES.items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+    for size in SIZES:
+        value = getattr(args, size.field)
         if value is not None and value < 1:
-            raise HelixError(f"{flag} {value} must be at least 1.")
-        if value is not None and parts and args.gpus > 0 and args.gpus % value:
+            raise HelixError(f"{size.flag} {value} must be at least 1.")
+        if value is not None and size.divides and args.gpus > 0 and args.gpus % value:
             raise HelixError(
-                f"{flag} {value} does not divide --gpus {args.gpus}. Valid: {listed(divisors(args.gpus))}."
+                f"{size.flag} {value} does not divide --gpus {args.gpus}. Valid: {listed(divisors(args.gpus))}."
             )
-    size = args.micro_batch
-    if size is not None and batch > 0 and batch % size:
+    each = args.micro_batch
+    if each is not None and batch > 0 and batch % each:
         raise HelixError(
-            f"--micro-batch {size} does not divide --global-batch {batch}. Valid: {listed(divisors(batch))}; "
-            f"or try --global-batch {-(-batch // size) * size}."
+            f"--micro-batch {each} does not divide --global-batch {batch}. Valid: {listed(divisors(batch))}; "
+            f"or try --global-batch {-(-batch // each) * each}."
         )
 
 
@@ -243,14 +243,7 @@ def _show(plan: Plan, args: argparse.Namespace) -> int:
 
 def _nothing(plan: Plan, args: argparse.Namespace) -> int:
     """Nothing is left: because of the flags, which is an error that says why, or because nothing fits."""
-    asked = {
-        ("tp", args.tensor_model_parallel_size),
-        ("segments", args.intra_head_parallel_size),
-        ("pp", args.pipeline_model_parallel_size),
-        ("cp", args.context_parallel_size),
-        ("micro_batch", args.micro_batch),
-        ("exchange", args.helix_exchange),
-    }
+    asked = {(field, getattr(args, field)) for field in EXPLAINED}
     causes = [r for r in plan.rejected if r.kind not in SLOWER]
     hits = [(len(asked.intersection(r.sizes)), r) for r in causes]
     most = max((count for count, _ in hits), default=0)

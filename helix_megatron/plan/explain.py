@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from helix_megatron.plan.inference import decode_steps, inference_software
+from helix_megatron.plan.inference import decode_steps, for_inference
 from helix_megatron.plan.layouts import Layout, strip
 from helix_megatron.plan.memory import (
     expert_weights,
@@ -37,16 +37,12 @@ def kinds_of_layers(plan: Plan, layout: Layout) -> Iterator[tuple[str, int, tupl
         name = ("MoE" if experts else "dense") + (" with window" if windowed else "")
         if plan.job.task == "decode":
             context = min(sequence, model.window or sequence) if windowed else sequence
-            steps = decode_steps(
-                model, strip(layout), context, plan.cluster, plan.software, experts
-            )
+            steps = decode_steps(plan.scenario, strip(layout), context, experts)
+        elif plan.job.task == "prefill":
+            steps = layer_steps(for_inference(plan.scenario), layout, experts, windowed)
+            steps = tuple(step for step in steps if step.phase == FORWARD)
         else:
-            software = plan.software
-            if plan.job.task == "prefill":
-                software = inference_software(software)
-            steps = layer_steps(model, layout, sequence, plan.cluster, software, experts, windowed)
-            if plan.job.task == "prefill":
-                steps = tuple(step for step in steps if step.phase == FORWARD)
+            steps = layer_steps(plan.scenario, layout, experts, windowed)
         yield name, count, steps
 
 

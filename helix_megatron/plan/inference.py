@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from helix_megatron.caches import NAMES, DecodeShape, cache_layout
 from helix_megatron.hardware import ATTENTION_CURVE
-from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.collective_time import collective_seconds, point_to_point_seconds
 from helix_megatron.plan.layouts import Layout, head_layout, strip
 from helix_megatron.plan.memory import Memory, expert_weights, rank_weights
@@ -22,7 +21,7 @@ from helix_megatron.plan.operators import layer_kinds
 from helix_megatron.plan.roofline import decode_seconds, stream_seconds
 from helix_megatron.plan.schedule import pipeline_seconds
 from helix_megatron.plan.score import Prediction, layers_cost
-from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.settings import Job, Scenario, Software
 from helix_megatron.plan.steps import FORWARD, Recorder, Step
 from helix_megatron.plan.traffic import Traffic, layer_traffic, traffic_of
 
@@ -31,6 +30,11 @@ from helix_megatron.plan.traffic import Traffic, layer_traffic, traffic_of
 def inference_software(software: Software) -> Software:
     """The same with the widest head of attention_prefill_h100_sxm, whose kernels only go forward."""
     return dataclasses.replace(software, fused_head_dim=max(ATTENTION_CURVE), dropout=False)
+
+
+def for_inference(scenario: Scenario) -> Scenario:
+    """The same with `inference_software`."""
+    return scenario._replace(software=inference_software(scenario.software))
 
 
 def cache_bytes(
@@ -78,51 +82,46 @@ class StageSeconds(NamedTuple):
         return self.layers + self.message + ends
 
 
-def prefill_seconds(
-    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
-) -> StageSeconds:
+def prefill_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
     """A micro-batch of prompts on one stage."""
-    software = inference_software(software)
-    cost = layers_cost(model, strip(layout), job.sequence, cluster, software)
+    scenario = for_inference(scenario)
+    model, job, cluster, software = scenario
+    cost = layers_cost(scenario, strip(layout))
     rows = layout.micro_batch * job.sequence / layout.cp
     return StageSeconds(
         cost.forward / layout.pp,
         stream_seconds(cluster.chip, 2 * rows * model.hidden_size * software.element),
-        sum(step.seconds for step in _output_steps(model, layout, cluster, software)),
-        _hop(model, layout, rows, cluster, software),
+        sum(step.seconds for step in _output_steps(scenario, layout)),
+        _hop(scenario, layout, rows),
     )
 
 
-def decode_stage_seconds(
-    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
-) -> StageSeconds:
+def decode_stage_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
     """One token of every sequence of a micro-batch on one stage."""
     layers = 0.0
-    for steps, count in _decode_layers(model, layout, job, cluster, software):
+    for steps, count in _decode_layers(scenario, layout):
         layers += count * sum(step.exposed for step in steps)
     return StageSeconds(
         layers / layout.pp,
         0.0,
-        sum(step.seconds for step in _output_steps(model, layout, cluster, software)),
-        _hop(model, layout, layout.micro_batch, cluster, software),
+        sum(step.seconds for step in _output_steps(scenario, layout)),
+        _hop(scenario, layout, layout.micro_batch),
     )
 
 
-def _decode_layers(
-    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
-) -> Iterator[tuple[tuple[Step, ...], int]]:
+def _decode_layers(scenario: Scenario, layout: Layout) -> Iterator[tuple[tuple[Step, ...], int]]:
+    model, job = scenario.model, scenario.job
     for experts, windowed, count in layer_kinds(model):
         context = min(job.sequence, model.window or job.sequence) if windowed else job.sequence
-        yield decode_steps(model, strip(layout), context, cluster, software, experts), count
+        yield decode_steps(scenario, strip(layout), context, experts), count
 
 
-def predict_prefill(
-    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
-) -> Prediction:
+def predict_prefill(scenario: Scenario, layout: Layout) -> Prediction:
     """A batch of prompts through the pipeline, micro-batch after micro-batch, until the last has its token."""
+    scenario = for_inference(scenario)
+    model, job, _, software = scenario
     batches = layout.micro_batches(job.global_batch)
-    software = inference_software(software)
-    each = prefill_seconds(model, layout, job, cluster, software)
+    each = prefill_seconds(scenario, layout)
     per_stage = [each.of(stage, layout.pp) for stage in range(layout.pp)]
     seconds = pipeline_seconds(per_stage, batches)
     busy = max(per_stage) * batches
@@ -134,10 +133,10 @@ def predict_prefill(
     }
     rows = layout.micro_batch * job.sequence / layout.cp
     traffic = traffic_of(
-        [(step, batches) for step in _output_steps(model, layout, cluster, software)],
-        layer_traffic(model, layout, job.sequence, cluster, software, batches, (FORWARD,)),
+        [(step, batches) for step in _output_steps(scenario, layout)],
+        layer_traffic(scenario, layout, batches, (FORWARD,)),
     )
-    traffic += _messages(model, layout, rows, batches, each.message, cluster, software)
+    traffic += _messages(scenario, layout, rows, batches, each.message)
     tokens = job.global_batch * job.sequence
     return Prediction(
         layout=layout,
@@ -152,15 +151,14 @@ def predict_prefill(
     )
 
 
-def predict_decode(
-    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
-) -> Prediction:
+def predict_decode(scenario: Scenario, layout: Layout) -> Prediction:
     """One token for every sequence; `job.sequence` positions are in the cache already."""
+    model, job, _, software = scenario
     batches = layout.micro_batches(job.global_batch)
-    each = decode_stage_seconds(model, layout, job, cluster, software)
+    each = decode_stage_seconds(scenario, layout)
     counted: list[tuple[Step, float]] = []
-    counted += [(step, batches) for step in _output_steps(model, layout, cluster, software)]
-    for steps, count in _decode_layers(model, layout, job, cluster, software):
+    counted += [(step, batches) for step in _output_steps(scenario, layout)]
+    for steps, count in _decode_layers(scenario, layout):
         counted += [(step, count / layout.pp * batches) for step in steps]
     # A token goes through all stages before the next of its sequence can start; more micro-batches than
     # stages wait for each other.
@@ -184,7 +182,7 @@ def predict_decode(
         terms=terms,
         traffic=(
             *traffic_of(counted),
-            *_messages(model, layout, layout.micro_batch, batches, each.message, cluster, software),
+            *_messages(scenario, layout, layout.micro_batch, batches, each.message),
         ),
         bubble=max(0.0, 1 - batches * (each.layers + each.output) / seconds) * (layout.pp > 1),
         model_flops=flops,
@@ -193,10 +191,9 @@ def predict_decode(
 
 
 @functools.lru_cache(maxsize=4096)
-def _output_steps(
-    model: ModelSpec, layout: Layout, cluster: Cluster, software: Software
-) -> tuple[Step, ...]:
+def _output_steps(scenario: Scenario, layout: Layout) -> tuple[Step, ...]:
     """The logits of one token of every sequence of a micro-batch, on the last stage."""
+    model, _, cluster, software = scenario
     record = Recorder(cluster, software.unquantised, software.element)
     rows = layout.micro_batch
     vocab = model.padded_vocab(layout.tp) / layout.tp
@@ -206,42 +203,33 @@ def _output_steps(
     return tuple(record.steps)
 
 
-def _hop(
-    model: ModelSpec, layout: Layout, tokens: float, cluster: Cluster, software: Software
-) -> float:
+def _message_bytes(scenario: Scenario, layout: Layout, tokens: float) -> float:
     cut = layout.tp if layout.sequence_parallel else 1
-    size = tokens * model.hidden_size * software.element / cut
-    return point_to_point_seconds(cluster, size, layout.pp_group)
+    return tokens * scenario.model.hidden_size * scenario.software.element / cut
+
+
+def _hop(scenario: Scenario, layout: Layout, tokens: float) -> float:
+    size = _message_bytes(scenario, layout, tokens)
+    return point_to_point_seconds(scenario.cluster, size, layout.pp_group)
 
 
 def _messages(
-    model: ModelSpec,
-    layout: Layout,
-    tokens: float,
-    batches: int,
-    hop: float,
-    cluster: Cluster,
-    software: Software,
+    scenario: Scenario, layout: Layout, tokens: float, batches: int, hop: float
 ) -> tuple[Traffic, ...]:
     """What a rank of the first stage sends to the next, of every micro-batch."""
     if layout.pp == 1:
         return ()
-    cut = layout.tp if layout.sequence_parallel else 1
-    size = batches * tokens * model.hidden_size * software.element / cut
-    link = layout.pp_group.link(cluster)
+    size = batches * _message_bytes(scenario, layout, tokens)
+    link = layout.pp_group.link(scenario.cluster)
     return (Traffic("pp", "send", link, size, batches * hop, batches * hop),)
 
 
 @functools.lru_cache(maxsize=8192)
 def decode_steps(
-    model: ModelSpec,
-    layout: Layout,
-    context: int,
-    cluster: Cluster,
-    software: Software,
-    experts: bool,
+    scenario: Scenario, layout: Layout, context: int, experts: bool
 ) -> tuple[Step, ...]:
     """One layer, one new token for each of `layout.micro_batch` sequences."""
+    model, _, cluster, software = scenario
     record = Recorder(cluster, software.precision, software.element)
     rows, hidden, element = layout.micro_batch, model.hidden_size, record.element
     width = model.num_heads * model.head_dim

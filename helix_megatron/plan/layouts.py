@@ -126,19 +126,25 @@ def head_layout(model: ModelSpec, tp: int, segments: int, query_layout: str) -> 
     )
 
 
-@functools.lru_cache(maxsize=16384)
 def attention_shape(
+    model: ModelSpec, layout: Layout, sequence: int, element: int, window: int | None = None
+) -> AttentionShape:
+    """What an attention layer works on. Without Helix a rank is a model of its own heads (`segments` 1)."""
+    cut = (layout.tp, layout.segments, layout.query_layout, layout.micro_batch)
+    return _attention_shape(model, *cut, sequence, element, window)
+
+
+@functools.lru_cache(maxsize=16384)
+def _attention_shape(
     model: ModelSpec,
     tp: int,
     segments: int,
     query_layout: str,
     batch: int,
-    queries: int,
-    keys: int,
+    sequence: int,
     element: int,
     window: int | None,
 ) -> AttentionShape:
-    """What an attention layer works on. Without Helix a rank is a model of its own heads (`segments` 1)."""
     if segments == 1:
         heads = model.num_heads // tp
         kv_heads = max(1, model.num_kv_heads // tp)
@@ -149,8 +155,8 @@ def attention_shape(
     return AttentionShape(
         layout=layout,
         batch=batch,
-        query_length=queries,
-        key_length=keys,
+        query_length=sequence,
+        key_length=sequence,
         element_size=element,
         causal=model.causal,
         window=(window, 0) if window is not None else None,

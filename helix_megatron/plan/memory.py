@@ -251,8 +251,7 @@ def _core_attention(
 ) -> tuple[float, float]:
     """(bytes that core attention keeps, work space for its scores where they are written)."""
     element, m = software.element, layout.segments
-    cut = (layout.tp, m, layout.query_layout, layout.micro_batch)
-    shape = attention_shape(model, *cut, job.sequence, job.sequence, element, None)
+    shape = attention_shape(model, layout, job.sequence, element)
     cost = COSTS[layout.exchange]
     local, writes_scores = cost.local_heads(shape.layout), cost.score_bytes(shape) > 0
     queries = tokens * local.heads * local.query_dim

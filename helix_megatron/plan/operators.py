@@ -6,25 +6,17 @@ replicated experts; and of Helix's attention, whose exchange states its own byte
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from helix_megatron.exchanges import COSTS, NO_EXCHANGE, AttentionShape
 from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS
-from helix_megatron.plan.clusters import Cluster
+from helix_megatron.plan.layer_recorder import LayerRecorder
 from helix_megatron.plan.layouts import Layout, attention_shape, strip
-from helix_megatron.plan.linears import (
-    cast,
-    column_parallel,
-    experts_mlp,
-    mlp,
-    norm,
-    residual,
-    row_parallel,
-)
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.roofline import AttentionWork, attention_seconds
-from helix_megatron.plan.settings import Software
-from helix_megatron.plan.steps import BACKWARD, FORWARD, Recorder, Step
+from helix_megatron.plan.settings import Scenario, Software
+from helix_megatron.plan.steps import BACKWARD, FORWARD, Step
 
 
 @functools.lru_cache(maxsize=64)
@@ -38,19 +30,12 @@ def layer_kinds(model: ModelSpec) -> tuple[tuple[bool, bool, int], ...]:
 
 
 def layer_steps(
-    model: ModelSpec,
-    layout: Layout,
-    sequence: int,
-    cluster: Cluster,
-    software: Software,
-    experts: bool = False,
-    windowed: bool = False,
+    scenario: Scenario, layout: Layout, experts: bool = False, windowed: bool = False
 ) -> tuple[Step, ...]:
     """One layer, forward and backward, without recomputation."""
-    arguments = (sequence, cluster, software)
     return (
-        *attention_steps(model, attention_part(layout), *arguments, windowed),
-        *mlp_steps(model, mlp_part(layout), *arguments, experts),
+        *attention_steps(scenario, attention_part(layout), windowed),
+        *mlp_steps(scenario, mlp_part(layout), experts),
     )
 
 
@@ -67,105 +52,52 @@ def mlp_part(layout: Layout) -> Layout:
 
 
 @functools.lru_cache(maxsize=8192)
-def attention_steps(
-    model: ModelSpec,
-    layout: Layout,
-    sequence: int,
-    cluster: Cluster,
-    software: Software,
-    windowed: bool,
-) -> tuple[Step, ...]:
+def attention_steps(scenario: Scenario, layout: Layout, windowed: bool) -> tuple[Step, ...]:
     """Norm, projections and core attention of one layer."""
-    record = Recorder(cluster, software.precision, software.element)
-    tokens = layout.micro_batch * sequence / layout.cp
-    own = tokens / layout.tp if layout.sequence_parallel else tokens  # outside attention and MLP
-    _attention(record, model, layout, sequence, software, tokens, own, windowed)
-    return tuple(record.steps)
-
-
-@functools.lru_cache(maxsize=8192)
-def mlp_steps(
-    model: ModelSpec,
-    layout: Layout,
-    sequence: int,
-    cluster: Cluster,
-    software: Software,
-    experts: bool,
-) -> tuple[Step, ...]:
-    """Norm and MLP, dense or of experts, of one layer."""
-    record = Recorder(cluster, software.precision, software.element)
-    tokens = layout.micro_batch * sequence / layout.cp
-    own = tokens / layout.tp if layout.sequence_parallel else tokens
-    if experts:
-        experts_mlp(record, model, layout, software, own)
-    else:
-        mlp(record, model, layout, software, tokens, own)
-    return tuple(record.steps)
-
-
-def _attention(
-    record: Recorder,
-    model: ModelSpec,
-    layout: Layout,
-    sequence: int,
-    software: Software,
-    tokens: float,
-    own: float,
-    windowed: bool,
-) -> None:
+    record, model = LayerRecorder(scenario, layout), scenario.model
+    tokens, tp = record.tokens, layout.tp
     hidden, width = model.hidden_size, model.num_heads * model.head_dim
-    norm(record, "input norm", model, own, software)
-    column_parallel(
-        record, "linear_qkv", tokens, model.qkv_rows / layout.tp, hidden, layout, software
-    )
-    gathers_qkv = layout.segments == 1 and layout.tp > model.num_kv_heads
-    if gathers_qkv:
+    record.norm("input norm")
+    record.column_parallel("linear_qkv", tokens, model.qkv_rows / tp, hidden)
+    if layout.segments == 1 and tp > model.num_kv_heads:
         # Stock megatron-core with more ranks than key-value heads: everyone gets everything, keeps its part.
         size = tokens * model.qkv_rows * record.element
         for phase, kind in ((FORWARD, "all-gather"), (BACKWARD, "reduce-scatter")):
             record.collective("stock QKV gather", phase, kind, size, layout.tp_group, "qkv")
     heads = model.num_heads + model.num_kv_heads
-    turned = tokens * heads * model.head_dim / layout.tp
+    turned = tokens * heads * model.head_dim / tp
     if model.rotary != "none":
-        record.stream(
-            "rotary embedding", turned, 2, 2, f"[{tokens:.0f}, {heads / layout.tp:g} heads]"
-        )
+        record.stream("rotary embedding", turned, 2, 2, f"[{tokens:.0f}, {heads / tp:g} heads]")
     if model.qk_norm:
         record.stream("QK norms", turned, 2, 4)
         if layout.segments > 1:  # sums of squares (and sums) of heads that are cut
             cut = model.num_kv_heads
             cut += model.num_heads if layout.query_layout == "segments" else 0
             size = 4 * tokens * cut / layout.head_groups * (1 if model.rms_norm else 2)
+            name, group = "QK norm statistics", layout.head_group
             for phase in (FORWARD, BACKWARD):
-                record.collective(
-                    "QK norm statistics", phase, "all-reduce", size, layout.head_group, "qkv"
-                )
-    _core_attention(record, model, layout, sequence, software, windowed)
-    cast(record, "attention output", tokens * width / layout.tp, software)
-    row_parallel(record, "linear_proj", tokens, hidden, width / layout.tp, layout, software)
-    residual(record, "attention residual", model, own, software.dropout)
+                record.collective(name, phase, "all-reduce", size, group, "qkv")
+    _core_attention(record, scenario.job.sequence, model.window if windowed else None)
+    record.cast("attention output", tokens * width / tp)
+    record.row_parallel("linear_proj", tokens, hidden, width / tp)
+    record.residual("attention residual")
+    return tuple(record.steps)
 
 
-def _core_attention(
-    record: Recorder,
-    model: ModelSpec,
-    layout: Layout,
-    sequence: int,
-    software: Software,
-    windowed: bool,
-) -> None:
-    window = model.window if windowed else None
-    shape = attention_shape(
-        model,
-        layout.tp,
-        layout.segments,
-        layout.query_layout,
-        layout.micro_batch,
-        sequence,
-        sequence,
-        record.element,
-        window,
-    )
+@functools.lru_cache(maxsize=8192)
+def mlp_steps(scenario: Scenario, layout: Layout, experts: bool) -> tuple[Step, ...]:
+    """Norm and MLP, dense or of experts, of one layer."""
+    record = LayerRecorder(scenario, layout)
+    if experts:
+        record.experts_mlp()
+    else:
+        record.mlp()
+    return tuple(record.steps)
+
+
+def _core_attention(record: LayerRecorder, sequence: int, window: int | None) -> None:
+    model, layout, software = record.model, record.layout, record.software
+    shape = attention_shape(model, layout, sequence, record.element, window)
     cost = COSTS[layout.exchange]
     assert not cost.supports(shape), f"{cost.name}: {cost.supports(shape)}"
     work = attention_work(model, layout, shape)
@@ -247,20 +179,12 @@ def attention_work(model: ModelSpec, layout: Layout, shape: AttentionShape) -> A
 
 
 @functools.lru_cache(maxsize=4096)
-def outer_steps(
-    model: ModelSpec,
-    layout: Layout,
-    sequence: int,
-    cluster: Cluster,
-    software: Software,
-    *,
-    first: bool,
-) -> tuple[Step, ...]:
+def outer_steps(scenario: Scenario, layout: Layout, *, first: bool) -> tuple[Step, ...]:
     """The embedding (`first`), or the final norm, the output layer and the loss, per micro-batch."""
-    record = Recorder(cluster, software.unquantised, software.element)
-    tokens = layout.micro_batch * sequence / layout.cp
-    own = tokens / layout.tp if layout.sequence_parallel else tokens
-    hidden = model.hidden_size
+    model, software = scenario.model, scenario.software
+    software = dataclasses.replace(software, precision=software.unquantised)
+    record = LayerRecorder(scenario._replace(software=software), layout)
+    tokens, hidden = record.tokens, model.hidden_size
     group, size = layout.tp_group, tokens * hidden * record.element
     if first:
         record.stream("embedding", tokens * hidden, 2, 2, f"[{tokens:.0f}, {hidden}]")
@@ -271,8 +195,8 @@ def outer_steps(
             record.collective("embedding output", FORWARD, "all-reduce", size, group, "tp")
         return tuple(record.steps)
     vocab = model.padded_vocab(layout.tp) / layout.tp
-    norm(record, "final norm", model, own, Software(precision=record.precision))
-    column_parallel(record, "output_layer", tokens, vocab, hidden, layout, software)
+    record.norm("final norm")
+    record.column_parallel("output_layer", tokens, vocab, hidden)
     # Logits become fp32; maximum, exponential, sum and the gradient read and write them again.
     record.stream("cross entropy", tokens * vocab, 10, 6, f"[{tokens:.0f}, {vocab:.0f}]")
     record.collective("loss", FORWARD, "all-reduce", 3 * 4 * tokens, group, "tp", messages=3)

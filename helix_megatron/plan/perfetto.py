@@ -32,20 +32,19 @@ def shown_batches(plan: Plan, layout: Layout) -> int:
 
 def chunk_seconds(plan: Plan, layout: Layout) -> tuple[list[list[float]], list[list[float]], float]:
     """(forward, backward) seconds of [stage][chunk], and those of a message: the terms of the prediction."""
-    model, job = plan.model, plan.job
-    parts = (model, layout, job, plan.cluster, plan.software)
-    if job.task != "train":
-        each = prefill_seconds(*parts) if job.task == "prefill" else decode_stage_seconds(*parts)
+    scenario, task = plan.scenario, plan.job.task
+    if task != "train":
+        seconds_of = prefill_seconds if task == "prefill" else decode_stage_seconds
+        each = seconds_of(scenario, layout)
         stages = [[each.of(stage, layout.pp)] for stage in range(layout.pp)]
         return stages, [[0.0]] * layout.pp, 0.0  # messages are waited for, inside the stages
-    found = iteration(*parts)
+    found = iteration(scenario, layout)
     ahead, back, recomputed, message = found.per_micro_batch
     forward, backward = (
         [[seconds / layout.vp] * layout.vp for _ in range(layout.pp)]
         for seconds in (ahead + message / 2, back + recomputed + message / 2)
     )
-    outer = (model, strip(layout), job.sequence, plan.cluster, plan.software)
-    first, last = outer_cost(*outer, True), outer_cost(*outer, False)
+    first, last = (outer_cost(scenario, strip(layout), end) for end in (True, False))
     forward[0][0] += first.forward
     backward[0][0] += first.backward
     forward[-1][-1] += last.forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from helix_megatron.plan.inference import predict_decode, predict_prefill
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.score import Prediction, predict_training
-from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.settings import Job, Scenario, Software
 
 PREDICT: dict[str, Callable[..., Prediction]] = {
     "train": predict_training,
@@ -96,9 +97,13 @@ class Plan:
     everything: list[Row] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
 
+    @functools.cached_property
+    def scenario(self) -> Scenario:
+        return Scenario(self.model, self.job, self.cluster, self.software)
+
     def predict(self, layout: Layout) -> Prediction:
         """Everything about one layout."""
-        return PREDICT[self.job.task](self.model, layout, self.job, self.cluster, self.software)
+        return PREDICT[self.job.task](self.scenario, layout)
 
     def best(self, wanted: Callable[[Layout], bool]) -> Row | None:
         """The fastest row of a family, asked for or not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from helix_megatron.exchanges import sent_bytes
 from helix_megatron.hardware import (
@@ -32,7 +32,7 @@ from helix_megatron.plan.operators import (
     outer_steps,
 )
 from helix_megatron.plan.schedule import pipeline_seconds
-from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.settings import Scenario, Software
 from helix_megatron.plan.steps import BACKWARD, Step
 from helix_megatron.plan.traffic import Traffic, final_reductions, message_bytes, stage_traffic
 
@@ -87,15 +87,12 @@ class Cost:
 
 
 @functools.lru_cache(maxsize=16384)
-def layers_cost(
-    model: ModelSpec, stripped: Layout, sequence: int, cluster: Cluster, software: Software
-) -> Cost:
+def layers_cost(scenario: Scenario, stripped: Layout) -> Cost:
     """All layers of the model, one micro-batch."""
     forward = backward = core = 0.0
-    arguments = (sequence, cluster, software)
-    for experts, windowed, count in layer_kinds(model):
-        attention = _attention_cost(model, attention_part(stripped), *arguments, windowed)
-        mlp = _mlp_cost(model, mlp_part(stripped), *arguments, experts)
+    for experts, windowed, count in layer_kinds(scenario.model):
+        attention = _attention_cost(scenario, attention_part(stripped), windowed)
+        mlp = _mlp_cost(scenario, mlp_part(stripped), experts)
         forward += count * (attention.forward + mlp.forward)
         backward += count * (attention.backward + mlp.backward)
         core += count * attention.attention
@@ -103,26 +100,19 @@ def layers_cost(
 
 
 @functools.lru_cache(maxsize=16384)
-def _attention_cost(model: ModelSpec, part: Layout, *arguments: Any) -> Cost:
-    return _cost(attention_steps(model, part, *arguments))
+def _attention_cost(scenario: Scenario, part: Layout, windowed: bool) -> Cost:
+    return _cost(attention_steps(scenario, part, windowed))
 
 
 @functools.lru_cache(maxsize=16384)
-def _mlp_cost(model: ModelSpec, part: Layout, *arguments: Any) -> Cost:
-    return _cost(mlp_steps(model, part, *arguments))
+def _mlp_cost(scenario: Scenario, part: Layout, experts: bool) -> Cost:
+    return _cost(mlp_steps(scenario, part, experts))
 
 
 @functools.lru_cache(maxsize=16384)
-def outer_cost(
-    model: ModelSpec,
-    stripped: Layout,
-    sequence: int,
-    cluster: Cluster,
-    software: Software,
-    first: bool,
-) -> Cost:
+def outer_cost(scenario: Scenario, stripped: Layout, first: bool) -> Cost:
     """The embedding, or the output and the loss, one micro-batch."""
-    return _cost(outer_steps(model, stripped, sequence, cluster, software, first=first))
+    return _cost(outer_steps(scenario, stripped, first=first))
 
 
 def _cost(steps: Iterable[Step]) -> Cost:
@@ -152,20 +142,18 @@ class Iteration(NamedTuple):
     batches: int
 
 
-def iteration(
-    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software
-) -> Iteration:
+def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     """Seconds of one training iteration."""
+    model, job, cluster, software = scenario
     stripped = strip(layout)
-    arguments = (model, stripped, job.sequence, cluster, software)
     batches = layout.micro_batches(job.global_batch)
-    cost = layers_cost(*arguments)
-    first, last = outer_cost(*arguments, True), outer_cost(*arguments, False)
+    cost = layers_cost(scenario, stripped)
+    first, last = (outer_cost(scenario, stripped, end) for end in (True, False))
     forward, backward = cost.forward / layout.pp, cost.backward / layout.pp
     recomputed = {"none": 0.0, "selective": cost.attention, "full": cost.forward}[layout.recompute]
     recomputed /= layout.pp
     layers = forward + backward + recomputed
-    message, hop = messages(model, layout, job, cluster, software, layers)
+    message, hop = messages(scenario, layout, layers)
     per_stage = [layers + message] * layout.pp
     per_stage[0] += first.forward + first.backward
     per_stage[-1] += last.forward + last.backward
@@ -197,17 +185,11 @@ def iteration(
     )
 
 
-def predict_training(
-    model: ModelSpec,
-    layout: Layout,
-    job: Job,
-    cluster: Cluster,
-    software: Software,
-    stage: int | None = None,
-) -> Prediction:
+def predict_training(scenario: Scenario, layout: Layout, stage: int | None = None) -> Prediction:
     """One training iteration, with everything that reports show; traffic of a rank of the last stage, or of
     the stage that is named."""
-    found = iteration(model, layout, job, cluster, software)
+    model, job, _, software = scenario
+    found = iteration(scenario, layout)
     batches = found.batches
     forward, backward, recomputed, message = found.per_micro_batch
     terms = {
@@ -230,11 +212,8 @@ def predict_training(
         memory=training_memory(model, layout, job, software),
         terms=terms,
         traffic=stage_traffic(
-            model,
+            scenario,
             layout,
-            job,
-            cluster,
-            software,
             batches,
             stage=layout.pp - 1 if stage is None else stage,
             data_parallel=found.data_parallel,
@@ -250,12 +229,11 @@ def predict_training(
 # ------------------------------------------------------------------------------ parts
 
 
-def messages(
-    model: ModelSpec, layout: Layout, job: Job, cluster: Cluster, software: Software, layers: float
-) -> tuple[float, float]:
+def messages(scenario: Scenario, layout: Layout, layers: float) -> tuple[float, float]:
     """(seconds of messages that each micro-batch waits for on a stage, seconds of one message)."""
     if layout.pp == 1:
         return 0.0, 0.0
+    model, job, cluster, software = scenario
     size = message_bytes(model, layout, job, software)
     hop = point_to_point_seconds(cluster, size, layout.pp_group)
     if software.scatter_gather and not layout.sequence_parallel:

@@ -216,9 +216,7 @@ class _Search:
                 yield base._replace(cache=cache, exchange=NO_EXCHANGE.name)
             return
         what = f"TP {base.tp}, m {base.segments}, queries {base.query_layout}, micro-batch {base.micro_batch}"
-        cut = (base.tp, base.segments, base.query_layout, base.micro_batch)
-        length, element = self.job.sequence, self.software.element
-        shape = attention_shape(self.model, *cut, length, length, element, None)
+        shape = attention_shape(self.model, base, self.job.sequence, self.software.element)
         timed: list[tuple[float, Layout]] = []
         for exchange in EXACT:
             if exchange.query_layout != base.query_layout:
@@ -314,9 +312,7 @@ class _Search:
         return training_states(self.model, layout, self.software).total
 
     def _layer_seconds(self, layout: Layout) -> float:
-        cost = layers_cost(
-            self.model, strip(layout), self.job.sequence, self.cluster, self.software
-        )
+        cost = layers_cost(self.plan.scenario, strip(layout))
         return cost.forward + cost.backward * self.training
 
     def _consider(self, options: list[Layout]) -> None:
@@ -357,7 +353,7 @@ class _Search:
     def _seconds(self, layout: Layout) -> float:
         if not self.training:
             return self.plan.predict(layout).seconds
-        return iteration(self.model, layout, self.job, self.cluster, self.software).seconds
+        return iteration(self.plan.scenario, layout).seconds
 
     def _does_not_fit(self, layout: Layout, memory: float, how: str) -> None:
         detail = f"{layout.describe()}, micro-batch {layout.micro_batch}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.hardware import FUSED_HEAD_DIM, WEIGHT_BYTES
+from helix_megatron.plan.clusters import Cluster
+from helix_megatron.plan.models import ModelSpec
 
 TASKS = ("train", "prefill", "decode")
 PRECISIONS = ("bf16", "fp8", "fp32")
@@ -79,3 +82,12 @@ class Software:
     def unquantised(self) -> str:
         """Precision of what fp8 leaves alone: core attention, embedding and output."""
         return "bf16" if self.precision == "fp8" else self.precision
+
+
+class Scenario(NamedTuple):
+    """What layouts are judged on: a model, what is done with it, where, and with which software."""
+
+    model: ModelSpec
+    job: Job
+    cluster: Cluster
+    software: Software

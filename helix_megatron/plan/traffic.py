@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from helix_megatron.exchanges import sent_bytes
 from helix_megatron.hardware import GRADIENT_BYTES
-from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.collective_time import Group, collective_seconds
 from helix_megatron.plan.layouts import Layout, strip
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.operators import layer_kinds, layer_steps, outer_steps
-from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.settings import Job, Scenario, Software
 from helix_megatron.plan.steps import BACKWARD, FORWARD, Step
 
 
@@ -67,33 +66,23 @@ def traffic_of(
 
 
 def layer_traffic(
-    model: ModelSpec,
+    scenario: Scenario,
     layout: Layout,
-    sequence: int,
-    cluster: Cluster,
-    software: Software,
     batches: int,
     phases: tuple[str, ...] = (FORWARD, BACKWARD),
 ) -> tuple[Traffic, ...]:
     """Of the layers of one stage alone."""
     sums = _Sums()
-    _add_layers(sums, model, layout, sequence, cluster, software, batches, phases)
+    _add_layers(sums, scenario, layout, batches, phases)
     return sums.traffic()
 
 
 def _add_layers(
-    sums: _Sums,
-    model: ModelSpec,
-    layout: Layout,
-    sequence: int,
-    cluster: Cluster,
-    software: Software,
-    batches: int,
-    phases: tuple[str, ...],
+    sums: _Sums, scenario: Scenario, layout: Layout, batches: int, phases: tuple[str, ...]
 ) -> None:
-    stripped = strip(layout)
+    stripped, model = strip(layout), scenario.model
     for experts, windowed, count in layer_kinds(model):
-        for step in layer_steps(model, stripped, sequence, cluster, software, experts, windowed):
+        for step in layer_steps(scenario, stripped, experts, windowed):
             if not step.axis or step.phase not in phases:
                 continue
             again = layout.recompute == "full" or (
@@ -144,11 +133,8 @@ def final_reductions(
 
 
 def stage_traffic(
-    model: ModelSpec,
+    scenario: Scenario,
     layout: Layout,
-    job: Job,
-    cluster: Cluster,
-    software: Software,
     batches: int,
     *,
     stage: int,
@@ -162,13 +148,11 @@ def stage_traffic(
         data_parallel: (bytes, seconds, exposed seconds) of reducing gradients and of gathering weights.
         hop: seconds of one message; message: those that a micro-batch waits for.
     """
-    sums = _Sums()
-    both = (FORWARD, BACKWARD)
-    _add_layers(sums, model, layout, job.sequence, cluster, software, batches, both)
-    outer = (model, strip(layout), job.sequence, cluster, software)
+    sums, (model, job, cluster, software) = _Sums(), scenario
+    _add_layers(sums, scenario, layout, batches, (FORWARD, BACKWARD))
     for first, where in ((True, 0), (False, layout.pp - 1)):
         if stage == where:
-            for step in outer_steps(*outer, first=first):
+            for step in outer_steps(scenario, strip(layout), first=first):
                 if step.axis:
                     sums.step(step, batches)
     count = messages_sent(layout, stage) * batches

@@ -11,6 +11,7 @@ from typing import Any
 from helix_megatron.errors import HelixError
 from helix_megatron.hardware import CHIPS
 from helix_megatron.plan.clusters import CLUSTERS
+from helix_megatron.tables import markdown_table
 from helix_megatron.training import units
 from paper import claims as c
 from paper import measured, simulated
@@ -109,7 +110,7 @@ def _verdicts(curves: Sequence[dict[str, Any]]) -> str:
             "**Yes** for weights; for activations with sequence parallelism.",
         ],
     ]
-    return _markdown(["claim", "what we find"], rows)
+    return markdown_table(["claim", "what we find"], rows)
 
 
 def _reach(model: str) -> str:
@@ -200,7 +201,7 @@ def _table(directory: Path) -> str:
         "One micro-batch of one sequence (10000 tokens) in flight, which is where the paper's gain is found. "
         "The paper does not say whether its tokens/s are of training or of a forward pass; at full size a "
         f"forward pass at 1.58M tokens/s would run at {share_of_peak(False):.0%} of the GPUs' peak.\n\n"
-        + _markdown(header, rows)
+        + markdown_table(header, rows)
     )
 
 
@@ -226,7 +227,7 @@ def _over_micro_batches() -> str:
                     for family in simulated.FAMILIES
                 ]
                 header = [f"{title}, {name}, {link}", *map(str, simulated.IN_FLIGHT)]
-                parts.append(_markdown(header, rows))
+                parts.append(markdown_table(header, rows))
     return (
         "Simulated tokens/s at full size (16 H100, 10000 tokens, one sequence a micro-batch). Recomputation, "
         "exchange and expert parallelism are each layout's fastest. – : the key-value cache of all sequences "
@@ -290,7 +291,7 @@ def _measured(directory: Path) -> str:
                 f"{results[0]['ranks']} ranks on {data['machine']['cpu_cores']} cores "
                 f"({results[0]['device']}), {data['date'][:10]}, torch {data['versions']['torch']}, "
                 "megatron-core "
-                f"{data['versions']['megatron-core']}:\n\n{_markdown(header, rows)}"
+                f"{data['versions']['megatron-core']}:\n\n{markdown_table(header, rows)}"
             )
     return (
         "Real ranks, gloo, on a CPU: 16 processes share a few cores, so that nothing runs side by side and "
@@ -337,12 +338,12 @@ def _tpot() -> str:
         f"step of {c.BATCH} tokens",
         "TPOT / step",
     ]
-    return text + "\n\n" + _markdown(header, rows)
+    return text + "\n\n" + markdown_table(header, rows)
 
 
 def _corrections() -> str:
     rows = [[x.what, x.plan, x.right, x.why] for x in corrections()]
-    return _markdown(["quantity", "the plan says", "correct", "arithmetic"], rows)
+    return markdown_table(["quantity", "the plan says", "correct", "arithmetic"], rows)
 
 
 def _curves(curves: Sequence[dict[str, Any]]) -> str:
@@ -376,7 +377,7 @@ def _curves(curves: Sequence[dict[str, Any]]) -> str:
         "same number of parameters, 4 layers of 128 with 4 heads of 32, "
         f"{seeds} seeds. `exact` trains the ordinary model on m ranks: it starts equal to rounding, which "
         "training then amplifies. `segment-local` computes what the paper writes.\n\n"
-        + _markdown(header, rows)
+        + markdown_table(header, rows)
     )
 
 
@@ -416,10 +417,3 @@ def _gains(batches: int) -> dict[str, dict[str, float]]:
 def _tensor_parallel_bytes() -> float:
     """All-gather and reduce-scatter before and after attention and MLP: 4 of the hidden states."""
     return 4 * c.HIDDEN * 2 * (c.GPUS - 1) / c.GPUS
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )

@@ -172,9 +172,7 @@ def _cut(ranks: int) -> Layout:
     layout = Layout(tp=ranks, segments=segments, sequence_parallel=True)
     if segments == 1:
         return layout
-    shape = attention_shape(
-        simulated.model("dense"), ranks, segments, "segments", 1, c.SEQUENCE, c.SEQUENCE, 2, None
-    )
+    shape = attention_shape(simulated.model("dense"), layout, c.SEQUENCE, 2)
     fitting = [exchange for exchange in EXACT if not exchange.supports(shape)]
     return layout._replace(exchange=min(fitting, key=lambda e: e.bytes(shape)).name)
 

@@ -12,7 +12,7 @@ from helix_megatron.plan.models import ModelSpec, model_of
 from helix_megatron.plan.results import PREDICT, Limits
 from helix_megatron.plan.score import Prediction
 from helix_megatron.plan.search import search
-from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.settings import Job, Scenario, Software
 from paper import claims as c
 
 PRESETS = {"dense": "paper-dense", "moe": "paper-moe"}
@@ -65,7 +65,7 @@ def predict(
     if layout is None:
         return None
     job = Job(task, c.SEQUENCE, batches)
-    return PREDICT[task](model(kind), layout, job, cluster, Software())
+    return PREDICT[task](Scenario(model(kind), job, cluster, Software()), layout)
 
 
 def gain(

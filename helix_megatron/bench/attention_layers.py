@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from helix_megatron.bench.cases import FREE, HELIX, STOCK, STOCK_SDPA, Case
+from helix_megatron.bench.attention_case import FREE, HELIX, STOCK, STOCK_SDPA, Case
 from helix_megatron.exchanges.segments import heads_first, sequence_first
 from helix_megatron.kernels.sdpa import sdpa
 from helix_megatron.masks import AttentionMask
