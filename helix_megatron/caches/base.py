@@ -12,17 +12,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from helix_megatron.caches.attention import StepAttention
 from helix_megatron.exchanges.base import sent_bytes
 from helix_megatron.layout import HeadLayout
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from helix_megatron.caches.attention import StepAttention
-    from helix_megatron.caches.paged import PagedCache
-    from helix_megatron.caches.pages import PageBook
 
 Placement = Literal["one", "dealt", "all"]
 
@@ -84,6 +78,7 @@ class CacheLayout(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     placement: ClassVar[Placement]
+    attention: ClassVar[type[StepAttention]]
 
     @abstractmethod
     def collectives(self, shape: DecodeShape) -> tuple[Collective, ...]:
@@ -101,9 +96,3 @@ class CacheLayout(ABC):
     def score_bytes(self, shape: DecodeShape) -> float:
         """Bytes of scores that are written to memory; 0 where a fused kernel is used."""
         return 0.0
-
-    @abstractmethod
-    def attention(
-        self, layout: HeadLayout, group: ProcessGroup, book: PageBook, cache: PagedCache
-    ) -> StepAttention:
-        """What runs on this rank; arguments as of `StepAttention`."""

@@ -18,37 +18,12 @@ from helix_megatron.caches.attention import (
     whole_heads,
 )
 from helix_megatron.caches.base import CacheLayout, Collective, DecodeShape
-from helix_megatron.layout import HeadLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup
 
-    from helix_megatron.caches.paged import PagedCache, Window
-    from helix_megatron.caches.pages import PageBook, Piece
-
-
-class BatchCache(CacheLayout):
-    name = "batch"
-    summary = "whole heads of 1/m of the sequences on each rank"
-    placement = "one"
-
-    def collectives(self, shape: DecodeShape) -> tuple[Collective, ...]:
-        m, back = shape.layout.segments, shape.query_bytes
-        there = shape.query_bytes + shape.key_value_bytes
-        return (
-            Collective("segments to sequences", "all-to-all", there, m * there),
-            Collective("sequences to segments", "all-to-all", back, m * back),
-        )
-
-    def read_bytes(self, shape: DecodeShape) -> float:
-        busiest = -(-shape.sequences // shape.layout.segments)
-        return shape.cache_bytes() * busiest / shape.sequences
-
-    def attention(
-        self, layout: HeadLayout, group: ProcessGroup, book: PageBook, cache: PagedCache
-    ) -> StepAttention:
-        return BatchAttention(layout, group, book, cache)
+    from helix_megatron.caches.paged import Window
+    from helix_megatron.caches.pages import Piece
 
 
 class BatchAttention(StepAttention):
@@ -113,3 +88,22 @@ class BatchAttention(StepAttention):
             return torch.cat([part[:n] for part, n in zip(every, self._counts, strict=True)])
         with purpose("exchange/batch"):
             return uneven_swap(sent_mtX.flatten(0, 1), [own] * m, self._counts, self.group)
+
+
+class BatchCache(CacheLayout):
+    name = "batch"
+    summary = "whole heads of 1/m of the sequences on each rank"
+    placement = "one"
+    attention = BatchAttention
+
+    def collectives(self, shape: DecodeShape) -> tuple[Collective, ...]:
+        m, back = shape.layout.segments, shape.query_bytes
+        there = shape.query_bytes + shape.key_value_bytes
+        return (
+            Collective("segments to sequences", "all-to-all", there, m * there),
+            Collective("sequences to segments", "all-to-all", back, m * back),
+        )
+
+    def read_bytes(self, shape: DecodeShape) -> float:
+        busiest = -(-shape.sequences // shape.layout.segments)
+        return shape.cache_bytes() * busiest / shape.sequences

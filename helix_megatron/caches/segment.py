@@ -12,40 +12,12 @@ import numpy as np
 
 from helix_megatron.caches.attention import StepAttention
 from helix_megatron.caches.base import CacheLayout, Collective, DecodeShape
-from helix_megatron.layout import HeadLayout
 
 if TYPE_CHECKING:
     from torch import Tensor, device
-    from torch.distributed import ProcessGroup
 
-    from helix_megatron.caches.paged import PagedCache, Window
-    from helix_megatron.caches.pages import PageBook, Piece
-
-
-class SegmentCache(CacheLayout):
-    name = "segment"
-    summary = "segments of everything on each rank, partial scores all-reduced"
-    placement = "all"
-
-    def collectives(self, shape: DecodeShape) -> tuple[Collective, ...]:
-        m, q = shape.layout.segments, shape.query_bytes
-        scores = Collective("partial scores", "all-reduce", self.score_bytes(shape))
-        if shape.layout.query_layout == "segments":
-            return (scores,)
-        return (
-            Collective("heads to segments", "all-to-all", q, m * q),
-            scores,
-            Collective("segments to heads", "all-to-all", q, m * q),
-        )
-
-    def score_bytes(self, shape: DecodeShape) -> float:
-        scores = shape.sequences * shape.layout.group_heads * shape.context
-        return scores * shape.wide_size
-
-    def attention(
-        self, layout: HeadLayout, group: ProcessGroup, book: PageBook, cache: PagedCache
-    ) -> StepAttention:
-        return SegmentAttention(layout, group, book, cache)
+    from helix_megatron.caches.paged import Window
+    from helix_megatron.caches.pages import Piece
 
 
 class SegmentAttention(StepAttention):
@@ -55,9 +27,8 @@ class SegmentAttention(StepAttention):
         self._pieces = pieces
         self._slots_T = self._slots(pieces, 0)
         size = self.book.page_size
-        self._keys: list[
-            slice | Tensor
-        ] = []  # a run of slots, read where it lies, or pages to copy
+        # Of each piece: a run of slots, read where it lies, or pages to copy.
+        self._keys: list[slice | Tensor] = []
         for piece in pieces:
             pages = self.book.pages(piece.sequence, 0)[: -(-piece.stop // size)]
             if pages[-1] - pages[0] == len(pages) - 1 and (np.diff(pages) == 1).all():
@@ -133,3 +104,25 @@ def _hidden(piece: Piece, window: Window, device: device) -> Tensor:
     if window is not None and window[0] >= 0:
         hidden |= key < query - window[0]
     return hidden
+
+
+class SegmentCache(CacheLayout):
+    name = "segment"
+    summary = "segments of everything on each rank, partial scores all-reduced"
+    placement = "all"
+    attention = SegmentAttention
+
+    def collectives(self, shape: DecodeShape) -> tuple[Collective, ...]:
+        m, q = shape.layout.segments, shape.query_bytes
+        scores = Collective("partial scores", "all-reduce", self.score_bytes(shape))
+        if shape.layout.query_layout == "segments":
+            return (scores,)
+        return (
+            Collective("heads to segments", "all-to-all", q, m * q),
+            scores,
+            Collective("segments to heads", "all-to-all", q, m * q),
+        )
+
+    def score_bytes(self, shape: DecodeShape) -> float:
+        scores = shape.sequences * shape.layout.group_heads * shape.context
+        return scores * shape.wide_size

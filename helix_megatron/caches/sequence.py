@@ -19,36 +19,12 @@ from helix_megatron.caches.attention import (
     whole_heads,
 )
 from helix_megatron.caches.base import CacheLayout, Collective, DecodeShape
-from helix_megatron.layout import HeadLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup
 
-    from helix_megatron.caches.paged import PagedCache, Window
-    from helix_megatron.caches.pages import PageBook, Piece
-
-
-class SequenceCache(CacheLayout):
-    name = "sequence"
-    summary = "whole heads of 1/m of the positions on each rank, outputs merged by log-sum-exp"
-    placement = "dealt"
-
-    def collectives(self, shape: DecodeShape) -> tuple[Collective, ...]:
-        m, q, kv = shape.layout.segments, shape.query_bytes, shape.key_value_bytes
-        heads, dims = shape.layout.rank_query_shape
-        outputs = (
-            m * shape.sequences * heads * (dims + 1) * shape.wide_size
-        )  # with their log-sum-exp
-        return (
-            Collective("whole queries, new keys, values", "all-to-all", m * q + kv, m * (q + kv)),
-            Collective("partial outputs", "all-to-all", outputs, m * outputs),
-        )
-
-    def attention(
-        self, layout: HeadLayout, group: ProcessGroup, book: PageBook, cache: PagedCache
-    ) -> StepAttention:
-        return SequenceAttention(layout, group, book, cache)
+    from helix_megatron.caches.paged import Window
+    from helix_megatron.caches.pages import Piece
 
 
 class SequenceAttention(StepAttention):
@@ -117,4 +93,21 @@ class SequenceAttention(StepAttention):
             came = uneven_swap(torch.cat(parts), to, [each] * m, self.group).view(m, each)
         return came[:, :flat].unflatten(1, q.shape), came[:, flat:].unflatten(
             1, (own, *kv_TGC.shape[1:])
+        )
+
+
+class SequenceCache(CacheLayout):
+    name = "sequence"
+    summary = "whole heads of 1/m of the positions on each rank, outputs merged by log-sum-exp"
+    placement = "dealt"
+    attention = SequenceAttention
+
+    def collectives(self, shape: DecodeShape) -> tuple[Collective, ...]:
+        m, q, kv = shape.layout.segments, shape.query_bytes, shape.key_value_bytes
+        heads, dims = shape.layout.rank_query_shape
+        per_token = heads * (dims + 1)  # outputs with their log-sum-exp
+        outputs = m * shape.sequences * per_token * shape.wide_size
+        return (
+            Collective("whole queries, new keys, values", "all-to-all", m * q + kv, m * (q + kv)),
+            Collective("partial outputs", "all-to-all", outputs, m * outputs),
         )
