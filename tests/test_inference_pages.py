@@ -14,6 +14,7 @@ from tiers import sized
 
 from helix_megatron.caches import (
     CACHE_LAYOUTS,
+    NAMES,
     DecodeShape,
     cache_layout,
     choose_cache_layout,
