@@ -1,11 +1,17 @@
-"""The command-line flags, for any `argparse` parser: Megatron's own, or a script's."""
+"""Flags for any `argparse` parser, Megatron's own or a script's, and errors as a command line shows them."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
 
 from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError, Setting
 
 FLAGS = {
     "intra_head_parallel_size": "--intra-head-parallel-size",
@@ -13,6 +19,15 @@ FLAGS = {
     "exchange": "--helix-exchange",
     "query_layout": "--helix-query-layout",
 }
+# Megatron's flags that are not called like the settings that they set.
+OTHER_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+
+
+def as_flag(setting: Setting) -> str:
+    """Word a setting as a flag of a command line: `--helix-exchange auto`."""
+    name = setting.name
+    flag = FLAGS.get(name) or OTHER_FLAGS.get(name) or "--" + name.replace("_", "-")
+    return flag if setting.value is None else f"{flag} {setting.value}"
 
 
 def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -32,3 +47,23 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
             help=f"{setting.metadata['help']} (default: %(default)s)",
         )
     return parser
+
+
+@contextlib.contextmanager
+def exit_on_error(program: str) -> Iterator[None]:
+    """Turn a `HelixError` into one paragraph on standard error and exit code 2.
+
+    Under a launcher only the first rank prints, so that eight ranks do not say the same thing eight times.
+    """
+    try:
+        yield
+    except HelixError as error:
+        if os.environ.get("RANK", "0") == "0":
+            text = textwrap.fill(
+                f"{program}: error: {error.worded(as_flag)}",
+                width=100,
+                break_on_hyphens=False,  # paths and flags stay whole, to be copied
+                break_long_words=False,
+            )
+            print(text, file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.errors import HelixError, Setting, did_you_mean, divisors
 from helix_megatron.layout import HeadLayout, QueryLayout, RotaryStyle
 
 ATTENTIONS = ("exact", "segment-local")
@@ -67,24 +66,33 @@ class HelixConfig:
         if not isinstance(m, int) or isinstance(m, bool) or m < 1:
             raise HelixError(
                 f"intra-head parallel size {m!r} is not a whole number of at least 1. "
-                "1 is stock attention; 2 halves every head."
+                "1 is stock attention; 2 halves every head.",
+                setting="intra_head_parallel_size",
+                value=m,
             )
         for name in ("attention", "exchange", "query_layout"):
             value, choices = getattr(self, name), type(self).choices(name)
             if value not in choices:
                 raise HelixError(
-                    f"{name.replace('_', ' ')} {value!r} is unknown. Valid: {listed(choices)}."
-                    + _nearest(str(value), choices)
+                    f"{name.replace('_', ' ')} {value!r} is unknown.",
+                    setting=name,
+                    value=value,
+                    valid=choices,
+                    remedy=did_you_mean(value, choices),
                 )
         if self.attention == "segment-local" and self.exchange != "auto":
             raise HelixError(
                 f"segment-local attention exchanges nothing, so exchange {self.exchange} has no "
-                "meaning. Leave the exchange at auto, or take attention exact."
+                "meaning. Leave the exchange at auto, or take attention exact.",
+                setting="exchange",
+                value=self.exchange,
             )
         if self.attention == "segment-local" and self.query_layout == "heads":
             raise HelixError(
                 "segment-local attention cuts query heads like key-value heads, so query layout heads "
-                "has no meaning. Leave the query layout at auto, or take attention exact."
+                "has no meaning. Leave the query layout at auto, or take attention exact.",
+                setting="query_layout",
+                value="heads",
             )
 
     @classmethod
@@ -99,7 +107,10 @@ class HelixConfig:
         for key in settings:
             if key not in names:
                 raise HelixError(
-                    f"unknown Helix setting {key!r}. Valid: {listed(names)}." + _nearest(key, names)
+                    f"unknown Helix setting {key!r}.",
+                    setting=key,
+                    valid=names,
+                    remedy=did_you_mean(key, names),
                 )
         return cls(**settings)
 
@@ -132,8 +143,15 @@ class HelixConfig:
         if tensor_parallel_size % m:
             raise HelixError(
                 f"intra-head parallel size {m} does not divide the tensor parallel size "
-                f"{tensor_parallel_size}. Valid: {listed(divisors(tensor_parallel_size))}. Or change "
-                "--tensor-model-parallel-size to a multiple of it."
+                f"{tensor_parallel_size}.",
+                setting="intra_head_parallel_size",
+                value=m,
+                valid=divisors(tensor_parallel_size),
+                remedy=(
+                    "Or change ",
+                    Setting("tensor_model_parallel_size"),
+                    " to a multiple of it.",
+                ),
             )
         return tensor_parallel_size // m
 
@@ -172,8 +190,3 @@ class HelixConfig:
             rotary_dim=rotary_dim,
             output_gate=output_gate,
         )
-
-
-def _nearest(value: str, valid: Any) -> str:
-    close = difflib.get_close_matches(value, list(valid), n=1)
-    return f" Did you mean {close[0]}?" if close else ""

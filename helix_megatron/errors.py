@@ -1,20 +1,74 @@
 """The one exception that a user's mistake raises.
 
-Every message names the value, the valid values and what to try. Command lines print it alone, without a
-traceback, and exit with code 2 (`exit_on_error`).
+An error carries what is wrong, the setting and its value, the valid values, and what to try. Settings are named
+as `Setting`s, since the same one is a flag on a command line, a keyword in Python and a key of a file: whoever
+shows the error words them (`HelixError.worded`). `str(error)` speaks Python.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import textwrap
-from collections.abc import Iterable, Iterator
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting in a text, with the value that it should be given where the text recommends one."""
+
+    name: str
+    value: object = None
+
+
+Words = Callable[[Setting], str]
+
+
+def as_keyword(setting: Setting) -> str:
+    """Word a setting as a keyword of a Python call: `exchange="auto"`."""
+    if setting.value is None:
+        return setting.name
+    value = f'"{setting.value}"' if isinstance(setting.value, str) else setting.value
+    return f"{setting.name}={value}"
 
 
 class HelixError(ValueError):
-    """Something that the user can put right: a setting, a file, a layout that cannot be."""
+    """Something that the user can put right: a setting, a file, a layout that cannot be.
+
+    Args:
+        problem: what is wrong, as one or more sentences.
+        setting: name of the setting that is wrong, if it is one; `value` is what it was given.
+        valid: what it may be, where that can be listed; `valid_name` is what the list calls these values, such
+            as `numbers of groups`.
+        remedy: what to try, in pieces: texts, and the settings between them.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        setting: str = "",
+        value: object = None,
+        valid: Iterable[object] | None = None,
+        valid_name: str = "",
+        remedy: Iterable[str | Setting] = (),
+    ) -> None:
+        super().__init__(problem)
+        self.problem, self.setting, self.value = problem, setting, value
+        self.valid = None if valid is None else tuple(valid)
+        self.valid_name, self.remedy = valid_name, tuple(remedy)
+
+    def worded(self, words: Words) -> str:
+        """The whole text, with settings in the words of whoever shows it."""
+        sentences = [self.problem]
+        if self.valid is not None:
+            sentences.append(f"Valid {self.valid_name}".rstrip() + f": {listed(self.valid)}.")
+        if self.remedy:
+            pieces = (piece if isinstance(piece, str) else words(piece) for piece in self.remedy)
+            sentences.append("".join(pieces))
+        return " ".join(sentences)
+
+    def __str__(self) -> str:
+        return self.worded(as_keyword)
 
 
 def divisors(number: int) -> list[int]:
@@ -27,21 +81,7 @@ def listed(values: Iterable[object]) -> str:
     return ", ".join(str(value) for value in values) or "none"
 
 
-@contextlib.contextmanager
-def exit_on_error(program: str) -> Iterator[None]:
-    """Turn a `HelixError` into one paragraph on standard error and exit code 2.
-
-    Under a launcher only the first rank prints, so that eight ranks do not say the same thing eight times.
-    """
-    try:
-        yield
-    except HelixError as error:
-        if os.environ.get("RANK", "0") == "0":
-            text = textwrap.fill(
-                f"{program}: error: {error}",
-                width=100,
-                break_on_hyphens=False,  # paths and flags stay whole, to be copied
-                break_long_words=False,
-            )
-            print(text, file=sys.stderr, flush=True)
-        sys.exit(2)
+def did_you_mean(value: object, valid: Iterable[str], quote: str = "") -> tuple[str, ...]:
+    """A question that names the valid word nearest to a mistyped one; empty if none is near."""
+    close = difflib.get_close_matches(str(value), list(valid), n=1)
+    return (f"Did you mean {quote}{close[0]}{quote}?",) if close else ()

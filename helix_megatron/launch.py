@@ -16,7 +16,8 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.arguments import exit_on_error
+from helix_megatron.errors import HelixError
 
 USAGE = """usage: torchrun … -m helix_megatron.launch PATH/TO/pretrain_gpt.py ARGUMENTS
 

@@ -22,11 +22,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.errors import HelixError, Setting, divisors
 
 QueryLayout = Literal["segments", "heads"]
 RotaryStyle = Literal["none", "half", "interleaved"]
@@ -242,46 +242,60 @@ class HeadLayout:
         for name in ("num_heads", "num_kv_heads", "head_dim", "head_groups", "segments"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise HelixError(f"{name} is {value!r}. It must be a whole number of at least 1.")
-        if self.query_layout not in ("segments", "heads"):
-            raise HelixError(
-                f"query layout {self.query_layout!r} is unknown. Valid: segments, heads."
-            )
-        if self.rotary not in ("none", "half", "interleaved"):
-            raise HelixError(
-                f"rotary style {self.rotary!r} is unknown. Valid: none, half, interleaved."
-            )
+                raise HelixError(
+                    f"{name} is {value!r}. It must be a whole number of at least 1.",
+                    setting=name,
+                    value=value,
+                )
+        for name, called, valid in (
+            ("query_layout", "query layout", get_args(QueryLayout)),
+            ("rotary", "rotary style", get_args(RotaryStyle)),
+        ):
+            value = getattr(self, name)
+            if value not in valid:
+                raise HelixError(
+                    f"{called} {value!r} is unknown.", setting=name, value=value, valid=valid
+                )
         self._check_rotary_dim()
         if h % g:
             raise HelixError(
-                f"{h} query heads cannot share {g} key-value heads evenly. "
-                f"Valid numbers of key-value heads: {listed(divisors(h))}."
+                f"{h} query heads cannot share {g} key-value heads evenly.",
+                setting="num_kv_heads",
+                value=g,
+                valid=divisors(h),
+                valid_name="numbers of key-value heads",
             )
         if g % n:
             heads = f"{h} heads" if g == h or h % n else f"{g} key-value heads"
             why = ": a key-value head would be split among groups" if not h % n else ""
             raise HelixError(
-                f"{heads} cannot form {n} head groups{why}. Valid numbers of groups: "
-                f"{listed(divisors(g))}. {self._try_segments()}"
-            )
-        if d % m:
-            raise HelixError(
-                f"a head of {d} dimensions cannot be cut into {m} equal segments. "
-                f"Valid numbers of segments: {listed(self._valid_segments())}."
+                f"{heads} cannot form {n} head groups{why}.",
+                setting="head_groups",
+                value=n,
+                valid=divisors(g),
+                valid_name="numbers of groups",
+                remedy=self._other_segments(),
             )
         if m not in self._valid_segments():
             rest = d - 2 * self._rotary_pairs
             others = f" and {rest} others" if rest else ""
             raise HelixError(
-                f"{m} segments of a head of {d} dimensions would split a rotary pair: {self._rotary_pairs} "
-                f"pairs{others} cannot be dealt evenly. "
-                f"Valid numbers of segments: {listed(self._valid_segments())}."
+                f"a head of {d} dimensions cannot be cut into {m} equal segments."
+                if d % m
+                else f"{m} segments of a head of {d} dimensions would split a rotary pair: "
+                f"{self._rotary_pairs} pairs{others} cannot be dealt evenly.",
+                setting="segments",
+                value=m,
+                valid=self._valid_segments(),
+                valid_name="numbers of segments",
             )
         if self.query_layout == "heads" and self.group_heads % m:
             raise HelixError(
                 f"query layout heads deals the {self.group_heads} query heads of a head group whole to "
-                f"{m} ranks, which needs the number of query heads ({h}) to be divisible by m·n = {n * m}. "
-                "Try --helix-query-layout segments."
+                f"{m} ranks, which needs the number of query heads ({h}) to be divisible by m·n = {n * m}.",
+                setting="query_layout",
+                value="heads",
+                remedy=("Try ", Setting("query_layout", "segments"), "."),
             )
 
     def _check_rotary_dim(self) -> None:
@@ -290,8 +304,10 @@ class HeadLayout:
             return
         if not isinstance(rotated, int) or not 0 < rotated <= d or rotated % 2:
             raise HelixError(
-                f"rotary embedding cannot rotate {rotated!r} of {d} dimensions. "
-                f"Valid: an even number up to {d}, or rotary style none."
+                f"rotary embedding cannot rotate {rotated!r} of {d} dimensions.",
+                setting="rotary_dim",
+                value=rotated,
+                valid=(f"an even number up to {d}", "or rotary style none"),
             )
 
     @property
@@ -303,15 +319,16 @@ class HeadLayout:
         """What divides the head and its rotary pairs, and so the dimensions that are not rotated."""
         return [m for m in divisors(self.head_dim) if self._rotary_pairs % m == 0]
 
-    def _try_segments(self) -> str:
-        """With the same number of ranks, the number of segments that would fit, largest n first."""
+    def _other_segments(self) -> tuple[str | Setting, ...]:
+        """Advice: the number of segments that would fit the same number of ranks, largest n first."""
         ranks = self.num_ranks
         must_cut = self.query_layout == "heads" and self.num_heads % ranks
-        layout = " --helix-query-layout segments" if must_cut else ""
+        layout = (" ", Setting("query_layout", "segments")) if must_cut else ()
         for n in reversed(divisors(self.num_kv_heads)):
             if ranks % n == 0 and ranks // n in self._valid_segments():
-                return f"With {ranks} ranks try --intra-head-parallel-size {ranks // n}{layout}."
-        return f"No number of segments makes {ranks} ranks fit; change the tensor parallel size."
+                size = Setting("intra_head_parallel_size", ranks // n)
+                return (f"With {ranks} ranks try ", size, *layout, ".")
+        return (f"No number of segments makes {ranks} ranks fit; change the tensor parallel size.",)
 
 
 def rotary_of(head_dim: int, percent: float, interleaved: bool) -> tuple[RotaryStyle, int]:

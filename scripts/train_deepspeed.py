@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from helix_megatron.arguments import exit_on_error
 from helix_megatron.deepspeed import HelixBlock, initialize, read_block
 from helix_megatron.deepspeed.config import in_words_of_the_block
-from helix_megatron.errors import HelixError, exit_on_error, listed
+from helix_megatron.errors import HelixError, listed
 
 PROGRAM = "train_deepspeed.py"
 
@@ -112,10 +113,8 @@ def check(config: dict[str, Any], ranks: int, args: argparse.Namespace) -> Helix
 
         assert block.tensor_parallel_size is not None
         cut = {"mlp": block.mlp, "embeddings": block.embeddings}
-        try:
+        with in_words_of_the_block():
             plan(model, block.helix, block.tensor_parallel_size, **cut)
-        except HelixError as error:
-            raise in_words_of_the_block(error) from error
     return block
 
 

@@ -8,7 +8,7 @@ python scripts/train_huggingface.py            # the same model and losses on on
 import argparse
 import os
 
-from helix_megatron.errors import exit_on_error
+from helix_megatron.arguments import exit_on_error
 
 
 def parse_args() -> argparse.Namespace:

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.errors import HelixError, exit_on_error, listed
+from helix_megatron.arguments import exit_on_error
+from helix_megatron.errors import HelixError, listed
 from helix_megatron.plan.clusters import Cluster, cluster_of
 from helix_megatron.plan.score import Prediction, predict_training
 from helix_megatron.plan.settings import Scenario

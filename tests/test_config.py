@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from helix_megatron.arguments import FLAGS, add_helix_arguments
+from helix_megatron.arguments import FLAGS, add_helix_arguments, as_flag, exit_on_error
 from helix_megatron.config import ATTENTIONS, EXCHANGES, QUERY_LAYOUTS, HelixConfig
-from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.errors import HelixError
 from helix_megatron.exchanges import EXACT
 
 SETTINGS = [f.name for f in dataclasses.fields(HelixConfig)]
@@ -19,7 +19,7 @@ SETTINGS = [f.name for f in dataclasses.fields(HelixConfig)]
 def error_of(make: Any, *args: Any, **kwargs: Any) -> str:
     with pytest.raises(HelixError) as error:
         make(*args, **kwargs)
-    return str(error.value)
+    return error.value.worded(as_flag)
 
 
 # ------------------------------------------------------------------------- HelixConfig

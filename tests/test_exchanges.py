@@ -280,8 +280,8 @@ def test_an_exchange_that_does_not_fit_is_refused_with_the_reason():
         choose(shape, "all-to-all-batch")
     assert str(error.value) == (
         "exchange all-to-all-batch does not fit here (all-to-all-batch: a micro-batch of 3 cannot be dealt "
-        "to 2 ranks; it must be a multiple of 2). These fit: gather-qk, score-reduce, all-to-all-heads, "
-        "all-to-all-sequence. Try --helix-exchange auto."
+        "to 2 ranks; it must be a multiple of 2). Valid here: gather-qk, score-reduce, all-to-all-heads, "
+        'all-to-all-sequence. Try exchange="auto".'
     )
     assert choose(shape, "all-to-all").name.startswith("all-to-all-")
     with pytest.raises(HelixError, match="exchange 'gather' is unknown"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,7 +140,7 @@ def test_algorithms_know_no_host_and_no_process_global(name):
     tree = MODULES[name]
     assert not imported_packages(tree) & {"megatron", "deepspeed", "transformers"}
     assert "parallel_state" not in imported_parts(tree)
-    if name == "errors":
+    if name == "arguments":
         return  # RANK decides which process prints an error, nothing else
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -163,6 +164,25 @@ def test_every_collective_names_its_group():
             assert "group" in {keyword.arg for keyword in node.keywords}, f"{name}: {called}"
             calls += 1
     assert calls >= 4
+
+
+# Command lines of their own, and commands of other programs in advice.
+WITH_FLAGS = {"arguments", "deepspeed.merge", "deepspeed.checkpoints", "huggingface.load"}
+
+
+def test_below_the_command_line_nothing_speaks_of_flags():
+    """Whoever calls from Python or writes a file has no flags: errors name settings (`Setting`)."""
+    parts = (BELOW_HOSTS | set(HOSTS)) - {"checkpoint"}
+    names = [name for name in MODULES if name.split(".")[0] in parts]
+    spoken = {
+        name: node.value
+        for name in names
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.search(r"(?<![\w-])--[a-z]", node.value)
+    }
+    assert set(spoken) == WITH_FLAGS, spoken
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))

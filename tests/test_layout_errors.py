@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from helix_megatron.arguments import as_flag
+from helix_megatron.deepspeed.config import in_words_of_the_block
 from helix_megatron.errors import HelixError
 from helix_megatron.layout import HeadLayout
 
@@ -16,7 +19,7 @@ from helix_megatron.layout import HeadLayout
 def error_of(*args: Any, **kwargs: Any) -> str:
     with pytest.raises(HelixError) as error:
         HeadLayout(*args, **kwargs)
-    return str(error.value)
+    return error.value.worded(as_flag)
 
 
 ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
@@ -129,6 +132,26 @@ def test_errors_name_values_and_valid_ones(name):
     assert error_of(*args, **kwargs) == text
 
 
+def test_each_host_words_an_error_in_its_own_language():
+    """A Python user has no flags, a configuration file has no keywords; and a program reads the fields."""
+    with pytest.raises(HelixError) as caught, in_words_of_the_block():
+        HeadLayout(6, 6, 8, 4, 1, query_layout="heads")
+    error = caught.value.__cause__
+    assert isinstance(error, HelixError)
+    assert (error.setting, error.value, error.valid) == ("head_groups", 4, (1, 2, 3, 6))
+    said = (
+        "6 heads cannot form 4 head groups. Valid numbers of groups: 1, 2, 3, 6. With 4 ranks try "
+    )
+    assert str(error) == said + 'intra_head_parallel_size=2 query_layout="segments".'
+    flags = "--intra-head-parallel-size 2 --helix-query-layout segments."
+    assert error.worded(as_flag) == said + flags
+    keys = '"intra_head_parallel_size": 2 "query_layout": "segments".'
+    assert str(caught.value) == said + keys
+    assert (
+        pickle.loads(pickle.dumps(error)).worded(as_flag) == said + flags
+    )  # it travels between ranks
+
+
 @pytest.mark.parametrize("value", [0, -2, 2.0, "4", None, True])
 @pytest.mark.parametrize(
     "name", ["num_heads", "num_kv_heads", "head_dim", "head_groups", "segments"]
@@ -155,7 +178,7 @@ def refused(**sizes: Any) -> str:
     try:
         HeadLayout(**sizes)
     except HelixError as error:
-        return str(error)
+        return error.worded(as_flag)
     return ""
 
 

@@ -333,5 +333,6 @@ def test_other_attention_is_refused(module, helix):
             helix_spec(given, helix)
         assert str(error.value) == (
             f"the layer's self-attention is {module}, and heads can be cut in Megatron's SelfAttention only. "
-            "Use a GPT layer spec with ordinary self-attention, or leave --intra-head-parallel-size at 1."
+            "Use a GPT layer spec with ordinary self-attention, or leave intra_head_parallel_size at 1, which "
+            "is stock attention."
         )

@@ -332,9 +332,7 @@ def test_the_model_comes_from_the_checkpoint(pool, saved, tmp_path):
 def test_without_optimizer_state(pool, tmp_path):
     """A checkpoint saved with --no-save-optim can be loaded, but not by accident."""
     run(pool, f"{BASE} --save {tmp_path} --no-save-optim --no-save-rng")
-    with pytest.raises(
-        RankError, match=r"holds weights and no optimizer state. Add --no-load-optim"
-    ):
+    with pytest.raises(RankError, match=r"holds weights and no optimizer state. Add no_load_optim"):
         run(pool, f"{BASE} --train-iters 3 --load {tmp_path}")
     records = run(pool, f"{BASE} --train-iters 3 --load {tmp_path} --no-load-optim")
     assert [record["iteration"] for record in records] == [3]

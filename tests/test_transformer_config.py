@@ -12,6 +12,7 @@ import pytest
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from helix_megatron.arguments import as_flag
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron.support import (
@@ -30,7 +31,7 @@ from helix_megatron.megatron.transformer_config import (
 def error_of(make: Any, *args: Any, **kwargs: Any) -> str:
     with pytest.raises(HelixError) as error:
         make(*args, **kwargs)
-    return str(error.value)
+    return error.value.worded(as_flag)
 
 
 SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
@@ -189,15 +190,17 @@ OTHER_FLAGS = {
 @pytest.mark.parametrize("row", REFUSED, ids=[row[0] for row in REFUSED])
 def test_each_refused_setting_says_what_to_do(row):
     """What would train wrongly, or fail deep inside, is refused at once: setting, value, reason, way out."""
-    name, works, why, instead = row
+    name, works, why = row[:3]
     value = BAD[name]
     defaults = types.SimpleNamespace(**{row[0]: row[1] for row in REFUSED})
     check_supported(defaults, HelixConfig(2))
     setattr(defaults, name, value)
-    assert error_of(check_supported, defaults, HelixConfig(2)) == (
-        f"{name} = {value} does not work with intra-head parallel size 2: {why}. "
-        f"{instead}, or leave --intra-head-parallel-size at 1, which is stock attention."
-    )
+    text = error_of(check_supported, defaults, HelixConfig(2))
+    begin = f"{name} = {value} does not work with intra-head parallel size 2: {why}. "
+    end = ", or leave --intra-head-parallel-size at 1, which is stock attention."
+    assert text.startswith(begin)
+    assert text.endswith(end)
+    instead = text.removeprefix(begin).removesuffix(end)
     assert value != works
     # The way out names the setting, as a flag where Megatron-LM has one.
     flag = OTHER_FLAGS.get(name, "--" + name.replace("_", "-"))
@@ -248,13 +251,13 @@ def test_an_attention_backend_without_effect_warns():
 
 def test_inference_and_packed_sequences_are_refused_with_a_way_out():
     """These are met only while running; their texts must be as helpful as the others."""
-    assert str(refuse_dynamic_inference()) == (
+    assert refuse_dynamic_inference().worded(as_flag) == (
         "Megatron's dynamic inference context calls flash attention on a paged cache of whole key-value "
         "heads, which cut heads do not have. Use its static context; or helix generate and helix serve "
-        "(helix_megatron.inference), whose paged cache knows cut heads; or leave --intra-head-parallel-size "
+        "(helix_megatron.inference), whose paged cache knows cut heads, or leave --intra-head-parallel-size "
         "at 1, which is stock attention."
     )
-    assert str(refuse_packed_sequences("thd")) == (
+    assert refuse_packed_sequences("thd").worded(as_flag) == (
         "packed sequences (qkv_format thd) do not work with exact Helix attention. Pad the sequences to one "
         "length and pass an attention mask, or leave --intra-head-parallel-size at 1, which is stock "
         "attention."

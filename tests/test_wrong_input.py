@@ -71,12 +71,12 @@ WRONG = {
     "batch too small for all-to-all over batch": (
         f"{FOUR} {HELIX} 2 --helix-exchange all-to-all-batch --micro-batch-size 1",
         "exchange all-to-all-batch does not fit here (all-to-all-batch: a micro-batch of 1 cannot be dealt "
-        "to 2 ranks; it must be a multiple of 2). These fit:",
+        "to 2 ranks; it must be a multiple of 2). Valid here:",
     ),
     "an exchange that does not fit": (
         f"{FOUR} {HELIX} 2 --helix-exchange gather-kv",
         "exchange gather-kv does not fit here (gather-kv: it needs query layout heads, and this is "
-        "segments). These fit:",
+        "segments). Valid here:",
     ),
     "a query layout that does not fit": (
         f"{FOUR} {HELIX} 2 --helix-query-layout heads",

@@ -11,9 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from helix_megatron.arguments import exit_on_error
 from helix_megatron.bench import attention, convert, decode, layouts, traffic
 from helix_megatron.bench.result_file import PROGRAM, check_json_path
-from helix_megatron.errors import exit_on_error
 
 SUBCOMMANDS = (layouts, attention, decode, convert, traffic)
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from helix_megatron.arguments import as_flag
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.training.run import RunConfig
 
@@ -126,7 +127,7 @@ def rivals(ranks: int, common: Sequence[str]) -> tuple[list[LayoutSpec], dict[st
         try:
             validated(spec, ranks, common)
         except HelixError as error:
-            others[text] = str(error)
+            others[text] = error.worded(as_flag)
         else:
             fitting.append(spec)
     return fitting, others

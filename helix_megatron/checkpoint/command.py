@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from helix_megatron.arguments import exit_on_error
 from helix_megatron.config import HelixConfig
-from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.errors import HelixError
 
 DESCRIPTION = """\
 Convert a checkpoint between Hugging Face safetensors, Megatron's distributed checkpoints in canonical order

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from helix_megatron.arguments import exit_on_error
 from helix_megatron.data.documents import (
     BOM,
     DOCUMENT_RULES,
@@ -43,7 +44,7 @@ from helix_megatron.data.documents import (
 )
 from helix_megatron.data.indexed_files import add_documents, write_indexed_datasets
 from helix_megatron.data.text import TOKENIZER_TYPES, Tokenizer, build_tokenizer
-from helix_megatron.errors import HelixError, exit_on_error, listed
+from helix_megatron.errors import HelixError, listed
 
 BATCHES_IN_FLIGHT = 4  # per worker; bounds memory when writing is slower than reading
 

@@ -11,20 +11,21 @@ It needs neither torch nor DeepSpeed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-import functools
-import re
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from helix_megatron.arguments import FLAGS
 from helix_megatron.config import HelixConfig
-from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.errors import HelixError, Setting, did_you_mean, divisors, listed
 
 KEY = "helix"
+# Keys that are not called like the settings of other hosts.
+OTHER_KEYS = {"tensor_model_parallel_size": "tensor_parallel_size"}
 # DeepSpeed reads settings that it doesn't know as if they were not there; this close to ours is a slip.
 _NEAR = 0.7
 
@@ -119,11 +120,11 @@ class HelixBlock:
         valid = [*helix_keys, *_OWN_KEYS]
         for key in block:
             if key not in valid:
-                close = difflib.get_close_matches(str(key), valid, n=1)
-                hint = f' Did you mean "{close[0]}"?' if close else ""
                 raise HelixError(
-                    f'unknown key "{key}" in the block "{KEY}" of the DeepSpeed configuration. '
-                    f"Valid: {listed(valid)}.{hint}"
+                    f'unknown key "{key}" in the block "{KEY}" of the DeepSpeed configuration.',
+                    setting=str(key),
+                    valid=valid,
+                    remedy=did_you_mean(key, valid, quote='"'),
                 )
         helix = HelixConfig.from_dict({k: v for k, v in block.items() if k in helix_keys})
         return cls(helix, **{k: v for k, v in block.items() if k in _OWN_KEYS})
@@ -151,15 +152,16 @@ def read_block(config: Mapping[str, Any]) -> HelixBlock | None:
     return HelixBlock.from_dict(config[KEY]) if KEY in config else None
 
 
-def in_words_of_the_block(error: HelixError) -> HelixError:
-    """The same error with command-line flags written as keys of the block."""
-    text = str(error)
-    for name, flag in FLAGS.items():
-        text = re.sub(rf"{flag} ([\w-]+)", functools.partial(_setting, name), text)
-        text = text.replace(flag, f'"{name}"')
-    return HelixError(text.replace("--tensor-model-parallel-size", '"tensor_parallel_size"'))
+def as_key(setting: Setting) -> str:
+    """Word a setting as a key of the block: `"exchange": "auto"`."""
+    name = OTHER_KEYS.get(setting.name, setting.name)
+    return f'"{name}"' if setting.value is None else f'"{name}": {json.dumps(setting.value)}'
 
 
-def _setting(name: str, found: re.Match[str]) -> str:
-    value = found[1]
-    return f'"{name}": {value}' if value.isdigit() else f'"{name}": "{value}"'
+@contextlib.contextmanager
+def in_words_of_the_block() -> Iterator[None]:
+    """Errors from inside name settings as keys of the block."""
+    try:
+        yield
+    except HelixError as error:
+        raise HelixError(error.worded(as_key)) from error

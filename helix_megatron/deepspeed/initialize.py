@@ -88,7 +88,7 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=dist_init_required,
     )
-    with _block_words():
+    with in_words_of_the_block():
         return _initialize(block, settings, call)
 
 
@@ -152,12 +152,3 @@ def _without_config_file(args: Any) -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(args, name, value)
-
-
-@contextlib.contextmanager
-def _block_words() -> Iterator[None]:
-    """Errors from inside speak of the block's keys, not of command-line flags."""
-    try:
-        yield
-    except HelixError as error:
-        raise in_words_of_the_block(error) from error

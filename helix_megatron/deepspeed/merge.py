@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from helix_megatron.arguments import exit_on_error
 from helix_megatron.checkpoint.safe import load_pt
 from helix_megatron.deepspeed.checkpoints import find_checkpoint, indices_of, read_manifest
-from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.errors import HelixError
 
 PROGRAM = "helix_megatron.deepspeed.merge"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import HelixError, Setting
 from helix_megatron.exchanges.base import AttentionShape, Exchange
 from helix_megatron.exchanges.registry import EXACT
 from helix_megatron.hardware import GPU, SCORE_PASSES, Machine
@@ -52,13 +52,18 @@ def choose(shape: AttentionShape, name: str = "auto", machine: Machine = GPU) ->
     asked = [c for c in ranked if name in ("auto", c.exchange.name) or _in_family(c, name)]
     if not asked:
         names = [candidate.exchange.name for candidate in ranked]
-        raise HelixError(f"exchange {name!r} is unknown. Valid: {listed(['auto', *names])}.")
+        raise HelixError(
+            f"exchange {name!r} is unknown.", setting="exchange", value=name, valid=["auto", *names]
+        )
     if not asked[0].fits:
         reasons = "; ".join(f"{c.exchange.name}: {c.reason}" for c in asked)
-        fitting = [c.exchange.name for c in ranked if c.fits]
         raise HelixError(
-            f"exchange {name} does not fit here ({reasons}). These fit: {listed(fitting)}. "
-            "Try --helix-exchange auto."
+            f"exchange {name} does not fit here ({reasons}).",
+            setting="exchange",
+            value=name,
+            valid=[c.exchange.name for c in ranked if c.fits],
+            valid_name="here",
+            remedy=("Try ", Setting("exchange", "auto"), "."),
         )
     return asked[0].exchange
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.arguments import exit_on_error
+from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import Output, Request, Sampling, TextStream, Tokens
 from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.local_ranks import end_with_parent, start_ranks

@@ -119,5 +119,6 @@ def _refuse_unknown(given: dict[str, Any]) -> None:
         if value is not None:
             raise HelixError(
                 f"Megatron gave its core attention {name} = {value!r}, which exact Helix attention does not "
-                f"know. Leave it at None, {STOCK}."
+                "know.",
+                remedy=("Leave it at None", *STOCK),
             )

@@ -40,7 +40,7 @@ from helix_megatron.checkpoint import manifest as manifests
 from helix_megatron.checkpoint import safe
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest
 from helix_megatron.checkpoint.store import Store, writing_errors
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import HelixError, Setting, listed
 from helix_megatron.megatron.notices import hide_notices
 from helix_megatron.megatron.outcomes import on_every_rank, on_first_rank
 from helix_megatron.versions import found_version, numbers
@@ -234,7 +234,8 @@ def _received(receiver: Any, staging: Path) -> dict[str, FileEntry]:
     if not receiver.poll(0):
         raise HelixError(
             "the process that wrote the checkpoint ended without a word, as one does that is killed for "
-            "memory. Earlier checkpoints are intact. Leave --async-save out, or give the machine more memory."
+            "memory. Earlier checkpoints are intact.",
+            remedy=("Leave out ", Setting("async_save"), ", or give the machine more memory."),
         )
     answer = receiver.recv()
     with _problems_of(staging):
@@ -329,10 +330,11 @@ def _check_shapes(directory: Path, state: dict[str, Any], stored: dict[str, Any]
         raise HelixError(
             f"{directory} holds another model: {key} is {list(theirs)} there and {list(ours)} here"
             + (f" (and {len(different) - 1} more tensors differ)" if len(different) > 1 else "")
-            + ". Give the checkpoint's sizes, or --use-checkpoint-args."
+            + ".",
+            remedy=("Give the checkpoint's sizes, or ", Setting("use_checkpoint_args"), "."),
         )
     if missing:
-        raise HelixError(_missing_text(directory, missing, stored))
+        raise _missing(directory, missing, stored)
 
 
 def _check_nothing_left(directory: Path, asked: set[str], stored: dict[str, Any]) -> None:
@@ -345,26 +347,32 @@ def _check_nothing_left(directory: Path, asked: set[str], stored: dict[str, Any]
     if left:
         raise HelixError(
             f"{directory} holds another model: it has {len(left)} tensors that this one has no place for: "
-            f"{listed(left[:3])}{' …' if len(left) > 3 else ''}. Give its flags, or --use-checkpoint-args."
+            f"{listed(left[:3])}{' …' if len(left) > 3 else ''}.",
+            remedy=("Give its flags, or ", Setting("use_checkpoint_args"), "."),
         )
 
 
-def _missing_text(directory: Path, missing: set[str], stored: dict[str, Any]) -> str:
+def _missing(directory: Path, missing: set[str], stored: dict[str, Any]) -> HelixError:
     optimizer = {key for key in missing if key.startswith("optimizer.")}
     names = listed(sorted(missing)[:3]) + (" …" if len(missing) > 3 else "")
     if optimizer != missing:
-        return (
-            f"{directory} lacks {len(missing)} tensors of this model: {names}. It holds another model; give "
-            "its flags, or --use-checkpoint-args."
+        return HelixError(
+            f"{directory} lacks {len(missing)} tensors of this model: {names}. It holds another model.",
+            remedy=("Give its flags, or ", Setting("use_checkpoint_args"), "."),
         )
+    anew = Setting("no_load_optim")
     if not any(key.startswith("optimizer.") for key in stored):
-        return (
-            f"{directory} holds weights and no optimizer state. Add --no-load-optim, or --finetune to start "
-            "at iteration 0."
+        return HelixError(
+            f"{directory} holds weights and no optimizer state.",
+            remedy=("Add ", anew, ", or ", Setting("finetune"), " to start at iteration 0."),
         )
-    return (
-        f"{directory} holds optimizer state of another kind: it lacks {names}. Take the same precision, "
-        "--optimizer and --use-distributed-optimizer as the run that saved it, or add --no-load-optim."
+    kind = (Setting("optimizer"), " and ", Setting("use_distributed_optimizer"))
+    return HelixError(
+        f"{directory} holds optimizer state of another kind: it lacks {names}.",
+        remedy=(
+            *("Take the same precision, ", *kind, " as the run that saved it, or add "),
+            *(anew, "."),
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import merge
 
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, Setting
 
 PARTS = "optimizer_parts"  # where the sharded tensors are read to, apart from the stored settings
 # What tells parameter groups apart; expert groups have the settings of their ordinary counterparts.
@@ -72,7 +72,8 @@ def _matching(stored: list[dict[str, Any]], group: dict[str, Any]) -> dict[str, 
         wanted = ", ".join(f"{key} {group.get(key)}" for key in IDENTITY)
         raise HelixError(
             f"the checkpoint's optimizer has no parameter group with {wanted}. It belongs to a run with other "
-            "settings of the optimizer; add --no-load-optim."
+            "settings of the optimizer.",
+            remedy=("Add ", Setting("no_load_optim"), "."),
         )
     expert = group["is_expert_parallel"]
     best = next((g for g in same if g["is_expert_parallel"] == expert), same[0])

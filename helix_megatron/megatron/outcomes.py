@@ -19,24 +19,24 @@ def on_first_rank(function: Callable[[], T]) -> T:
         try:
             outcome[0] = function()
         except HelixError as error:
-            outcome[1] = str(error)
+            outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise HelixError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 
 def on_every_rank(function: Callable[[], T]) -> T:
     """Call `function` on every rank; when it raises `HelixError` on one, all ranks raise that of the first."""
     result: Any = None
-    problem = None
+    problem: HelixError | None = None
     try:
         result = function()
     except HelixError as error:
-        problem = str(error)
+        problem = error
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    for text in problems:
-        if text is not None:
-            raise HelixError(text)
+    first = next((problem for problem in problems if problem is not None), None)
+    if first is not None:
+        raise first
     return result

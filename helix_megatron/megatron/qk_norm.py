@@ -109,6 +109,7 @@ def norm_kind(built: nn.Module | None, name: str) -> str | None:
         raise HelixError(
             f"{name} of self-attention is {type(built).__module__}.{type(built).__qualname__} with parameters "
             f"{listed(sorted(parameters))}, and Helix can normalise cut heads only as the {listed(KINDS)} of "
-            f"{listed(PACKAGES)} do. Name one of those in the layer spec, {STOCK}."
+            f"{listed(PACKAGES)} do.",
+            remedy=("Name one of those in the layer spec", *STOCK),
         )
     return kind

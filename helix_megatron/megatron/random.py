@@ -15,7 +15,7 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from helix_megatron import parallel_state
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, Setting
 
 HEAD_GROUP_STATE = "helix-head-group-rng"
 MICRO_BATCH_STATE = "helix-micro-batch-rng"
@@ -32,7 +32,10 @@ def seed_model_parallel(seed: int) -> None:
     """
     if seed < 1:
         raise HelixError(
-            f"--seed {seed} is not a positive whole number, which Megatron needs. Try 1234."
+            f"the seed {seed} is not a positive whole number, which Megatron needs.",
+            setting="seed",
+            value=seed,
+            remedy=("Try ", Setting("seed", 1234), "."),
         )
     random.seed(seed)
     np.random.seed(seed % 2**32)

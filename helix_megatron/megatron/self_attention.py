@@ -243,6 +243,6 @@ def _refuse_unknown_parts(layer: HelixSelfAttention) -> None:
         parts = (f"{name} ({kind})" for name, kind in sorted(unknown.items()))
         raise HelixError(
             f"self-attention of megatron-core {megatron.core.__version__} has {listed(parts)}, and Helix can "
-            f"cut {listed(PARTS)} only. Try pip install "
-            f"'{TESTED['megatron-core'].requirement}', {STOCK}."
+            f"cut {listed(PARTS)} only.",
+            remedy=(f"Try pip install '{TESTED['megatron-core'].requirement}'", *STOCK),
         )

@@ -33,7 +33,8 @@ class RefusedLayer:
     def __init__(self, *args: Any, layer: str, **kwargs: Any) -> None:
         raise HelixError(
             f"the model's layer pattern asks for the {layer} of the stack, whose latent or sparse attention "
-            f"has no heads that can be cut. Use the attention layer (*) instead, {STOCK}."
+            "has no heads that can be cut.",
+            remedy=("Use the attention layer (*) instead", *STOCK),
         )
 
 
@@ -58,8 +59,8 @@ def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel = sdpa)
     if left := sorted(set(_stock_attention(replaced))):
         raise HelixError(
             f"the spec holds {listed(left)} where Helix does not replace attention: it would stay as it is. "
-            "Replaced is the self_attention of a layer, of a block's layers, and of a stack's attention_layer. "
-            f"Use such a spec, {STOCK}."
+            "Replaced is the self_attention of a layer, of a block's layers, and of a stack's attention_layer.",
+            remedy=("Use such a spec", *STOCK),
         )
     return replaced
 
@@ -95,8 +96,8 @@ def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel) -> Any:
     if module is not SelfAttention:
         raise HelixError(
             f"the layer's self-attention is {getattr(module, '__name__', module)}, and heads can be cut in "
-            "Megatron's SelfAttention only. Use a GPT layer spec with ordinary self-attention, or leave "
-            "--intra-head-parallel-size at 1."
+            "Megatron's SelfAttention only.",
+            remedy=("Use a GPT layer spec with ordinary self-attention", *STOCK),
         )
     params = {**attention.params, "kernel": kernel} if exact else attention.params
     replaced = dataclasses.replace(attention, module=wanted, params=params)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.arguments import exit_on_error
+from helix_megatron.errors import HelixError
 from helix_megatron.megatron_lm import cpu, hooks, patch
 from helix_megatron.megatron_lm.source import bypasses, core_version, entry_point, find
 from helix_megatron.megatron_lm.table import KNOWN, NEWEST, OLDEST, HookTable

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from helix_megatron.arguments import add_helix_arguments
-from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.arguments import add_helix_arguments, exit_on_error
+from helix_megatron.errors import HelixError
 from helix_megatron.megatron_lm import settings
 from helix_megatron.megatron_lm.table import HookTable
 

@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+from helix_megatron.arguments import as_flag
 from helix_megatron.caches import NAMES
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.exchanges import EXACT, NO_EXCHANGE
@@ -138,7 +139,7 @@ class _Search:
                 try:
                     head_layout(self.model, tp, m, query_layout)
                 except HelixError as error:
-                    refusal = INDIVISIBLE, str(error)
+                    refusal = INDIVISIBLE, error.worded(as_flag)
                 sizes = {"tp": tp, "segments": m, "query_layout": query_layout}
                 if self._allowed(f"{what}, queries {query_layout}", refusal, **sizes):
                     yield m, query_layout

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.arguments import exit_on_error
+from helix_megatron.errors import HelixError
 from helix_megatron.inference.command import (
     command_parser,
     ignore_megatron_warnings,

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from helix_megatron.arguments import exit_on_error
 from helix_megatron.data.text import build_tokenizer
-from helix_megatron.errors import exit_on_error
 from helix_megatron.hardware import MACHINES, Machine
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.run import RunConfig

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.arguments import exit_on_error
+from helix_megatron.errors import HelixError
 from helix_megatron.training.metrics import json_safe
 from helix_megatron.training.report_html import html_report
 from helix_megatron.training.report_picture import DARK, draw_losses

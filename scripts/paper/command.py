@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from helix_megatron.errors import HelixError, exit_on_error
+from helix_megatron.arguments import exit_on_error
+from helix_megatron.errors import HelixError
 
 DESCRIPTION = """\
 Write docs/paper.md with its pictures. Simulations run every time, in a minute. Measurements (16 ranks, and
