@@ -19,7 +19,6 @@ planner and the graph all ask it. It needs neither torch nor a process group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -217,14 +216,6 @@ class HeadLayout:
         rows_GD = np.arange(self.num_kv_heads * self.head_dim).reshape(self.num_kv_heads, -1)
         return rows_GD[np.asarray(self.kv_heads(rank))][:, self.segment_dims(j)].reshape(-1)
 
-    def qkv_owner(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each canonical row of `linear_qkv`: the rank that holds it, and its local row there."""
-        return _inverse([self.qkv_rows(rank) for rank in range(self.num_ranks)])
-
-    def proj_owner(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each canonical column of `linear_proj`: the rank that holds it, and its local column."""
-        return _inverse([self.proj_columns(rank) for rank in range(self.num_ranks)])
-
     def _query_slots(self, index_GRD: np.ndarray, rank: int) -> np.ndarray:
         """This rank's part of a per-query-head index [g, r, d], as [g/n, r·d/m]."""
         _, j = self.partition(rank)
@@ -345,13 +336,3 @@ def contiguous_runs(index: np.ndarray) -> list[tuple[int, int]]:
         return []
     breaks = np.flatnonzero(np.diff(index) != 1) + 1
     return [(int(run[0]), len(run)) for run in np.split(index, breaks)]
-
-
-def _inverse(held: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    size = sum(index.size for index in held)
-    rank_of, local_of = np.full(size, -1), np.full(size, -1)
-    for rank, index in enumerate(held):
-        rank_of[index] = rank
-        local_of[index] = np.arange(index.size)
-    assert (rank_of >= 0).all(), "a canonical index belongs to no rank"
-    return rank_of, local_of

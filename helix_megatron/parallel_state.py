@@ -96,18 +96,17 @@ def register_intra_head_parallel(
     HelixConfig(m).head_groups(tensor_group.size())
     timeout = datetime.timedelta(minutes=distributed_timeout_minutes)
     rank = dist.get_rank()
-    intra_head = head_group = None
+    own: dict[str, Any] = {}
     for tensor_ranks in _all_tensor_ranks(tensor_group):
-        for start in range(0, len(tensor_ranks), m):
-            ranks = tensor_ranks[start : start + m]
-            group = _new_group(ranks, timeout, "INTRA_HEAD_PARALLEL_GROUP")
-            intra_head = group if rank in ranks else intra_head
-        for segment in range(m):
-            ranks = tensor_ranks[segment::m]
-            group = _new_group(ranks, timeout, "HEAD_GROUP_PARALLEL_GROUP")
-            head_group = group if rank in ranks else head_group
-    assert intra_head is not None and head_group is not None
-    _groups = _Groups(intra_head, head_group)
+        groups = [tensor_ranks[start : start + m] for start in range(0, len(tensor_ranks), m)]
+        same_segment = [tensor_ranks[segment::m] for segment in range(m)]
+        for name, members in (("intra_head", groups), ("head_group", same_segment)):
+            for ranks in members:
+                description = f"{name.upper()}_PARALLEL_GROUP"
+                group = dist.new_group(ranks, timeout=timeout, group_desc=description)
+                if rank in ranks:
+                    own[name] = group
+    _groups = _Groups(**own)
 
 
 def intra_head_parallel_is_initialized() -> bool:
@@ -185,18 +184,17 @@ def get_head_group_parallel_global_ranks() -> list[int]:
 
 
 def use_mpu_process_groups(required_pgs: list[str] | None = None) -> ProcessGroupCollection:
-    """Megatron's collection of process groups, with `ihp` (intra-head) and `hgp` (head group) added."""
+    """Megatron's collection of process groups, with the intra-head group added as `ihp`."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     return with_intra_head_groups(ProcessGroupCollection.use_mpu_process_groups(required_pgs))
 
 
 def with_intra_head_groups(pg_collection: ProcessGroupCollection) -> ProcessGroupCollection:
-    """A copy of a collection that carries `ihp` and `hgp`; groups that it has already are kept."""
+    """A copy of a collection that carries the intra-head group as `ihp`; one that it has already is kept."""
     collection = copy.copy(pg_collection)
     if not hasattr(collection, "ihp"):
         collection.ihp = get_intra_head_parallel_group()
-        collection.hgp = get_head_group_parallel_group()
     return collection
 
 
@@ -218,10 +216,6 @@ def _refuse_twice() -> None:
             "intra-head parallel groups exist already. Call "
             "helix_megatron.parallel_state.destroy_model_parallel before making others."
         )
-
-
-def _new_group(ranks: list[int], timeout: datetime.timedelta, description: str) -> ProcessGroup:
-    return dist.new_group(ranks, timeout=timeout, group_desc=description)
 
 
 def _all_tensor_ranks(tensor_group: ProcessGroup) -> list[list[int]]:

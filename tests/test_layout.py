@@ -130,19 +130,6 @@ def test_separate_projections_have_the_rows_of_the_fused_one(layout):
 
 @quick
 @given(layouts())
-def test_owners_are_the_inverse(layout):
-    """Checkpoints ask who holds a row; the answer must agree with what that rank says it holds."""
-    for owner, held in (
-        (layout.qkv_owner(), layout.qkv_rows),
-        (layout.proj_owner(), layout.proj_columns),
-    ):
-        ranks, local = owner
-        for index, (rank, position) in enumerate(zip(ranks, local, strict=True)):
-            assert held(rank)[position] == index
-
-
-@quick
-@given(layouts())
 def test_segments_cut_a_head_and_split_no_rotary_pair(layout):
     """Rotary embedding is applied locally, so both dimensions of a pair must lie in one segment."""
     segments = [layout.segment_dims(j) for j in range(layout.segments)]

@@ -227,15 +227,15 @@ def make_collections() -> list[bool]:
     given = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
     added = parallel_state.with_intra_head_groups(given)
     own = ProcessGroupCollection.use_mpu_process_groups(["tp"])
-    own.ihp, own.hgp = head_group, intra_head  # whoever brings groups knows why
+    own.ihp = head_group  # whoever brings groups knows why
     kept = parallel_state.with_intra_head_groups(own)
     return [
-        some.tp is tensor and some.ihp is intra_head and some.hgp is head_group,
+        some.tp is tensor and some.ihp is intra_head,
         getattr(some, "dp", None) is None,
         every.dp is megatron_state.get_data_parallel_group() and every.ihp is intra_head,
-        added.cp is given.cp and added.ihp is intra_head and added.hgp is head_group,
+        added.cp is given.cp and added.ihp is intra_head,
         added is not given and not hasattr(given, "ihp"),
-        kept.ihp is head_group and kept.hgp is intra_head,
+        kept.ihp is head_group,
     ]
 
 
@@ -289,7 +289,7 @@ def test_mistakes_are_refused_in_words(pool):
     """Each is met by people who write their own training scripts; each text says what to call instead."""
     divides = (
         "intra-head parallel size 3 does not divide the tensor parallel size 4. Valid: 1, 2, 4. Or change "
-        "--tensor-model-parallel-size to a multiple of it."
+        "tensor_model_parallel_size to a multiple of it."
     )
     twice = (
         "intra-head parallel groups exist already. Call "

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from helix_megatron.megatron import cpu_runtime
-from helix_megatron.megatron.norms import block_spec
+from helix_megatron.megatron.norms import use_available_norms
 
 LAYERS, HIDDEN, HEADS, VOCABULARY, LENGTH = 4, 32, 4, 64, 8
 SAMPLES, MICRO_BATCH, STEPS = 8, 2, 3
@@ -133,15 +133,18 @@ def build_chunk(config: Any, vp_stage: int | None) -> Any:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import transformer_block as block
 
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
+    layers = [layer] * block.get_num_layers_to_build(config, vp_stage=vp_stage)
+    spec = block.TransformerBlockSubmodules(layer_specs=layers, layer_norm=block.LayerNormImpl)
     return GPTModel(
         config,
-        block_spec(config, layer, vp_stage),
+        use_available_norms(spec),
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(False, vp_stage),

@@ -59,7 +59,7 @@ class AllToAllSequence(Exchange):
         order = torch.tensor(dealt, device=x.q.device)
         q_mLBHC = blocks[order].flatten(1, 2)
         q_BHLD = join(swap(q_mLBHC, x.group, purpose=purpose))
-        k_BGSD, v_BGSD = join(kv.wait()).chunk(2, dim=1)
+        k_BGSD, v_BGSD = join(kv()).chunk(2, dim=1)
 
         outputs = []
         with x.dropout_state(False):

@@ -86,7 +86,7 @@ def use_available_norms(spec: Any) -> Any:
     norms in it count, at any depth: before attention and MLP, of queries and keys, and a block's final
     one. `WrappedTorchNorm` becomes `TorchNorm`; so does apex's fused norm where apex cannot serve.
 
-    The final norm belongs to the block: for a model with torch norms pass a block spec (`block_spec`).
+    The final norm belongs to the block: for a model with torch norms pass a block spec.
     """
     from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -111,19 +111,3 @@ def _with_norms(value: Any, replaced: set[type]) -> Any:
     if isinstance(value, dict):  # a module's parameters: they hold settings, not specs
         return dict(value)
     return TorchNorm if isinstance(value, type) and value in replaced else value
-
-
-def block_spec(config: TransformerConfig, layer_spec: Any, vp_stage: int | None = None) -> Any:
-    """The `TransformerBlockSubmodules` of this pipeline stage: equal layers, norms available here.
-
-    What `GPTModel` makes of a layer spec, except that the final norm of that cannot be chosen. Needs
-    megatron-core's groups. `vp_stage` is the virtual pipeline stage of the model chunk.
-    """
-    from megatron.core.transformer import transformer_block
-
-    layers = transformer_block.get_num_layers_to_build(config, vp_stage=vp_stage)
-    return use_available_norms(
-        transformer_block.TransformerBlockSubmodules(
-            layer_specs=[layer_spec] * layers, layer_norm=transformer_block.LayerNormImpl
-        )
-    )
