@@ -167,6 +167,22 @@ class HeadLayout:
         i, _ = self.partition(rank)
         return range(i * self.group_kv_heads, (i + 1) * self.group_kv_heads)
 
+    def rank_lines(self) -> list[str]:
+        """For people: a line for each rank, with the heads that it holds."""
+        lines = []
+        for rank in range(self.num_ranks):
+            queries, keys, (_, j) = (
+                self.query_heads(rank),
+                self.kv_heads(rank),
+                self.partition(rank),
+            )
+            part = "whole" if self.query_layout == "heads" else f"segment {j}"
+            lines.append(
+                f"  tensor parallel rank {rank}: query heads {queries.start}-{queries.stop - 1} ({part}), "
+                f"segment {j} of key-value heads {keys.start}-{keys.stop - 1}"
+            )
+        return lines
+
     def kv_heads_needed(self, member: int) -> range:
         """Key-value heads, counted inside the group, that member j's dealt query heads attend to."""
         heads = self.dealt_heads(0, member)

@@ -21,7 +21,7 @@ from helix_megatron.huggingface import make_groups, shard, sharding_of
 def cut_huggingface_models(
     model: nn.Module, found: dict[str, Any], block: HelixBlock, mpu: Any, ranks: int
 ) -> tuple[HelixBlock, ModelParallelUnit, CutModel]:
-    """Cut the models `found` (path → model) inside `model`, in place; see `models.cut_model`.
+    """Cut the models `found` (path → model) inside `model`, in place; on `ranks` ranks of the world.
 
     Models that `helix_megatron.huggingface` has cut before, such as those of its `from_pretrained`, stay as
     they are and must agree with the block.

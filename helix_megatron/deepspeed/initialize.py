@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from helix_megatron.errors import HelixError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from helix_megatron.deepspeed.models import CutModel
 
 DISTRIBUTED_PORT = 29500  # DeepSpeed's default
 
@@ -99,12 +102,11 @@ def _initialize(
     import torch.distributed as dist
 
     from helix_megatron.deepspeed.checkpoints import guard_checkpoints
-    from helix_megatron.deepspeed.models import cut_model
     from helix_megatron.deepspeed.support import check_zero_3, prepare_upstream
 
     model: nn.Module = call["model"]
     prepare_upstream(settings, model)
-    block, mpu, cut = cut_model(model, block, call.get("mpu"), dist.get_world_size())
+    block, mpu, cut = _cut_model(model, block, call.get("mpu"), dist.get_world_size())
     check_zero_3(settings, cut.host)
     # The block stays in the configuration, which DeepSpeed saves with every checkpoint.
     call.pop("config_params", None)
@@ -115,6 +117,52 @@ def _initialize(
     guard_checkpoints(engine, cut)
     deepspeed.utils.log_dist(f"Helix: {cut.summary}", ranks=[0])
     return (engine, *rest)
+
+
+def _cut_model(
+    model: nn.Module, block: HelixBlock, mpu: Any, ranks: int
+) -> tuple[HelixBlock, Any, CutModel]:
+    """Cut a model in place.
+
+    Args:
+        mpu: the caller's, or None to make groups.
+        ranks: of the world.
+
+    Returns:
+        The block with its sizes filled in, the `mpu` for DeepSpeed, and what was cut.
+
+    Raises:
+        HelixError: the model is none that can be cut, or something does not fit.
+    """
+    found = _transformers_models(model)
+    if found:
+        from helix_megatron.deepspeed.huggingface_models import cut_huggingface_models
+
+        return cut_huggingface_models(model, found, block, mpu, ranks)
+    from helix_megatron.deepspeed.models import megatron_config
+
+    if megatron_config(model) is not None:
+        from helix_megatron.deepspeed.megatron_models import cut_megatron_model
+
+        return cut_megatron_model(model, block, mpu)
+    raise HelixError(
+        f'the block "{KEY}" cannot cut a {type(model).__name__}. Valid: a transformers model of a family that '
+        "helix_megatron.huggingface knows, alone or inside a module, or a megatron-core model whose "
+        "configuration is a HelixTransformerConfig. Leave the block out for DeepSpeed without Helix."
+    )
+
+
+def _transformers_models(model: nn.Module) -> dict[str, Any]:
+    """The `transformers` models in a module that are in no other such model: by path, `""` for itself."""
+    library = sys.modules.get("transformers")
+    if library is None:  # then none of its models can be here
+        return {}
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}." if outer else "") for outer in found)
+        if isinstance(module, library.PreTrainedModel) and not inside:
+            found[path] = module
+    return found
 
 
 def _settings(args: Any, config: Any, config_params: Any) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
-"""Find out what a model is and have its own host cut it."""
+"""What is known of a model whose ranks hold parts, and the groups of those ranks."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,56 +59,8 @@ class CutModel:
         }
 
 
-def cut_model(
-    model: nn.Module, block: HelixBlock, mpu: Any, ranks: int
-) -> tuple[HelixBlock, Any, CutModel]:
-    """Cut a model in place.
-
-    Args:
-        mpu: the caller's, or None to make groups.
-        ranks: of the world.
-
-    Returns:
-        The block with its sizes filled in, the `mpu` for DeepSpeed, and what was cut.
-
-    Raises:
-        HelixError: the model is none that can be cut, or something does not fit.
-    """
-    found = huggingface_models(model)
-    if found:
-        from helix_megatron.deepspeed.huggingface_models import cut_huggingface_models
-
-        return cut_huggingface_models(model, found, block, mpu, ranks)
-    if megatron_config(model) is not None:
-        from helix_megatron.deepspeed.megatron_models import cut_megatron_model
-
-        return cut_megatron_model(model, block, mpu)
-    raise HelixError(
-        f'the block "{KEY}" cannot cut a {type(model).__name__}. Valid: a transformers model of a family that '
-        "helix_megatron.huggingface knows, alone or inside a module, or a megatron-core model whose "
-        "configuration is a HelixTransformerConfig. Leave the block out for DeepSpeed without Helix."
-    )
-
-
-def huggingface_models(model: nn.Module) -> dict[str, Any]:
-    """The `transformers` models in a module that are in no other such model: by path, `""` for itself."""
-    import sys
-
-    library = sys.modules.get("transformers")
-    if library is None:  # then none of its models can be here
-        return {}
-    found: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}." if outer else "") for outer in found)
-        if isinstance(module, library.PreTrainedModel) and not inside:
-            found[path] = module
-    return found
-
-
 def megatron_config(model: nn.Module) -> Any:
     """The configuration of a megatron-core model; None of others."""
-    import sys
-
     module = sys.modules.get("megatron.core.transformer.transformer_config")
     if module is None:
         return None

@@ -18,7 +18,8 @@ from helix_megatron.huggingface.groups import Groups, make_groups
 from helix_megatron.huggingface.load import from_pretrained
 from helix_megatron.huggingface.plan import Plan, plan
 from helix_megatron.huggingface.save import gather_state_dict, save_pretrained
-from helix_megatron.huggingface.shard import Sharding, shard, sharding_of
+from helix_megatron.huggingface.shard import shard
+from helix_megatron.huggingface.sharding import Sharding, sharding_of
 
 __all__ = [
     "Cut",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from helix_megatron.attention import partitioned_attention
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.layers import Partitioned
+from helix_megatron.huggingface.sharding import Sharding
 from helix_megatron.masks import AttentionMask
 from helix_megatron.replicated import to_ranks
-
-if TYPE_CHECKING:
-    from helix_megatron.huggingface.shard import Sharding
 
 NAME = "helix"
 

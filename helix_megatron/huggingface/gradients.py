@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from helix_megatron.huggingface.sharding import sharding_of
 from helix_megatron.observe import purpose
 
 
@@ -65,7 +66,6 @@ def _listed(parameters: Any) -> list[nn.Parameter]:
 
 def _group_of(parameters: Any) -> ProcessGroup | None:
     from helix_megatron.errors import HelixError
-    from helix_megatron.huggingface.shard import sharding_of
 
     if not isinstance(parameters, nn.Module):
         raise HelixError(

@@ -8,17 +8,15 @@ Hidden states are replicated on the tensor parallel ranks; `replicated` says wha
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helix_megatron.head_norm import head_mean
+from helix_megatron.huggingface.sharding import Sharding
 from helix_megatron.replicated import joined, sum_of, to_ranks
-
-if TYPE_CHECKING:
-    from helix_megatron.huggingface.shard import Sharding
 
 # Mixins call `super()`, whose methods come from the module's own class.
 _Module = nn.Module

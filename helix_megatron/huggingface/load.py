@@ -23,7 +23,8 @@ from helix_megatron.huggingface.files import (
     read_experts,
     read_part,
 )
-from helix_megatron.huggingface.shard import shard, sharding_of
+from helix_megatron.huggingface.shard import shard
+from helix_megatron.huggingface.sharding import sharding_of
 from helix_megatron.kernels import AttentionKernel
 from helix_megatron.kernels.sdpa import sdpa
 from helix_megatron.model.families import cuttable_modules

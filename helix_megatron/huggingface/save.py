@@ -23,7 +23,7 @@ from helix_megatron.checkpoint.huggingface_io import (
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.cuts import Cut
 from helix_megatron.huggingface.files import expert_names, file_name
-from helix_megatron.huggingface.shard import Sharding, sharding_of
+from helix_megatron.huggingface.sharding import Sharding, sharding_of
 from helix_megatron.model.families import cuttable_modules
 from helix_megatron.model.families.modules import ExpertFiles
 from helix_megatron.observe import purpose

@@ -11,7 +11,7 @@ from helix_megatron.errors import HelixError
 from helix_megatron.huggingface import upstream
 from helix_megatron.huggingface.gradients import clip_grad_norm_
 from helix_megatron.huggingface.save import save_pretrained
-from helix_megatron.huggingface.shard import sharding_of
+from helix_megatron.huggingface.sharding import sharding_of
 
 
 class ShardedTrainer(Trainer):

@@ -110,7 +110,7 @@ def _groups(upstream: Any) -> Callable[..., None]:
     @functools.wraps(upstream)
     def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
         from helix_megatron import parallel_state
-        from helix_megatron.megatron_lm import report
+        from helix_megatron.megatron_lm import cpu, report
 
         given = settings.current()
         upstream(*args, **kwargs)
@@ -120,7 +120,7 @@ def _groups(upstream: Any) -> Callable[..., None]:
                 distributed_timeout_minutes=given.timeout_minutes,
             )
         if given.dry_run:
-            report.report_and_exit(given)
+            report.report_and_exit(given, (TABLE, cpu.TABLE))
 
     return initialize_model_parallel
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,44 +13,36 @@ import torch.distributed as dist
 
 from helix_megatron import parallel_state
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron_lm import cpu, hooks
 from helix_megatron.megatron_lm.settings import Settings
 from helix_megatron.megatron_lm.source import find
 from helix_megatron.megatron_lm.table import HookTable, found_core, found_version
 
 
-def report_and_exit(settings: Settings) -> NoReturn:
+def report_and_exit(settings: Settings, tables: Sequence[HookTable]) -> NoReturn:
     """Print everything on the first rank, end the process group, exit with 0. Collective."""
     groups = _group_lines(settings)
     if dist.get_rank() == 0:
-        parts = [_layout_lines(settings), groups, _configuration_lines(), hook_lines()]
+        parts = [_layout_lines(settings), groups, _configuration_lines(), _hook_lines(tables)]
         print("\n\n".join("\n".join(lines) for lines in parts), flush=True)
     dist.barrier()
     dist.destroy_process_group()
     sys.exit(0)
 
 
-def hook_lines() -> list[str]:
+def _hook_lines(tables: Sequence[HookTable]) -> list[str]:
     """Every hook that is in place: what it changes, where, and in which versions."""
-    lines = [f"Hooks, in {found_core()}:"]
-    for table in (hooks.TABLE, cpu.TABLE):
-        lines += _table_lines(table)
-    if not cpu.TABLE.installed:
-        lines.append("  (no CPU stand-ins: CUDA is available)")
-    return lines
-
-
-def _table_lines(table: HookTable) -> list[str]:
-    if not table.installed:
-        return []
-    version = found_version()[:2]
-    lines = []
-    for hook in table.hooks:
-        if not hook.applies_to(version):
+    lines, version = [f"Hooks, in {found_core()}:"], found_version()[:2]
+    for table in tables:
+        if not table.installed:
+            lines.append(f"  ({table.purpose} are not in place: CUDA is available)")
             continue
-        lines.append(f"  {hook.name}: {hook.change}")
-        for target in hook.targets:
-            lines.append(f"      {_place(target)}  {target.replace(':', '.')}  ({hook.range})")
+        for hook in table.hooks:
+            if hook.applies_to(version):
+                lines.append(f"  {hook.name}: {hook.change}")
+                lines += [
+                    f"      {_place(target)}  {target.replace(':', '.')}  ({hook.range})"
+                    for target in hook.targets
+                ]
     return lines
 
 
@@ -80,15 +73,7 @@ def _layout_lines(settings: Settings) -> list[str]:
         f"Checkpoints: canonical form. Initial weights: "
         f"{'the same at every layout' if settings.layout_free_init else 'as Megatron draws them'}.",
     ]
-    for rank in range(layout.num_ranks):
-        queries, keys = layout.query_heads(rank), layout.kv_heads(rank)
-        segment = layout.partition(rank)[1]
-        part = "whole" if layout.query_layout == "heads" else f"segment {segment}"
-        lines.append(
-            f"  tensor parallel rank {rank}: query heads {queries.start}-{queries.stop - 1} ({part}), segment "
-            f"{segment} of key-value heads {keys.start}-{keys.stop - 1}"
-        )
-    return lines
+    return [*lines, *layout.rank_lines()]
 
 
 def _group_lines(settings: Settings) -> list[str]:
