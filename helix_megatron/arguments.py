@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.errors import HelixError, Setting
+from helix_megatron.errors import HelixError, LaunchError, Setting
 
 FLAGS = {
     "intra_head_parallel_size": "--intra-head-parallel-size",
@@ -51,14 +52,14 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 @contextlib.contextmanager
 def exit_on_error(program: str) -> Iterator[None]:
-    """Turn a `HelixError` into one paragraph on standard error and exit code 2.
+    """Turn a `HelixError` into one paragraph on standard error and exit code 2, and Ctrl-C into a line and 130.
 
     Under a launcher only the first rank prints, so that eight ranks do not say the same thing eight times.
     """
     try:
         yield
     except HelixError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if isinstance(error, LaunchError) or os.environ.get("RANK", "0") == "0":
             text = textwrap.fill(
                 f"{program}: error: {error.worded(as_flag)}",
                 width=100,
@@ -67,3 +68,7 @@ def exit_on_error(program: str) -> Iterator[None]:
             )
             print(text, file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)

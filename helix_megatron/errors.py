@@ -71,6 +71,10 @@ class HelixError(ValueError):
         return self.worded(as_keyword)
 
 
+class LaunchError(HelixError):
+    """The ranks cannot be started, or do not know of each other. Every rank says so: it may be the only one."""
+
+
 def divisors(number: int) -> list[int]:
     """All divisors of a positive integer, ascending."""
     return [k for k in range(1, number + 1) if number % k == 0]

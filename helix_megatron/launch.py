@@ -18,6 +18,7 @@ from typing import Any
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.errors import HelixError
+from helix_megatron.rank_environment import launched_ranks
 
 USAGE = """usage: torchrun … -m helix_megatron.launch PATH/TO/pretrain_gpt.py ARGUMENTS
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         sys.exit(0 if arguments else 2)
     with exit_on_error(os.path.basename(arguments[0])):
+        launched_ranks()
         script = _checked(arguments[0])
         sys.argv = [script, *arguments[1:]]
         sys.path.insert(0, os.path.dirname(script))

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 POLL_SECONDS = 0.05
 # For the other ranks to end by themselves when one has ended; a busy machine needs more than a moment.
@@ -26,6 +27,15 @@ PARENT = "HELIX_PARENT_PIPE"
 LOOPBACK = "lo"  # for gloo, where it exists: a host's name need not resolve
 
 
+class Rank(Protocol):
+    """A process that runs one rank, the first of a process group of its own; `subprocess.Popen` is one."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on right now."""
     with socket.socket() as listener:
@@ -33,55 +43,73 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def has_loopback() -> bool:
-    """Whether the interface `LOOPBACK` exists."""
-    return LOOPBACK in (name for _, name in socket.if_nameindex())
-
-
-def start_ranks(number: int, command: Sequence[str]) -> int:
+def start_ranks(number: int, command: Sequence[str], *, drains: bool = False) -> int:
     """Run a command on ranks 0 to `number` − 1 of this machine; its exit status.
 
-    Ranks get torchrun's environment variables. Rank 0 has this process's standard input and output. SIGINT and
-    SIGTERM go to rank 0 as SIGTERM, and its status is then that of all; a second one kills all. Ranks end when
-    this process is gone.
+    Ranks get torchrun's environment variables. Rank 0 has this process's standard input and output. SIGTERM
+    goes to rank 0, whose status is then that of all; a second one kills all. Ranks end when this process is
+    gone.
+
+    Args:
+        drains: the command ends by itself on SIGTERM, and Ctrl-C asks it to. Otherwise Ctrl-C ends the ranks.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C has ended the ranks.
     """
     listening, writing = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
+    try:
+        with supervised(processes, drains=drains) as asked:
+            environment = rank_environment(number) | {PARENT: str(listening)}
+            for rank in range(number):
+                if asked:
+                    break
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=None if rank == 0 else subprocess.DEVNULL,
+                        pass_fds=(listening,),
+                        start_new_session=True,  # a terminal's Ctrl-C comes here only
+                    )
+                )
+            status = wait_for(processes, asked)
+            return 128 + asked[0] if asked and status else status
+    finally:
+        os.close(listening)
+        os.close(writing)
+
+
+@contextlib.contextmanager
+def supervised(ranks: Sequence[Rank], *, drains: bool = False) -> Iterator[list[int]]:
+    """Pass signals on to the ranks inside the block, and leave none of them behind.
+
+    Yields:
+        The signals that have asked the ranks to end.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, unless the ranks end by themselves (`drains`).
+    """
     asked: list[int] = []
-    before = {}
 
     def pass_on(signum: int, frame: object) -> None:
         asked.append(signum)
+        if signum == signal.SIGINT and not drains:
+            raise KeyboardInterrupt
         if len(asked) > 1:
-            _kill(processes)
-        elif processes:
-            processes[0].send_signal(signal.SIGTERM)
-            _wake(processes)
+            _kill(ranks)
+        elif ranks:
+            os.kill(ranks[0].pid, signal.SIGTERM)
+            _wake(ranks)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        before[signum] = signal.signal(signum, pass_on)
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        environment = _environment(number) | {PARENT: str(listening)}
-        for rank in range(number):
-            if asked:
-                break
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdin=None if rank == 0 else subprocess.DEVNULL,
-                    pass_fds=(listening,),
-                    start_new_session=True,  # a terminal's Ctrl-C comes here only
-                )
-            )
-        status = _wait(processes, asked)
-        return 128 + asked[0] if asked and status else status
+        yield asked
     finally:
-        _kill(processes)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave ranks behind
+        _kill(ranks)
         for signum, handler in before.items():
             signal.signal(signum, handler)
-        os.close(listening)
-        os.close(writing)
 
 
 def end_with_parent(farewell: Callable[[], None] = lambda: None) -> None:
@@ -103,58 +131,68 @@ def end_with_parent(farewell: Callable[[], None] = lambda: None) -> None:
     threading.Thread(target=watch, args=(int(number),), name="helix-parent", daemon=True).start()
 
 
-def _environment(number: int) -> dict[str, str]:
+def rank_environment(number: int) -> dict[str, str]:
+    """The environment of `number` ranks of this machine, without the rank itself."""
     environment = dict(os.environ)
     defaults = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number)),
-        "TORCHDYNAMO_DISABLE": "1",
     }
-    if has_loopback():
+    if LOOPBACK in (name for _, name in socket.if_nameindex()):
         defaults["GLOO_SOCKET_IFNAME"] = LOOPBACK
-    for name, value in defaults.items():
-        environment.setdefault(name, value)
-    return environment | {
-        "WORLD_SIZE": str(number),
-        "LOCAL_WORLD_SIZE": str(number),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    return (
+        defaults
+        | environment
+        | {
+            "WORLD_SIZE": str(number),
+            "LOCAL_WORLD_SIZE": str(number),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+    )
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
-    """Until all have ended; where one failed, the others have a while to end by themselves."""
+def wait_for(ranks: Sequence[Rank], asked: Sequence[int] = ()) -> int:
+    """Wait until all have ended; where one failed, the others have a while to end by themselves.
+
+    Returns:
+        0 if all ended well, or rank 0 when it was asked to end; else the status of the first rank that failed.
+    """
     deadline = None
     while True:
-        statuses = [process.poll() for process in processes]
+        statuses = [rank.poll() for rank in ranks]
         if all(status is not None for status in statuses):
             break
         failed = any(status not in (None, 0) for status in statuses)
         if deadline is None and (failed or statuses[0] == 0):
-            _wake(processes)
+            _wake(ranks)
             soon = asked or (failed and USER_ERROR in statuses)
             deadline = time.monotonic() + (ASKED_SECONDS if soon else FAREWELL_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
-            _kill(processes)
             break
         time.sleep(POLL_SECONDS)
-    for rank, status in enumerate(statuses):
+    for number, status in enumerate(statuses):
         if status is not None and status < 0 and not asked:  # not by this process
             name = signal.Signals(-status).name
-            print(f"rank {rank} was ended by {name}", file=sys.stderr, flush=True)
-    codes = [process.wait() for process in processes]
-    if all(code == 0 for code in codes) or (asked and codes[0] == 0):
-        return 0 if processes else 1
+            print(f"rank {number} was ended by {name}", file=sys.stderr, flush=True)
+    if statuses and all(status == 0 for status in statuses[: 1 if asked else None]):
+        return 0
     return next((status for status in statuses if status is not None and status > 0), 1)
 
 
-def _wake(processes: list[subprocess.Popen[bytes]]) -> None:
+def _wake(ranks: Sequence[Rank]) -> None:
     """A rank that is stopped hears of nothing, and would neither end nor notice that others have."""
-    for process in processes:
-        process.send_signal(signal.SIGCONT)  # sends nothing to one that has ended
+    for rank in ranks:
+        if rank.poll() is None:
+            os.kill(rank.pid, signal.SIGCONT)
 
 
-def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        if process.poll() is None:
+def _kill(ranks: Sequence[Rank]) -> None:
+    """End the ranks and what they have started, and wait for their ends."""
+    for rank in ranks:
+        if rank.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                os.kill(rank.pid, signal.SIGKILL)
+                os.killpg(rank.pid, signal.SIGKILL)
+    for rank in ranks:
+        while rank.poll() is None:
+            time.sleep(POLL_SECONDS)

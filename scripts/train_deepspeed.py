@@ -25,6 +25,8 @@ from helix_megatron.arguments import exit_on_error
 from helix_megatron.deepspeed import HelixBlock, initialize, read_block
 from helix_megatron.deepspeed.config import in_words_of_the_block
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.local_ranks import end_with_parent, start_ranks
+from helix_megatron.rank_environment import number_of_ranks, rendezvous
 
 PROGRAM = "train_deepspeed.py"
 
@@ -34,10 +36,11 @@ def main() -> None:
     args = parser().parse_args(arguments)
     with exit_on_error(PROGRAM):
         config = read_config(args.config)
-        ranks = args.nproc_per_node or int(os.environ.get("WORLD_SIZE", "1"))
+        ranks = number_of_ranks(args.nproc_per_node)
         block = check(config, ranks, args)
-        if args.nproc_per_node is not None:
-            start_ranks(args.nproc_per_node, arguments)
+        if ranks > 1 and "RANK" not in os.environ:
+            sys.exit(start_ranks(ranks, [sys.executable, sys.argv[0], *arguments]))
+        end_with_parent()
         with process_group(args.device):
             train(args, config, block)
 
@@ -161,20 +164,6 @@ def build_model(settings: dict[str, Any], args: argparse.Namespace) -> Any:
     return model
 
 
-def start_ranks(number: int, arguments: list[str]) -> None:
-    """Become torchrun, which runs this script on `number` ranks of this machine."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not skip and not argument.startswith("--nproc-per-node"):
-            kept.append(argument)
-        skip = argument == "--nproc-per-node"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(number), sys.argv[0], *kept]
-    sys.stdout.flush()
-    os.execv(sys.executable, command)
-
-
 def prepare_device(device: str) -> None:
     """What must be settled before DeepSpeed is imported."""
     if device == "cpu":
@@ -194,11 +183,7 @@ def process_group(device: str) -> Iterator[None]:
     """torch.distributed, left properly: the deepspeed launcher takes it ill otherwise."""
     import torch.distributed as dist
 
-    alone: dict[str, Any] = {}
-    if "RANK" not in os.environ:  # a single process needs no launcher
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", **alone)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", **rendezvous())
     try:
         yield
         dist.barrier()

@@ -6,9 +6,9 @@ python scripts/train_huggingface.py            # the same model and losses on on
 """
 
 import argparse
-import os
 
 from helix_megatron.arguments import exit_on_error
+from helix_megatron.rank_environment import number_of_ranks
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,6 +33,7 @@ def main(args: argparse.Namespace) -> None:
     from helix_megatron.huggingface import from_pretrained, make_groups, shard
     from helix_megatron.huggingface.trainer import ShardedTrainer
 
+    ranks = number_of_ranks(None)
     settings = TrainingArguments(
         output_dir="unused",
         use_cpu=True,
@@ -45,7 +46,6 @@ def main(args: argparse.Namespace) -> None:
         save_strategy="no",
         seed=1,
     )
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     m = args.intra_head_parallel_size
     groups = make_groups(ranks, m) if dist.is_initialized() else None
 

@@ -200,7 +200,9 @@ def test_attention_refuses_with_the_way_out(capsys, argv, text):
 
 def test_torchrun_with_another_number_of_ranks_is_refused(capsys, monkeypatch):
     """Ranks that a case does not use would wait for ever."""
-    monkeypatch.setenv("RANK", "0")
+    for name in ("RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert (
         "torchrun started 3 ranks, and the cases need 4, 8. Start as many as the cases need, give other "

@@ -182,7 +182,9 @@ def test_decode_refuses_with_the_way_out(capsys, argv, text):
 
 def test_torchrun_is_refused(capsys, monkeypatch):
     """Its ranks would each start ranks."""
-    monkeypatch.setenv("RANK", "0")
+    for name in ("RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(SystemExit):
         main(["decode"])

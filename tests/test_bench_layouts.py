@@ -170,7 +170,9 @@ def test_layouts_that_train_something_else_are_seen():
 
 
 def test_a_launcher_of_ranks_is_refused(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+    for name in ("RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HelixError, match="Run it without torchrun"):
         from helix_megatron.bench.spawn import launch_on_ranks

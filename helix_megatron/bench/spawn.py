@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import pickle
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.errors import HelixError
-from helix_megatron.local_ranks import LOOPBACK, free_port, has_loopback
+from helix_megatron.local_ranks import USER_ERROR, rank_environment, supervised, wait_for
+from helix_megatron.rank_environment import launched_ranks
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # read when torch is imported; `_rank` sets its own number
@@ -22,13 +22,6 @@ ENVIRONMENT = {
 }
 # What the user asked for, before ENVIRONMENT is applied; else the ranks share the cores.
 THREADS = os.environ.get("OMP_NUM_THREADS", "")
-
-
-def launched_ranks() -> int | None:
-    """How many ranks torchrun started, this process being one of them; None without torchrun."""
-    if "RANK" not in os.environ:
-        return None
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def hide_gpus() -> None:
@@ -48,7 +41,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
     """
     launched = launched_ranks()
     if launched is None:
-        return _run_in_processes(function, args, ranks)
+        return _run_in_processes(_in_group, (function, *args), ranks)
     if launched != ranks:
         raise HelixError(f"this needs {ranks} ranks, and torchrun started {launched}.")
     import torch.distributed as dist
@@ -66,68 +59,73 @@ def launch_on_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any
     """
     if launched_ranks() is not None:
         raise HelixError("this starts its ranks by itself. Run it without torchrun.")
-    return _run_in_processes(_with_port, (free_port(), function, args), ranks, group=False)
+    return _run_in_processes(function, args, ranks)
 
 
-def _with_port(port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return function(*args)
+class _ForkedRank:
+    """A process of `multiprocessing` in the form in which ranks are supervised."""
+
+    def __init__(self, process: multiprocessing.process.BaseProcess) -> None:
+        assert process.pid is not None
+        self.pid, self._process = process.pid, process
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
 
 
-def _run_in_processes(
-    function: Callable[..., Any], args: tuple[Any, ...], ranks: int, *, group: bool = True
-) -> Any:
-    import torch.multiprocessing
-    from torch.multiprocessing.spawn import ProcessException
-
+def _run_in_processes(function: Callable[..., Any], args: tuple[Any, ...], ranks: int) -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if has_loopback():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
-    multiprocessing.set_forkserver_preload(["helix_megatron.bench.preload"])
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    # Forked from one process that has imported torch and megatron-core.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helix_megatron.bench.preload"])
     threads = int(THREADS) if THREADS.isdigit() else max(1, (os.cpu_count() or 1) // ranks)
+    environment = rank_environment(ranks)
+    started: list[_ForkedRank] = []
     with tempfile.TemporaryDirectory(prefix="helix-bench-") as name:
         directory = Path(name)
-        try:
-            torch.multiprocessing.start_processes(
-                _rank,
-                (function, args, ranks, directory, group, threads),
-                nprocs=ranks,
-                start_method="forkserver",
-            )
-        except ProcessException:
-            for error in sorted(directory.glob("error-*")):
-                raise pickle.loads(error.read_bytes()) from None
-            raise
+        with supervised(started):
+            for rank in range(ranks):
+                own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                process = context.Process(
+                    target=_rank, args=(function, args, own, directory, threads)
+                )
+                process.start()
+                started.append(_ForkedRank(process))
+            status = wait_for(started)
+        for error in sorted(directory.glob("error-*")):
+            raise pickle.loads(error.read_bytes())
+        if status:
+            raise RuntimeError(f"a rank of the benchmark failed with exit status {status}")
         return pickle.loads((directory / "result").read_bytes())
 
 
 def _rank(
-    rank: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
-    ranks: int,
+    environment: dict[str, str],
     directory: Path,
-    group: bool,
     threads: int,
 ) -> None:
     import torch
-    import torch.distributed as dist
 
+    os.setsid()  # a terminal's Ctrl-C is the parent's business
+    os.environ |= environment
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
-    if group:
-        store = dist.FileStore(str(directory / "store"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    else:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     try:
         result = function(*args)
     except HelixError as error:
-        (directory / f"error-{rank}").write_bytes(pickle.dumps(error))
-        raise
-    if rank == 0:
+        (directory / f"error-{environment['RANK']}").write_bytes(pickle.dumps(error))
+        raise SystemExit(USER_ERROR) from None
+    if environment["RANK"] == "0":
         (directory / "result").write_bytes(pickle.dumps(result))
-    if group:
-        dist.destroy_process_group()
+
+
+def _in_group(function: Callable[..., Any], *args: Any) -> Any:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    result = function(*args)
+    dist.destroy_process_group()
+    return result

@@ -21,6 +21,7 @@ from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import Output, Request, Sampling, TextStream, Tokens
 from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.local_ranks import end_with_parent, start_ranks
+from helix_megatron.rank_environment import number_of_ranks
 
 if TYPE_CHECKING:
     from helix_megatron.inference.arguments import InferenceConfig
@@ -121,12 +122,12 @@ def run_command(
     from helix_megatron.inference.batching_flags import engine_options
 
     engine_options(options)  # numbers that cannot be are found before the checkpoint is read
-    launched = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
-    ranks = int(launched) if launched else options.nproc_per_node or 1
+    ranks = number_of_ranks(options.nproc_per_node)
     config = inference_config(vars(options), ranks)
-    if launched is None and ranks > 1:
+    if ranks > 1 and "RANK" not in os.environ:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than it saves
         command = [sys.executable, "-m", "helix_megatron.cli", name]
-        return start_ranks(ranks, [*command, *arguments])
+        return start_ranks(ranks, [*command, *arguments], drains=name == "serve")
     return run(config, options)
 
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.data.text import build_tokenizer
 from helix_megatron.hardware import MACHINES, Machine
+from helix_megatron.local_ranks import end_with_parent, start_ranks
+from helix_megatron.rank_environment import number_of_ranks, rendezvous
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.run import RunConfig
 from helix_megatron.training.settings import Parallelism
-from helix_megatron.training.validate import byte_datasets, ranks_of_environment, validate
+from helix_megatron.training.validate import byte_datasets, validate
 
 if TYPE_CHECKING:
     from helix_megatron.meter import Meter
@@ -29,12 +31,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with exit_on_error(PROGRAM):
         values = parse_args(arguments)
-        run = validate(values, ranks_of_environment(values["nproc_per_node"]))
-        if run.logging.check or run.logging.explain:
+        looks = values["check"] or values["explain"]
+        ranks = number_of_ranks(values["nproc_per_node"], starts=not looks)
+        run = validate(values, ranks)
+        if looks:
             print(description_of(run))
             return
-        if run.parallel.nproc_per_node is not None:
-            _start_ranks(run.parallel.nproc_per_node, arguments)
+        if ranks > 1 and "RANK" not in os.environ:
+            command = [sys.executable, sys.argv[0], *arguments]
+            sys.exit(start_ranks(ranks, command, drains=run.checkpoints.exit_signal_handler))
         _prepare_environment()
         pretrain(run)
 
@@ -54,18 +59,7 @@ def description_of(run: RunConfig) -> str:
         f"query layout {layout.query_layout}."
     )
     if run.logging.explain:
-        for rank in range(layout.num_ranks):
-            heads = layout.query_heads(rank)
-            whole = (
-                "whole"
-                if layout.query_layout == "heads"
-                else f"segment {layout.partition(rank)[1]}"
-            )
-            lines.append(
-                f"  tensor parallel rank {rank}: query heads {heads.start}-{heads.stop - 1} ({whole}), "
-                f"segment {layout.partition(rank)[1]} of key-value heads "
-                f"{layout.kv_heads(rank).start}-{layout.kv_heads(rank).stop - 1}"
-            )
+        lines += layout.rank_lines()
         if run.helix.attention == "exact":
             from helix_megatron.exchanges import explain
 
@@ -82,6 +76,7 @@ def pretrain(run: RunConfig) -> None:
     from helix_megatron import parallel_state
     from helix_megatron.training.watchdog import watching
 
+    end_with_parent()
     asked_to_end = threading.Event() if run.checkpoints.exit_signal_handler else None
     with process_group(run.parallel), watching(asked_to_end):
         with _reporting(run) as (report, note):
@@ -297,14 +292,8 @@ def process_group(parallel: Parallelism) -> Iterator[None]:
     backend = parallel.distributed_backend
     if backend == "auto":
         backend = "nccl" if on_gpu else "gloo"
-    if "RANK" not in os.environ:  # a single process needs no launcher
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        store: Any = dist.HashStore()
-        arguments = {"store": store, "rank": 0, "world_size": 1}
-    else:
-        arguments = {}
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-    dist.init_process_group(backend, timeout=timeout, **arguments)
+    dist.init_process_group(backend, timeout=timeout, **rendezvous())
     try:
         yield
         _leave_together(dist)
@@ -332,26 +321,3 @@ def _leave_together(dist: Any) -> None:
 def _prepare_environment() -> None:
     """What must be set before torch and Megatron are imported."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it with TP
-
-
-def _start_ranks(number: int, arguments: list[str]) -> None:
-    """Become torchrun, which runs this script on `number` ranks of this machine."""
-    kept = _without_option(arguments, "--nproc-per-node")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(number), sys.argv[0], *kept]
-    sys.stdout.flush()
-    os.execv(sys.executable, command)
-
-
-def _without_option(arguments: list[str], option: str) -> list[str]:
-    kept = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument == option:
-            skip = True
-        elif not argument.startswith(option + "="):
-            kept.append(argument)
-    return kept

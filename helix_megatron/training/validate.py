@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,6 @@ from helix_megatron.data.text import (
     read_text,
     split_text,
 )
-from helix_megatron.errors import HelixError
 from helix_megatron.exchanges import choose
 from helix_megatron.training.checkpoint_flags import check_checkpoint, find_checkpoint
 from helix_megatron.training.run import RunConfig
@@ -50,18 +48,6 @@ def validate(values: Mapping[str, Any], world_size: int) -> RunConfig:
     if run.helix.active and run.helix.attention == "exact":
         choose(run.attention_shape, run.helix.exchange)
     return run
-
-
-def ranks_of_environment(nproc_per_node: int | None) -> int:
-    """World size that a launcher has set, that --nproc-per-node asks for, or 1."""
-    if nproc_per_node is not None and "RANK" in os.environ:
-        raise HelixError(
-            "--nproc-per-node starts ranks, and a launcher has started this one already. Leave it out "
-            "under torchrun."
-        )
-    if nproc_per_node is not None and nproc_per_node < 1:
-        raise HelixError(f"--nproc-per-node {nproc_per_node}: at least one rank is needed.")
-    return nproc_per_node or int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_data(run: RunConfig) -> int:
