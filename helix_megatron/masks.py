@@ -4,9 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Window = tuple[int, int] | None
+
+
+FAR = 1 << 30  # beyond every position
+
+
+def visible_range(query: Any, *, causal: bool, window: Window) -> tuple[Any, Any]:
+    """The first and the last position that a query sees, whether there are keys or not.
+
+    Args:
+        query: its position: a number, or an array or tensor of several.
+        causal: whether no key after the query is seen.
+        window: (left, right), Megatron's `window_size`: at most `left` keys before the query and `right` after
+            it; -1 is unlimited.
+    """
+    left, right = (-1, -1) if window is None else window
+    right = 0 if causal else right
+    return query - (left if left >= 0 else FAR), query + (right if right >= 0 else FAR)
+
+
+def shown(query: Any, key: Any, *, causal: bool, window: Window) -> Any:
+    """Whether queries see keys, by their positions: booleans in the shape to which both broadcast."""
+    first, last = visible_range(query, causal=causal, window=window)
+    return (key >= first) & (key <= last)
 
 
 @dataclass(frozen=True)
@@ -14,8 +41,7 @@ class AttentionMask:
     """The keys that each query sees: the conjunction of what is given.
 
     causal: no key after the query.
-    window: (left, right), Megatron's `window_size`: at most `left` keys before the query and `right` after
-        it; -1 is unlimited.
+    window: as in `visible_range`.
     hidden: bool, True where a key is hidden, broadcastable to [batch, heads, queries, keys]: padding or
         any other pattern.
     offset: position among the keys of the first query. None aligns the last query with the last key, as
@@ -23,7 +49,7 @@ class AttentionMask:
     """
 
     causal: bool = False
-    window: tuple[int, int] | None = None
+    window: Window = None
     hidden: Tensor | None = None
     offset: int | None = None
 
@@ -43,37 +69,22 @@ class AttentionMask:
 
     def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """bool [.., queries, keys], broadcastable to [batch, heads, queries, keys]."""
+        import torch
+
         first = self.first_position(queries, keys)
         query = torch.arange(first, first + queries, device=device).unsqueeze(1)
         key = torch.arange(keys, device=device)
-        seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
-        if self.causal:
-            seen &= key <= query
-        if self.window is not None:
-            left, right = self.window
-            if left >= 0:
-                seen &= key >= query - left
-            if right >= 0:
-                seen &= key <= query + right
-        if self.hidden is not None:
-            seen = seen & ~self.hidden
-        return seen
+        seen = shown(query, key, causal=self.causal, window=self.window)
+        return seen if self.hidden is None else seen & ~self.hidden
 
     # ------------------------------------------------------------------ slices
 
     def block(self, start: int, stop: int, queries: int, keys: int) -> tuple[AttentionMask, slice]:
         """The mask of queries [start, stop), and the range of keys that any of them may see."""
         first = self.first_position(queries, keys)
-        key_start, key_stop = 0, keys
-        if self.causal:
-            key_stop = min(keys, first + stop)
-        if self.window is not None:
-            left, right = self.window
-            if left >= 0:
-                key_start = max(0, first + start - left)
-            if right >= 0:
-                key_stop = min(key_stop, first + stop + right)
-        key_start = min(key_start, keys)
+        low, _ = visible_range(first + start, causal=self.causal, window=self.window)
+        _, high = visible_range(first + stop - 1, causal=self.causal, window=self.window)
+        key_start, key_stop = min(max(0, low), keys), min(keys, high + 1)
         key_stop = max(key_start, key_stop)  # empty where all keys lie behind or ahead
         part = self._select(-2, start, stop)._select(-1, key_start, key_stop)
         block = dataclasses.replace(part, offset=first + start - key_start)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from helix_megatron.kernels.partial import PartialKernel, partial_kernel
+from helix_megatron.masks import shown
 
 Window = tuple[int, int] | None
 # On a CPU a long run of neighbouring pages is read where it lies; on a GPU one kernel for many short sequences
@@ -235,9 +236,7 @@ class PagedWork:
         """bias [1, 1, L, S] and blind [1, L] of a chunk: causal, inside the window."""
         query = np.arange(piece.start, piece.start + piece.rows[1] - piece.rows[0])[:, None]
         key = piece.positions[None, first:]
-        visible = key <= query
-        if window is not None and window[0] >= 0:
-            visible &= key >= query - window[0]
+        visible = shown(query, key, causal=True, window=window)
         seen = np.asarray(visible.any(-1))
         blind = None if seen.all() else torch.from_numpy(np.atleast_2d(~seen)).to(self._device)
         return self._bias(visible[None, None]), blind

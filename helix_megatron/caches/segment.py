@@ -12,6 +12,7 @@ import numpy as np
 
 from helix_megatron.caches.attention import StepAttention
 from helix_megatron.caches.base import CacheLayout, Collective, DecodeShape
+from helix_megatron.masks import AttentionMask
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -96,14 +97,8 @@ def _read(pool_PSGC: Tensor, keys: slice | Tensor, length: int) -> Tensor:
 
 
 def _hidden(piece: Piece, window: Window, device: device) -> Tensor:
-    import torch
-
-    query = torch.arange(piece.start, piece.stop, device=device).unsqueeze(1)
-    key = torch.arange(piece.stop, device=device)
-    hidden = key > query
-    if window is not None and window[0] >= 0:
-        hidden |= key < query - window[0]
-    return hidden
+    mask = AttentionMask(causal=True, window=window)
+    return ~mask.visible(piece.stop - piece.start, piece.stop, device)
 
 
 class SegmentCache(CacheLayout):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from helix_megatron.layout import HeadLayout, QueryLayout
+from helix_megatron.masks import visible_range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,14 +61,9 @@ class AttentionShape:
         """(query, key) pairs of one head of one sequence that causality and window show."""
         first = self.key_length - self.query_length
         query = np.arange(first, self.key_length)
-        low, high = np.zeros_like(query), np.full_like(query, self.key_length - 1)
-        if self.causal:
-            high = np.minimum(high, query)
-        if self.window is not None:
-            left, right = self.window
-            low = np.maximum(low, query - left) if left >= 0 else low
-            high = np.minimum(high, query + right) if right >= 0 else high
-        return int(np.maximum(high - low + 1, 0).sum())
+        low, high = visible_range(query, causal=self.causal, window=self.window)
+        seen = np.minimum(high, self.key_length - 1) - np.maximum(low, 0) + 1
+        return int(np.maximum(seen, 0).sum())
 
     def segment_bytes(self, length: int, heads: int) -> int:
         """Bytes of the segments that one rank holds of `heads` heads over `length` positions."""
