@@ -1,4 +1,4 @@
-"""Statistics of a whole head on ranks that hold segments of it."""
+"""The mean over a whole head, taken on ranks that hold segments of it."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,22 +96,17 @@ def register_intra_head_parallel(
     m = intra_head_parallel_size
     HelixConfig(m).head_groups(tensor_group.size())
     timeout = datetime.timedelta(minutes=distributed_timeout_minutes)
-    rank = dist.get_rank()
-    own: dict[str, Any] = {}
-    for tensor_ranks in _all_tensor_ranks(tensor_group):
-        groups = [tensor_ranks[start : start + m] for start in range(0, len(tensor_ranks), m)]
-        same_segment = [tensor_ranks[segment::m] for segment in range(m)]
-        for name, members in (("intra_head", groups), ("head_group", same_segment)):
-            for ranks in members:
-                description = f"{name.upper()}_PARALLEL_GROUP"
-                group = dist.new_group(ranks, timeout=timeout, group_desc=description)
-                if rank in ranks:
-                    own[name] = group
-    _groups = _Groups(**own)
+    tensor = all_ranks_of(tensor_group)
+    neighbours = [ranks[at : at + m] for ranks in tensor for at in range(0, len(ranks), m)]
+    same_segment = [ranks[segment::m] for ranks in tensor for segment in range(m)]
+    _groups = _Groups(
+        own_group(neighbours, "INTRA_HEAD_PARALLEL_GROUP", timeout),
+        own_group(same_segment, "HEAD_GROUP_PARALLEL_GROUP", timeout),
+    )
 
 
 def intra_head_parallel_is_initialized() -> bool:
-    """Whether the groups exist."""
+    """Tell whether the groups of intra-head parallelism exist."""
     return _groups is not None
 
 
@@ -218,12 +214,29 @@ def _refuse_twice() -> None:
         )
 
 
-def _all_tensor_ranks(tensor_group: ProcessGroup) -> list[list[int]]:
-    """The ranks of every tensor parallel group in the world, in an order on which all ranks agree.
+# ---------------------------------------------------------------------- making groups
+
+
+def own_group(
+    groups: Sequence[Sequence[int]],
+    description: str,
+    timeout: datetime.timedelta | None = None,
+) -> ProcessGroup:
+    """Make groups of these ranks, one of which holds this rank: that one. Every rank of the world calls it."""
+    rank, own = dist.get_rank(), None
+    for ranks in groups:
+        group = dist.new_group(list(ranks), timeout=timeout, group_desc=description)
+        own = group if rank in ranks else own
+    assert own is not None
+    return own
+
+
+def all_ranks_of(group: ProcessGroup) -> list[list[int]]:
+    """The ranks of every group of this kind in the world, in an order on which all ranks agree.
 
     The fake back end, used for tracing, knows the group of the one rank that it plays only.
     """
-    own = dist.get_process_group_ranks(tensor_group)
+    own = dist.get_process_group_ranks(group)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     return [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]

@@ -57,7 +57,7 @@ class Patch(Versioned):
 
 @dataclass(frozen=True)
 class _Replaced:
-    """What is needed to undo one patch."""
+    """One patch that is in place, with what it takes to undo it."""
 
     owner: Any
     name: str

@@ -1,4 +1,4 @@
-"""DeepSpeed without a GPU."""
+"""DeepSpeed can train without a GPU when it is told so before it is imported."""
 
 from __future__ import annotations
 

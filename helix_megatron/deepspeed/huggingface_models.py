@@ -77,20 +77,13 @@ def _cuts_by_state_name(model: nn.Module, plans: dict[str, Any]) -> dict[str, An
 
 
 def _check_agrees(plan: Any, block: HelixBlock) -> None:
-    for name, has, asked in (
-        (
-            "intra_head_parallel_size",
-            plan.helix.intra_head_parallel_size,
-            block.helix.intra_head_parallel_size,
-        ),
-        ("exchange", plan.helix.exchange, block.helix.exchange),
-        ("query_layout", plan.helix.query_layout, block.helix.query_layout),
-        ("mlp", plan.mlp, block.mlp),
-        ("embeddings", plan.embeddings, block.embeddings),
-    ):
-        if has != asked:
+    asked = block.to_dict()
+    has = plan.helix.to_dict() | {"mlp": plan.mlp, "embeddings": plan.embeddings}
+    for name, value in has.items():
+        if value != asked[name]:
             raise HelixError(
-                f'the model was cut with {name} {has!r}, and the block "{KEY}" says {asked!r}. Make them equal.'
+                f'the model was cut with {name} {value!r}, and the block "{KEY}" says {asked[name]!r}. '
+                "Make them equal."
             )
 
 

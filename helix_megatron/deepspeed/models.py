@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -16,6 +15,7 @@ from helix_megatron.deepspeed.config import KEY, HelixBlock
 from helix_megatron.deepspeed.mpu import ModelParallelUnit
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.layout import HeadLayout
+from helix_megatron.parallel_state import all_ranks_of, own_group
 
 
 @dataclass
@@ -35,13 +35,13 @@ class CutModel:
     attached: list[Callable[[Any], None]] = field(default_factory=list)
 
     def attach(self, engine: Any) -> None:
-        """Do to the engine what the model needs."""
+        """Do what could not be done to the model before there was an engine."""
         for function in self.attached:
             function(engine)
 
     @property
     def summary(self) -> str:
-        """For the log."""
+        """One sentence for the log: the host, the ranks and how their heads are cut."""
         layout = self.layout
         return (
             f"{self.host} model on {layout.num_ranks} tensor parallel ranks, {layout.head_groups} head groups "
@@ -105,16 +105,8 @@ def unit_of(mpu: Any) -> ModelParallelUnit:
 
 def unit_beside(tensor_group: ProcessGroup) -> ModelParallelUnit:
     """The unit of a tensor parallel group, with new data parallel groups. Every rank of the world calls it."""
-    own = dist.get_process_group_ranks(tensor_group)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    replicas = sorted({tuple(ranks) for ranks in everyone})
-    data_group = None
-    for ranks in zip(*replicas, strict=True):
-        group = dist.new_group(list(ranks), group_desc="DATA_PARALLEL_GROUP")
-        data_group = group if dist.get_rank() in ranks else data_group
-    assert data_group is not None
-    return ModelParallelUnit(tensor_group, data_group)
+    replicas = [*zip(*all_ranks_of(tensor_group), strict=True)]
+    return ModelParallelUnit(tensor_group, own_group(replicas, "DATA_PARALLEL_GROUP"))
 
 
 def with_size(block: HelixBlock, size: int, whose: str) -> HelixBlock:

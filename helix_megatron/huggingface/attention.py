@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from helix_megatron.attention import partitioned_attention
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.layers import Partitioned
+from helix_megatron.huggingface.plan import NO_PROBABILITIES
 from helix_megatron.huggingface.sharding import Sharding
 from helix_megatron.masks import AttentionMask
 from helix_megatron.replicated import to_ranks
@@ -141,7 +142,7 @@ def helix_attention(
             f"{type(module).__name__} is not. Call helix_megatron.huggingface.shard(model, ...) or set another."
         )
     if output_attentions:
-        raise refuse_output_attentions()
+        raise HelixError(NO_PROBABILITIES)
     for name, given in unused.items():
         if given is not None and (name in CHANGES_SCORES or _stores_keys(given)):
             raise HelixError(
@@ -170,14 +171,6 @@ def helix_attention(
         kernel=sharding.kernel,
     )
     return output_LBX.transpose(0, 1).unflatten(-1, sharding.plan.layout.rank_query_shape), None
-
-
-def refuse_output_attentions() -> HelixError:
-    """The error of asking for attention probabilities."""
-    return HelixError(
-        "output_attentions = True does not work with Helix attention, whose ranks never hold all "
-        "probabilities. Valid: False."
-    )
 
 
 def register() -> None:

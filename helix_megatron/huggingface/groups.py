@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.parallel_state import own_group
 
 TIMEOUT_MINUTES = 30.0
 
@@ -51,19 +52,13 @@ def make_groups(
             f"Valid: {listed(divisors(world))}."
         )
     HelixConfig(m).head_groups(p)
-    replicas = [list(range(start, start + p)) for start in range(0, world, p)]
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    replicas = [range(start, start + p) for start in range(0, world, p)]
+    neighbours = [range(start, start + m) for start in range(0, world, m)]
     return Groups(
-        tensor=_own(replicas, "TENSOR_PARALLEL_GROUP", timeout_minutes),
-        intra_head=_own(
-            [ranks[start : start + m] for ranks in replicas for start in range(0, p, m)],
-            "INTRA_HEAD_PARALLEL_GROUP",
-            timeout_minutes,
-        ),
-        data=_own(
-            [list(ranks) for ranks in zip(*replicas, strict=True)],
-            "DATA_PARALLEL_GROUP",
-            timeout_minutes,
-        ),
+        tensor=own_group(replicas, "TENSOR_PARALLEL_GROUP", timeout),
+        intra_head=own_group(neighbours, "INTRA_HEAD_PARALLEL_GROUP", timeout),
+        data=own_group([*zip(*replicas, strict=True)], "DATA_PARALLEL_GROUP", timeout),
     )
 
 
@@ -77,13 +72,3 @@ def intra_head_group_of(tensor_group: ProcessGroup, intra_head_parallel_size: in
     return dist.new_group(
         ranks, group_desc="INTRA_HEAD_PARALLEL_GROUP", use_local_synchronization=True
     )
-
-
-def _own(groups: list[list[int]], description: str, minutes: float) -> ProcessGroup:
-    """Make all groups; the one that holds this rank."""
-    rank, timeout, own = dist.get_rank(), datetime.timedelta(minutes=minutes), None
-    for ranks in groups:
-        group = dist.new_group(ranks, timeout=timeout, group_desc=description)
-        own = group if rank in ranks else own
-    assert own is not None
-    return own

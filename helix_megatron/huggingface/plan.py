@@ -18,6 +18,11 @@ from helix_megatron.versions import TESTED
 if TYPE_CHECKING:
     from torch import Tensor
 
+NO_PROBABILITIES = (
+    "output_attentions = True does not work with Helix attention, whose ranks never hold all probabilities. "
+    "Valid: False."
+)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -198,10 +203,7 @@ def _check_setting(model: Any, helix: HelixConfig) -> None:
             "for. Valid for Hugging Face models: exact."
         )
     if getattr(model.config, "output_attentions", False):
-        raise HelixError(
-            "output_attentions = True does not work with Helix attention, whose ranks never hold all "
-            "probabilities. Valid: False. Set model.config.output_attentions = False."
-        )
+        raise HelixError(f"{NO_PROBABILITIES} Set model.config.output_attentions = False.")
 
 
 def _check_divides(what: str, size: int, ranks: int) -> None:

@@ -136,7 +136,7 @@ def refuse_dynamic_inference() -> HelixError:
 
 
 def refuse_packed_sequences(qkv_format: str) -> HelixError:
-    """The error of packed sequences."""
+    """Make the error of packed sequences, whose borders exact attention does not know."""
     return HelixError(
         f"packed sequences (qkv_format {qkv_format}) do not work with exact Helix attention.",
         remedy=("Pad the sequences to one length and pass an attention mask", *STOCK),

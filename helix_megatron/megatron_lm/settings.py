@@ -27,7 +27,7 @@ class Settings:
 
     helix: HelixConfig = field(default_factory=HelixConfig)
     layout: HeadLayout | None = None
-    """None for stock attention."""
+    """The layout of every attention layer, or None where attention is stock."""
     rotary_percent: float = 0.0
     seed: int = 0
     timeout_minutes: float = 30.0
