@@ -8,6 +8,7 @@ shows the error words them (`HelixError.worded`). `str(error)` speaks Python.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -21,6 +22,13 @@ class Setting:
 
 
 Words = Callable[[Setting], str]
+Text = str | Iterable[str | Setting]
+
+
+def with_settings(text: str) -> tuple[str | Setting, ...]:
+    """A text in whose pieces `<name>` is the setting of that name."""
+    parts = re.split(r"<(\w+)>", text)
+    return tuple(Setting(part) if place % 2 else part for place, part in enumerate(parts))
 
 
 def as_keyword(setting: Setting) -> str:
@@ -35,7 +43,7 @@ class HelixError(ValueError):
     """Something that the user can put right: a setting, a file, a layout that cannot be.
 
     Args:
-        problem: what is wrong, as one or more sentences.
+        problem: what is wrong, as one or more sentences; in pieces where it names settings.
         setting: name of the setting that is wrong, if it is one; `value` is what it was given.
         valid: what it may be, where that can be listed; `valid_name` is what the list calls these values, such
             as `numbers of groups`.
@@ -44,7 +52,7 @@ class HelixError(ValueError):
 
     def __init__(
         self,
-        problem: str,
+        problem: Text,
         *,
         setting: str = "",
         value: object = None,
@@ -52,23 +60,32 @@ class HelixError(ValueError):
         valid_name: str = "",
         remedy: Iterable[str | Setting] = (),
     ) -> None:
-        super().__init__(problem)
-        self.problem, self.setting, self.value = problem, setting, value
+        self._pieces = (problem,) if isinstance(problem, str) else tuple(problem)
+        super().__init__(self.problem)
+        self.setting, self.value = setting, value
         self.valid = None if valid is None else tuple(valid)
         self.valid_name, self.remedy = valid_name, tuple(remedy)
 
+    @property
+    def problem(self) -> str:
+        """What is wrong, in Python's words."""
+        return _text(self._pieces, as_keyword)
+
     def worded(self, words: Words) -> str:
         """The whole text, with settings in the words of whoever shows it."""
-        sentences = [self.problem]
+        sentences = [_text(self._pieces, words)]
         if self.valid is not None:
             sentences.append(f"Valid {self.valid_name}".rstrip() + f": {listed(self.valid)}.")
         if self.remedy:
-            pieces = (piece if isinstance(piece, str) else words(piece) for piece in self.remedy)
-            sentences.append("".join(pieces))
+            sentences.append(_text(self.remedy, words))
         return " ".join(sentences)
 
     def __str__(self) -> str:
         return self.worded(as_keyword)
+
+
+def _text(pieces: Iterable[str | Setting], words: Words) -> str:
+    return "".join(piece if isinstance(piece, str) else words(piece) for piece in pieces)
 
 
 class LaunchError(HelixError):

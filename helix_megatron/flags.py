@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import HelixError, Setting, listed
 
 KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
 WITHIN: dict[str, Callable[[float, float], bool]] = {
@@ -131,14 +131,26 @@ def check_values(settings: Any) -> None:
             continue
         kind, choices = kind_of(f), f.metadata["choices"]
         if choices and value not in choices:
-            raise HelixError(f"{flag_of(f.name)} is {value!r}. Valid: {listed(choices)}.")
+            raise HelixError(
+                (Setting(f.name), f" is {value!r}. Valid: {listed(choices)}."),
+                setting=f.name,
+                value=value,
+            )
         if kind is None:
             continue
         if type(value) is not kind and not (kind is float and type(value) is int):
             article = {bool: "true or false", str: "a text"}.get(kind) or _wanted(f, kind)
-            raise HelixError(f"{flag_of(f.name)} is {value!r}. It must be {article}.")
+            raise HelixError(
+                (Setting(f.name), f" is {value!r}. It must be {article}."),
+                setting=f.name,
+                value=value,
+            )
         if isinstance(value, int | float) and not _is_within(value, bounds_of(f)):
-            raise HelixError(f"{flag_of(f.name)} is {value}. It must be {_wanted(f, kind)}.")
+            raise HelixError(
+                (Setting(f.name), f" is {value}. It must be {_wanted(f, kind)}."),
+                setting=f.name,
+                value=value,
+            )
 
 
 def bounds_of(f: dataclasses.Field[Any]) -> dict[str, float]:
@@ -158,5 +170,5 @@ def _is_within(value: float, bounds: Mapping[str, float]) -> bool:
 
 def _wanted(f: dataclasses.Field[Any], kind: type) -> str:
     number = "a whole number" if kind is int else "a finite number"
-    bounds = " and ".join(f"{words} {bound:g}" for words, bound in bounds_of(f).items())
+    bounds = " and ".join(f"{words} {bound}" for words, bound in bounds_of(f).items())
     return f"{number} {'of ' if bounds.startswith('at least') else ''}{bounds}"

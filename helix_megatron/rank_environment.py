@@ -15,6 +15,7 @@ from helix_megatron.errors import LaunchError
 
 Environment = MutableMapping[str, str]
 DEFAULT_PORT = 29500
+MOST_RANKS = 4096  # of one machine
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,10 @@ def number_of_ranks(asked: int | None, *, starts: bool = True) -> int:
     Raises:
         LaunchError: both a launcher and the flag start ranks, or the environment is faulty.
     """
-    if asked is not None and asked < 1:
-        raise LaunchError(f"--nproc-per-node {asked}: at least one rank is needed.")
+    if asked is not None and not 1 <= asked <= MOST_RANKS:
+        raise LaunchError(
+            f"--nproc-per-node is {asked}. It must be a whole number of at least 1 and at most {MOST_RANKS}."
+        )
     if not starts and asked is None and "RANK" not in os.environ and "WORLD_SIZE" in os.environ:
         return _number(os.environ, "WORLD_SIZE")
     launched = launched_ranks()

@@ -231,7 +231,7 @@ WRONG = [
     ({}, {"expert": 2}, "no experts"),
     ({}, {"tensor": 0}, "less than 1"),
     ({"num_layers": None}, {}, "num_layers = None"),
-    (EXPERTS | {"moe_layer_freq": [1, 0]}, {}, "lists 2 layers, and --num-layers is 4"),
+    (EXPERTS | {"moe_layer_freq": [1, 0]}, {}, "lists 2 layers, and num_layers is 4"),
 ]
 
 

@@ -149,9 +149,9 @@ def test_measurements_compare_the_papers_layouts():
     for kind, (flags, layouts) in measured.KINDS.items():
         for layout in layouts:
             common = [*flags, "--global-batch-size", "8"]
-            args = validated(LayoutSpec.parse(layout), measured.RANKS, common)
-            assert args.data_parallel_size == 1
-            assert (args.num_experts is not None) == (kind == "moe")
+            run = validated(LayoutSpec.parse(layout), measured.RANKS, common)
+            assert run.sizes["dp"] == 1
+            assert (run.model.num_experts is not None) == (kind == "moe")
 
 
 def test_what_is_missing_is_named(capsys, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helix_megatron.arguments import as_flag
 from helix_megatron.errors import HelixError
 from helix_megatron.model.description import FREE_FLAGS, FUNCTION_FLAGS, ModelConfig
 from helix_megatron.training.arguments import build_parser, parse_args
@@ -75,7 +76,7 @@ def test_what_cannot_be_is_said(values, text):
     """A file may say what no parser would let through."""
     with pytest.raises(HelixError) as error:
         ModelConfig(**values)
-    assert text in str(error.value)
+    assert text in error.value.worded(as_flag)
 
 
 # A model in which every setting of the tables below has an effect.

@@ -7,6 +7,7 @@ import argparse
 import pytest
 import torch
 
+from helix_megatron.arguments import as_flag
 from helix_megatron.errors import HelixError
 from helix_megatron.model.description import ModelConfig
 from helix_megatron.model.patterns import layer_pattern
@@ -127,7 +128,7 @@ def test_options_that_do_not_go_together(flags, text):
     """One paragraph before any rank starts, instead of an exception out of Megatron, or silence."""
     with pytest.raises(HelixError) as error:
         validate(parse_args(flags.split()), 1)
-    assert text in str(error.value)
+    assert text in error.value.worded(as_flag)
 
 
 def test_activations():
@@ -172,7 +173,7 @@ def test_flags_that_do_not_fit_are_refused(changed, text):
     """A manifest of a newer version, or a hand-written one, must not half work."""
     with pytest.raises(HelixError) as error:
         RunConfig.of_model(FLAGS | changed)
-    assert text in str(error.value)
+    assert text in error.value.worded(as_flag)
 
 
 def fill_wrongly() -> list[str]:

@@ -111,7 +111,7 @@ def test_wrong_models_are_named(tmp_path):
             "the first must be a multiple of the second",
         ),
         (json.dumps(LLAMA | {"hidden_size": "big"}), "hidden_size = 'big'"),
-        (json.dumps(LLAMA | {"num_hidden_layers": 0}), "--num-layers is 0"),
+        (json.dumps(LLAMA | {"num_hidden_layers": 0}), "num_layers is 0"),
     ):
         path.write_text(text)
         assert expected in error(model_of, str(path)), text

@@ -245,12 +245,28 @@ def test_keys_of_both_sources(tmp_path, monkeypatch):
         ("--max-waiting", "-1", "--max-waiting is -1. Valid: 0 to"),
         ("--body-seconds", "1e300", "body_seconds is 1e+300. Valid: more than 0, up to"),
         ("--model-name", "a\nb", r"model_name is 'a\nb'."),
-        ("--max-context", str(10**12), "--max-context is 1000000000000. Give at least 1 and at"),
-        ("--page-size", str(10**12), "--page-size is 1000000000000. Give at least 1 and at most"),
-        ("--cache-memory", "inf", "--cache-memory is inf. Give GiB, more than 0."),
-        ("--cache-memory", "nan", "--cache-memory is nan. Give GiB, more than 0."),
-        ("--nproc-per-node", "0", "--nproc-per-node is 0. Give at least 1 and at most 4096"),
-        ("--nproc-per-node", str(10**9), "--nproc-per-node is 1000000000. Give at least 1 and"),
+        (
+            "--max-context",
+            str(10**12),
+            "--max-context is 1000000000000. It must be a whole number of at least 1 and at most 2147483647",
+        ),
+        (
+            "--page-size",
+            str(10**12),
+            "--page-size is 1000000000000. It must be a whole number of at least 1 and at most",
+        ),
+        ("--cache-memory", "inf", "--cache-memory is inf. It must be a finite number above 0."),
+        ("--cache-memory", "nan", "--cache-memory is nan. It must be a finite number above 0."),
+        (
+            "--nproc-per-node",
+            "0",
+            "--nproc-per-node is 0. It must be a whole number of at least 1 and at most 4096",
+        ),
+        (
+            "--nproc-per-node",
+            str(10**9),
+            "--nproc-per-node is 1000000000. It must be a whole number of at least 1 and",
+        ),
     ],
 )
 def test_numbers_that_cannot_be(capsys, flag, value, message):

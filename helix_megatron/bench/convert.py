@@ -206,7 +206,8 @@ def _copied(root: Path) -> Row:
 
 def _converted(name: str, source: Path, target: Path, kind: str) -> Row:
     command = [sys.executable, "-c", PROGRAM, str(source), str(target), kind]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}  # as `helix convert` sets it
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return Row(name, _size(source.parent / "model"), *json.loads(answer.stdout))
 
 

@@ -15,8 +15,8 @@ from functools import cached_property
 from typing import Any
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.flags import check_values, flag_of, names_with
+from helix_megatron.errors import HelixError, divisors, listed, with_settings
+from helix_megatron.flags import check_values, names_with
 from helix_megatron.layout import HeadLayout, RotaryStyle, rotary_of
 from helix_megatron.model.fields import FUNCTION, MIXTURE, TRAINING, ModelFields
 from helix_megatron.model.patterns import is_pattern
@@ -51,14 +51,18 @@ class ModelConfig(ModelFields):
             self._set("num_query_groups", heads)
         elif heads % self.num_query_groups:
             raise HelixError(
-                f"{heads} query heads cannot share {self.num_query_groups} key-value heads. Valid "
-                f"--num-query-groups: {listed(divisors(heads))}."
+                with_settings(
+                    f"{heads} query heads cannot share {self.num_query_groups} key-value heads. Valid "
+                    f"<num_query_groups>: {listed(divisors(heads))}."
+                )
             )
         if self.kv_channels is None:
             if self.hidden_size % heads:
                 raise HelixError(
-                    f"--hidden-size {self.hidden_size} does not divide into --num-attention-heads {heads}. "
-                    f"Valid numbers of heads: {listed(divisors(self.hidden_size))}. Or give --kv-channels."
+                    with_settings(
+                        f"<hidden_size> {self.hidden_size} does not divide into <num_attention_heads> {heads}. "
+                        f"Valid numbers of heads: {listed(divisors(self.hidden_size))}. Or give <kv_channels>."
+                    )
                 )
             self._set("kv_channels", self.hidden_size // heads)
         if self.ffn_hidden_size is None:
@@ -303,30 +307,40 @@ class ModelConfig(ModelFields):
     # ------------------------------------------------------------------------ checks
 
     def _check_options(self) -> None:
-        chosen = [flag_of(name) for name in ACTIVATIONS if getattr(self, name)]
+        chosen = [f"<{name}>" for name in ACTIVATIONS if getattr(self, name)]
         if len(chosen) > 1:
-            raise HelixError(f"{listed(chosen)} exclude each other. Give one of them.")
+            raise HelixError(
+                with_settings(f"{listed(chosen)} exclude each other. Give one of them.")
+            )
         if self.max_position_embeddings < self.seq_length:  # type: ignore[operator]
             raise HelixError(
-                f"--seq-length {self.seq_length} is longer than --max-position-embeddings "
-                f"{self.max_position_embeddings}. Leave the latter out, or raise it."
+                with_settings(
+                    f"<seq_length> {self.seq_length} is longer than <max_position_embeddings> "
+                    f"{self.max_position_embeddings}. Leave the latter out, or raise it."
+                )
             )
         rotated = self.rotary_dim
         if rotated % 2:
             raise HelixError(
-                f"rotary embedding rotates pairs of dimensions, and {rotated} of the {self.head_dim} "
-                "dimensions of a head (--kv-channels, --rotary-percent) are not an even number."
+                with_settings(
+                    f"rotary embedding rotates pairs of dimensions, and {rotated} of the {self.head_dim} "
+                    "dimensions of a head (<kv_channels>, <rotary_percent>) are not an even number."
+                )
             )
         scaled = self.use_rope_scaling or self.rotary_seq_len_interpolation_factor
         if scaled and "rope" not in self.traits:
             raise HelixError(
-                "--use-rope-scaling and --rotary-seq-len-interpolation-factor scale rotary embedding, and "
-                f"--position-embedding-type is {self.position_embedding_type}. Leave them out."
+                with_settings(
+                    "<use_rope_scaling> and <rotary_seq_len_interpolation_factor> scale rotary embedding, and "
+                    f"<position_embedding_type> is {self.position_embedding_type}. Leave them out."
+                )
             )
         if self.window_attn_skip_freq is not None and self.window_size is None:
             raise HelixError(
-                "--window-attn-skip-freq says which layers have a sliding window, and there is none. Add "
-                "--window-size, or leave it out."
+                with_settings(
+                    "<window_attn_skip_freq> says which layers have a sliding window, and there is none. Add "
+                    "<window_size>, or leave it out."
+                )
             )
         self._check_pattern("window_attn_skip_freq")
         if "experts" in self.traits:
@@ -337,32 +351,44 @@ class ModelConfig(ModelFields):
         pattern = getattr(self, name)
         if pattern is not None and not is_pattern(pattern):
             raise HelixError(
-                f"{flag_of(name)} is {pattern!r}. It must be a whole number of at least 1 or a list of 0 and 1."
+                with_settings(
+                    f"<{name}> is {pattern!r}. It must be a whole number of at least 1 or a list of 0 and 1."
+                )
             )
         if isinstance(pattern, tuple) and len(pattern) != self.num_layers:
             raise HelixError(
-                f"{flag_of(name)} lists {len(pattern)} layers, and --num-layers is {self.num_layers}. List "
-                "all of them."
+                with_settings(
+                    f"<{name}> lists {len(pattern)} layers, and <num_layers> is {self.num_layers}. List "
+                    "all of them."
+                )
             )
 
     def _check_experts(self) -> None:
         if not any(self.moe_layers):
             raise HelixError(
-                "--moe-layer-freq gives experts to no layer. Leave out --num-experts for a dense model."
+                with_settings(
+                    "<moe_layer_freq> gives experts to no layer. Leave out <num_experts> for a dense model."
+                )
             )
         if not 1 <= self.moe_router_topk <= self.num_experts:  # type: ignore[operator]
             raise HelixError(
-                f"--moe-router-topk {self.moe_router_topk}: a token has 1 to {self.num_experts} experts."
+                with_settings(
+                    f"<moe_router_topk> {self.moe_router_topk}: a token has 1 to {self.num_experts} experts."
+                )
             )
         if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
             raise HelixError(
-                "--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax over one expert is always 1, "
-                "and the router would not learn."
+                with_settings(
+                    "<moe_router_topk> 1 needs <moe_router_pre_softmax>: the softmax over one expert is always "
+                    "1, and the router would not learn."
+                )
             )
         if self.moe_shared_expert_gate and "shared experts" not in self.traits:
             raise HelixError(
-                "--moe-shared-expert-gate gates shared experts, and there are none. Add "
-                "--moe-shared-expert-intermediate-size, or leave it out."
+                with_settings(
+                    "<moe_shared_expert_gate> gates shared experts, and there are none. Add "
+                    "<moe_shared_expert_intermediate_size>, or leave it out."
+                )
             )
 
 

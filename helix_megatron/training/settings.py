@@ -66,8 +66,6 @@ class Parallelism(_Checked):
     nproc_per_node: int | None = setting(
         None,
         "start this many ranks on this machine, as torchrun would; leave it out under a launcher",
-        at_least=1,
-        at_most=4096,
     )
 
     def __post_init__(self) -> None:

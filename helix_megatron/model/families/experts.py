@@ -24,7 +24,7 @@ class Experts(Piece):
         shared_size: hidden size of the shared expert when its key is absent; None for a family without one.
 
     Softmax over all experts, of which the best k are taken and normalised, is Megatron's softmax over the
-    best k; without normalisation it is `--moe-router-pre-softmax`.
+    best k; without normalisation it is `moe_router_pre_softmax`.
     """
 
     number: tuple[str, ...]

@@ -23,7 +23,7 @@ class Rope(Piece):
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         if theta != int(theta):
             raise HelixError(
-                f"config.json sets rope_theta = {theta}, and Megatron's --rotary-base is a whole number."
+                f"config.json sets rope_theta = {theta}, and Megatron's rotary_base is a whole number."
             )
         flags = {
             "position_embedding_type": "rope",
