@@ -180,16 +180,16 @@ def build_megatron(run: Run) -> torch.nn.Module:
     scale = (2.0**FP16_SCALE_POWER if run.precision == "fp16" else 1.0) / run.accumulate
     if run.precision != "fp32":
         flags.append(f"--{run.precision}")
-    run = validate(parse_args(flags), dist.get_world_size())
+    settings = validate(parse_args(flags), dist.get_world_size())
     parallel_state.initialize_model_parallel(
-        run.parallel.tensor_model_parallel_size,
-        intra_head_parallel_size=run.helix.intra_head_parallel_size,
+        settings.parallel.tensor_model_parallel_size,
+        intra_head_parallel_size=settings.helix.intra_head_parallel_size,
     )
-    seed_model_parallel(run.training.seed)
-    config = transformer_config(run)
+    seed_model_parallel(settings.training.seed)
+    config = transformer_config(settings)
     with weights_not_drawn(config):
-        model = build_chunk(run, config)
-    initialize_weights(model, config, run.training.seed)
+        model = build_chunk(settings, config)
+    initialize_weights(model, config, settings.training.seed)
     return MegatronLoss(model, scale if run.model.startswith("scaled ") else None)
 
 

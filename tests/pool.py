@@ -388,7 +388,8 @@ def _run_job(connection: multiprocessing.connection.Connection, job: Job) -> Non
     sys.path.extend(entry for entry in job.path if entry not in sys.path)
     environment = dict(os.environ)
     rank = str(job.rank)
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(job.world_size))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job.port)}
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(job.world_size), **place)
     random.seed(0)
     torch.manual_seed(0)
     try:

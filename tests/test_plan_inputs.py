@@ -123,7 +123,7 @@ def test_wrong_models_are_named(tmp_path):
         ["--hidden-size", "64", "--num-attention-heads", "4", "--num-layer", "2"],
     )
     assert "model flags: argument --num-layers" in error(model_of, "--num-layers two")
-    assert "does not divide into --num-attention-heads 7" in error(
+    assert "does not divide into num_attention_heads 7" in error(
         model_of, "--num-layers 2 --hidden-size 64 --num-attention-heads 7"
     )
 

@@ -295,14 +295,9 @@ def test_existing_output_is_kept_unless_told(corpus, capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "raised", "workers"),
-    [
-        (signal.SIGTERM, SystemExit, 1),
-        (signal.SIGTERM, SystemExit, 2),
-        (signal.SIGINT, KeyboardInterrupt, 1),
-    ],
+    ("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1)]
 )
-def test_an_interrupted_run_leaves_nothing(corpus, monkeypatch, number, raised, workers):
+def test_an_interrupted_run_leaves_nothing(corpus, monkeypatch, number, workers):
     """A scheduler's SIGTERM or Ctrl-C in the middle of writing, over an older output that must live."""
     run("--input", corpus, "--output-prefix", "out")
     before = {name: Path(name).read_bytes() for name in listing()}
@@ -322,8 +317,9 @@ def test_an_interrupted_run_leaves_nothing(corpus, monkeypatch, number, raised, 
         signal.SIGINT, signal.default_int_handler
     )  # shells ignore it in the background
     flags = ("--input", corpus, "--output-prefix", "out", "--overwrite")
-    with pytest.raises(raised):
+    with pytest.raises(SystemExit) as ended:
         main([*flags, "--workers", str(workers)])
+    assert ended.value.code == 128 + number
     signal.signal(signal.SIGINT, of_shell)
     assert {name: Path(name).read_bytes() for name in listing()} == before
     assert signal.getsignal(signal.SIGTERM) is handler
