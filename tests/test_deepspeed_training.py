@@ -9,6 +9,7 @@ import deepspeed_runs
 import pytest
 from deepspeed_runs import ON_2, ON_4, TIMEOUT, Log, Run
 
+FULL = pytest.mark.full("training")
 STEPS = 30
 MEGATRON = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 12 --micro-batch-size 4 "
@@ -98,7 +99,12 @@ def test_tied_weights(logs):
 
 
 @pytest.mark.parametrize(
-    ("precision", "stage"), [("bf16", 0), ("bf16", 1), ("bf16", 2), ("fp16", 1), ("fp16", 2)]
+    ("precision", "stage"),
+    [
+        ("bf16", 0),
+        ("fp16", 1),
+        *(pytest.param(*case, marks=FULL) for case in (("bf16", 1), ("bf16", 2), ("fp16", 2))),
+    ],
 )
 def test_half_precision_is_within_the_spread_of_unsharded_runs(logs, precision, stage):
     """Rounding makes trajectories differ; the yardstick is how far unsharded ones do that sum in another order.

@@ -113,6 +113,7 @@ def test_curves_that_say_nothing_are_refused():
         list(curves.summaries(broken))
 
 
+@pytest.mark.full("graph")
 def test_curves_are_trained():
     """Two iterations of each, on real ranks: exact trains the ordinary model, segment-local does not."""
     trained = curves.measure(iterations=2, seeds=[1])
@@ -124,6 +125,7 @@ def test_curves_are_trained():
     assert all(len(curve["validation"]) == 1 for curve in trained)
 
 
+@pytest.mark.full("graph")
 def test_the_page_that_is_committed_is_what_the_command_writes(tmp_path):
     """docs/paper.md follows from the stored measurements and today's planner."""
     trained = json.loads((STORED / command.CURVES).read_text())

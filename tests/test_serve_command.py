@@ -263,7 +263,12 @@ def test_a_taken_port_is_said_at_once(checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [*HELIX, "serve", "--load", str(checkpoint), "--port", port]
-        command += ["--tokenizer", "byte", "--nproc-per-node", "2"]
+        command += [
+            "--tokenizer",
+            "byte",
+            "--nproc-per-node",
+            sized("serving", full="2", quick="1"),
+        ]
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=PROGRAM_LIMIT, check=False
         )
