@@ -67,7 +67,7 @@ def exit_on_error(program: str) -> Iterator[None]:
                 break_long_words=False,
             )
             print(text, file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: interrupted", file=sys.stderr, flush=True)

@@ -50,6 +50,8 @@ class HelixError(ValueError):
         remedy: what to try, in pieces: texts, and the settings between them.
     """
 
+    status = 2  # with which a program that fails for it exits
+
     def __init__(
         self,
         problem: Text,
@@ -90,6 +92,12 @@ def _text(pieces: Iterable[str | Setting], words: Words) -> str:
 
 class LaunchError(HelixError):
     """The ranks cannot be started, or do not know of each other. Every rank says so: it may be the only one."""
+
+
+class DivergenceError(HelixError):
+    """Training has left the finite numbers: nothing was wrong with the input, and going on is of no use."""
+
+    status = 1
 
 
 def divisors(number: int) -> list[int]:

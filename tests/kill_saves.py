@@ -38,7 +38,7 @@ def saves(directory: str, asynchronous: bool) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     megatron_state.initialize_model_parallel()
     store = Store(directory)
-    saver = CheckpointSaver(store, asynchronous=asynchronous, keep=2)
+    saver = CheckpointSaver(store, asynchronous=asynchronous)
     iteration = store.latest() or 0
     while True:
         iteration += 1
@@ -48,6 +48,7 @@ def saves(directory: str, asynchronous: bool) -> None:
             "iteration": iteration,
         }
         saver.save(iteration, state, Manifest(kind="canonical", model={}, iteration=iteration))
+        store.try_to_prune(2)
         report(directory, iteration)
         if asynchronous:
             time.sleep(0.01)

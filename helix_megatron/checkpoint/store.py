@@ -25,6 +25,7 @@ import re
 import secrets
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from helix_megatron.checkpoint.durable import (
@@ -167,13 +168,10 @@ class Store:
             publish(staging, final)
             self._forget(iteration)
             write_durably(self.root / POINTER, str(iteration).encode())
-        # The new checkpoint is safe; that old ones resist must not end a training run.
-        try:
+        with _resisting():
             remove(replaced(final))
             if keep is not None:
                 self.prune(keep)
-        except (OSError, HelixError) as error:
-            warnings.warn(f"an old checkpoint could not be removed: {error}", stacklevel=2)
         return final
 
     def abort(self, iteration: int) -> None:
@@ -200,6 +198,11 @@ class Store:
                 if iteration not in (self._pointer(), self.latest()):
                     remove(self.path(iteration))
             self._sweep()
+
+    def try_to_prune(self, keep: int) -> None:
+        """`prune`, with a warning for what cannot be removed."""
+        with _resisting():
+            self.prune(keep)
 
     def _recover(self) -> None:
         """Finish what a killed `commit` began: its replaced checkpoint goes back, or goes away."""
@@ -324,6 +327,15 @@ class Store:
             f"{self.root} holds no complete checkpoint (iter_0000010 or the like with a {MANIFEST_NAME}). "
             f"Complete iterations: {listed(complete)}. Give the directory that a run saved to."
         )
+
+
+@contextlib.contextmanager
+def _resisting() -> Iterator[None]:
+    """The newest checkpoint is safe; that old ones resist must not end a training run."""
+    try:
+        yield
+    except (OSError, HelixError) as error:
+        warnings.warn(f"an old checkpoint could not be removed: {error}", stacklevel=3)
 
 
 def _check_keep(keep: int) -> None:

@@ -20,7 +20,7 @@ from megatron.core.utils import unwrap_model
 
 from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.store import Store
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import DivergenceError, HelixError, listed
 from helix_megatron.megatron import dist_checkpoint, torch_adam
 from helix_megatron.megatron.optimizer_state import (
     PARTS,
@@ -28,7 +28,7 @@ from helix_megatron.megatron.optimizer_state import (
     optimizers_of,
     take_schedule,
 )
-from helix_megatron.megatron.outcomes import on_first_rank
+from helix_megatron.megatron.outcomes import on_every_rank, on_first_rank
 from helix_megatron.megatron.random import random_states, restore_random_states
 from helix_megatron.megatron.segment_local import as_segment_local
 from helix_megatron.training.checkpoint_flags import (
@@ -83,10 +83,10 @@ class Checkpointing:
             self._saver = dist_checkpoint.CheckpointSaver(
                 store,
                 asynchronous=settings.async_save,
-                keep=settings.keep,
-                saved=lambda path: note(f"saved {path}"),
+                saved=self._was_saved,
             )
         self._saved = 0
+        self._may_prune = False
         torch_adam.install()  # loading the distributed optimizer's state needs it, on GPUs too
         for part in optimizers_of(optimizer):
             if (
@@ -179,6 +179,7 @@ class Checkpointing:
         settings, iteration = self.run.checkpoints, progress.iteration
         if self._saver is not None:
             self._saver.poll()
+        self._prune()  # the newest checkpoint has shown in an iteration that it trains on
         interval = settings.exit_interval
         leave = interval is not None and iteration % interval == 0
         if settings.exit_duration_in_mins:
@@ -198,13 +199,50 @@ class Checkpointing:
         state = self._state(
             progress, optimizer=not settings.no_save_optim, random=not settings.no_save_rng
         )
+        try:
+            on_every_rank(lambda: dist_checkpoint.check_finite(state))
+        except HelixError as error:
+            text = f"iteration {progress.iteration} is not saved: {error} {self.described()}"
+            if not self.run.training.no_check_for_nan_in_loss_and_grad:
+                raise DivergenceError(text) from error
+            self._note(text)
+            return
         self._saver.save(progress.iteration, state, self._manifest(progress))
         self._saved = progress.iteration
 
     def close(self) -> None:
-        """Complete a save that runs in the background. Collective."""
+        """Complete a save that runs in the background, and remove old checkpoints. Collective."""
         if self._saver is not None:
             self._saver.close()
+        self._prune()
+
+    def described(self) -> str:
+        """Which checkpoints there are to go back to, as a sentence."""
+        settings = self.run.checkpoints
+        store = Store(settings.save) if settings.save else None
+        if store is not None and (complete := store.complete()):
+            text = f"The last good checkpoint is {store.path(complete[-1])}"
+            earlier = f", and --ckpt-step takes an earlier one: {listed(complete[:-1])}"
+            return text + (earlier if complete[:-1] else "") + "."
+        if settings.load_path:
+            return f"The last good checkpoint is {settings.load_path}."
+        return "There is no checkpoint of this run."
+
+    def _was_saved(self, path: Path) -> None:
+        self._may_prune = True
+        self._note(f"saved {path}")
+
+    def _prune(self) -> None:
+        """Remove what --keep does not keep, on the first rank.
+
+        This waits for an iteration after a save: weights that are finite and trained to death would otherwise
+        take the place of the last good ones.
+        """
+        keep = self.run.checkpoints.keep
+        if keep is not None and self._may_prune and dist.get_rank() == 0:
+            assert self._saver is not None
+            self._saver.store.try_to_prune(keep)
+        self._may_prune = False
 
     @staticmethod
     def _any_rank(here: bool) -> bool:

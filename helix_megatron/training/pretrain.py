@@ -105,6 +105,7 @@ def training(
     from helix_megatron.meter import Meter
     from helix_megatron.observe import observing
     from helix_megatron.training.checkpointing import Checkpointing, Progress
+    from helix_megatron.training.health import Health
     from helix_megatron.training.loop import Trainer
     from helix_megatron.training.model import build_optimizer
 
@@ -118,10 +119,12 @@ def training(
         if timing == "auto":
             timing = "off" if torch.cuda.is_available() else "total"
         meter = Meter(timing)
+    health = Health(run, checkpoints.described)
     with observing(meter):
         trainer = Trainer(run, config, chunks, optimizer, scheduler, meter)
         for metrics in trainer.train(batches, validation, **vars(progress)):
             yield metrics
+            health.check(metrics)
             progress = Progress(metrics.iteration, metrics.consumed_samples)
             if checkpoints.after_iteration(progress, asked_to_end):
                 break

@@ -107,6 +107,10 @@ class Training(_Checked):
     )
     bf16: bool = setting(False, "train in bf16", megatron=True, optimizer=True)
     fp16: bool = setting(False, "train in fp16 with loss scaling", megatron=True, optimizer=True)
+    no_check_for_nan_in_loss_and_grad: bool = setting(
+        False,
+        "go on after a loss or a gradient norm that is NaN or infinite; such a state is never saved",
+    )
     recompute_granularity: str | None = setting(
         None,
         "recompute core attention, or whole layers, in the backward pass",
