@@ -44,7 +44,7 @@ from helix_megatron.checkpoint.manifest import (
 from helix_megatron.checkpoint.publish import in_use, lock, publish, recover, remove, replaced
 from helix_megatron.errors import HelixError, listed
 
-__all__ = ["POINTER", "Store", "is_complete", "writing_errors"]
+__all__ = ["POINTER", "Store", "is_complete", "is_same_directory", "writing_errors"]
 
 POINTER = "latest_checkpointed_iteration.txt"
 CHECKPOINT = re.compile(r"iter_(\d{7,})")
@@ -60,6 +60,14 @@ def is_complete(directory: Path) -> bool:
     if (directory / CHECKSUM_NAME).exists():
         return False  # one of ours that lost its manifest
     return all((directory / name).is_file() for name in STOCK_FILES)
+
+
+def is_same_directory(one: Path | str, other: Path | str) -> bool:
+    """Whether two names, through links and `..`, are of one directory, which need not exist yet."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 class Store:
@@ -251,6 +259,12 @@ class Store:
             return pointer
         return complete[-1] if complete else None
 
+    def is_unused(self) -> bool:
+        """Whether no checkpoint was ever completed here. A pointer or a half that is left says that one was."""
+        left = any((entry / CHECKSUM_NAME).exists() for entry, _ in self._matching(CHECKPOINT))
+        pointed = os.path.lexists(self.root / POINTER)
+        return not (left or pointed or is_complete(self.root) or self.complete())
+
     def resolve(self, iteration: int | None = None) -> Path:
         """The directory of the checkpoint to load.
 
@@ -323,6 +337,12 @@ class Store:
                     f"{self.root} holds no distributed checkpoint. {hint}: scripts/convert_checkpoint.py tells "
                     "what it can convert."
                 )
+        if pointer := self._pointer_text():
+            return (
+                f"{self.root / POINTER} names {pointer[:40]!r}, and {self.root} holds no complete checkpoint, of "
+                "that iteration or another. Bring it back from a copy; or, to begin anew, save to another "
+                "directory, or remove the pointer."
+            )
         return (
             f"{self.root} holds no complete checkpoint (iter_0000010 or the like with a {MANIFEST_NAME}). "
             f"Complete iterations: {listed(complete)}. Give the directory that a run saved to."

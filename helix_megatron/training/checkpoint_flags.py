@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.checkpoint.manifest import Manifest, has_manifest, read_manifest
-from helix_megatron.checkpoint.store import Store
+from helix_megatron.checkpoint.store import Store, is_same_directory
 from helix_megatron.errors import HelixError
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import FREE_FLAGS, HEADS, MODEL_FLAGS, ModelConfig
@@ -22,7 +22,7 @@ QUALITY = (
 
 
 def find_checkpoint(checkpoints: Checkpoints) -> Path | None:
-    """The directory that `--load` means; None where a run starts anew: no `--load`, or an empty `--save`.
+    """The directory that `--load` means; None where a run starts anew: no `--load`, or a `--save` never used.
 
     Raises:
         HelixError: there is no complete checkpoint.
@@ -30,9 +30,9 @@ def find_checkpoint(checkpoints: Checkpoints) -> Path | None:
     if not checkpoints.load:
         return None
     store, save, step = Store(checkpoints.load), checkpoints.save, checkpoints.ckpt_step
-    restarted = save and store.root.absolute() == Path(save).absolute()
+    restarted = save and is_same_directory(store.root, save)
     may_be_missing = restarted and step is None and not checkpoints.exit_on_missing_checkpoint
-    if may_be_missing and store.latest() is None:
+    if may_be_missing and store.is_unused():
         return None  # the first start of a job that is restarted with the same command
     return store.resolve(step)
 

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.utils import unwrap_model
 
 from helix_megatron.checkpoint.manifest import Manifest
-from helix_megatron.checkpoint.store import Store
+from helix_megatron.checkpoint.store import Store, is_same_directory
 from helix_megatron.errors import DivergenceError, HelixError, listed
 from helix_megatron.megatron import dist_checkpoint, torch_adam
 from helix_megatron.megatron.optimizer_state import (
@@ -141,7 +141,7 @@ class Checkpointing:
         self._note(f"loaded {path}: iteration {iteration}")
         if iteration >= run.training.train_iters:
             self._note(f"nothing to train: --train-iters is {run.training.train_iters}")
-        if settings.save and Path(settings.save).absolute() in path.absolute().parents:
+        if settings.save and is_same_directory(settings.save, path.parent):
             self._saved = iteration
         return Progress(iteration, int(samples))
 
