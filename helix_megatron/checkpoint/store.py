@@ -339,8 +339,8 @@ class Store:
                 )
         if pointer := self._pointer_text():
             return (
-                f"{self.root / POINTER} names {pointer[:40]!r}, and {self.root} holds no complete checkpoint, of "
-                "that iteration or another. Bring it back from a copy; or, to begin anew, save to another "
+                f"{self.root / POINTER} names {pointer[:40]!r}, and {self.root} holds no complete checkpoint, "
+                "of that iteration or another. Bring it back from a copy; or, to begin anew, save to another "
                 "directory, or remove the pointer."
             )
         return (

@@ -37,8 +37,10 @@ from helix_megatron.training.checkpoint_flags import (
     stored_arguments,
 )
 from helix_megatron.training.metrics import software_versions
+from helix_megatron.training.resumed import check_schedule, data_facts, differing_data
 from helix_megatron.training.run import RunConfig
 
+TRAINED_ON = "trained_on"  # in a manifest
 CHECKPOINT_VERSION = 3.0  # Megatron-LM's number for the order of rows that megatron-core has
 
 
@@ -85,6 +87,7 @@ class Checkpointing:
                 asynchronous=settings.async_save,
                 saved=self._was_saved,
             )
+        self._data_facts = on_first_rank(lambda: data_facts(run))
         self._saved = 0
         self._may_prune = False
         torch_adam.install()  # loading the distributed optimizer's state needs it, on GPUs too
@@ -128,35 +131,45 @@ class Checkpointing:
             chunk.load_state_dict(loaded[name])
         if with_optimizer:
             load_optimizer(self.optimizer, loaded[PARTS], loaded["optimizer"])
-            self._load_schedule(loaded["opt_param_scheduler"])
+            batch = getattr(loaded.get("args"), "global_batch_size", None)
+            self._load_schedule(loaded["opt_param_scheduler"], batch)
         elif run.training.precision != "fp32":
             self.optimizer.reload_model_params()  # the fp32 copies are still those of the start
         if with_random:
             self._load_random_states(loaded.get("rng_state"))
         if settings.finetune:
-            self._note(f"loaded the weights of {path}")
+            self._note(
+                f"loaded the weights of {path}; data, iterations and the optimizer begin anew"
+            )
             return Progress()
         iteration = int(loaded.get("iteration", 0))
         samples = saved.get("consumed_train_samples", iteration * run.global_batch_size)
         self._note(f"loaded {path}: iteration {iteration}")
+        if iteration:
+            self._compare_data(saved, int(samples))
         if iteration >= run.training.train_iters:
             self._note(f"nothing to train: --train-iters is {run.training.train_iters}")
         if settings.save and is_same_directory(settings.save, path.parent):
             self._saved = iteration
         return Progress(iteration, int(samples))
 
-    def _load_schedule(self, state: dict[str, Any]) -> None:
-        try:
-            self.scheduler.load_state_dict(state)
-        except AssertionError as error:
-            raise HelixError(
-                f"the learning-rate schedule differs from the checkpoint's ({str(error).strip()}). Give the "
-                "same --lr, --min-lr, --train-iters, --lr-warmup-iters, --lr-decay-iters and "
-                "--lr-decay-style, or --override-opt-param-scheduler to take this command's, or "
-                "--use-checkpoint-opt-param-scheduler to take the checkpoint's."
-            ) from error
-        if self.run.checkpoints.use_checkpoint_opt_param_scheduler:
+    def _compare_data(self, saved: dict[str, Any], consumed_samples: int) -> None:
+        theirs = saved.get(TRAINED_ON, {}) | {"--seq-length": saved.get("seq_length")}
+        theirs = {name: value for name, value in theirs.items() if value is not None}
+        if difference := differing_data(theirs, self._data_facts, consumed_samples):
+            self._note(difference)
+
+    def _load_schedule(self, state: dict[str, Any], batch: int | None) -> None:
+        """Take up the schedule where it was; `batch` is the checkpoint's global batch size, where known."""
+        settings = self.run.checkpoints
+        takes_theirs = settings.use_checkpoint_opt_param_scheduler
+        if not (takes_theirs or settings.override_opt_param_scheduler):
+            own = self.scheduler.state_dict()
+            check_schedule(state, own, batch, self.run.global_batch_size)
+        self.scheduler.load_state_dict(state)
+        if takes_theirs:
             take_schedule(self.optimizer, self.scheduler)
+        self.scheduler.step(0)  # the first step goes by the settings that hold from now on
 
     def _load_random_states(self, states: Any) -> None:
         fresh = random_states()
@@ -308,7 +321,10 @@ class Checkpointing:
             iteration=progress.iteration,
             layout=run.sizes | {"optimizer": None if run.checkpoints.no_save_optim else optimizer},
             versions=software_versions(),
-            extra={"consumed_train_samples": progress.consumed_samples},
+            extra={
+                "consumed_train_samples": progress.consumed_samples,
+                TRAINED_ON: self._data_facts,
+            },
         )
 
 
