@@ -25,6 +25,7 @@ from helix_megatron.checkpoint.manifest import (
     read_manifest,
 )
 from helix_megatron.checkpoint.publish import lock, publish, recover, remove, replaced
+from helix_megatron.checkpoint.run_lock import LOCK
 from helix_megatron.checkpoint.store import POINTER, is_complete
 from helix_megatron.errors import HelixError
 
@@ -201,5 +202,5 @@ def _foreign(directory: Path) -> Iterator[str]:
         if checkpoint and path.is_dir() and not path.is_symlink() and is_complete(path):
             if has_manifest(path):
                 yield from (f"{path.name}/{name}" for name in _foreign(path))
-        elif path.name != POINTER:
+        elif path.name not in (POINTER, LOCK):
             yield path.name

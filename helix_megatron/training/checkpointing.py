@@ -6,6 +6,7 @@ The state dictionary has the entries that Megatron-LM's own checkpoints have, so
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.utils import unwrap_model
 
 from helix_megatron.checkpoint.manifest import Manifest
+from helix_megatron.checkpoint.run_lock import sole_run
 from helix_megatron.checkpoint.store import Store, is_same_directory
 from helix_megatron.errors import DivergenceError, HelixError, listed
 from helix_megatron.megatron import dist_checkpoint, torch_adam
@@ -53,7 +55,7 @@ class Progress:
 
 
 class Checkpointing:
-    """Loads where `--load` says, saves where `--save` says, and knows when to stop early.
+    """Loads where `--load` says, saves where `--save` says, and knows when to stop early; a context manager.
 
     Args:
         run: validated.
@@ -61,8 +63,7 @@ class Checkpointing:
         optimizer, scheduler: of `build_optimizer`.
         note: where to say what was loaded and saved.
 
-    Raises:
-        HelixError: `--save` cannot be written to.
+    Entering raises `HelixError` where `--save` cannot be written to, or another run saves there.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class Checkpointing:
         settings = run.checkpoints
         if settings.save:
             store = Store(settings.save)
-            on_first_rank(store.prepare)  # now, not after hours of training
             self._saver = dist_checkpoint.CheckpointSaver(
                 store,
                 asynchronous=settings.async_save,
                 saved=self._was_saved,
             )
         self._data_facts = on_first_rank(lambda: data_facts(run))
+        self._directory = contextlib.ExitStack()
         self._saved = 0
         self._may_prune = False
         torch_adam.install()  # loading the distributed optimizer's state needs it, on GPUs too
@@ -96,6 +97,20 @@ class Checkpointing:
                 part.init_state_fn is None
             ):  # megatron-core has none for SGD, and calls it when loading
                 part.init_state_fn = _allocate_momentum
+
+    def __enter__(self) -> Checkpointing:
+        """Make the directory of --save, and keep other runs from it. Collective."""
+        if self._saver is not None:
+            on_first_rank(self._enter_directory)  # now, not after hours of training
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._directory.close()
+
+    def _enter_directory(self) -> None:
+        assert self._saver is not None
+        self._saver.store.prepare()
+        self._directory.enter_context(sole_run(self._saver.store.root))
 
     # ------------------------------------------------------------------- resume
 

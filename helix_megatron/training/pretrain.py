@@ -111,25 +111,25 @@ def training(
 
     config, chunks = build(run)
     optimizer, scheduler = build_optimizer(run, chunks)
-    checkpoints = Checkpointing(run, chunks, optimizer, scheduler, note)
-    progress = checkpoints.load()
-    batches, validation = _data(run, progress.consumed_samples)
     if meter is None:
         timing: Any = run.logging.log_communication_time
         if timing == "auto":
             timing = "off" if torch.cuda.is_available() else "total"
         meter = Meter(timing)
-    health = Health(run, checkpoints.described)
-    with observing(meter):
-        trainer = Trainer(run, config, chunks, optimizer, scheduler, meter)
-        for metrics in trainer.train(batches, validation, **vars(progress)):
-            yield metrics
-            health.check(metrics)
-            progress = Progress(metrics.iteration, metrics.consumed_samples)
-            if checkpoints.after_iteration(progress, asked_to_end):
-                break
-    checkpoints.save(progress)
-    checkpoints.close()
+    with Checkpointing(run, chunks, optimizer, scheduler, note) as checkpoints:
+        progress = checkpoints.load()
+        batches, validation = _data(run, progress.consumed_samples)
+        health = Health(run, checkpoints.described)
+        with observing(meter):
+            trainer = Trainer(run, config, chunks, optimizer, scheduler, meter)
+            for metrics in trainer.train(batches, validation, **vars(progress)):
+                yield metrics
+                health.check(metrics)
+                progress = Progress(metrics.iteration, metrics.consumed_samples)
+                if checkpoints.after_iteration(progress, asked_to_end):
+                    break
+        checkpoints.save(progress)
+        checkpoints.close()
 
 
 def build(run: RunConfig) -> tuple[Any, list[Any]]:
