@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pool import RankError
@@ -20,9 +21,9 @@ from pathlib import Path
 from helix_megatron.checkpoint.run_lock import sole_run
 with sole_run(Path(sys.argv[1])):
     if os.fork() == 0:
+        print("held", flush=True)  # by the parent; the child has closed what it got
         time.sleep(60)  # a background save
         os._exit(0)
-    print("held", flush=True)
     sys.stdin.read()
 """
 
@@ -60,3 +61,20 @@ def test_a_second_run_is_refused_before_it_trains(pool, tmp_path):
     assert "Rank 1 raised" in str(caught.value)
     assert len(run(pool, flags, 2)) == 2
     assert LOCK not in os.listdir(tmp_path)
+
+
+def outcome_of_a_fault() -> str:
+    from helix_megatron.megatron.outcomes import on_first_rank
+
+    try:
+        on_first_rank(Path("/no/such/file").read_bytes)
+    except (OSError, HelixError) as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_fault_of_the_first_rank_ends_every_rank(pool):
+    """An exception that nobody foresaw must not leave the others in a broadcast until its timeout."""
+    first, second = pool.run(outcome_of_a_fault, world_size=2)
+    assert first.startswith("[Errno 2]")
+    assert second.startswith("the first rank failed: FileNotFoundError: [Errno 2]")

@@ -400,3 +400,15 @@ def test_a_directory_is_prepared_before_there_is_something_to_save(tmp_path):
             check()
     with pytest.raises(HelixError, match=r"/proc/x cannot be made\. Save to a directory of"):
         Store("/proc/x").prepare()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_what_is_not_ours_does_not_stop_a_save(tmp_path, make):
+    """What only has a leftover's name stays: removing a pipe as a directory would wait for ever."""
+    save(tmp_path, 10, "a")
+    foreign = tmp_path / ".iter_0000020.saving-ab"
+    make(foreign)
+    make(tmp_path / "iter_0000010" / "notes")
+    save(tmp_path, 20, "b", keep=1)
+    assert Store(tmp_path).complete() == [20]
+    assert os.path.lexists(foreign)

@@ -224,7 +224,10 @@ class Store:
     def _sweep(self, only: int | None = None) -> None:
         """Delete directories that killed processes left, unless a live process writes to them."""
         for entry, iteration in self._matching(LEFTOVER):
-            if only in (None, iteration) and not in_use(entry):
+            ours = (
+                entry.is_dir() and not entry.is_symlink()
+            )  # rmtree waits for the writer of a pipe
+            if ours and only in (None, iteration) and not in_use(entry):
                 shutil.rmtree(entry)
 
     def _forget(self, iteration: int) -> None:

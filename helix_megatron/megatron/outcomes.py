@@ -13,14 +13,24 @@ T = TypeVar("T")
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and give every rank its result, or the `HelixError` that it raised."""
+    """Call `function` on rank 0 and give every rank its result, or the `HelixError` that it raised.
+
+    Of any other exception, a fault of this package or of the machine, the other ranks raise its text: none
+    waits for a rank that has left.
+    """
     outcome: list[Any] = [None, None]
+    fault: Exception | None = None
     if dist.get_rank() == 0:
         try:
             outcome[0] = function()
         except HelixError as error:
             outcome[1] = error
+        except Exception as error:
+            fault = error
+            outcome[1] = HelixError(f"the first rank failed: {type(error).__name__}: {error}")
     dist.broadcast_object_list(outcome, src=0)
+    if fault is not None:
+        raise fault
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
