@@ -161,6 +161,7 @@ CHANGES_NOTHING = {
     "transformer_impl": "local",
     "moe_token_dispatcher_type": "allgather",
     "train_iters": 2,
+    "no_check_for_nan_in_loss_and_grad": True,
     "recompute_granularity": None,  # test_training has it; stock attention recomputes on GPUs only
     "recompute_method": "block",
     "recompute_num_layers": 2,
