@@ -18,9 +18,15 @@ from helix_megatron import cli
 from helix_megatron.checkpoint import huggingface_io
 from helix_megatron.checkpoint.catalog import segment_local_permutation
 from helix_megatron.checkpoint.command import main, parse_size
-from helix_megatron.checkpoint.convert import Options, RankOptions, convert
+from helix_megatron.checkpoint.convert import (
+    Options,
+    RankOptions,
+    _complete,
+    convert,
+    make_target,
+)
 from helix_megatron.checkpoint.manifest import read_manifest
-from helix_megatron.checkpoint.sources import open_source
+from helix_megatron.checkpoint.sources import Source, open_source
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
@@ -127,6 +133,44 @@ def test_a_model_that_never_was_in_hugging_face_goes_there(tmp_path):
     original = huggingface_io.HuggingFaceReader(source)
     assert set(tensors.names) == set(original.names)
     assert all(tensors.read(name).equal(original.read(name)) for name in original.names)
+
+
+def test_rows_that_pad_the_vocabulary_never_leave(tmp_path):
+    """Training at TP 2 pads 61 tokens to 62 rows, or 128: transformers must get 61."""
+    source = write_hugging_face(tmp_path / "hf")
+    assert helix("--to canonical", source, tmp_path / "store") == 0
+    padded = _Padded(open_source(tmp_path / "store"), 62)
+    target = make_target(padded, "canonical", Options())
+    run = tmp_path / "run"
+    run.mkdir()
+    records = {unit: target.write(unit, run, lambda _: None) for unit in target.units}
+    _complete(target, run, records)
+    assert read_manifest(run / "release").model["padded_vocab_size"] == 62
+    assert helix("--to huggingface --verify", run, tmp_path / "back") == 0
+    assert hashes(tmp_path / "back") == hashes(source)
+    for path in (run / "release" / "huggingface").iterdir():
+        path.unlink()  # as of a model that was trained here from the start
+    assert helix("--to huggingface --no-verify-source", run / "release", tmp_path / "made") == 0
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert config["vocab_size"] == 61
+    rows = huggingface_io.HuggingFaceReader(tmp_path / "made").entry("lm_head.weight").shape
+    assert rows == (61, 32)
+    assert read_manifest(tmp_path / "made").model["padded_vocab_size"] == 61
+
+
+class _Padded(Source):
+    """A source as a training run leaves it: with rows that no token has."""
+
+    def __init__(self, source: Source, rows: int) -> None:
+        super().__init__(source.directory, source.flags | {"padded_vocab_size": rows}, None)
+        self._reader, self.names, self.sidecars = source, source.names, source.sidecars  # type: ignore[method-assign]
+        self._rows = rows
+
+    def read(self, name: str) -> torch.Tensor:
+        value = self._reader.read(name)
+        if value.shape[0] != 61:
+            return value
+        return torch.cat([value, torch.ones(self._rows - 61, value.shape[1])])
 
 
 def test_rank_files_of_a_run_need_something_like_them(tmp_path):

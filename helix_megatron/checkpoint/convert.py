@@ -24,7 +24,12 @@ from helix_megatron.checkpoint.huggingface_io import same_bits
 from helix_megatron.checkpoint.huggingface_target import HuggingFaceTarget
 from helix_megatron.checkpoint.manifest import FileEntry
 from helix_megatron.checkpoint.partition import RankLayout
-from helix_megatron.checkpoint.sources import SegmentLocalSource, Source, open_source
+from helix_megatron.checkpoint.sources import (
+    SegmentLocalSource,
+    Source,
+    UnpaddedSource,
+    open_source,
+)
 from helix_megatron.checkpoint.staging import Staging, check_target
 from helix_megatron.checkpoint.targets import CanonicalTarget, RankTarget, Row, Target, Tensors
 from helix_megatron.config import HelixConfig
@@ -160,6 +165,8 @@ def make_target(source: Source, to: str, options: Options) -> Target:
     Raises:
         HelixError: settings that do not fit the model.
     """
+    if to == "huggingface":
+        source = UnpaddedSource(source)
     tensors = Tensors(source, _dtype(options.dtype))
     if options.shard_size is not None and options.shard_size < 1:
         raise HelixError(f"files of {options.shard_size} bytes hold nothing. Try --shard-size 5GB.")

@@ -210,6 +210,29 @@ class SegmentLocalSource(Source):
         return self._reader.origin(name) + permuted
 
 
+class UnpaddedSource(Source):
+    """A model without the rows that pad its vocabulary for tensor parallel ranks: no token has them."""
+
+    def __init__(self, source: Source) -> None:
+        model = ModelConfig.from_flags(source.flags).unpadded()
+        super().__init__(
+            source.directory, source.flags | {"padded_vocab_size": model.padded_vocab_size}, None
+        )
+        self._reader, self.kind, self.iteration = source, source.kind, source.iteration
+        self.attention, self.segments = source.attention, source.segments
+        self.names, self.finish, self.sidecars = source.names, source.finish, source.sidecars  # type: ignore[method-assign]
+        self._shapes = {tensor.name: tensor.shape for tensor in catalog(self.flags)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        return self._reader.read(name)[: self.shape(name)[0]]
+
+    def origin(self, name: str) -> str:
+        return self._reader.origin(name)
+
+
 # ------------------------------------------------------------------------- opening
 
 
@@ -322,6 +345,8 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
         )
     names = (*FUNCTION_FLAGS, *OTHER_FLAGS)
     flags = {name: arguments[name] for name in names if name in arguments}
+    if arguments.get("tokenizer_type") == "NullTokenizer" and flags.get("vocab_size"):
+        flags["vocab_size"] += 1  # Megatron adds a token that ends documents
     if "add_bias_linear" in arguments:
         flags["disable_bias_linear"] = not arguments["add_bias_linear"]
     if isinstance(flags.get("window_size"), tuple | list):

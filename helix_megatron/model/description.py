@@ -117,6 +117,10 @@ class ModelConfig(ModelFields):
         rows = padded_rows(self.vocab_size, self.make_vocab_size_divisible_by, tensor_parallel)
         return dataclasses.replace(self, padded_vocab_size=rows)
 
+    def unpadded(self) -> ModelConfig:
+        """The same with as many rows of the vocabulary as there are tokens."""
+        return dataclasses.replace(self, padded_vocab_size=self.vocab_size or self.padded_vocab_size)
+
     # ------------------------------------------------------------------------ segment-local
 
     def cut_heads(self, segments: int) -> ModelConfig:

@@ -140,7 +140,7 @@ class Family:
 
     def differences(self, flags: Mapping[str, Any]) -> list[str]:
         """Flags that this family cannot express: `--flag = value (here: the nearest value)`."""
-        model = ModelConfig.from_flags(flags)
+        model = ModelConfig.from_flags(flags).unpadded()
         wanted = model.function
         try:
             given = ModelConfig.from_flags(self.model_flags(self._config(model))).function
@@ -171,7 +171,7 @@ class Family:
         Raises:
             HelixError: names are missing, or unknown.
         """
-        model = ModelConfig.from_flags(flags)
+        model = ModelConfig.from_flags(flags).unpadded()
         rules = list(self._rules(model, self._prefix(names)))
         if not model.untie_embeddings_and_output_weights and names and "lm_head.weight" in names:
             rules[0] = _with_copy(rules[0], "lm_head.weight")

@@ -98,7 +98,7 @@ class Always(Piece):
 
 
 class Vocabulary(Piece):
-    """Rows of the word embedding. All are kept, so padding of a model trained here is kept, too."""
+    """Rows of the word embedding. Rows that pad it for tensor parallel ranks have no place in it."""
 
     keys = ("vocab_size",)
 
@@ -107,7 +107,7 @@ class Vocabulary(Piece):
         return {"vocab_size": size, "padded_vocab_size": size, "make_vocab_size_divisible_by": 1}
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
-        return {"vocab_size": model.padded_vocab_size}
+        return {"vocab_size": model.unpadded().padded_vocab_size}
 
 
 @dataclass(frozen=True)
