@@ -78,7 +78,8 @@ def test_transformers_loads_a_converted_model(tmp_path):
     command = "--to huggingface --dtype bf16 --shard-size 10kB"
     assert helix(command, source, tmp_path / "small") == 0
     assert len(list((tmp_path / "small").glob("*.safetensors"))) > 2
-    assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     assert ours.dtype == torch.bfloat16

@@ -82,12 +82,51 @@ def test_older_spellings_of_config():
     assert flags == llama.model_flags(config_of("llama 3"))
     assert llama.config(flags, old) == old
     moved = llama.config(flags | {"rotary_base": 20000}, old)
-    assert "rope_theta" not in moved and "rope_scaling" not in moved
-    assert moved["rope_parameters"]["rope_theta"] == 20000.0
+    assert moved["rope_theta"] == moved["rope_parameters"]["rope_theta"] == 20000.0
+    assert moved["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}
     assert moved["torch_dtype"] == "float16"
 
     gemma = config_of("gemma") | {"hidden_act": "gelu", "hidden_activation": None}
     assert family_of(gemma).model_flags(gemma)["geglu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("llama 3", {"rotary_base": 500000, "use_rope_scaling": True, "rope_scaling_factor": 4.0}),
+        ("llama 2", {"rotary_base": 500000}),
+        ("mistral", {"rotary_seq_len_interpolation_factor": 4.0}),
+        ("qwen3 moe", {"rotary_base": 20000}),
+        ("mixtral", {}),
+    ],
+)
+def test_both_spellings_are_written(tmp_path, name, changed):
+    """transformers 4 reads rope_theta, rope_scaling and num_experts only; 5 must find the same as without."""
+    from transformers import AutoConfig
+
+    family = family_of(config_of(name))
+    flags = family.model_flags(config_of(name)) | changed
+    written = family.config(flags)
+    old = {k: v for k, v in written.items() if k not in ("rope_parameters", "num_local_experts")}
+    if name == "mixtral":
+        old["num_local_experts"] = written["num_local_experts"]
+    new = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling")}
+    assert old["rope_theta"] == flags["rotary_base"]
+    loaded = []
+    for config in (written, old, new):
+        assert family.model_flags(config) == family.model_flags(written)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        loaded.append(AutoConfig.from_pretrained(tmp_path).to_dict())
+    assert loaded[0] == loaded[1] == loaded[2]
+    assert loaded[0]["rope_parameters"] == written["rope_parameters"]
+
+
+@pytest.mark.parametrize("spelling", ["rope_theta", "rope_parameters"])
+def test_a_theta_of_null_is_the_default(spelling):
+    """Some tools write null for what they were not told."""
+    config = config_of("mixtral") | {"rope_parameters": None}
+    config[spelling] = None if spelling == "rope_theta" else {"rope_theta": None}
+    assert family_named("mixtral").model_flags(config)["rotary_base"] == 1000000
 
 
 def test_original_configuration_is_kept_where_flags_do_not_speak():

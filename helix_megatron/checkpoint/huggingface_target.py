@@ -100,8 +100,7 @@ class HuggingFaceTarget:
         kinds = {str(dtype).removeprefix("torch.") for dtype in self.tensors.dtypes.values()}
         if len(kinds) > 1 or (original is not None and not self.tensors.cast):
             return {}
-        keys = [key for key in ("dtype", "torch_dtype") if key in (original or {})] or ["dtype"]
-        return dict.fromkeys(keys, kinds.pop())
+        return dict.fromkeys(("dtype", "torch_dtype"), kinds.pop())  # as transformers 5 and 4 call it
 
     def _tensor(self, name: str) -> Tensor:
         """One Hugging Face tensor; its neighbours from the same canonical one wait for their turn."""

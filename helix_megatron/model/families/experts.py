@@ -16,7 +16,7 @@ class Experts(Piece):
     """Number and size of experts, how a token chooses them, and which layers have them.
 
     Args:
-        number: keys of the number of experts; the first is written.
+        number: keys of the number of experts, in the spellings of transformers 5 and 4; all are written.
         size: key of an expert's hidden size.
         default_number, default_topk: when the keys are absent.
         dense_layers: the family may have layers without experts, and says whether the weights of a token's
@@ -93,7 +93,7 @@ class Experts(Piece):
                 model, num_experts=self.default_number, moe_router_topk=self.default_topk
             )
         written: dict[str, Any] = {
-            self.number[0]: model.num_experts,
+            **dict.fromkeys(self.number, model.num_experts),
             self.size: model.moe_ffn_hidden_size,
             "num_experts_per_tok": model.moe_router_topk,
         }

@@ -132,10 +132,8 @@ class Family:
             return fresh
         before = self._config(ModelConfig.from_flags(self.model_flags(original)))
         changed = {key: value for key, value in fresh.items() if before.get(key) != value}
-        if "rope_parameters" in changed:  # it would lose against the older keys
-            original = {
-                k: v for k, v in original.items() if k not in ("rope_theta", "rope_scaling")
-            }
+        if "rope_parameters" in changed:  # in all spellings: an older one left as it was would win
+            changed |= {key: fresh[key] for key in ("rope_theta", "rope_scaling")}
         return {**original, **changed}
 
     def differences(self, flags: Mapping[str, Any]) -> list[str]:

@@ -12,14 +12,19 @@ from helix_megatron.model.families.pieces import Config, Piece, needed
 
 @dataclass(frozen=True)
 class Rope(Piece):
-    """Rotary embedding: `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
+    """Rotary embedding: `rope_parameters`, or the older `rope_theta` and `rope_scaling`.
+
+    All three are written: transformers 4 does not know the first, and would take base 10000 without scaling.
+    """
 
     theta: float = 10000.0
     keys: tuple[str, ...] = ("rope_parameters", "rope_theta", "rope_scaling")
 
     def flags(self, config: Config) -> dict[str, Any]:
         rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-        theta = rope.pop("rope_theta", config.get("rope_theta", self.theta))
+        theta = rope.pop("rope_theta", None)
+        if theta is None:
+            theta = needed(config, "rope_theta", self.theta)
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         if theta != int(theta):
             raise HelixError(
@@ -85,7 +90,12 @@ class Rope(Piece):
             }
         elif model.rotary_seq_len_interpolation_factor is not None:
             rope |= {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
-        return {"rope_parameters": rope}
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        return {
+            "rope_parameters": rope,
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": scaling if len(scaling) > 1 else None,
+        }
 
 
 @dataclass(frozen=True)
