@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import operator
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -23,6 +23,8 @@ WITHIN: dict[str, Callable[[float, float], bool]] = {
     "below": operator.lt,
     "at most": operator.le,
 }
+
+LARGEST = 2**63 - 1  # what a whole number may be that a field says nothing else of
 
 
 def setting(
@@ -51,7 +53,8 @@ def setting(
             `argparse.ArgumentTypeError`.
         several: whether the flag takes several words.
         is_flag: False for what only files say.
-        **facts: what else there is to know about the field, for those that read it.
+        **facts: what else there is to know about the field, for those that read it. `largest` is a whole
+            number beyond every model and machine: above it a value is a mistake, or an attack.
     """
     bounds = {"at least": at_least, "above": above, "below": below, "at most": at_most}
     metadata = {
@@ -129,28 +132,29 @@ def check_values(settings: Any) -> None:
         value = getattr(settings, f.name)
         if not f.metadata or (value is None and (f.default is None or "None" in str(f.type))):
             continue
-        kind, choices = kind_of(f), f.metadata["choices"]
-        if choices and value not in choices:
+        problem = problem_of(f, value)
+        if problem:
             raise HelixError(
-                (Setting(f.name), f" is {value!r}. Valid: {listed(choices)}."),
-                setting=f.name,
-                value=value,
+                (Setting(f.name), f" is {value!r:.200}. {problem}"), setting=f.name, value=value
             )
-        if kind is None:
-            continue
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            article = {bool: "true or false", str: "a text"}.get(kind) or _wanted(f, kind)
-            raise HelixError(
-                (Setting(f.name), f" is {value!r}. It must be {article}."),
-                setting=f.name,
-                value=value,
-            )
-        if isinstance(value, int | float) and not _is_within(value, bounds_of(f)):
-            raise HelixError(
-                (Setting(f.name), f" is {value}. It must be {_wanted(f, kind)}."),
-                setting=f.name,
-                value=value,
-            )
+
+
+def problem_of(f: dataclasses.Field[Any], value: Any) -> str | None:
+    """What a value of a field must be instead, as a sentence; None of a value that it may have."""
+    kind, choices = kind_of(f), f.metadata["choices"]
+    if choices and value not in choices:
+        return f"Valid: {listed(choices)}."
+    if kind is None:
+        return None
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        article = {bool: "true or false", str: "a text"}.get(kind) or _wanted(f, kind)
+        return f"It must be {article}."
+    if isinstance(value, int | float) and not _is_within(value, bounds_of(f)):
+        return f"It must be {_wanted(f, kind)}."
+    largest = f.metadata.get("largest", LARGEST)
+    if kind is int and value > largest:
+        return f"The largest valid value is {largest:,}."
+    return None
 
 
 def bounds_of(f: dataclasses.Field[Any]) -> dict[str, float]:
@@ -163,7 +167,7 @@ def bounds_of(f: dataclasses.Field[Any]) -> dict[str, float]:
 
 
 def _is_within(value: float, bounds: Mapping[str, float]) -> bool:
-    return math.isfinite(value) and all(
+    return abs(value) <= sys.float_info.max and all(
         WITHIN[words](value, bound) for words, bound in bounds.items()
     )
 

@@ -121,6 +121,50 @@ def test_both_spellings_are_written(tmp_path, name, changed):
     assert loaded[0]["rope_parameters"] == written["rope_parameters"]
 
 
+NUMBERS = [
+    (name, key, value)
+    for name, key, values in (
+        ("llama 2", "num_hidden_layers", (10**6, 10**12, 10**400, "2", 2.0, True, -1, 0, [2])),
+        ("llama 2", "head_dim", (0, "16", [], 10**30)),
+        ("llama 2", "vocab_size", (10**12, 0, {})),
+        ("llama 2", "num_key_value_heads", (0, -2)),
+        ("llama 2", "rms_norm_eps", (math.nan, math.inf, 0, "1e-5", 10**400)),
+        ("llama 2", "rope_theta", ([1e4], math.nan, math.inf, "10000", 0, True, 1e200, -5)),
+        ("llama 2", "tie_word_embeddings", ("false", 1)),
+        ("llama 2", "hidden_act", (["silu"], 1)),
+        ("llama 2", "rope_scaling", ([1], "linear")),
+        ("mistral", "sliding_window", ([1], "7", -1, 1.5, True)),
+        ("qwen2", "layer_types", ("full_attention", [[1]])),
+        ("qwen2", "max_window_layers", ("1", -1)),
+        ("mixtral", "num_local_experts", (10**9, "4")),
+        ("qwen3 moe", "decoder_sparse_step", (0, 1.0)),
+        ("qwen3 moe", "mlp_only_layers", (1, ["0"], [0.5])),
+        ("gpt2", "n_layer", (10**12, "2")),
+        ("gpt2", "attn_pdrop", (1.0, math.nan, [])),
+    )
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), NUMBERS)
+def test_every_number_has_a_type_and_a_range(name, key, value):
+    """A foreign file must neither hang the program nor fill the memory, and its errors name the key."""
+    config = config_of(name) | {key: value}
+    if key == "rope_theta":
+        del config["rope_parameters"]
+    with pytest.raises(HelixError, match=rf"config\.json (sets|has) .*{key} = "):
+        family_of(config).model_flags(config)
+
+
+def test_numbers_of_scaling_have_a_range():
+    """The factor divides frequencies."""
+    for factor in (0, "8", [8], math.nan, 10**400):
+        config = config_of("llama 3")
+        config["rope_parameters"]["factor"] = factor
+        with pytest.raises(HelixError, match="factor = "):
+            family_of(config).model_flags(config)
+
+
 @pytest.mark.parametrize("spelling", ["rope_theta", "rope_parameters"])
 def test_a_theta_of_null_is_the_default(spelling):
     """Some tools write null for what they were not told."""

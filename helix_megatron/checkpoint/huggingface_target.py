@@ -100,7 +100,8 @@ class HuggingFaceTarget:
         kinds = {str(dtype).removeprefix("torch.") for dtype in self.tensors.dtypes.values()}
         if len(kinds) > 1 or (original is not None and not self.tensors.cast):
             return {}
-        return dict.fromkeys(("dtype", "torch_dtype"), kinds.pop())  # as transformers 5 and 4 call it
+        # As transformers 5 and 4 call it.
+        return dict.fromkeys(("dtype", "torch_dtype"), kinds.pop())
 
     def _tensor(self, name: str) -> Tensor:
         """One Hugging Face tensor; its neighbours from the same canonical one wait for their turn."""

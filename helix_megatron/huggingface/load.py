@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
+from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader, read_json
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.files import (
@@ -27,7 +27,7 @@ from helix_megatron.huggingface.shard import shard
 from helix_megatron.huggingface.sharding import sharding_of
 from helix_megatron.kernels import AttentionKernel
 from helix_megatron.kernels.sdpa import sdpa
-from helix_megatron.model.families import cuttable_modules
+from helix_megatron.model.families import cuttable_modules, family_of
 from helix_megatron.model.families.modules import ExpertFiles
 
 # Old files keep these tables, which models compute.
@@ -109,8 +109,10 @@ def _config(directory: Path) -> Any:
             f"{directory} is no directory of a Hugging Face model: it has no config.json. Give the path of "
             "one; `hf download NAME --local-dir PATH` fetches a model from the Hub."
         )
+    content = read_json(directory / "config.json")
+    cuttable_modules(content.get("model_type"))
+    family_of(content).check_values(content)
     config = AutoConfig.from_pretrained(directory)
-    cuttable_modules(config.model_type)
     if getattr(config, "quantization_config", None) is not None:
         raise HelixError(
             f"the weights in {directory} are quantized, and quantized weights cannot be cut. Take the model in "

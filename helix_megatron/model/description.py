@@ -23,6 +23,7 @@ from helix_megatron.model.patterns import is_pattern
 
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")  # that nothing else implies
 HEADS = ("num_attention_heads", "num_query_groups", "kv_channels")
+MOST_EXPERTS = 200_000  # of all layers
 ACTIVATIONS = ("swiglu", "geglu", "openai_gelu")
 
 
@@ -119,7 +120,9 @@ class ModelConfig(ModelFields):
 
     def unpadded(self) -> ModelConfig:
         """The same with as many rows of the vocabulary as there are tokens."""
-        return dataclasses.replace(self, padded_vocab_size=self.vocab_size or self.padded_vocab_size)
+        return dataclasses.replace(
+            self, padded_vocab_size=self.vocab_size or self.padded_vocab_size
+        )
 
     # ------------------------------------------------------------------------ segment-local
 
@@ -368,13 +371,19 @@ class ModelConfig(ModelFields):
             )
 
     def _check_experts(self) -> None:
+        assert self.num_experts is not None
+        if sum(self.moe_layers) * self.num_experts > MOST_EXPERTS:
+            raise HelixError(
+                f"--num-experts {self.num_experts} in {sum(self.moe_layers)} layers are more than "
+                f"{MOST_EXPERTS:,} experts. Give fewer."
+            )
         if not any(self.moe_layers):
             raise HelixError(
                 with_settings(
                     "<moe_layer_freq> gives experts to no layer. Leave out <num_experts> for a dense model."
                 )
             )
-        if not 1 <= self.moe_router_topk <= self.num_experts:  # type: ignore[operator]
+        if not 1 <= self.moe_router_topk <= self.num_experts:
             raise HelixError(
                 with_settings(
                     f"<moe_router_topk> {self.moe_router_topk}: a token has 1 to {self.num_experts} experts."

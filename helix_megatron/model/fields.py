@@ -47,22 +47,28 @@ class ModelFields:
     """
 
     num_layers: int = _function(
-        4, "number of transformer layers", megatron=True, config="num_hidden_layers"
+        4, "number of transformer layers", megatron=True, config="num_hidden_layers", largest=10_000
     )
-    hidden_size: int = _function(128, "hidden size", megatron=True, config="hidden_size")
+    hidden_size: int = _function(
+        128, "hidden size", megatron=True, config="hidden_size", largest=10**7
+    )
     ffn_hidden_size: int | None = _function(
         None,
         "MLP hidden size; 4 times the hidden size when not given",
         megatron=True,
         config="intermediate_size",
+        largest=10**8,
     )
-    num_attention_heads: int = _function(2, "number of query heads", megatron=True)
+    num_attention_heads: int = _function(2, "number of query heads", megatron=True, largest=10**5)
     group_query_attention: bool = _other(False, "use --num-query-groups key-value heads")
     num_query_groups: int = _function(
-        1, "number of key-value heads, with --group-query-attention", megatron=True
+        1, "number of key-value heads, with --group-query-attention", megatron=True, largest=10**5
     )
     kv_channels: int | None = _function(
-        None, "dimensions of a head; hidden size over heads when not given", megatron=True
+        None,
+        "dimensions of a head; hidden size over heads when not given",
+        megatron=True,
+        largest=10**5,
     )
     seq_length: int = _other(128, "tokens of a sample", decides=TRAINING, inference=False)
     max_position_embeddings: int | None = _function(
@@ -70,11 +76,14 @@ class ModelFields:
         "longest sequence; the tokens of a sample when not given",
         gpt="max_sequence_length",
         config="max_position_embeddings",
+        largest=10**12,
     )
     position_embedding_type: str = _function(
         "rope", "position embedding", choices=("rope", "learned_absolute", "none"), gpt=True
     )
-    rotary_base: int = _function(10000, "base period of rotary embedding", under="rope", gpt=True)
+    rotary_base: int = _function(
+        10000, "base period of rotary embedding", under="rope", gpt=True, largest=10**15
+    )
     rotary_percent: float = _function(
         1.0,
         "share of a head's dimensions that is rotated",
@@ -135,7 +144,7 @@ class ModelFields:
     qk_l2_norm: bool = _function(False, "normalise queries and keys by their L2 norm")
     attention_output_gate: bool = _function(False, "gate the attention output", megatron=True)
     window_size: int | None = _function(
-        None, "sliding window: keys before the query that it sees", at_least=0
+        None, "sliding window: keys before the query that it sees", at_least=0, largest=10**12
     )
     window_attn_skip_freq: int | tuple[int, ...] | None = _function(
         None,
@@ -165,9 +174,11 @@ class ModelFields:
         inference=False,
         config="initializer_range",
     )
-    vocab_size: int | None = _other(None, "vocabulary; the tokenizer's when not given")
+    vocab_size: int | None = _other(
+        None, "vocabulary; the tokenizer's when not given", largest=10**9
+    )
     padded_vocab_size: int | None = _function(
-        None, "rows of the word embedding", is_flag=False, gpt="vocab_size"
+        None, "rows of the word embedding", is_flag=False, gpt="vocab_size", largest=10**9
     )
     make_vocab_size_divisible_by: int = _other(
         128,
@@ -180,7 +191,10 @@ class ModelFields:
         choices=("local", "transformer_engine"),
     )
     num_experts: int | None = _expert(
-        None, "experts of every MoE layer; none makes a dense model", megatron="num_moe_experts"
+        None,
+        "experts of every MoE layer; none makes a dense model",
+        megatron="num_moe_experts",
+        largest=10_000,
     )
     moe_layer_freq: int | tuple[int, ...] = _expert(
         1,
@@ -188,9 +202,9 @@ class ModelFields:
         parse=layer_pattern,
     )
     moe_ffn_hidden_size: int | None = _expert(
-        None, "hidden size of an expert; --ffn-hidden-size when not given"
+        None, "hidden size of an expert; --ffn-hidden-size when not given", largest=10**8
     )
-    moe_router_topk: int = _expert(2, "experts of a token")
+    moe_router_topk: int = _expert(2, "experts of a token", largest=10_000)
     moe_router_pre_softmax: bool = _expert(
         False, "weigh a token's experts by the softmax over all experts instead of over its own"
     )
@@ -211,7 +225,7 @@ class ModelFields:
         decides=None,
     )
     moe_shared_expert_intermediate_size: int | None = _expert(
-        None, "hidden size of experts that all tokens share"
+        None, "hidden size of experts that all tokens share", largest=10**8
     )
     moe_shared_expert_gate: bool = _expert(
         False, "a gate of its own for the shared experts' output", under="shared experts"

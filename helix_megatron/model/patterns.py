@@ -29,7 +29,7 @@ def layer_pattern(text: str) -> Pattern:
 def is_pattern(value: object) -> bool:
     """Whether this is a whole number of at least 1, or a list of 0 and 1."""
     if isinstance(value, list | tuple):
-        return bool(value) and set(value) <= {0, 1}
+        return bool(value) and all(isinstance(one, int) and one in (0, 1) for one in value)
     return isinstance(value, int) and value >= 1
 
 

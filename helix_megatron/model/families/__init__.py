@@ -46,7 +46,7 @@ def cuttable_modules(model_type: object) -> Modules:
     Raises:
         HelixError: its models cannot be cut.
     """
-    if model_type not in CUTTABLE:
+    if not isinstance(model_type, str) or model_type not in CUTTABLE:
         raise HelixError(
             f"models of type {model_type!r} cannot be cut. Valid model types: {listed(CUTTABLE)}."
         )

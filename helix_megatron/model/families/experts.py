@@ -41,6 +41,14 @@ class Experts(Piece):
         if self.shared_size is not None:
             keys += ("shared_expert_intermediate_size",)
         object.__setattr__(self, "keys", keys)
+        fields = dict.fromkeys(self.number, "num_experts") | {
+            self.size: "moe_ffn_hidden_size",
+            "num_experts_per_tok": "moe_router_topk",
+            "norm_topk_prob": "moe_router_pre_softmax",
+            "decoder_sparse_step": "num_layers",
+            "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+        }
+        object.__setattr__(self, "fields", {key: fields[key] for key in keys if key in fields})
 
     def flags(self, config: Config) -> dict[str, Any]:
         number = next((config[key] for key in self.number if config.get(key)), None)
@@ -77,13 +85,18 @@ class Experts(Piece):
         """Hugging Face gives experts to every n-th layer, counted from one; Megatron counts from zero."""
         if not self.dense_layers:
             return 1
-        step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+        step, dense = needed(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
         layers = range(needed(config, "num_hidden_layers"))
+        if not isinstance(dense, list | tuple) or not all(type(layer) is int for layer in dense):
+            raise HelixError(
+                f"config.json sets mlp_only_layers = {dense!r:.80}. It must be a list of whole numbers."
+            )
+        dense = frozenset(dense)
         chosen = [int(k not in dense and (k + 1) % step == 0) for k in layers]
         if not any(chosen):
             raise HelixError(
                 f"config.json gives experts to none of {len(layers)} layers (decoder_sparse_step = {step}, "
-                f"mlp_only_layers = {list(dense)}): a model without experts is of the dense family."
+                f"mlp_only_layers = {sorted(dense)}): a model without experts is of the dense family."
             )
         return 1 if all(chosen) else chosen
 

@@ -12,7 +12,7 @@ from helix_megatron.errors import HelixError, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import FUNCTION_FLAGS, ModelConfig, complete
 from helix_megatron.model.families.modules import Modules
-from helix_megatron.model.families.pieces import HARMLESS, HARMLESS_PREFIXES, Piece
+from helix_megatron.model.families.pieces import HARMLESS, HARMLESS_PREFIXES, Piece, check_field
 from helix_megatron.model.families.rules import (
     Copies,
     FusedQueryKeyValue,
@@ -27,19 +27,6 @@ from helix_megatron.model.families.rules import (
 # Tensors of old files that hold constants: rotary frequencies and GPT-2's causal masks.
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
 SHOWN = 5
-WHOLE_NUMBERS = {
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "num_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-}
 
 
 @dataclass(frozen=True)
@@ -101,15 +88,21 @@ class Family:
                     f"config.json sets {key} = {_short(value)}, which {self.name} models do not have here. "
                     "If it does not change what the model computes, delete it from config.json."
                 )
-        for key in WHOLE_NUMBERS & config.keys():
-            if config[key] is not None and type(config[key]) is not int:
-                raise HelixError(
-                    f"config.json sets {key} = {_short(config[key])}. It must be a whole number."
-                )
+        self.check_values(config)
         flags: dict[str, Any] = {}
         for piece in self.pieces:
             flags |= piece.flags(config)
         return complete(flags)
+
+    def check_values(self, config: Mapping[str, Any]) -> None:
+        """Check each number of a config.json by itself, before anything is made of it.
+
+        Raises:
+            HelixError: one of another type, or outside of the range of every model; names the key.
+        """
+        for piece in self.pieces:
+            for key, field in piece.fields.items():
+                check_field(key, field, config.get(key))
 
     def config(
         self, flags: Mapping[str, Any], original: Mapping[str, Any] | None = None

@@ -6,15 +6,17 @@ understands is refused unless it is known to change nothing (`HARMLESS`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.flags import flag_of
+from helix_megatron.flags import flag_of, problem_of
 from helix_megatron.model.description import ModelConfig
 
 Config = Mapping[str, Any]
+FIELDS = {f.name: f for f in dataclasses.fields(ModelConfig)}
 
 # Keys that decide nothing between tokens and logits of a model in evaluation.
 NAMES_OF_HARMLESS = """
@@ -35,6 +37,8 @@ class Piece:
     """Some keys of a `config.json` and the flags they stand for."""
 
     keys: tuple[str, ...] = ()  # that this piece understands
+    # Keys whose values have the type and the range of a field of `ModelConfig`.
+    fields: ClassVar[Mapping[str, str]] = {}
 
     def flags(self, config: Config) -> dict[str, Any]:
         """Model flags; HelixError for what Megatron's GPT cannot do."""
@@ -51,6 +55,7 @@ class Values(Piece):
     def __init__(self, **keys: tuple[str, Any]) -> None:
         self.rows = keys
         self.keys = tuple(keys)
+        self.fields = {key: flag for key, (flag, _) in keys.items()}  # type: ignore[misc]
 
     def flags(self, config: Config) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -101,6 +106,7 @@ class Vocabulary(Piece):
     """Rows of the word embedding. Rows that pad it for tensor parallel ranks have no place in it."""
 
     keys = ("vocab_size",)
+    fields: ClassVar = {"vocab_size": "vocab_size"}
 
     def flags(self, config: Config) -> dict[str, Any]:
         size = needed(config, "vocab_size")
@@ -116,6 +122,7 @@ class Tied(Piece):
 
     default: bool
     keys: tuple[str, ...] = ("tie_word_embeddings",)
+    fields: ClassVar = {"tie_word_embeddings": "untie_embeddings_and_output_weights"}
 
     def flags(self, config: Config) -> dict[str, Any]:
         tied = needed(config, "tie_word_embeddings", self.default)
@@ -132,6 +139,11 @@ class Heads(Piece):
     kv_heads: int | None = None
     head_dim: int | None = None
     keys: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    fields: ClassVar = {
+        "num_attention_heads": "num_attention_heads",
+        "num_key_value_heads": "num_query_groups",
+        "head_dim": "kv_channels",
+    }
 
     def flags(self, config: Config) -> dict[str, Any]:
         heads = needed(config, "num_attention_heads")
@@ -165,7 +177,7 @@ class Activation(Piece):
 
     def flags(self, config: Config) -> dict[str, Any]:
         name = needed(config, self.key, self.default)
-        if name not in self.names:
+        if not isinstance(name, str) or name not in self.names:
             raise HelixError(
                 f"config.json sets {self.key} = {name!r}, which Megatron's GPT does not have in this "
                 f"family. Valid: {listed(self.names)}."
@@ -195,10 +207,22 @@ def needed(config: Config, key: str, default: Any = ...) -> Any:
     return value
 
 
+def check_field(key: str, field: str, value: Any) -> None:
+    """Refuse a value of config.json that a field of `ModelConfig` cannot have; None is what was not given.
+
+    Raises:
+        HelixError: another type, or outside of the range; names the key.
+    """
+    problem = None if value is None else problem_of(FIELDS[field], value)
+    if problem:
+        raise HelixError(f"config.json sets {key} = {value!r:.80}. {problem}")
+
+
 class LinearBiases(Piece):
     """Biases of linear layers: Megatron has them in all, in `linear_qkv` alone, or in none."""
 
     keys = ("attention_bias", "mlp_bias")
+    fields: ClassVar = dict.fromkeys(keys, "disable_bias_linear")
 
     def flags(self, config: Config) -> dict[str, Any]:
         attention, mlp = (config.get(key, False) for key in self.keys)

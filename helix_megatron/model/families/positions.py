@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.model.description import ModelConfig
-from helix_megatron.model.families.pieces import Config, Piece, needed
+from helix_megatron.model.families.pieces import Config, Piece, check_field, needed
+
+WINDOW_FIELDS = {
+    "sliding_window": "window_size",
+    "use_sliding_window": "use_rope_scaling",  # true or false
+    "max_window_layers": "window_size",  # a whole number, or none
+}
 
 
 @dataclass(frozen=True)
@@ -21,15 +28,24 @@ class Rope(Piece):
     keys: tuple[str, ...] = ("rope_parameters", "rope_theta", "rope_scaling")
 
     def flags(self, config: Config) -> dict[str, Any]:
-        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        rope = config.get(key) or {}
+        if not isinstance(rope, dict):
+            raise HelixError(f"config.json sets {key} = {rope!r:.80}. It must be an object.")
+        rope = dict(rope)
         theta = rope.pop("rope_theta", None)
         if theta is None:
             theta = needed(config, "rope_theta", self.theta)
         kind = rope.pop("rope_type", rope.pop("type", "default"))
+        if type(theta) not in (int, float) or not math.isfinite(theta):
+            check_field("rope_theta", "rotary_base", theta)
         if theta != int(theta):
             raise HelixError(
                 f"config.json sets rope_theta = {theta}, and Megatron's rotary_base is a whole number."
             )
+        check_field("rope_theta", "rotary_base", int(theta))
+        if "factor" in rope:
+            check_field("factor", "rope_scaling_factor", rope["factor"])
         flags = {
             "position_embedding_type": "rope",
             "rotary_base": int(theta),
@@ -110,6 +126,7 @@ class Window(Piece):
     default: int | None = None
     switch: bool = False
     keys: tuple[str, ...] = ("sliding_window", "use_sliding_window", "max_window_layers")
+    fields: ClassVar = WINDOW_FIELDS
 
     def flags(self, config: Config) -> dict[str, Any]:
         window = config.get("sliding_window", self.default)
@@ -137,14 +154,19 @@ class LayerWindows(Piece):
         "max_window_layers",
         "layer_types",
     )
+    fields: ClassVar = WINDOW_FIELDS
 
     def flags(self, config: Config) -> dict[str, Any]:
         layers = needed(config, "num_hidden_layers")
         used = config.get("use_sliding_window", False)
-        window, bound = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
+        window, bound = config.get("sliding_window", 4096), needed(config, "max_window_layers", 28)
         types = config.get("layer_types")
         if types is None:
             sliding = [used and self._windowed(layer, bound) for layer in range(layers)]
+        elif not isinstance(types, list) or not all(isinstance(one, str) for one in types):
+            raise HelixError(
+                f"config.json sets layer_types = {types!r:.80}. It must be a list of texts."
+            )
         else:
             sliding = [kind == "sliding_attention" for kind in types]
             unknown = set(types) - {"sliding_attention", "full_attention"}
