@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CONFIGS, OWN, TOKENIZER, hashes, write_hugging_face
 from waiting import PROGRAM_LIMIT
 
@@ -134,6 +135,22 @@ def test_a_model_that_never_was_in_hugging_face_goes_there(tmp_path):
     original = huggingface_io.HuggingFaceReader(source)
     assert set(tensors.names) == set(original.names)
     assert all(tensors.read(name).equal(original.read(name)) for name in original.names)
+
+
+@pytest.mark.parametrize("kind", ["canonical", "huggingface", "ranks"])
+def test_mixed_dtypes_become_the_one_that_is_asked_for(tmp_path, kind):
+    """Merged models have shards of several dtypes. Without --dtype nobody knows which is meant."""
+    source = write_hugging_face(tmp_path / "hf")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    mixed = tensors | {name: tensors[name].bfloat16()}
+    save_file(mixed, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HelixError, match=rf"{name} is torch.bfloat16 and .*q_proj.* --dtype"):
+        convert(source, tmp_path / kind, kind)
+    convert(source, tmp_path / kind, kind, Options(dtype="bf16", verify=True))
+    convert(tmp_path / kind, tmp_path / "back", "huggingface")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(back[key].equal(value.bfloat16()) for key, value in tensors.items())
 
 
 def test_rows_that_pad_the_vocabulary_never_leave(tmp_path):

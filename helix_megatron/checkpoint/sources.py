@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -85,6 +86,14 @@ class Source:
         """A tensor; not to be written to."""
         return self._reader.read(name)
 
+    def mixed(self, name: str) -> str | None:
+        """How the dtypes of a tensor's pieces differ, for people; None where they are one."""
+        return (
+            None
+            if self._reader is None or not isinstance(self._reader, Source)
+            else self._reader.mixed(name)
+        )
+
     def origin(self, name: str) -> str:
         """What a tensor is made of, for people."""
         return name
@@ -151,11 +160,19 @@ class HuggingFaceSource(Source):
         return self._rules[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._files.entry(self._rules[name].sources[0]).dtype
+        dtypes = {self._files.entry(source).dtype for source in self._rules[name].sources}
+        if len(dtypes) > 1 and all(dtype.is_floating_point for dtype in dtypes):
+            return torch.float64 if torch.float64 in dtypes else torch.float32  # holds all others
+        return functools.reduce(torch.promote_types, dtypes)
 
     def read(self, name: str) -> Tensor:
-        rule = self._rules[name]
-        return rule.to_canonical([self._files.read(source) for source in rule.sources])
+        rule, dtype = self._rules[name], self.dtype(name)
+        return rule.to_canonical([self._files.read(source).to(dtype) for source in rule.sources])
+
+    def mixed(self, name: str) -> str | None:
+        first, *others = ((s, self._files.entry(s).dtype) for s in self._rules[name].sources)
+        other = next((pair for pair in others if pair[1] != first[1]), None)
+        return None if other is None else f"{other[0]} is {other[1]} and {first[0]} is {first[1]}"
 
     def origin(self, name: str) -> str:
         return ", ".join(self._rules[name].sources)

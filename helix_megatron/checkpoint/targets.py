@@ -76,11 +76,20 @@ class Target(Protocol):
 
 
 class Tensors:
-    """The source's tensors in the dtype wanted."""
+    """The source's tensors in the dtype wanted.
+
+    Raises:
+        HelixError: pieces of one tensor have different dtypes, and no dtype is wanted.
+    """
 
     def __init__(self, source: Source, dtype: torch.dtype | None) -> None:
         self.source, self._dtype, self.cast = source, dtype, dtype is not None
         self.dtypes = {name: self._wanted(source.dtype(name)) for name in source.names}
+        mixed = None if self.cast else next(filter(None, map(source.mixed, source.names)), None)
+        if mixed:
+            raise HelixError(
+                f"tensor {mixed}, but both become parts of one. Give one dtype for all with --dtype."
+            )
 
     def read(self, name: str) -> Tensor:
         """One of them."""
