@@ -5,6 +5,7 @@ The oracle is `transformers`, which has the classes that these files are of.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
@@ -22,6 +23,7 @@ from helix_megatron.model.families import (
     family_named,
     family_of,
 )
+from helix_megatron.model.families.pieces import HARMLESS, HARMLESS_PREFIXES, READ
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -239,7 +241,12 @@ UNSUPPORTED = {
         {"quantization_config": {"bits": 4}},
         "quantization_config = {'bits': 4}, which mistral models do not have here",
     ),
-    "soft caps": ("gemma", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    "part of a head": ("llama 2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    "second names": (
+        "gpt2",
+        {"hidden_size": 64},
+        "hidden_size = 64, which gpt2 models do not have",
+    ),
     "own code": ("qwen2", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     "both directions": (
         "gemma",
@@ -286,6 +293,33 @@ def test_what_cannot_be_expressed_is_refused(case):
     with pytest.raises(HelixError) as error:
         family_of(config).model_flags(config)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("llama 2", "is_llama_config", True), ("gemma", "attn_logit_softcapping", 50.0)],
+)
+def test_what_transformers_does_not_read_is_noted(name, key, value):
+    """Files of the Hub carry keys of other programs, SmolLM's is_llama_config among them."""
+    config = config_of(name)
+    family = family_of(config)
+    with pytest.warns(
+        UserWarning, match=rf"{key} = {value}, which {family.name} models .* ignored"
+    ):
+        assert family.model_flags(config | {key: value}) == family.model_flags(config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_key_that_transformers_reads_is_known(name):
+    """One that is not would be ignored here and change the model there."""
+    from transformers import AutoConfig
+
+    config, family = AutoConfig.for_model(name), FAMILIES[name]
+    read = {*config.to_dict(), *inspect.signature(type(config).__init__).parameters} - {"self"}
+    known = {key for piece in family.pieces for key in piece.keys} | HARMLESS | READ
+    assert config.attribute_map.keys() <= known | family.aliases
+    assert {key for key in read if not key.startswith(HARMLESS_PREFIXES)} <= known
+    assert family.aliases <= config.attribute_map.keys()
 
 
 def test_unknown_families_are_listed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,13 @@ from helix_megatron.errors import HelixError, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import FUNCTION_FLAGS, ModelConfig, complete
 from helix_megatron.model.families.modules import Modules
-from helix_megatron.model.families.pieces import HARMLESS, HARMLESS_PREFIXES, Piece, check_field
+from helix_megatron.model.families.pieces import (
+    HARMLESS,
+    HARMLESS_PREFIXES,
+    READ,
+    Piece,
+    check_field,
+)
 from helix_megatron.model.families.rules import (
     Copies,
     FusedQueryKeyValue,
@@ -59,6 +66,7 @@ class Family:
         pieces: of its config.json.
         rows: of a layer's tensors; `outer` of the others.
         modules: what its modules are called; None where its models cannot be cut in place.
+        aliases: second names that transformers has for keys of the pieces, and that are refused here.
     """
 
     name: str
@@ -69,6 +77,7 @@ class Family:
     rows: tuple[Row, ...]
     outer: tuple[Row, ...]
     modules: Modules | None = None
+    aliases: frozenset[str] = frozenset()
 
     # ---------------------------------------------------------------- configuration
 
@@ -83,11 +92,20 @@ class Family:
         for key, value in config.items():
             if key in known or key in HARMLESS or key.startswith(HARMLESS_PREFIXES):
                 continue
-            if value not in (None, False) and value not in ("", [], {}):
+            if value is None or value is False or value in ("", [], {}):
+                continue
+            if key == "partial_rotary_factor" and value == 1:
+                continue
+            if key in READ or key in self.aliases:
                 raise HelixError(
                     f"config.json sets {key} = {_short(value)}, which {self.name} models do not have here. "
                     "If it does not change what the model computes, delete it from config.json."
                 )
+            warnings.warn(
+                f"config.json sets {key} = {_short(value)}, which {self.name} models of transformers do not "
+                "read: it is ignored.",
+                stacklevel=3,
+            )
         self.check_values(config)
         flags: dict[str, Any] = {}
         for piece in self.pieces:

@@ -73,4 +73,7 @@ FAMILY = Family(
     rows=LAYER,
     outer=OUTER,
     modules=None,
+    aliases=frozenset(
+        ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
+    ),
 )

@@ -1,7 +1,8 @@
 """Parts of a `config.json` and the model flags that they stand for, each in both directions.
 
-A family is a tuple of these pieces. `keys` are what a piece understands; a key that no piece of a family
-understands is refused unless it is known to change nothing (`HARMLESS`).
+A family is a tuple of these pieces. `keys` are what a piece understands. Of the other keys those are refused
+that transformers reads (`READ`), and those that change nothing there pass (`HARMLESS`). Whatever else stands in
+a file transformers does not read, and so it is noted and left alone.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ NAMES_OF_HARMLESS = """
 """
 HARMLESS = frozenset(NAMES_OF_HARMLESS.split())
 HARMLESS_PREFIXES = ("_", "unsloth")
+# Keys of every model_type by which transformers, in one of its versions, loads or computes something else. A
+# test compares them and the families' own keys with the classes.
+NAMES_OF_READ = """
+    quantization_config compression_config auto_map is_encoder_decoder add_cross_attention
+    tie_encoder_decoder pruned_heads partial_rotary_factor
+"""
+READ = frozenset(NAMES_OF_READ.split())
 
 
 class Piece:
