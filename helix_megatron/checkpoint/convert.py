@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from helix_megatron.checkpoint import manifest as manifests
 from helix_megatron.checkpoint.durable import sync_directories, writing_errors
+from helix_megatron.checkpoint.foreign import resolved
 from helix_megatron.checkpoint.huggingface_io import same_bits
 from helix_megatron.checkpoint.huggingface_target import HuggingFaceTarget
 from helix_megatron.checkpoint.manifest import FileEntry
@@ -230,7 +231,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _check_paths(source: Path, target: Path) -> None:
-    inside, outside = target.resolve(), source.resolve()
+    inside, outside = resolved(target), resolved(source)
     if inside == outside or outside in inside.parents or inside in outside.parents:
         raise HelixError(
             f"the target {target} and the source {source} lie in each other. Give another target."

@@ -27,6 +27,7 @@ EXPLANATIONS = {
     errno.ENAMETOOLONG: "the path is too long. Choose a shorter one.",
     errno.ENOTDIR: "a part of the path is a file, not a directory. Choose another one.",
     errno.EEXIST: "a part of the path is a file, not a directory. Choose another one.",
+    errno.ELOOP: "a link in the path leads to itself. Choose another path.",
     errno.EFBIG: (
         "a file would exceed the largest size allowed. Raise the limit (ulimit -f), or choose a file system "
         "that allows it."

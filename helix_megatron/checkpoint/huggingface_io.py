@@ -18,6 +18,12 @@ import torch
 from safetensors.torch import _TYPES
 from torch import Tensor
 
+from helix_megatron.checkpoint.foreign import (
+    damaged,
+    is_plain_name,
+    parse_json,
+    read_json,
+)
 from helix_megatron.checkpoint.manifest import FileEntry
 from helix_megatron.checkpoint.output import OutputFile
 from helix_megatron.errors import HelixError, listed
@@ -100,7 +106,7 @@ class HuggingFaceReader:
         try:
             return safetensors.safe_open(self.directory / file, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:
-            raise HelixError(_damaged(self.directory / file, str(error))) from error
+            raise HelixError(damaged(self.directory / file, str(error))) from error
 
     def read(self, name: str) -> Tensor:
         """A tensor, mapped from its file: not to be written to."""
@@ -112,9 +118,12 @@ class HuggingFaceReader:
         return self._open[1].get_tensor(name)
 
     def _entries_of(self, file: str) -> list[Entry]:
-        """The tensors of a file; the package checks header, offsets and size."""
-        found = []
+        """The tensors of a file; the package checks header, offsets and size, but takes names twice."""
+        found, path = [], self.directory / file
         with self.open(file) as opened:
+            with open(path, "rb") as stream:
+                header = stream.read(int.from_bytes(stream.read(8), "little"))
+            parse_json(header, path, unique=True)
             for name in opened.offset_keys():
                 facts = opened.get_slice(name)
                 if facts.get_dtype() not in DTYPES:
@@ -181,34 +190,10 @@ def weight_map(content: Mapping[str, Any], path: Path) -> dict[str, str]:
     """
     table = content.get("weight_map")
     names = table.values() if isinstance(table, dict) else [None]
-    if not all(
-        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
-        for name in names
-    ):
-        raise HelixError(_damaged(path, "weight_map is not a table of tensors and files"))
+    if not all(is_plain_name(name) and name.endswith(".safetensors") for name in names):
+        raise HelixError(damaged(path, "weight_map is not a table of tensors and files"))
     assert isinstance(table, dict)
     return table
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        HelixError: the file is missing or damaged, by name.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise HelixError(f"{path} is missing. Copy the model again.") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise HelixError(_damaged(path, f"no valid JSON ({error})")) from error
-    if not isinstance(content, dict):
-        raise HelixError(_damaged(path, "no JSON object"))
-    return content
-
-
-def _damaged(path: Path, reason: str) -> str:
-    return f"{path} is damaged: {reason}. Copy the model again from where it came."
 
 
 # ------------------------------------------------------------------------- write

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helix_megatron.checkpoint.foreign import read_json
 from helix_megatron.checkpoint.huggingface_io import (
     INDEX,
     Entry,
     make_index,
-    read_json,
     shards,
     weight_map,
     write_safetensors,

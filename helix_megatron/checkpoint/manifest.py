@@ -24,6 +24,7 @@ from typing import Any
 from blake3 import blake3
 
 from helix_megatron.checkpoint.durable import sync_directory, write_durably
+from helix_megatron.checkpoint.foreign import MOST_JSON, MOST_TEXT, check_depth, read_bytes
 from helix_megatron.errors import HelixError, listed
 
 MANIFEST_NAME = "helix.json"
@@ -31,6 +32,7 @@ CHECKSUM_NAME = "helix.json.sha256"
 FORMAT = 2
 HASHES: dict[str, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
 KINDS = ("canonical", "ranks", "huggingface")
+MOST_SEGMENTS = 10**5  # dimensions of a head, of which a segment has at least one
 ATTENTIONS = ("exact", "segment-local")
 CHUNK_BYTES = 1 << 20  # fits into a core's cache, so that hashing does not wait for memory
 # Files that a reader takes up because they lie there. Others (notes, logs) may be added to a checkpoint.
@@ -117,6 +119,7 @@ class Manifest:
             raise HelixError(f"{name}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise HelixError(f"{name} is damaged: no valid JSON ({error}). {TRY}") from error
+        check_depth(content, name)
         files = _checked(content, name)
         fields = {key: value for key, value in content.items() if key != "format"}
         return cls(**{**fields, "files": files})
@@ -160,17 +163,33 @@ def _checked(content: Any, name: str) -> dict[str, FileEntry]:
             raise HelixError(
                 f"{name}: {key} is {content[key]!r}. Valid values: {', '.join(valid)}."
             )
+    _check_segments(content, name)
+    iteration = content["iteration"]
+    if iteration is not None and not 0 <= iteration < 2**63:
+        raise HelixError(
+            f"{name}: iteration is {iteration}. It must not be negative, nor beyond 2⁶³."
+        )
+    for key, value in content["versions"].items():
+        if not isinstance(value, str):
+            raise HelixError(f"{name}: versions.{key} is {value!r:.80}, not a text. {TRY}")
+    return {path: _entry(path, entry, name) for path, entry in content["files"].items()}
+
+
+def _check_segments(content: dict[str, Any], name: str) -> None:
     segments, exact = content["segments"], content["attention"] == "exact"
     if segments < 1 or (exact and segments != 1):
         raise HelixError(
             f"{name}: segments is {segments}. It is 1 for exact attention, positive otherwise."
         )
-    if content["iteration"] is not None and content["iteration"] < 0:
-        raise HelixError(f"{name}: iteration is {content['iteration']}. It must not be negative.")
-    for key, value in content["versions"].items():
-        if not isinstance(value, str):
-            raise HelixError(f"{name}: versions.{key} is {value!r:.80}, not a text. {TRY}")
-    return {path: _entry(path, entry, name) for path, entry in content["files"].items()}
+    for key in ("num_attention_heads", "num_query_groups"):
+        heads = content["model"].get(key)
+        if type(heads) is int and heads % segments:
+            raise HelixError(
+                f"{name}: segments is {segments}, and {key} is {heads}. The heads of segment-local attention "
+                "are a multiple of the segments."
+            )
+    if segments > MOST_SEGMENTS:
+        raise HelixError(f"{name}: segments is {segments}. The most are {MOST_SEGMENTS:,}.")
 
 
 def _entry(path: str, entry: Any, name: str) -> FileEntry:
@@ -263,13 +282,8 @@ def read_manifest(directory: Path | str) -> Manifest:
         raise HelixError(
             f"{path} is missing: {directory} is no checkpoint of helix_megatron, or an incomplete one. {TRY}"
         )
-    try:
-        content = path.read_bytes()
-        checksum = checksum_path.read_bytes()
-    except FileNotFoundError as error:
-        raise HelixError(f"{error.filename} is missing. {TRY}") from error
-    except OSError as error:
-        raise HelixError(f"{path} cannot be read: {error.strerror}. {TRY}") from error
+    content = read_bytes(path, MOST_JSON, TRY)
+    checksum = read_bytes(checksum_path, MOST_TEXT, TRY)
     expected = f"{hashlib.sha256(content).hexdigest()}  {MANIFEST_NAME}\n".encode()
     if checksum != expected:
         raise HelixError(

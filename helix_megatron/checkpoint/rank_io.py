@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
+from helix_megatron.checkpoint.foreign import is_plain_name, read_name
 from helix_megatron.checkpoint.huggingface_io import REOPEN_BYTES, same_bits, tensor_bytes
 from helix_megatron.checkpoint.output import WRITE_BYTES
 from helix_megatron.checkpoint.partition import Part, RankLayout
@@ -299,8 +300,8 @@ def rank_directory(directory: Path) -> Path:
     latest = directory / LATEST
     if not latest.is_file():
         return directory
-    tag = latest.read_text(errors="replace").strip()
-    if not tag or Path(tag).name != tag or not (directory / tag).is_dir():
+    tag = read_name(latest, "Copy the checkpoint again from where it came.")
+    if not is_plain_name(tag) or not (directory / tag).is_dir():
         raise HelixError(
             f"{latest} names {tag[:40]!r}, which is no directory in {directory}. Copy the checkpoint again "
             "from where it came."

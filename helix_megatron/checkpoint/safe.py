@@ -9,7 +9,6 @@ reader does, and refuses what it does not know.
 from __future__ import annotations
 
 import io
-import json
 import pathlib
 import pickle
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from helix_megatron.checkpoint.foreign import read_bytes, read_json
 from helix_megatron.checkpoint.manifest import file_names
 from helix_megatron.checkpoint.torch_files import DAMAGED, TRUST, load_pt
 from helix_megatron.errors import HelixError
@@ -34,6 +34,7 @@ from helix_megatron.errors import HelixError
 __all__ = ["inspect", "load_common", "load_metadata", "load_pt"]
 
 METADATA_NAME = ".metadata"
+MOST_METADATA = 1 << 33  # bytes
 COMMON_NAME = "common.pt"
 COMMON_KEY = "common_state/shard_0_1"
 LAYOUTS = {"torch.strided": torch.strided, "torch.sparse_coo": torch.sparse_coo}
@@ -152,10 +153,7 @@ def load_metadata(path: Path | str, *, trust: bool = False) -> Any:
     Raises:
         HelixError: names the file and what it asks for that is not allowed, or says that it is damaged.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise HelixError(f"{path} cannot be read: {error.strerror}. {DAMAGED}") from error
+    content = read_bytes(Path(path), MOST_METADATA, DAMAGED)
     if trust:
         return pickle.loads(content)
     metadata = _unpickled(content, str(path))
@@ -246,8 +244,8 @@ def _check_backend(path: Path) -> None:
     if not path.exists():
         return
     try:
-        backend = json.loads(path.read_bytes())["sharded_backend"]
-    except (ValueError, KeyError, TypeError) as error:
+        backend = read_json(path)["sharded_backend"]
+    except (HelixError, KeyError) as error:
         raise HelixError(
             f"{path} is damaged: no valid JSON, or no 'sharded_backend'. {DAMAGED}"
         ) from error

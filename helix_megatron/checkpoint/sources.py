@@ -20,12 +20,12 @@ from helix_megatron.checkpoint.catalog import (
     segment_local_flags,
     segment_local_permutation,
 )
+from helix_megatron.checkpoint.foreign import read_json, resolved
 from helix_megatron.checkpoint.huggingface_io import (
     INDEX,
     WEIGHTS,
     HuggingFaceReader,
     make_index,
-    read_json,
 )
 from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.partition import RankLayout
@@ -271,6 +271,7 @@ def open_source(
         HelixError: no checkpoint, or a damaged one; names the file.
     """
     directory = Path(path)
+    resolved(directory)
     if not directory.is_dir():
         problem = "is a file" if directory.exists() else "does not exist"
         raise HelixError(f"{directory} {problem}. Give the directory of a checkpoint.")
@@ -296,6 +297,7 @@ def open_source(
                 "and layout are not known. Give --like DIR, a directory that this converter wrote for the same "
                 "layout."
             )
+        resolved(like)
         manifest = manifests.read_manifest(like)
     return RankSource(directory, manifest, trust=trust)
 

@@ -66,8 +66,13 @@ class Staging:
             self._check_names()
             recover(self.target)
             check_target(self.target, overwrite)
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.root.mkdir(exist_ok=True)
+            try:
+                self.target.parent.mkdir(parents=True, exist_ok=True)
+                self.root.mkdir(exist_ok=True)
+            except FileNotFoundError as error:  # what /proc says to whoever writes to it
+                raise HelixError(
+                    f"no directory can be made in {self.target.parent}. Give another target."
+                ) from error
             try:
                 self._lock = lock(self.root)
             except BlockingIOError:

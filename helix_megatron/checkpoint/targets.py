@@ -22,6 +22,7 @@ from helix_megatron.checkpoint.canonical_files import (
     write_metadata,
 )
 from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
+from helix_megatron.checkpoint.foreign import is_plain_name
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest, digest
 from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, StageFiles, file_name
@@ -203,8 +204,8 @@ class RankTarget:
 
     def __init__(self, tensors: Tensors, layout: RankLayout, tag: str) -> None:
         self.tensors, self.source, self.layout, self.tag = tensors, tensors.source, layout, tag
-        if not tag or Path(tag).name != tag or tag == LATEST:
-            raise HelixError(f"the tag {tag!r} cannot name a directory. Try global_step0.")
+        if not is_plain_name(tag) or tag == LATEST:
+            raise HelixError(f"the tag {tag!r:.120} cannot name a directory. Try global_step0.")
         self.units = [f"stage {stage}" for stage in range(layout.pipeline)]
 
     def rows(self) -> Iterator[Row]:

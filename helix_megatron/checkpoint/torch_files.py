@@ -13,6 +13,7 @@ import contextlib
 import enum
 import importlib
 import io
+import os
 import pathlib
 import pickle
 import re
@@ -49,6 +50,8 @@ def load_pt(
     name = name or ("a torch file" if isinstance(source, bytes) else str(source))
     file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     mmap = mmap and isinstance(file, str)
+    if isinstance(file, str) and os.path.exists(file) and not os.path.isfile(file):
+        raise HelixError(f"{name} is no file, but a directory, a pipe or a device. {DAMAGED}")
     try:
         if trust:
             return torch.load(file, map_location="cpu", weights_only=False, mmap=mmap)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader, read_json
+from helix_megatron.checkpoint.foreign import read_json, resolved
+from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.files import (
@@ -65,6 +66,7 @@ def from_pretrained(
     """
     from transformers import AutoModelForCausalLM
 
+    resolved(directory)
     directory = Path(directory)
     config = _config(directory)
     files = HuggingFaceReader(directory)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.checkpoint.huggingface_io import read_json
+from helix_megatron.checkpoint.foreign import read_json
 from helix_megatron.checkpoint.sources import SIDECARS
 from helix_megatron.data.text import EOD_NAMES, read_tokenizer_file
 from helix_megatron.errors import HelixError, listed

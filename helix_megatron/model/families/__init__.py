@@ -59,11 +59,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises:
         HelixError: none, or one that is not known here; lists those that are.
     """
-    name = config.get("model_type")
-    if not isinstance(name, str):
+    name, architectures = config.get("model_type"), config.get("architectures") or ()
+    if not isinstance(name, str | None):
+        raise HelixError(f"config.json sets model_type = {name!r:.80}. It must be a text.")
+    if not isinstance(architectures, list | tuple):
+        raise HelixError(
+            f"config.json sets architectures = {architectures!r:.80}. It must be a list of texts."
+        )
+    if name is None:
         known = [family.architecture for family in FAMILIES.values()]
         for family in FAMILIES.values():
-            if family.architecture in (config.get("architectures") or ()):
+            if family.architecture in architectures:
                 return family
         raise HelixError(
             "config.json has no model_type, by which the family of a model is known, and none of the "

@@ -1,0 +1,170 @@
+"""Files and paths that nobody vouches for end in one sentence: no traceback, no endless reading."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+
+import pytest
+from tiny_checkpoints import CONFIGS, write_hugging_face
+
+from helix_megatron.checkpoint import foreign
+from helix_megatron.checkpoint.convert import Options, RankOptions, convert
+from helix_megatron.checkpoint.foreign import is_plain_name, read_json, resolved
+from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
+from helix_megatron.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from helix_megatron.checkpoint.rank_io import rank_directory
+from helix_megatron.checkpoint.sources import open_source
+from helix_megatron.checkpoint.torch_files import load_pt
+from helix_megatron.errors import HelixError
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"[" * 100_000, "no valid JSON"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "no valid JSON"),
+        (b'{"a":' + b"[" * 500 + b"]" * 500 + b"}", "nested more than 100 deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "no valid JSON"),
+        (b'{"a": "\xff"}', "no valid JSON"),
+        (b"[1]", "no JSON object"),
+        (b"", "no valid JSON"),
+    ],
+)
+def test_json_that_cannot_be_used(tmp_path, content, text):
+    """Whatever the parser makes of it."""
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(HelixError, match=rf"config\.json is damaged: .*{text}"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory", "itself", "nothing", "large"])
+def test_what_is_no_file_is_not_read(tmp_path, monkeypatch, kind):
+    """A pipe waits for a writer that never comes, and a device never ends."""
+    path = tmp_path / "config.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "large":
+        monkeypatch.setattr(foreign, "MOST_JSON", 10)
+        path.write_text("{}" + " " * 9)
+    elif kind != "nothing":
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    with pytest.raises(HelixError, match=r"config\.json (is no file|is missing|cannot be|has 11)"):
+        read_json(path)
+    if kind in ("pipe", "device"):
+        with pytest.raises(HelixError, match="is no file"):
+            load_pt(path)
+
+
+PATHS = ["x" * 4000, "x/" * 2500, "a\0b", "itself/below"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_that_cannot_be(tmp_path, name):
+    """As a source, a target or in --like."""
+    (tmp_path / "itself").symlink_to("itself")
+    source = write_hugging_face(tmp_path / "hf")
+    path = f"{tmp_path}/{name}"
+    said = r"cannot be a path|does not exist|leads to itself"
+    for action in (
+        lambda: open_source(path),
+        lambda: convert(path, tmp_path / "target", "canonical"),
+        lambda: convert(source, path, "canonical"),
+    ):
+        with pytest.raises(HelixError, match=said):
+            action()
+
+
+def test_targets_in_proc(tmp_path):
+    """The kernel's own folders let nobody make a directory."""
+    source = write_hugging_face(tmp_path / "hf")
+    for target in ("/proc/model", "/proc/self/model"):
+        with pytest.raises(HelixError, match=r"no directory can be made in|cannot write to"):
+            convert(source, target, "canonical")
+
+
+def test_plain_names():
+    """What a file of a checkpoint may call a file beside it."""
+    good = ["a", "global_step10", "a.safetensors", "…", "x" * 255]
+    bad = ["", ".", "..", "a/b", "/a", "a\0b", "x" * 256, "\ud800", None, 1, ["a"]]
+    assert [is_plain_name(name) for name in good + bad] == [True] * len(good) + [False] * len(bad)
+    assert resolved("/proc/self/nothing").name == "nothing"
+
+
+@pytest.mark.parametrize(
+    "tag", ["..", ".", "", "a/../..", "nothing", "a\0b", "x" * 4000, "x" * 5000]
+)
+def test_a_tag_stays_in_the_directory(tmp_path, tag):
+    """`latest` is a file of whoever made the checkpoint; a tag of --tag becomes a directory's name."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest").write_text(tag)
+    with pytest.raises(HelixError, match=r"latest (names|has 5,000 bytes)"):
+        rank_directory(tmp_path / "run")
+    if tag != "nothing":
+        source = write_hugging_face(tmp_path / "hf")
+        options = Options(ranks=RankOptions(tag=tag))
+        with pytest.raises(HelixError, match="cannot name a directory"):
+            convert(source, tmp_path / "target", "ranks", options)
+
+
+def test_one_tensor_twice_in_a_header(tmp_path):
+    """Readers take the first or the last of two."""
+    source = write_hugging_face(tmp_path / "hf")
+    path = source / "model.safetensors"
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + length].decode().rstrip()
+    name = "model.norm.weight"
+    entry = json.dumps({name: json.loads(header)[name]})[1:-1]
+    header = (header[:-1] + "," + entry + "}").encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    with pytest.raises(HelixError, match=rf"safetensors is damaged: .*{name}.* is there twice"):
+        HuggingFaceReader(source)
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"model_type": ["llama"]}, r"model_type = \['llama'\]. It must be a text"),
+        ({"model_type": None, "architectures": 1}, "architectures = 1. It must be a list of texts"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000"),
+    ],
+)
+def test_values_of_a_config_that_no_program_writes(tmp_path, changed, text):
+    """Through the converter, as a stranger would meet them."""
+    source = write_hugging_face(tmp_path / "hf")
+    (source / "config.json").write_text(json.dumps(CONFIGS["llama"] | changed))
+    with pytest.raises(HelixError, match=text):
+        convert(source, tmp_path / "target", "canonical")
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"segments": 10**9}, "segments is 1000000000. The most are 100,000"),
+        (
+            {"segments": 3, "model": {"num_attention_heads": 4}},
+            "segments is 3, and num_attention_heads is 4",
+        ),
+        ({"iteration": 10**400}, "iteration is 1000"),
+    ],
+)
+def test_numbers_of_a_manifest_have_a_range(changed, text):
+    """A manifest's own hash proves nothing: whoever writes the one writes the other."""
+    content = json.loads(Manifest("canonical", {}, attention="segment-local").to_json()) | changed
+    with pytest.raises(HelixError, match=text):
+        Manifest.from_json(json.dumps(content))
+
+
+def test_a_manifest_that_is_a_pipe(tmp_path):
+    """Its hash, too, is read only where it is a file."""
+    write_manifest(tmp_path, Manifest("canonical", {}))
+    checksum = tmp_path / "helix.json.sha256"
+    checksum.unlink()
+    os.mkfifo(checksum)
+    with pytest.raises(HelixError, match=r"sha256 is no file"):
+        read_manifest(tmp_path)
