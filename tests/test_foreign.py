@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import struct
+from pathlib import Path
 
 import pytest
-from tiny_checkpoints import CONFIGS, write_hugging_face
+from tiny_checkpoints import CONFIGS, hashes, write_hugging_face
 
 from helix_megatron.checkpoint import foreign
 from helix_megatron.checkpoint.convert import Options, RankOptions, convert
@@ -168,3 +169,33 @@ def test_a_manifest_that_is_a_pipe(tmp_path):
     os.mkfifo(checksum)
     with pytest.raises(HelixError, match=r"sha256 is no file"):
         read_manifest(tmp_path)
+
+
+# ------------------------------------------------------------------------- the Hub's cache
+
+
+def hub_cache(folder: Path, source: Path) -> Path:
+    """A folder of the Hub's cache with the model of `source` in one of two snapshots."""
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "old").mkdir(parents=True)
+    (folder / "snapshots" / "old" / "config.json").write_text("{}")
+    source.rename(folder / "snapshots" / "abc")
+    return folder
+
+
+def test_a_folder_of_the_hubs_cache_is_a_model(tmp_path):
+    """`models--x--y` itself is what people copy from an error message or a file manager."""
+    source = write_hugging_face(tmp_path / "hf")
+    expected = hashes(source)
+    cache = hub_cache(tmp_path / "models--x--y", source)
+    convert(cache, tmp_path / "store", "canonical")
+    convert(tmp_path / "store", tmp_path / "back", "huggingface")
+    assert hashes(tmp_path / "back") == expected
+    for name in ("..", "gone", "a\0b", ""):
+        (cache / "refs" / "main").write_text(name)
+        with pytest.raises(HelixError, match=r"main names .*Valid: abc, old\."):
+            open_source(cache)
+    (cache / "refs" / "main").unlink()
+    with pytest.raises(HelixError, match="main is missing"):
+        open_source(cache)

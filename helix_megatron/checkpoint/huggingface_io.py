@@ -23,6 +23,7 @@ from helix_megatron.checkpoint.foreign import (
     is_plain_name,
     parse_json,
     read_json,
+    read_name,
 )
 from helix_megatron.checkpoint.manifest import FileEntry
 from helix_megatron.checkpoint.output import OutputFile
@@ -194,6 +195,27 @@ def weight_map(content: Mapping[str, Any], path: Path) -> dict[str, str]:
         raise HelixError(damaged(path, "weight_map is not a table of tensors and files"))
     assert isinstance(table, dict)
     return table
+
+
+def snapshot_of(directory: Path) -> Path:
+    """The model in a folder of the Hub's cache (`models--OWNER--NAME`): the snapshot that `refs/main` names.
+
+    Any other directory is given back as it is.
+
+    Raises:
+        HelixError: the folder has snapshots, and `refs/main` names none of them.
+    """
+    snapshots, main = directory / "snapshots", directory / "refs" / "main"
+    if (directory / "config.json").exists() or not (snapshots.is_dir() and main.parent.is_dir()):
+        return directory
+    name = read_name(main, "Download the model again.")
+    if is_plain_name(name) and (snapshots / name).is_dir():
+        return snapshots / name
+    have = sorted(path.name for path in snapshots.iterdir())
+    raise HelixError(
+        f"{main} names {name[:40]!r}, which is no directory in {snapshots}. Valid: {listed(have)}. Download "
+        "the model again, or give one of these directories."
+    )
 
 
 # ------------------------------------------------------------------------- write

@@ -26,6 +26,7 @@ from helix_megatron.checkpoint.huggingface_io import (
     WEIGHTS,
     HuggingFaceReader,
     make_index,
+    snapshot_of,
 )
 from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.partition import RankLayout
@@ -260,7 +261,7 @@ def open_source(
 
     Args:
         path: a store (`DIR/iter_0000010`, …, of which the newest is taken), one checkpoint of it, a Hugging
-            Face model, or a directory with one file per rank.
+            Face model, its folder in the Hub's cache, or a directory with one file per rank.
         trust: read pickles that could run code.
         verify: compare every file with its size and hash in the manifest, where there is one, before a tensor
             of it is used; `finish` completes that.
@@ -275,6 +276,7 @@ def open_source(
     if not directory.is_dir():
         problem = "is a file" if directory.exists() else "does not exist"
         raise HelixError(f"{directory} {problem}. Give the directory of a checkpoint.")
+    directory = snapshot_of(directory)
     kind = kind_of(directory)
     if kind == "canonical":
         directory = Store(directory).resolve()

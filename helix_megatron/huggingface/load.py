@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from helix_megatron.checkpoint.foreign import read_json, resolved
-from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
+from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader, snapshot_of
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.files import (
@@ -67,7 +67,7 @@ def from_pretrained(
     from transformers import AutoModelForCausalLM
 
     resolved(directory)
-    directory = Path(directory)
+    directory = snapshot_of(Path(directory))
     config = _config(directory)
     files = HuggingFaceReader(directory)
     dtype = _dtype(dtype) or getattr(config, "dtype", None) or float_dtype(files)
