@@ -103,15 +103,15 @@ def test_wrong_models_are_named(tmp_path):
     assert "cannot read model file" in error(model_of, str(tmp_path / "none.json"))
     path = tmp_path / "config.json"
     for text, expected in (
-        ("{", "is not JSON"),
-        ("[]", "must be an object"),
+        ("{", "no valid JSON"),
+        ("[]", "no JSON object"),
         ('{"model_type": "lama"}', "Did you mean llama?"),
         (
             json.dumps(LLAMA | {"num_key_value_heads": 5}),
             "the first must be a multiple of the second",
         ),
         (json.dumps(LLAMA | {"hidden_size": "big"}), "hidden_size = 'big'"),
-        (json.dumps(LLAMA | {"num_hidden_layers": 0}), "num_layers is 0"),
+        (json.dumps(LLAMA | {"num_hidden_layers": 0}), "num_hidden_layers = 0"),
     ):
         path.write_text(text)
         assert expected in error(model_of, str(path)), text

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from helix_megatron.checkpoint.foreign import is_plain_name, read_name
 from helix_megatron.deepspeed.models import CutModel
 from helix_megatron.errors import HelixError
 from helix_megatron.layout import contiguous_runs
@@ -98,7 +99,9 @@ def find_checkpoint(
     root = Path(directory)
     latest = root / "latest"
     if tag is None and latest.is_file():
-        tag = latest.read_text().strip()
+        tag = read_name(latest, "Save the checkpoint again.")
+        if not is_plain_name(tag):
+            raise HelixError(f"{latest} names {tag[:40]!r}, which is no directory in {root}.")
     if tag is not None and (root / str(tag)).is_dir():
         return root / str(tag)
     if tag is None and (root / FILE).is_file():

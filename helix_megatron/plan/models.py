@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.checkpoint.catalog import Cut, layer_tensors, mlp_tensors
+from helix_megatron.checkpoint.foreign import read_json
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.layout import RotaryStyle
@@ -197,13 +197,9 @@ def read_config(path: Path) -> ModelSpec:
     from helix_megatron.model.families import family_of
 
     try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise HelixError(f"cannot read model file {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise HelixError(f"model file {path} is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise HelixError(f"model file {path} must be an object, as Hugging Face's config.json is.")
+        config = read_json(path)
+    except HelixError as error:
+        raise HelixError(f"cannot read model file {error}") from error
     try:
         flags = family_of(config).model_flags(config)
     except HelixError as error:
