@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import struct
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_checkpoints import CONFIGS, hashes, write_hugging_face
 
 from helix_megatron.checkpoint import foreign
@@ -16,7 +18,7 @@ from helix_megatron.checkpoint.foreign import is_plain_name, read_json, resolved
 from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
 from helix_megatron.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from helix_megatron.checkpoint.rank_io import rank_directory
-from helix_megatron.checkpoint.sources import open_source
+from helix_megatron.checkpoint.sources import layout_of, open_source, stock_flags
 from helix_megatron.checkpoint.torch_files import load_pt
 from helix_megatron.errors import HelixError
 
@@ -159,6 +161,38 @@ def test_numbers_of_a_manifest_have_a_range(changed, text):
     content = json.loads(Manifest("canonical", {}, attention="segment-local").to_json()) | changed
     with pytest.raises(HelixError, match=text):
         Manifest.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tp", 10**9), ("pp", "2"), ("m", None), ("etp", 0), ("vocabulary_multiple", 1.5)],
+)
+def test_numbers_of_a_layout_have_a_range(key, value):
+    """Ranks are counted before a file is looked for."""
+    layout = dict.fromkeys(("tp", "pp", "ep", "etp", "m", "vocabulary_multiple"), 1)
+    flags = {"num_layers": 1, "hidden_size": 4, "num_attention_heads": 1, "vocab_size": 8}
+    assert layout_of(Manifest("ranks", flags, layout=layout)).num_ranks == 1
+    with pytest.raises(HelixError, match=f"layout has {key} = "):
+        layout_of(Manifest("ranks", flags, layout=layout | {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"window_size": []}, r"--window-size is \[\]. It must be a whole number"),
+        ({"rotary_percent": float("nan")}, "--rotary-percent is nan. It must be a finite number"),
+        ({"num_layers": 10**12}, "The largest valid value is 10,000"),
+        ({"vocab_size": "9", "tokenizer_type": "NullTokenizer"}, "--vocab-size is '9'"),
+        (None, "has no arguments of Megatron-LM"),
+    ],
+)
+def test_arguments_of_a_stock_checkpoint_have_a_range(tmp_path, arguments, text):
+    """They are a pickle of values that anybody can write."""
+    sizes = {"num_layers": 1, "hidden_size": 4, "num_attention_heads": 1, "vocab_size": 8}
+    kept = 1 if arguments is None else argparse.Namespace(**(sizes | arguments))
+    torch.save({"args": kept}, tmp_path / "common.pt")
+    with pytest.raises(HelixError, match=text):
+        stock_flags(tmp_path)
 
 
 def test_a_manifest_that_is_a_pipe(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import shutil
 import warnings
@@ -39,6 +40,7 @@ from helix_megatron.model.description import FUNCTION_FLAGS, ModelConfig, comple
 from helix_megatron.model.families import family_of
 from helix_megatron.model.families.rules import Rule
 
+MOST_RANKS = 10**6  # in each direction
 DATA = ".distcp"  # ending of files with tensors
 SIDECARS = "huggingface"  # folder of the other kinds of checkpoints, for what came with a Hugging Face model
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
@@ -339,7 +341,16 @@ def layout_of(manifest: Manifest) -> RankLayout:
     layout = manifest.layout
     if manifest.kind != "ranks":
         raise HelixError(f"the manifest is of a {manifest.kind} checkpoint, not of files per rank.")
-    helix = HelixConfig(layout["m"], manifest.attention, query_layout=layout["query_layout"])
+    for key in ("tp", "pp", "ep", "etp", "m", "vocabulary_multiple"):
+        value = layout.get(key)
+        if type(value) is not int or not 1 <= value <= MOST_RANKS:
+            raise HelixError(
+                f"the manifest's layout has {key} = {value!r:.80}. It must be a whole number from 1 to "
+                f"{MOST_RANKS:,}."
+            )
+    helix = HelixConfig(
+        layout["m"], manifest.attention, query_layout=layout.get("query_layout", "auto")
+    )
     return RankLayout(
         manifest.model,
         layout["tp"],
@@ -358,7 +369,8 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
         HelixError: there are none.
     """
     common = load_common(directory, trust=trust)
-    arguments = vars(common["args"]) if isinstance(common, dict) and "args" in common else {}
+    kept = common.get("args") if isinstance(common, dict) else None
+    arguments = vars(kept) if isinstance(kept, argparse.Namespace) else {}
     if "num_layers" not in arguments:
         raise HelixError(
             f"{directory} has no arguments of Megatron-LM, so the model's sizes are not known. Save the "
@@ -366,12 +378,13 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
         )
     names = (*FUNCTION_FLAGS, *OTHER_FLAGS)
     flags = {name: arguments[name] for name in names if name in arguments}
-    if arguments.get("tokenizer_type") == "NullTokenizer" and flags.get("vocab_size"):
+    if arguments.get("tokenizer_type") == "NullTokenizer" and type(flags.get("vocab_size")) is int:
         flags["vocab_size"] += 1  # Megatron adds a token that ends documents
     if "add_bias_linear" in arguments:
         flags["disable_bias_linear"] = not arguments["add_bias_linear"]
-    if isinstance(flags.get("window_size"), tuple | list):
-        flags["window_size"] = flags["window_size"][0]
+    window = flags.get("window_size")
+    if isinstance(window, tuple | list) and window:  # before the query, and after it
+        flags["window_size"] = window[0]
     return complete(flags)
 
 
