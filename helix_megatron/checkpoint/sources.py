@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, RankReader, rank_directory
 from helix_megatron.checkpoint.safe import load_common
+from helix_megatron.checkpoint.side_files import side_files
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
@@ -43,7 +42,6 @@ from helix_megatron.model.families.rules import Rule
 MOST_RANKS = 10**6  # in each direction
 DATA = ".distcp"  # ending of files with tensors
 SIDECARS = "huggingface"  # folder of the other kinds of checkpoints, for what came with a Hugging Face model
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
 OTHER_FLAGS = (
     "group_query_attention",
     "vocab_size",
@@ -386,31 +384,3 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
     if isinstance(window, tuple | list) and window:  # before the query, and after it
         flags["window_size"] = window[0]
     return complete(flags)
-
-
-def side_files(folder: Path) -> dict[str, bytes | Path]:
-    """The files of a Hugging Face model beside its weights, by name; none that a link brings in from elsewhere.
-
-    In a snapshot of the Hub's cache every file is a link to one of the cache's blobs.
-    """
-    inside = [folder.resolve()]
-    if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parent.parent / "blobs")
-    found: dict[str, bytes | Path] = {}
-    for path in sorted(path for pattern in COPIED for path in folder.glob(pattern)):
-        if path.is_file() and path.name not in (manifests.MANIFEST_NAME, manifests.CHECKSUM_NAME):
-            if path.resolve().parent in inside:
-                found[path.name] = path
-            else:
-                warnings.warn(f"{path} is a link to another folder, and is left out.", stacklevel=2)
-    return found
-
-
-def write_side_files(files: Mapping[str, bytes | Path], folder: Path) -> None:
-    """Write what came with a Hugging Face model into a folder."""
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
-        else:
-            shutil.copyfile(content, folder / name)
