@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import math
 import multiprocessing
 import os
 import re
@@ -20,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as megatron_state
@@ -47,7 +45,6 @@ from helix_megatron.megatron.notices import hide_notices
 from helix_megatron.megatron.outcomes import on_every_rank, on_first_rank
 from helix_megatron.versions import found_version, numbers
 
-SHARDED = (ShardedTensor, ShardedTensorFactory)
 # `CheckpointSaver` drives megatron-core's own writer; from 0.17 on nvidia-resiliency-ext's is the default.
 _choices = inspect.signature(dist_checkpointing.save).parameters
 WRITER: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in _choices else {}
@@ -243,21 +240,6 @@ def _received(receiver: Any, staging: Path) -> dict[str, FileEntry]:
         if isinstance(answer, Exception):
             raise answer
     return answer
-
-
-def check_finite(state: dict[str, Any]) -> None:
-    """Refuse a sharded state dictionary in which this rank has a number that is not finite.
-
-    Raises:
-        HelixError: names the tensor.
-    """
-    for item in nested_values(state):
-        data = getattr(item, "data", None) if isinstance(item, SHARDED) else None
-        if not isinstance(data, torch.Tensor) or not data.is_floating_point() or not data.numel():
-            continue
-        # NaN is passed on by both; unlike `isfinite` this takes no memory of the tensor's size.
-        if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(data.detach())):
-            raise HelixError(f"{item.key} holds numbers that are NaN or infinite.")
 
 
 # ------------------------------------------------------------------------ load

@@ -18,13 +18,11 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, divisors, listed, with_settings
 from helix_megatron.flags import check_values, names_with
 from helix_megatron.layout import HeadLayout, RotaryStyle, rotary_of
+from helix_megatron.model.checks import check_options
 from helix_megatron.model.fields import FUNCTION, MIXTURE, TRAINING, ModelFields
-from helix_megatron.model.patterns import is_pattern
 
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")  # that nothing else implies
 HEADS = ("num_attention_heads", "num_query_groups", "kv_channels")
-MOST_EXPERTS = 200_000  # of all layers
-ACTIVATIONS = ("swiglu", "geglu", "openai_gelu")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class ModelConfig(ModelFields):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_values(self)
         self._fill()
-        self._check_options()
+        check_options(self)
 
     def _fill(self) -> None:
         heads = self.num_attention_heads
@@ -310,99 +308,6 @@ class ModelConfig(ModelFields):
             if name and (f.metadata["group"] != MIXTURE or "experts" in self.traits):
                 settings[f.name if name is True else name] = _as_list(getattr(self, f.name))
         return settings
-
-    # ------------------------------------------------------------------------ checks
-
-    def _check_options(self) -> None:
-        chosen = [f"<{name}>" for name in ACTIVATIONS if getattr(self, name)]
-        if len(chosen) > 1:
-            raise HelixError(
-                with_settings(f"{listed(chosen)} exclude each other. Give one of them.")
-            )
-        if self.max_position_embeddings < self.seq_length:  # type: ignore[operator]
-            raise HelixError(
-                with_settings(
-                    f"<seq_length> {self.seq_length} is longer than <max_position_embeddings> "
-                    f"{self.max_position_embeddings}. Leave the latter out, or raise it."
-                )
-            )
-        rotated = self.rotary_dim
-        if rotated % 2:
-            raise HelixError(
-                with_settings(
-                    f"rotary embedding rotates pairs of dimensions, and {rotated} of the {self.head_dim} "
-                    "dimensions of a head (<kv_channels>, <rotary_percent>) are not an even number."
-                )
-            )
-        scaled = self.use_rope_scaling or self.rotary_seq_len_interpolation_factor
-        if scaled and "rope" not in self.traits:
-            raise HelixError(
-                with_settings(
-                    "<use_rope_scaling> and <rotary_seq_len_interpolation_factor> scale rotary embedding, and "
-                    f"<position_embedding_type> is {self.position_embedding_type}. Leave them out."
-                )
-            )
-        if self.window_attn_skip_freq is not None and self.window_size is None:
-            raise HelixError(
-                with_settings(
-                    "<window_attn_skip_freq> says which layers have a sliding window, and there is none. Add "
-                    "<window_size>, or leave it out."
-                )
-            )
-        self._check_pattern("window_attn_skip_freq")
-        if "experts" in self.traits:
-            self._check_pattern("moe_layer_freq")
-            self._check_experts()
-
-    def _check_pattern(self, name: str) -> None:
-        pattern = getattr(self, name)
-        if pattern is not None and not is_pattern(pattern):
-            raise HelixError(
-                with_settings(
-                    f"<{name}> is {pattern!r}. It must be a whole number of at least 1 or a list of 0 and 1."
-                )
-            )
-        if isinstance(pattern, tuple) and len(pattern) != self.num_layers:
-            raise HelixError(
-                with_settings(
-                    f"<{name}> lists {len(pattern)} layers, and <num_layers> is {self.num_layers}. List "
-                    "all of them."
-                )
-            )
-
-    def _check_experts(self) -> None:
-        assert self.num_experts is not None
-        if sum(self.moe_layers) * self.num_experts > MOST_EXPERTS:
-            raise HelixError(
-                f"--num-experts {self.num_experts} in {sum(self.moe_layers)} layers are more than "
-                f"{MOST_EXPERTS:,} experts. Give fewer."
-            )
-        if not any(self.moe_layers):
-            raise HelixError(
-                with_settings(
-                    "<moe_layer_freq> gives experts to no layer. Leave out <num_experts> for a dense model."
-                )
-            )
-        if not 1 <= self.moe_router_topk <= self.num_experts:
-            raise HelixError(
-                with_settings(
-                    f"<moe_router_topk> {self.moe_router_topk}: a token has 1 to {self.num_experts} experts."
-                )
-            )
-        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
-            raise HelixError(
-                with_settings(
-                    "<moe_router_topk> 1 needs <moe_router_pre_softmax>: the softmax over one expert is always "
-                    "1, and the router would not learn."
-                )
-            )
-        if self.moe_shared_expert_gate and "shared experts" not in self.traits:
-            raise HelixError(
-                with_settings(
-                    "<moe_shared_expert_gate> gates shared experts, and there are none. Add "
-                    "<moe_shared_expert_intermediate_size>, or leave it out."
-                )
-            )
 
 
 MODEL_FLAGS = names_with(ModelConfig, is_flag=True)

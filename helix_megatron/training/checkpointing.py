@@ -24,6 +24,7 @@ from helix_megatron.checkpoint.run_lock import sole_run
 from helix_megatron.checkpoint.store import Store, is_same_directory
 from helix_megatron.errors import DivergenceError, HelixError, listed
 from helix_megatron.megatron import dist_checkpoint, torch_adam
+from helix_megatron.megatron.finite import check_finite
 from helix_megatron.megatron.optimizer_state import (
     PARTS,
     load_optimizer,
@@ -228,7 +229,7 @@ class Checkpointing:
             progress, optimizer=not settings.no_save_optim, random=not settings.no_save_rng
         )
         try:
-            on_every_rank(lambda: dist_checkpoint.check_finite(state))
+            on_every_rank(lambda: check_finite(state))
         except HelixError as error:
             text = f"iteration {progress.iteration} is not saved: {error} {self.described()}"
             if not self.run.training.no_check_for_nan_in_loss_and_grad:

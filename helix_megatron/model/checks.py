@@ -1,0 +1,113 @@
+"""Which values of a model's fields do not go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from helix_megatron.errors import HelixError, listed, with_settings
+from helix_megatron.model.patterns import is_pattern
+
+if TYPE_CHECKING:
+    from helix_megatron.model.description import ModelConfig
+
+ACTIVATIONS = ("swiglu", "geglu", "openai_gelu")
+MOST_EXPERTS = 200_000  # of all layers
+
+
+def check_options(model: ModelConfig) -> None:
+    """Refuse values of a model that do not go together.
+
+    Raises:
+        HelixError: names the settings, why, and what to do.
+    """
+    chosen = [f"<{name}>" for name in ACTIVATIONS if getattr(model, name)]
+    if len(chosen) > 1:
+        raise HelixError(with_settings(f"{listed(chosen)} exclude each other. Give one of them."))
+    if model.max_position_embeddings < model.seq_length:  # type: ignore[operator]
+        raise HelixError(
+            with_settings(
+                f"<seq_length> {model.seq_length} is longer than <max_position_embeddings> "
+                f"{model.max_position_embeddings}. Leave the latter out, or raise it."
+            )
+        )
+    rotated = model.rotary_dim
+    if rotated % 2:
+        raise HelixError(
+            with_settings(
+                f"rotary embedding rotates pairs of dimensions, and {rotated} of the {model.head_dim} "
+                "dimensions of a head (<kv_channels>, <rotary_percent>) are not an even number."
+            )
+        )
+    scaled = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor
+    if scaled and "rope" not in model.traits:
+        raise HelixError(
+            with_settings(
+                "<use_rope_scaling> and <rotary_seq_len_interpolation_factor> scale rotary embedding, and "
+                f"<position_embedding_type> is {model.position_embedding_type}. Leave them out."
+            )
+        )
+    if model.window_attn_skip_freq is not None and model.window_size is None:
+        raise HelixError(
+            with_settings(
+                "<window_attn_skip_freq> says which layers have a sliding window, and there is none. Add "
+                "<window_size>, or leave it out."
+            )
+        )
+    _check_pattern(model, "window_attn_skip_freq")
+    if "experts" in model.traits:
+        _check_pattern(model, "moe_layer_freq")
+        _check_experts(model)
+
+
+def _check_pattern(model: ModelConfig, name: str) -> None:
+    pattern = getattr(model, name)
+    if pattern is not None and not is_pattern(pattern):
+        raise HelixError(
+            with_settings(
+                f"<{name}> is {pattern!r}. It must be a whole number of at least 1 or a list of 0 and 1."
+            )
+        )
+    if isinstance(pattern, tuple) and len(pattern) != model.num_layers:
+        raise HelixError(
+            with_settings(
+                f"<{name}> lists {len(pattern)} layers, and <num_layers> is {model.num_layers}. List "
+                "all of them."
+            )
+        )
+
+
+def _check_experts(model: ModelConfig) -> None:
+    assert model.num_experts is not None
+    if sum(model.moe_layers) * model.num_experts > MOST_EXPERTS:
+        raise HelixError(
+            with_settings(
+                f"<num_experts> {model.num_experts} in {sum(model.moe_layers)} layers are more than "
+                f"{MOST_EXPERTS:,} experts. Give fewer."
+            )
+        )
+    if not any(model.moe_layers):
+        raise HelixError(
+            with_settings(
+                "<moe_layer_freq> gives experts to no layer. Leave out <num_experts> for a dense model."
+            )
+        )
+    if not 1 <= model.moe_router_topk <= model.num_experts:
+        raise HelixError(
+            with_settings(
+                f"<moe_router_topk> {model.moe_router_topk}: a token has 1 to {model.num_experts} experts."
+            )
+        )
+    if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
+        raise HelixError(
+            with_settings(
+                "<moe_router_topk> 1 needs <moe_router_pre_softmax>: the softmax over one expert is always "
+                "1, and the router would not learn."
+            )
+        )
+    if model.moe_shared_expert_gate and "shared experts" not in model.traits:
+        raise HelixError(
+            with_settings(
+                "<moe_shared_expert_gate> gates shared experts, and there are none. Add "
+                "<moe_shared_expert_intermediate_size>, or leave it out."
+            )
+        )
