@@ -85,8 +85,8 @@ def test_a_family(monkeypatch):
     family = families.family_of(config)
     assert (family.name, family.model_flags(config)["num_query_groups"]) == ("toy", 2)
     assert families.cuttable_modules("toy") == toy.modules
-    with pytest.raises(HelixError, match="wings"):
-        family.model_flags(config | {"wings": 2})
+    with pytest.raises(HelixError, match="attention_bias"):
+        family.model_flags(config | {"attention_bias": True})
 
 
 def test_a_constant_of_the_planner():

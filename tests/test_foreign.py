@@ -179,10 +179,10 @@ def test_numbers_of_a_layout_have_a_range(key, value):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"window_size": []}, r"--window-size is \[\]. It must be a whole number"),
-        ({"rotary_percent": float("nan")}, "--rotary-percent is nan. It must be a finite number"),
+        ({"window_size": []}, r"window_size is \[\]. It must be a whole number"),
+        ({"rotary_percent": float("nan")}, "rotary_percent is nan. It must be a finite number"),
         ({"num_layers": 10**12}, "The largest valid value is 10,000"),
-        ({"vocab_size": "9", "tokenizer_type": "NullTokenizer"}, "--vocab-size is '9'"),
+        ({"vocab_size": "9", "tokenizer_type": "NullTokenizer"}, "vocab_size is '9'"),
         (None, "has no arguments of Megatron-LM"),
     ],
 )
