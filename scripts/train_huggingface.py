@@ -29,11 +29,13 @@ def main(args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments, set_seed
 
+    from helix_megatron.config import HelixConfig
     from helix_megatron.data.text import VOCAB_SIZE, ByteDataset, default_text
     from helix_megatron.huggingface import from_pretrained, make_groups, shard
     from helix_megatron.huggingface.trainer import ShardedTrainer
 
-    ranks = number_of_ranks(None)
+    ranks, m = number_of_ranks(None), args.intra_head_parallel_size
+    HelixConfig(m).head_groups(ranks)  # refuses segments that there are no ranks for
     settings = TrainingArguments(
         output_dir="unused",
         use_cpu=True,
@@ -46,7 +48,6 @@ def main(args: argparse.Namespace) -> None:
         save_strategy="no",
         seed=1,
     )
-    m = args.intra_head_parallel_size
     groups = make_groups(ranks, m) if dist.is_initialized() else None
 
     set_seed(1)

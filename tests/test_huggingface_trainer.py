@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiers import sized
 from tiny_transformers import tiny_model
 
 from helix_megatron.errors import HelixError
@@ -70,9 +71,11 @@ def test_trainer_prints_the_losses_of_one_process(tmp_path):
 
 def test_wrong_input_is_one_paragraph():
     """A mistake on the command line must not print a traceback per rank."""
-    run = run_script(2, "--intra-head-parallel-size", "3")
+    ranks = sized("training", full=2, quick=1)
+    run = run_script(ranks, "--intra-head-parallel-size", "3")
     assert run.returncode != 0
-    assert "intra-head parallel size 3 does not divide the tensor parallel size 2" in run.stderr
+    text = f"intra-head parallel size 3 does not divide the tensor parallel size {ranks}"
+    assert text in " ".join(run.stderr.split())
     assert "train_huggingface.py: error:" in run.stderr
     assert 'File "' not in run.stderr.split("train_huggingface.py: error:")[0]
 
