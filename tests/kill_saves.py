@@ -77,7 +77,9 @@ def found(directory: str) -> int:
 def main() -> None:
     directory, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     asynchronous = "--async-save" in sys.argv
-    filesystem_async._get_write_results_queue()  # its server process outlives the children
+    # Its server process outlives the children; megatron-core 0.19 has renamed the function.
+    name = "get_write_results_queue"
+    (getattr(filesystem_async, name, None) or getattr(filesystem_async, f"_{name}"))()
     generator = random.Random(seed)
     trials: list[dict[str, object]] = []
     before = 0

@@ -51,5 +51,5 @@ def test_steps_that_are_all_skipped_end_the_run(pool, tmp_path):
 
 def test_a_few_skipped_steps_are_how_a_loss_scale_is_found(pool):
     """A dynamic scale begins too high by design."""
-    records = run(pool, f"{BASE} --fp16 --initial-loss-scale 1048576 --train-iters 8")
+    records = run(pool, f"{BASE} --fp16 --initial-loss-scale 1048576 --train-iters 24")
     assert records[0]["skipped"] and not records[-1]["skipped"]

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -335,6 +336,6 @@ def test_the_command_line_can_be_pasted(monkeypatch):
 def test_versions_name_what_is_installed():
     """A number without the versions behind it cannot be reproduced."""
     versions = software_versions()
-    assert versions["torch"] == torch.__version__
+    assert versions["torch"] == version("torch")
     assert {"helix_megatron", "python"} <= versions.keys()
     assert all(versions.values())

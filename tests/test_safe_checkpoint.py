@@ -412,7 +412,7 @@ def save_with_megatron(directory: str, marker: str) -> None:
 
 
 def test_checkpoints_of_megatron(pool, tmp_path, marker):
-    """All that megatron-core 0.16.1 itself writes is read, and a hostile object among it is not."""
+    """All that megatron-core itself writes is read, and a hostile object among it is not."""
     pool.run(save_with_megatron, str(tmp_path), str(marker), world_size=1)
     good, hostile = tmp_path / "good", tmp_path / "hostile"
     safe.inspect(good)
@@ -420,7 +420,7 @@ def test_checkpoints_of_megatron(pool, tmp_path, marker):
     metadata = safe.load_metadata(good / ".metadata")
     assert metadata == trusted
     assert vars(metadata).keys() == vars(trusted).keys()  # megatron-core adds fields of its own
-    common = safe.load_pt(good / "common.pt")
+    common = safe.load_common(good)
     assert common["iteration"] == 3
     assert common["rerun"]["number"] == 3.0
     assert str(common["args"].attention_backend) == "AttnBackend.auto"
