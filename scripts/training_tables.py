@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.plan.layouts import Layout
@@ -82,10 +83,9 @@ def _positive(row: dict[str, str], column: str) -> float:
     return value
 
 
-def _read_a100(row: dict[str, str]) -> Run:
-    layers, hidden, heads = (_number(row, c) for c in ("layers", "hidden_size", "attention_heads"))
-    sequence = _number(row, "sequence_length")
-    flags = {
+def gpt_flags(layers: int, hidden: int, heads: int, sequence: int) -> dict[str, Any]:
+    """Model flags of a GPT of the published tables, which name its sizes only."""
+    return {
         "num_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -93,6 +93,12 @@ def _read_a100(row: dict[str, str]) -> Run:
         "position_embedding_type": "learned_absolute",
         "max_position_embeddings": sequence,
     }
+
+
+def _read_a100(row: dict[str, str]) -> Run:
+    layers, hidden, heads = (_number(row, c) for c in ("layers", "hidden_size", "attention_heads"))
+    sequence = _number(row, "sequence_length")
+    flags = gpt_flags(layers, hidden, heads, sequence)
     tp, pp = _number(row, "tensor_parallel"), _number(row, "pipeline_parallel")
     layout = Layout(
         tp=tp,

@@ -17,7 +17,7 @@ from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import spec_of_flags
 from helix_megatron.plan.score import predict_training
 from helix_megatron.plan.settings import Job, Scenario
-from training_tables import A100_COLUMNS, H100_COLUMNS, MEGATRON_2021, VOCABULARY
+from training_tables import A100_COLUMNS, H100_COLUMNS, MEGATRON_2021, VOCABULARY, gpt_flags
 from validate_planner import evaluate, main, mean_error, rank_correlation
 
 A100 = """
@@ -74,14 +74,7 @@ def test_runs_that_nothing_was_fitted_to_are_predicted():
     number of chunks, as its authors would have chosen."""
     errors = []
     for heads, hidden, layers, tp, pp, gpus, batch, rate in SC21:
-        flags = {
-            "num_layers": layers,
-            "hidden_size": hidden,
-            "num_attention_heads": heads,
-            "vocab_size": VOCABULARY,
-            "position_embedding_type": "learned_absolute",
-            "max_position_embeddings": 2048,
-        }
+        flags = gpt_flags(layers, hidden, heads, 2048)
         model, dp = spec_of_flags("sc21", flags, "test"), gpus // tp // pp
         batches = batch // dp // 2
         chunks = [v for v in (1, 2, 4) if v == 1 or (layers // pp % v == 0 == batches % pp)]

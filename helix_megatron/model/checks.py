@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from helix_megatron.errors import HelixError, listed, with_settings
 from helix_megatron.model.patterns import is_pattern
-
-if TYPE_CHECKING:
-    from helix_megatron.model.description import ModelConfig
+from helix_megatron.model.sizes import ModelSizes
 
 ACTIVATIONS = ("swiglu", "geglu", "openai_gelu")
 MOST_EXPERTS = 200_000  # of all layers
 
 
-def check_options(model: ModelConfig) -> None:
+def check_options(model: ModelSizes) -> None:
     """Refuse values of a model that do not go together.
 
     Raises:
@@ -59,7 +55,7 @@ def check_options(model: ModelConfig) -> None:
         _check_experts(model)
 
 
-def _check_pattern(model: ModelConfig, name: str) -> None:
+def _check_pattern(model: ModelSizes, name: str) -> None:
     pattern = getattr(model, name)
     if pattern is not None and not is_pattern(pattern):
         raise HelixError(
@@ -76,7 +72,7 @@ def _check_pattern(model: ModelConfig, name: str) -> None:
         )
 
 
-def _check_experts(model: ModelConfig) -> None:
+def _check_experts(model: ModelSizes) -> None:
     assert model.num_experts is not None
     if sum(model.moe_layers) * model.num_experts > MOST_EXPERTS:
         raise HelixError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from helix_megatron.serving.replies import (
 )
 
 
-class Shape:
+class Shape(ABC):
     """How the texts of a request become a response, or the events of one."""
 
     prefix: ClassVar[str]
@@ -38,13 +39,13 @@ class Shape:
             "model": model,
         }
 
+    @abstractmethod
     def choice(self, index: int, text: str, reason: Finish) -> BaseModel:
         """A choice of a whole response."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, index: int, text: str, reason: Finish | None) -> BaseModel:
         """A choice of an event: it adds text, or ends it, or both."""
-        raise NotImplementedError
 
     def opening(self, index: int) -> BaseModel | None:
         """The first event of a choice in a stream, before there is any text."""

@@ -8,6 +8,7 @@ a file transformers does not read, and so it is noted and left alone.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -41,16 +42,16 @@ NAMES_OF_READ = """
 READ = frozenset(NAMES_OF_READ.split())
 
 
-class Piece:
+class Piece(ABC):
     """Some keys of a `config.json` and the flags they stand for."""
 
     keys: tuple[str, ...] = ()  # that this piece understands
     # Keys whose values have the type and the range of a field of `ModelConfig`.
     fields: ClassVar[Mapping[str, str]] = {}
 
+    @abstractmethod
     def flags(self, config: Config) -> dict[str, Any]:
         """Model flags; HelixError for what Megatron's GPT cannot do."""
-        raise NotImplementedError
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
         """The inverse; nothing where the keys have no other value."""
