@@ -302,13 +302,13 @@ def test_keys():
         ({"api_keys": (",;",)}, "An API key of 2 characters"),
         ({"api_keys": ("",)}, "An API key of 0 characters"),
         ({"protect_metrics": True}, "protect_metrics asks for an API key, and there is none."),
-        ({"max_body_bytes": 0}, "max_body_bytes is 0. Valid: at least 1."),
+        ({"max_body_bytes": 0}, "max_body_bytes is 0. It must be a whole number of at least 1."),
         (
             {"body_seconds": float("nan")},
-            "body_seconds is nan. Valid: more than 0, up to 10000000.",
+            "body_seconds is nan. It must be a finite number above 0 and at most 10000000.",
         ),
-        ({"body_seconds": float("inf")}, "body_seconds is inf. Valid: more than 0"),
-        ({"send_seconds": 0}, "send_seconds is 0. Valid: more than 0"),
+        ({"body_seconds": float("inf")}, "body_seconds is inf. It must be a finite number above 0"),
+        ({"send_seconds": 0}, "send_seconds is 0. It must be a finite number above 0"),
     ],
 )
 def test_settings(change, message):

@@ -243,7 +243,11 @@ def test_keys_of_both_sources(tmp_path, monkeypatch):
         ("--drain-seconds", "nan", "--drain-seconds is nan. Valid: 0 to 10000000."),
         ("--drain-seconds", "inf", "--drain-seconds is inf. Valid: 0 to 10000000."),
         ("--max-waiting", "-1", "--max-waiting is -1. Valid: 0 to"),
-        ("--body-seconds", "1e300", "body_seconds is 1e+300. Valid: more than 0, up to"),
+        (
+            "--body-seconds",
+            "1e300",
+            "--body-seconds is 1e+300. It must be a finite number above 0 and at most",
+        ),
         ("--model-name", "a\nb", r"model_name is 'a\nb'."),
         (
             "--max-context",

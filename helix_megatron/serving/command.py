@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import add_flags, names_with
 from helix_megatron.inference.command import (
     command_parser,
     ignore_megatron_warnings,
@@ -36,17 +37,9 @@ FAREWELL_SECONDS = 1.0  # for clients to be told, where there is no more to wait
 GRACE_SECONDS = 5.0  # for the end of what was drained
 GONE = "a process of the server is gone; its log says which."
 UNANSWERED = "the server is stopping, and a process of it does not answer."
-DEFAULTS = ServerSettings("model")
 MOST_NUMBER = 2**31 - 1
 # Fields of ServerSettings that are flags of the same name.
-LIMITS = {
-    "max_body_bytes": "the longest body of a request",
-    "max_choices": "the largest n of a request",
-    "max_prompts": "the most prompts in the list of a request",
-    "max_open_requests": "how many requests are read or answered at the same time",
-    "body_seconds": "the time in which a request's body must have come",
-    "send_seconds": "the time in which a client must take an event of its stream",
-}
+SETTINGS = names_with(ServerSettings, is_flag=True)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -75,9 +68,6 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         f"{KEY_VARIABLE}, separated by commas (default: no key is asked for)",
     )
     group.add_argument(
-        "--protect-metrics", action="store_true", help="a key is asked for at /metrics, too"
-    )
-    group.add_argument(
         "--max-waiting",
         type=int,
         default=256,
@@ -89,14 +79,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         default=30.0,
         help="the time that open requests have to finish after SIGTERM or Ctrl-C (default: %(default)s)",
     )
-    for name, text in LIMITS.items():
-        default = getattr(DEFAULTS, name)
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(default),
-            default=default,
-            help=f"{text} (default: %(default)s)",
-        )
+    add_flags(group, ServerSettings, SETTINGS)
     return parser
 
 
@@ -236,8 +219,7 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
     return ServerSettings(
         model_name=options.model_name or Path(options.load).resolve().name,
         api_keys=tuple(keys),
-        protect_metrics=options.protect_metrics,
-        **{name: getattr(options, name) for name in LIMITS},
+        **{name: getattr(options, name) for name in SETTINGS},
     )
 
 

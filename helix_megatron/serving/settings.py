@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import check_values, setting
 
 MOST_SECONDS = 10**7  # four months, which every clock can count
+
+
+def _seconds(help_text: str) -> Any:
+    return setting(60.0, help_text, above=0, at_most=MOST_SECONDS)
 
 
 @dataclass(frozen=True)
 class ServerSettings:
     """How the server answers.
 
-    Args:
-        model_name: what clients ask for, and what `/v1/models` lists.
-        api_keys: one of them must come as `Authorization: Bearer KEY`; without any, no key is asked for.
-        protect_metrics: whether `/metrics` asks for a key, too. `/health` never does.
-        max_body_bytes: the longest body of a request; a longer one is refused before it is parsed.
-        body_seconds: the time in which a body must have arrived.
-        send_seconds: the time in which a client must take an event of its stream; a slower one is cut off.
-        max_choices: the largest `n` of a request.
-        max_prompts: the most prompts in the list of a request.
-        max_open_requests: how many are read or answered at the same time; one more is told to come later.
+    `model_name` is what clients ask for, and what `/v1/models` lists. One of `api_keys` must come as
+    `Authorization: Bearer KEY`; without any, no key is asked for. The other fields' help texts are those of the
+    flags; a body that is too long is refused before it is parsed, and who is slow is cut off.
 
     Raises:
         HelixError: a value out of range, with the valid ones.
@@ -30,15 +29,20 @@ class ServerSettings:
 
     model_name: str
     api_keys: tuple[str, ...] = ()
-    protect_metrics: bool = False
-    max_body_bytes: int = 8 * 1024 * 1024
-    body_seconds: float = 60.0
-    send_seconds: float = 60.0
-    max_choices: int = 16
-    max_prompts: int = 64
-    max_open_requests: int = 1024
+    protect_metrics: bool = setting(
+        False, "ask for a key at /metrics, too; /health never asks for one"
+    )
+    max_body_bytes: int = setting(8 * 1024 * 1024, "the longest body of a request")
+    body_seconds: float = _seconds("the time in which a request's body must have come")
+    send_seconds: float = _seconds("the time in which a client must take an event of its stream")
+    max_choices: int = setting(16, "the largest n of a request")
+    max_prompts: int = setting(64, "the most prompts in the list of a request")
+    max_open_requests: int = setting(
+        1024, "how many requests are read or answered at the same time; one more must come later"
+    )
 
     def __post_init__(self) -> None:
+        check_values(self)
         name = self.model_name
         if not name.strip() or not name.isprintable() or name != name.strip("/ "):
             raise HelixError(
@@ -55,11 +59,3 @@ class ServerSettings:
                 )
         if self.protect_metrics and not self.api_keys:
             raise HelixError("protect_metrics asks for an API key, and there is none. Add one.")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.startswith("max_") and value < 1:
-                raise HelixError(f"{field.name} is {value}. Valid: at least 1.")
-            if field.name.endswith("_seconds") and not 0 < value <= MOST_SECONDS:
-                raise HelixError(
-                    f"{field.name} is {value}. Valid: more than 0, up to {MOST_SECONDS}."
-                )
