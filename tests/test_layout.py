@@ -6,6 +6,7 @@ The properties are checked against definitions written out here, not against the
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -14,6 +15,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from helix_megatron.config import HelixConfig
 from helix_megatron.layout import HeadLayout, contiguous_runs
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
@@ -295,3 +297,29 @@ def test_without_rotary_no_table_column_applies():
     layout = HeadLayout(2, 2, 8, 1, 2, rotary="none", rotary_dim=8)
     assert layout.rotary_columns(0).size == 0
     assert layout == HeadLayout(2, 2, 8, 1, 2, rotary="none")
+
+
+# README: query heads, key-value heads, dimensions of a head; ranks, m; copies of a key-value head in stock.
+README_MODELS = [
+    (28, 4, 128, 8, 2, None),
+    (64, 4, 128, 8, 2, 2),
+    (32, 2, 256, 8, 4, 4),
+    (32, 2, 128, 8, 4, 4),
+    (16, 2, 512, 8, 4, 4),
+    (32, 4, 512, 8, 2, 2),
+    (64, 8, 64, 16, 2, 2),
+    (64, 8, 128, 16, 2, 2),
+]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "ranks", "m", "copies"), README_MODELS)
+def test_models_of_the_readme(heads, kv_heads, dim, ranks, m, copies):
+    """README says what stock tensor parallelism does with each model, and the number of segments that fits."""
+    layout = HelixConfig(m).layout(heads, kv_heads, dim, ranks)
+    assert layout.head_groups == kv_heads
+    assert (heads % ranks == 0) == (copies is not None), (
+        "stock refuses ranks that do not divide the heads"
+    )
+    assert copies is None or ranks // kv_heads == copies
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert f"{heads}, {kv_heads}, {dim}" in readme or f"{heads}, {kv_heads}, 256 or {dim}" in readme
