@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from helix_megatron.core.layout import HeadLayout, QueryLayout, RotaryStyle
 from helix_megatron.errors import HelixError, Setting, did_you_mean, divisors
-from helix_megatron.layout import HeadLayout, QueryLayout, RotaryStyle
 
 ATTENTIONS = ("exact", "segment-local")
 EXCHANGES = (

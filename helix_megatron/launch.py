@@ -18,7 +18,7 @@ from typing import Any
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.errors import HelixError
-from helix_megatron.rank_environment import launched_ranks
+from helix_megatron.run.rank_environment import launched_ranks
 
 USAGE = """usage: torchrun … -m helix_megatron.launch PATH/TO/pretrain_gpt.py ARGUMENTS
 

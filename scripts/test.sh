@@ -4,7 +4,7 @@
 #   ./scripts/test.sh                      the quick tier: every property
 #   ./scripts/test.sh --full               every case at full length
 #   ./scripts/test.sh --full-part serving  one part of the full tier beside the quick one
-#   ./scripts/test.sh tests/test_layout.py -k uneven -x
+#   ./scripts/test.sh tests/core/test_layout.py -k uneven -x
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 helix_environment test

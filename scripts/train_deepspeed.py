@@ -25,8 +25,8 @@ from helix_megatron.arguments import exit_on_error
 from helix_megatron.deepspeed import HelixBlock, initialize, read_block
 from helix_megatron.deepspeed.config import in_words_of_the_block
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.local_ranks import end_with_parent, start_ranks
-from helix_megatron.rank_environment import number_of_ranks, rendezvous
+from helix_megatron.run.local_ranks import end_with_parent, start_ranks
+from helix_megatron.run.rank_environment import number_of_ranks, rendezvous
 
 PROGRAM = "train_deepspeed.py"
 
@@ -199,7 +199,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], block: HelixBlock | 
     import deepspeed
     import torch.distributed as dist
 
-    from helix_megatron.meter import measure
+    from helix_megatron.core.meter import measure
 
     deepspeed.utils.logger.setLevel("WARNING")
     # DeepSpeed calls two collectives by the names that they had before torch 2.13.
@@ -289,7 +289,7 @@ def reporting(
     """A function that shows and writes a step: the progress line and metrics of scripts/pretrain_gpt.py."""
     import torch.distributed as dist
 
-    from helix_megatron.meter import EXCHANGE
+    from helix_megatron.core.meter import EXCHANGE
     from helix_megatron.training.metrics import (
         IterationMetrics,
         MetricsWriters,

@@ -8,7 +8,7 @@ python scripts/train_huggingface.py            # the same model and losses on on
 import argparse
 
 from helix_megatron.arguments import exit_on_error
-from helix_megatron.rank_environment import number_of_ranks
+from helix_megatron.run.rank_environment import number_of_ranks
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,11 +11,11 @@ import pytest
 from helix_megatron import hardware
 from helix_megatron.arguments import as_flag
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.exchanges import AttentionShape, choice
+from helix_megatron.core.exchanges.gather_qk import GatherQK
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError
-from helix_megatron.exchanges import AttentionShape, choice
-from helix_megatron.exchanges.gather_qk import GatherQK
 from helix_megatron.flags import add_flags, check_values, setting, values_of
-from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron import support
 from helix_megatron.model import families
 from helix_megatron.plan import roofline

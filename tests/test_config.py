@@ -10,8 +10,8 @@ import pytest
 
 from helix_megatron.arguments import FLAGS, add_helix_arguments, as_flag, exit_on_error
 from helix_megatron.config import ATTENTIONS, EXCHANGES, QUERY_LAYOUTS, HelixConfig
+from helix_megatron.core.exchanges import EXACT
 from helix_megatron.errors import HelixError
-from helix_megatron.exchanges import EXACT
 
 SETTINGS = [f.name for f in dataclasses.fields(HelixConfig)]
 

@@ -55,11 +55,11 @@ WITHOUT_TORCH = {"errors", "hardware", "layout", "config", "arguments"}
 
 
 def modules() -> dict[str, ast.Module]:
-    """Dotted name below the package → syntax tree."""
+    """Dotted name below the package, or below its ground floor `core` → syntax tree."""
     found = {}
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
-        name = ".".join(part for part in parts if part != "__init__")
+        name = ".".join(part for part in parts if part != "__init__").removeprefix("core.")
         found[name] = ast.parse(path.read_text(), str(path))
     return found
 
@@ -75,10 +75,10 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def imported_parts(tree: ast.AST) -> set[str]:
-    """The package's own parts that a module imports: `exchanges` for `helix_megatron.exchanges.choice`."""
+    """The package's own parts that a module imports: `exchanges` for `helix_megatron.core.exchanges.choice`."""
     prefix = f"{PACKAGE}."
     own = (name.removeprefix(prefix) for name in imports(tree) if name.startswith(prefix))
-    return {name.split(".")[0] for name in own} - {"__version__"}
+    return {name.removeprefix("core.").split(".")[0] for name in own} - {"__version__"}
 
 
 def imported_packages(tree: ast.AST) -> set[str]:
@@ -203,14 +203,14 @@ def test_layout_configuration_and_costs_work_without_torch():
     """The same at run time, as the source alone cannot prove it: costs of a layer, with torch absent."""
     program = """
 import argparse, sys
-import helix_megatron.layout, helix_megatron.config, helix_megatron.errors, helix_megatron.exchanges
+import helix_megatron.core.layout, helix_megatron.config, helix_megatron.errors, helix_megatron.core.exchanges
 from helix_megatron.arguments import add_helix_arguments
 add_helix_arguments(argparse.ArgumentParser()).format_help()
 layout = helix_megatron.config.HelixConfig(2).layout(64, 8, 128, 16)
-shape = helix_megatron.exchanges.AttentionShape(layout, 2, 1024, 1024)
-print(helix_megatron.exchanges.choose(shape).name)
-helix_megatron.exchanges.explain(shape)
-from helix_megatron.caches import DecodeShape, explain_cache_layout
+shape = helix_megatron.core.exchanges.AttentionShape(layout, 2, 1024, 1024)
+print(helix_megatron.core.exchanges.choose(shape).name)
+helix_megatron.core.exchanges.explain(shape)
+from helix_megatron.core.caches import DecodeShape, explain_cache_layout
 explain_cache_layout(DecodeShape(layout, 64, 8192))
 print(sorted({"torch", "megatron", "deepspeed"} & set(sys.modules)))
 """

@@ -39,41 +39,41 @@ def sized(part: str, *, full: T, quick: T) -> T:
 # The compatibility tier, by the beginnings of names: what touches megatron-core, transformers, DeepSpeed and
 # uvicorn. It runs in environments with other versions of them (scripts/compatibility.sh).
 COMPATIBILITY = tuple(
-    f"tests/test_{name}"
+    f"tests/{name}"
     for name in (
-        "versions.py",
-        "doctor.py",
+        "test_versions.py",
+        "test_doctor.py",
         # megatron-core
-        "host_settings.py",
-        "specs.py",
-        "transformer_config.py",
-        "parallel_state.py",
-        "cpu_runtime.py",
-        "norms.py",
-        "self_attention.py",
-        "gpt_model.py",
-        "stock_megatron.py",
-        "canonical_io.py",
-        "training.py::test_losses_are_those_of_one_process[4 ranks",
-        "training.py::test_losses_are_those_of_one_process[details",
-        "training.py::test_losses_are_those_of_one_process[MoE",
-        "training_checkpoints.py::test_round_trips_are_bit_exact[",
-        "training_checkpoints.py::test_a_resumed_run_continues_bit_for_bit[one process",
-        "training_checkpoints.py::test_a_full_disk",
-        "megatron_lm_hooks.py",
-        "graph_trace.py",
+        "megatron/test_host_settings.py",
+        "megatron/test_specs.py",
+        "megatron/test_transformer_config.py",
+        "test_parallel_state.py",
+        "megatron/test_cpu_runtime.py",
+        "megatron/test_norms.py",
+        "megatron/test_self_attention.py",
+        "megatron/test_gpt_model.py",
+        "megatron/test_stock_megatron.py",
+        "checkpoint/test_canonical_io.py",
+        "training/test_training.py::test_losses_are_those_of_one_process[4 ranks",
+        "training/test_training.py::test_losses_are_those_of_one_process[details",
+        "training/test_training.py::test_losses_are_those_of_one_process[MoE",
+        "training/test_training_checkpoints.py::test_round_trips_are_bit_exact[",
+        "training/test_training_checkpoints.py::test_a_resumed_run_continues_bit_for_bit[one process",
+        "training/test_training_checkpoints.py::test_a_full_disk",
+        "megatron_lm/test_megatron_lm_hooks.py",
+        "graph/test_graph_trace.py",
         # transformers, accelerate, safetensors
-        "huggingface_upstream.py",
-        "huggingface_models.py",
-        "huggingface_training.py",
-        "huggingface_files.py",
+        "huggingface/test_huggingface_upstream.py",
+        "huggingface/test_huggingface_models.py",
+        "huggingface/test_huggingface_training.py",
+        "huggingface/test_huggingface_files.py",
         # DeepSpeed
-        "deepspeed_upstream.py",
-        "deepspeed_initialize.py",
-        "deepspeed_training.py::test_thirty_steps",
+        "deepspeed/test_deepspeed_upstream.py",
+        "deepspeed/test_deepspeed_initialize.py",
+        "deepspeed/test_deepspeed_training.py::test_thirty_steps",
         # uvicorn
-        "serving_errors.py",
-        "serving_limits.py",
+        "serving/test_serving_errors.py",
+        "serving/test_serving_limits.py",
     )
 )
 

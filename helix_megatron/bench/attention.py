@@ -26,7 +26,7 @@ from helix_megatron.bench.spawn import hide_gpus, run_on_ranks
 from helix_megatron.bench.timing import Spread, compare
 from helix_megatron.config import EXCHANGES
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.rank_environment import launched_ranks
+from helix_megatron.run.rank_environment import launched_ranks
 from helix_megatron.tables import text_table
 
 NAME = "attention"

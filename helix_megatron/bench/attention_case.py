@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from helix_megatron.bench.timing import Samples
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.exchanges import AttentionShape, Exchange, choose
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.exchanges import AttentionShape, Exchange, choose
 from helix_megatron.hardware import CPU
-from helix_megatron.layout import HeadLayout
 
 ELEMENT_SIZES = {"fp32": 4, "bf16": 2}
 STOCK, STOCK_SDPA, HELIX, FREE = LAYERS = ("stock", "stock + SDPA", "helix", "exchange for free")

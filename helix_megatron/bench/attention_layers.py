@@ -18,9 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from helix_megatron.bench.attention_case import FREE, HELIX, STOCK, STOCK_SDPA, Case
-from helix_megatron.exchanges.segments import heads_first, sequence_first
-from helix_megatron.kernels.sdpa import sdpa
-from helix_megatron.masks import AttentionMask
+from helix_megatron.core.exchanges.segments import heads_first, sequence_first
+from helix_megatron.core.kernels.sdpa import sdpa
+from helix_megatron.core.masks import AttentionMask
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
 

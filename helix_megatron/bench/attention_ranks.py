@@ -15,10 +15,10 @@ from helix_megatron import parallel_state
 from helix_megatron.bench.attention_case import HELIX, STOCK, STOCK_SDPA, Case, Measured
 from helix_megatron.bench.attention_layers import DTYPES, build_layers, canonical_part, rotary_table
 from helix_megatron.bench.timing import interleaved
+from helix_megatron.core.meter import EXCHANGE, Meter, measure
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron import cpu_runtime
 from helix_megatron.megatron.random import seed_model_parallel
-from helix_megatron.meter import EXCHANGE, Meter, measure
 
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest relative difference from stock (Frobenius norms) that rounding explains."""

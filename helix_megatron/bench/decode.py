@@ -15,10 +15,10 @@ from helix_megatron.bench.decode_case import STOCK, STOCK_PAGED, DecodeCase, Mea
 from helix_megatron.bench.result_file import write_json
 from helix_megatron.bench.spawn import hide_gpus, run_on_ranks
 from helix_megatron.bench.timing import Spread, compare
-from helix_megatron.caches import SEGMENTS
 from helix_megatron.config import QUERY_LAYOUTS
+from helix_megatron.core.caches import SEGMENTS
 from helix_megatron.errors import HelixError
-from helix_megatron.rank_environment import launched_ranks
+from helix_megatron.run.rank_environment import launched_ranks
 from helix_megatron.tables import text_table
 
 NAME = "decode"

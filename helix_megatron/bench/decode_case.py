@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from helix_megatron.bench.timing import Samples
-from helix_megatron.caches import NAMES, DecodeShape, cache_layout
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.caches import NAMES, DecodeShape, cache_layout
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.layout import HeadLayout
 
 STOCK, STOCK_PAGED = "stock", "stock, paged"
 CONTESTANTS = (*NAMES, STOCK, STOCK_PAGED)

@@ -23,17 +23,17 @@ from helix_megatron.bench.decode_case import (
     Measured,
 )
 from helix_megatron.bench.timing import interleaved
-from helix_megatron.caches import WHOLE_HEADS
-from helix_megatron.caches.pages import PageBook
+from helix_megatron.core.caches import WHOLE_HEADS
+from helix_megatron.core.caches.pages import PageBook
+from helix_megatron.core.layout import HeadLayout
+from helix_megatron.core.meter import EXCHANGE, measure
+from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.runner import Runner, make_book
 from helix_megatron.inference.step import Piece, StepPlan
-from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron import cpu_runtime
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 from helix_megatron.megatron.random import seed_model_parallel
-from helix_megatron.meter import EXCHANGE, measure
-from helix_megatron.observe import purpose
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.model import build_chunk, transformer_config
 from helix_megatron.training.validate import validate

@@ -46,7 +46,7 @@ def measure_layout(run: RunConfig, warm_up: int, iterations: int) -> Measured:
     import torch.distributed as dist
 
     from helix_megatron import parallel_state
-    from helix_megatron.meter import Meter
+    from helix_megatron.core.meter import Meter
     from helix_megatron.training.metrics import memory_bytes
     from helix_megatron.training.pretrain import process_group, training
 

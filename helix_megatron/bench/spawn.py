@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.errors import HelixError
-from helix_megatron.local_ranks import USER_ERROR, rank_environment, supervised, wait_for
-from helix_megatron.rank_environment import launched_ranks
+from helix_megatron.run.local_ranks import USER_ERROR, rank_environment, supervised, wait_for
+from helix_megatron.run.rank_environment import launched_ranks
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # read when torch is imported; `_rank` sets its own number

@@ -16,10 +16,10 @@ from helix_megatron.bench.result_file import write_json
 from helix_megatron.bench.spawn import hide_gpus
 from helix_megatron.bench.traffic_layer import Layer
 from helix_megatron.config import EXCHANGES
+from helix_megatron.core.exchanges import EXACT, choose
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.exchanges import EXACT, choose
 from helix_megatron.hardware import GPU
-from helix_megatron.rank_environment import launched_ranks
+from helix_megatron.run.rank_environment import launched_ranks
 from helix_megatron.tables import text_table
 
 NAME = "traffic"

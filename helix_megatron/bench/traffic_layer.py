@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.exchanges import AttentionShape, choose
 from helix_megatron.errors import HelixError
-from helix_megatron.exchanges import AttentionShape, choose
 
 ELEMENT_SIZE = 2  # bf16
 

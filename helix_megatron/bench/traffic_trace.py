@@ -13,11 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helix_megatron.bench.traffic_layer import Layer
+from helix_megatron.core.meter import EXCHANGE, measure
 from helix_megatron.megatron.fake_world import fake_world
 from helix_megatron.megatron.norms import use_available_norms
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
-from helix_megatron.meter import EXCHANGE, measure
 
 
 def trace(layer: Layer, exchanges: Sequence[tuple[str, int]], rank: int) -> list[tuple[int, int]]:

@@ -16,8 +16,8 @@ import numpy as np
 
 from helix_megatron.checkpoint.catalog import CanonicalTensor, Cut
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.layout import HeadLayout
 from helix_megatron.model.description import ModelConfig
 
 AXES = {

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from helix_megatron.checkpoint.foreign import is_plain_name, read_name
+from helix_megatron.core.layout import contiguous_runs
 from helix_megatron.deepspeed.models import CutModel
 from helix_megatron.errors import HelixError
-from helix_megatron.layout import contiguous_runs
 
 FILE = "helix_parts.json"
 CONVERTED = "helix.json"  # the manifest of scripts/convert_checkpoint.py

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from helix_megatron.collectives import all_reduce
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.collectives import all_reduce
 from helix_megatron.deepspeed.batches import check_first_batch
 from helix_megatron.deepspeed.config import KEY, HelixBlock
 from helix_megatron.deepspeed.models import CutModel, megatron_config, unit_of, with_size

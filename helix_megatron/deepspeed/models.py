@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.deepspeed.config import KEY, HelixBlock
 from helix_megatron.deepspeed.mpu import ModelParallelUnit
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.layout import HeadLayout
 from helix_megatron.parallel_state import all_ranks_of, own_group
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from helix_megatron.checkpoint.catalog import CanonicalTensor, Cut, catalog
 from helix_megatron.checkpoint.partition import Place, RankLayout
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.layout import contiguous_runs
 from helix_megatron.errors import listed
 from helix_megatron.graph.model import FORWARD, Graph, Node, Weight
-from helix_megatron.layout import contiguous_runs
 from helix_megatron.training.units import count
 
 Outcome = tuple[str, tuple[str, ...]]  # figure, problems

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None, program: str = "helix graph") -> int
 def _run(args: argparse.Namespace, rest: list[str], program: str) -> int:
     _check(args)
     from helix_megatron.bench.spawn import ENVIRONMENT, hide_gpus
-    from helix_megatron.rank_environment import launched_ranks
+    from helix_megatron.run.rank_environment import launched_ranks
 
     if launched_ranks() is not None:
         raise HelixError("helix graph traces all ranks by itself. Run it without torchrun.")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.exchanges import choose
 from helix_megatron.errors import HelixError
-from helix_megatron.exchanges import choose
 from helix_megatron.hardware import GPU
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.run import RunConfig

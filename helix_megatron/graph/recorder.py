@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[
 from torch.futures import Future
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helix_megatron.core.observe import Call
 from helix_megatron.graph import costs, operators, values
 from helix_megatron.graph.model import (
     BACKWARD,
@@ -28,7 +29,6 @@ from helix_megatron.graph.model import (
     Node,
 )
 from helix_megatron.graph.storages import Storages
-from helix_megatron.observe import Call
 
 OUTSIDE = "schedule"  # the module of what no module runs: Megatron's schedule
 
@@ -220,7 +220,7 @@ class Recorder(TorchDispatchMode):
     # ----------------------------------------------------------------------- collectives
 
     def around(self, call: Call, run: Callable[[], Any]) -> Any:
-        """`helix_megatron.observe.Observer`: what the collective about to be dispatched is for."""
+        """`helix_megatron.core.observe.Observer`: what the collective about to be dispatched is for."""
         self._call = call
         try:
             return run()

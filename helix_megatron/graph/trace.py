@@ -31,18 +31,18 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helix_megatron.core.layout import contiguous_runs
+from helix_megatron.core.observe import observing
 from helix_megatron.errors import HelixError
 from helix_megatron.graph import costs
 from helix_megatron.graph.model import BUFFER, INPUT, PARAMETER, Edge, Node, Weight
 from helix_megatron.graph.recorder import Participation, Recorder
 from helix_megatron.graph.without_data import FunctionsWithoutData, new_process
-from helix_megatron.layout import contiguous_runs
 from helix_megatron.megatron.checkpoint import PermutedFactory
 from helix_megatron.megatron.dropout import use_layout_free_dropout
 from helix_megatron.megatron.fake_world import fake_world
 from helix_megatron.megatron.fill import canonical_name, sharded_weights
 from helix_megatron.megatron.initialize import weights_not_drawn
-from helix_megatron.observe import observing
 from helix_megatron.training.loop import masked_mean  # the loss of the training loop itself
 from helix_megatron.training.model import build_chunk, parameter_dtype, transformer_config
 from helix_megatron.training.run import RunConfig

@@ -12,9 +12,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from helix_megatron.core.kernels import sdpa
 from helix_megatron.graph import values
 from helix_megatron.graph.attention_kernel import scaled_dot_product_attention
-from helix_megatron.kernels import sdpa
 
 
 @contextlib.contextmanager

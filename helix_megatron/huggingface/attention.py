@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from helix_megatron.attention import partitioned_attention
+from helix_megatron.core.attention import partitioned_attention
+from helix_megatron.core.masks import AttentionMask
+from helix_megatron.core.replicated import to_ranks
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.layers import Partitioned
 from helix_megatron.huggingface.plan import NO_PROBABILITIES
 from helix_megatron.huggingface.sharding import Sharding
-from helix_megatron.masks import AttentionMask
-from helix_megatron.replicated import to_ranks
 
 NAME = "helix"
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from helix_megatron.core.layout import HeadLayout, contiguous_runs
 from helix_megatron.errors import HelixError
-from helix_megatron.layout import HeadLayout, contiguous_runs
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
+from helix_megatron.core.layout import contiguous_runs
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface.cuts import Cut, block_cut
-from helix_megatron.layout import contiguous_runs
 from helix_megatron.model.families.modules import ExpertFiles
 
 

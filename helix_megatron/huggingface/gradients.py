@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from helix_megatron.core.observe import purpose
 from helix_megatron.huggingface.sharding import sharding_of
-from helix_megatron.observe import purpose
 
 
 @torch.no_grad()

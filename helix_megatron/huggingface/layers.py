@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helix_megatron.head_norm import head_mean
+from helix_megatron.core.head_norm import head_mean
+from helix_megatron.core.replicated import joined, sum_of, to_ranks
 from helix_megatron.huggingface.sharding import Sharding
-from helix_megatron.replicated import joined, sum_of, to_ranks
 
 # Mixins call `super()`, whose methods come from the module's own class.
 _Module = nn.Module

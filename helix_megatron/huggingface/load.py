@@ -14,6 +14,8 @@ from torch.distributed import ProcessGroup
 from helix_megatron.checkpoint.foreign import read_json, resolved
 from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader, snapshot_of
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.kernels import AttentionKernel
+from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.files import (
     Part,
@@ -26,8 +28,6 @@ from helix_megatron.huggingface.files import (
 )
 from helix_megatron.huggingface.shard import shard
 from helix_megatron.huggingface.sharding import sharding_of
-from helix_megatron.kernels import AttentionKernel
-from helix_megatron.kernels.sdpa import sdpa
 from helix_megatron.model.families import cuttable_modules, family_of
 from helix_megatron.model.families.modules import ExpertFiles
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.huggingface import upstream
 from helix_megatron.huggingface.cuts import Cut, block_cut, kv_cut, query_cut
-from helix_megatron.layout import HeadLayout
 from helix_megatron.model.families import cuttable_modules
 from helix_megatron.model.families.modules import Modules
 from helix_megatron.versions import TESTED

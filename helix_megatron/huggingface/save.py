@@ -20,13 +20,13 @@ from helix_megatron.checkpoint.huggingface_io import (
     make_index,
     shards,
 )
+from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.cuts import Cut
 from helix_megatron.huggingface.files import expert_names, file_name
 from helix_megatron.huggingface.sharding import Sharding, sharding_of
 from helix_megatron.model.families import cuttable_modules
 from helix_megatron.model.families.modules import ExpertFiles
-from helix_megatron.observe import purpose
 
 MAX_FILE_BYTES = 5 * 10**9
 STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")

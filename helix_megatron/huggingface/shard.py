@@ -11,14 +11,14 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.kernels import AttentionKernel
+from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface import attention, layers, upstream
 from helix_megatron.huggingface.cuts import Cut
 from helix_megatron.huggingface.groups import intra_head_group_of
 from helix_megatron.huggingface.plan import Plan, as_config, modules_of, plan
 from helix_megatron.huggingface.sharding import Sharding
-from helix_megatron.kernels import AttentionKernel
-from helix_megatron.kernels.sdpa import sdpa
 
 
 def shard(

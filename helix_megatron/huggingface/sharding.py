@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from helix_megatron.core.kernels import AttentionKernel
+from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.huggingface.plan import Plan
-from helix_megatron.kernels import AttentionKernel
-from helix_megatron.kernels.sdpa import sdpa
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from helix_megatron.caches import NAMES
+from helix_megatron.core.caches import NAMES
 from helix_megatron.flags import add_flags, check_values, setting, values_of
 
 MOST_NUMBER = 2**31 - 1

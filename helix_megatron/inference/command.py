@@ -20,8 +20,8 @@ from helix_megatron.arguments import exit_on_error
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import Output, Request, Sampling, TextStream, Tokens
 from helix_megatron.inference.stop_strings import StopStrings
-from helix_megatron.local_ranks import end_with_parent, start_ranks
-from helix_megatron.rank_environment import number_of_ranks
+from helix_megatron.run.local_ranks import end_with_parent, start_ranks
+from helix_megatron.run.rank_environment import number_of_ranks
 
 if TYPE_CHECKING:
     from helix_megatron.inference.arguments import InferenceConfig
@@ -141,8 +141,8 @@ def ranks_together(
 
     A `HelixError` from inside is raised when all ranks have taken leave of each other: it is all they say.
     """
+    from helix_megatron.run.watchdog import watching
     from helix_megatron.training.pretrain import process_group
-    from helix_megatron.training.watchdog import watching
 
     problem = None
     with process_group(config.run.parallel), watching(asked_to_end, farewell):

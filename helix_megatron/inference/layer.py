@@ -12,7 +12,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
-from helix_megatron.caches.attention import StepAttention
+from helix_megatron.core.caches.attention import StepAttention
 from helix_megatron.megatron.self_attention import VirtualSelfAttention
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from helix_megatron import parallel_state
-from helix_megatron.caches import SEGMENTS, cache_layout
-from helix_megatron.caches.attention import LocalAttention, StepAttention
-from helix_megatron.caches.paged import PagedCache
-from helix_megatron.caches.pages import PageBook
+from helix_megatron.core.caches import SEGMENTS, cache_layout
+from helix_megatron.core.caches.attention import LocalAttention, StepAttention
+from helix_megatron.core.caches.paged import PagedCache
+from helix_megatron.core.caches.pages import PageBook
+from helix_megatron.core.layout import HeadLayout
+from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.layer import PagedSelfAttention
 from helix_megatron.inference.step import StepPlan
-from helix_megatron.layout import HeadLayout
-from helix_megatron.observe import purpose
 
 
 class Runner:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from helix_megatron.caches.pages import PageBook
+from helix_megatron.core.caches.pages import PageBook
 from helix_megatron.inference.request import FinishReason, Request, Sampling
 from helix_megatron.inference.step import Piece, StepPlan
 

@@ -10,13 +10,14 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from helix_megatron.caches import (
+from helix_megatron.core.caches import (
     SEGMENTS,
     DecodeShape,
     cache_layout,
     choose_cache_layout,
     explain_cache_layout,
 )
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError
 from helix_megatron.hardware import MACHINES
 from helix_megatron.inference.arguments import InferenceConfig
@@ -26,7 +27,6 @@ from helix_megatron.inference.load import TORCH_DTYPES, inference_groups, load_m
 from helix_megatron.inference.request import Capacity
 from helix_megatron.inference.runner import Runner, is_local, kept_dims, make_book, rank_layout
 from helix_megatron.inference.scheduler import Scheduler
-from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron.outcomes import on_every_rank
 from helix_megatron.model.description import ModelConfig
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from helix_megatron.caches.pages import Piece
+from helix_megatron.core.caches.pages import Piece
 
 if TYPE_CHECKING:
     from torch import device
@@ -78,7 +78,7 @@ def _broadcast(numbers: np.ndarray, group: ProcessGroup, device: device) -> np.n
     import torch
     import torch.distributed as dist
 
-    from helix_megatron.observe import purpose
+    from helix_megatron.core.observe import purpose
 
     if group.size() == 1:
         return numbers

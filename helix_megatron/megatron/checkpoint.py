@@ -15,7 +15,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from helix_megatron.layout import contiguous_runs
+from helix_megatron.core.layout import contiguous_runs
 
 
 @dataclasses.dataclass

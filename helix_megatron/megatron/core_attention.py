@@ -12,11 +12,11 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from helix_megatron.attention import partitioned_attention
+from helix_megatron.core.attention import partitioned_attention
+from helix_megatron.core.kernels import AttentionKernel
+from helix_megatron.core.layout import HeadLayout
+from helix_megatron.core.masks import AttentionMask
 from helix_megatron.errors import HelixError
-from helix_megatron.kernels import AttentionKernel
-from helix_megatron.layout import HeadLayout
-from helix_megatron.masks import AttentionMask
 from helix_megatron.megatron.random import fork_head_group_state
 from helix_megatron.megatron.support import STOCK, refuse_packed_sequences
 

@@ -15,9 +15,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from helix_megatron.core.head_norm import head_mean
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.head_norm import head_mean
-from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron.support import STOCK
 
 PARAMETERS = {"LayerNorm": {"weight", "bias"}, "RMSNorm": {"weight"}, "L2Norm": set()}

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from helix_megatron import parallel_state
+from helix_megatron.core.kernels import AttentionKernel
+from helix_megatron.core.kernels.sdpa import sdpa
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.kernels import AttentionKernel
-from helix_megatron.kernels.sdpa import sdpa
-from helix_megatron.layout import HeadLayout
 from helix_megatron.megatron.checkpoint import permuted
 from helix_megatron.megatron.core_attention import HelixCoreAttention
 from helix_megatron.megatron.qk_norm import PartitionedNorm, norm_kind
@@ -229,7 +229,7 @@ def _refuse_unknown_parts(layer: HelixSelfAttention) -> None:
     """Raise unless all that the stock constructor has built is in `PARTS`.
 
     What a later Megatron adds might act on whole heads, and would act on segments here without a word. Plain
-    settings are no parts: tests/test_host_settings.py compares those with what is known.
+    settings are no parts: tests/megatron/test_host_settings.py compares those with what is known.
     """
     state = layer._modules | layer._parameters | layer._buffers | vars(layer)
     unknown = {

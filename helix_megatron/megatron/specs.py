@@ -13,9 +13,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.kernels import AttentionKernel
+from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.kernels import AttentionKernel
-from helix_megatron.kernels.sdpa import sdpa
 from helix_megatron.megatron.self_attention import (
     HelixSelfAttention,
     SegmentLocalSelfAttention,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.layout import HeadLayout, rotary_of
+from helix_megatron.core.layout import HeadLayout, rotary_of
 from helix_megatron.megatron.support import check_supported
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from helix_megatron.arguments import FLAGS
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.layout import HeadLayout, rotary_of
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.layout import HeadLayout, rotary_of
 
 DRY_RUN = "--helix-dry-run"
 LAYOUT_FREE_INIT = "--helix-layout-free-init"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed, with_settings
 from helix_megatron.flags import check_values, names_with
-from helix_megatron.layout import HeadLayout
 from helix_megatron.model.checks import check_options
 from helix_megatron.model.fields import FUNCTION, MIXTURE, TRAINING
 from helix_megatron.model.sizes import ModelSizes

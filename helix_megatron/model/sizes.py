@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from helix_megatron.layout import RotaryStyle, rotary_of
+from helix_megatron.core.layout import RotaryStyle, rotary_of
 from helix_megatron.model.fields import ModelFields
 
 

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
-from helix_megatron.exchanges import sent_bytes
+from helix_megatron.core.exchanges import sent_bytes
 from helix_megatron.hardware import (
     COLLECTIVE_MICROSECONDS,
     COLLECTIVE_SIZES,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from helix_megatron.arguments import exit_on_error
-from helix_megatron.caches import NAMES
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.caches import NAMES
+from helix_megatron.core.exchanges import EXACT
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.exchanges import EXACT
 from helix_megatron.plan.clusters import CLUSTERS, LOCAL, cluster_of
 from helix_megatron.plan.memory import RECOMPUTE
 from helix_megatron.plan.models import ModelSpec, model_of, model_of_arguments

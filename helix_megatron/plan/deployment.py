@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from helix_megatron.core.layout import HeadLayout, contiguous_runs
 from helix_megatron.errors import divisors
-from helix_megatron.layout import HeadLayout, contiguous_runs
 from helix_megatron.plan.collective_time import Group
 from helix_megatron.plan.explain import kinds_of_layers
 from helix_megatron.plan.launch_commands import caveats, launch_text

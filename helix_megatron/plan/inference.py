@@ -1,7 +1,7 @@
 """Prefill and decode: seconds until the first token, seconds of a token, and the key-value cache.
 
-The cache layouts over the m ranks of a head group (`helix_megatron.caches`) state what they send and read. None
-of them stores a head twice; stock megatron-core with more ranks than key-value heads does.
+The cache layouts over the m ranks of a head group (`helix_megatron.core.caches`) state what they send and read.
+None of them stores a head twice; stock megatron-core with more ranks than key-value heads does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from helix_megatron.caches import NAMES, DecodeShape, cache_layout
+from helix_megatron.core.caches import NAMES, DecodeShape, cache_layout
 from helix_megatron.hardware import ATTENTION_CURVE
 from helix_megatron.plan.collective_time import collective_seconds, point_to_point_seconds
 from helix_megatron.plan.layouts import Layout, head_layout, strip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from helix_megatron.arguments import FLAGS
-from helix_megatron.exchanges import NO_EXCHANGE
+from helix_megatron.core.exchanges import NO_EXCHANGE
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec

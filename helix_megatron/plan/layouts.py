@@ -6,8 +6,8 @@ import functools
 from typing import NamedTuple
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.exchanges import NO_EXCHANGE, AttentionShape
-from helix_megatron.layout import HeadLayout
+from helix_megatron.core.exchanges import NO_EXCHANGE, AttentionShape
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.plan.collective_time import Group
 from helix_megatron.plan.models import ModelSpec
 

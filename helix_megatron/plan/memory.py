@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from helix_megatron.exchanges import COSTS
+from helix_megatron.core.exchanges import COSTS
 from helix_megatron.hardware import FRAMEWORK_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
 from helix_megatron.plan.layouts import Layout, attention_shape, strip
 from helix_megatron.plan.models import ModelSpec

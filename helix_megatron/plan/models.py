@@ -14,9 +14,9 @@ from typing import Any
 
 from helix_megatron.checkpoint.catalog import Cut, layer_tensors, mlp_tensors
 from helix_megatron.checkpoint.foreign import read_json
+from helix_megatron.core.layout import RotaryStyle
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.flags import flag_of
-from helix_megatron.layout import RotaryStyle
 from helix_megatron.model.description import MODEL_FLAGS, SIZES, ModelConfig, padded_rows
 from helix_megatron.model.fields import add_model_flags
 from helix_megatron.plan.presets import PRESETS

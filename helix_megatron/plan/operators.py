@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from helix_megatron.exchanges import COSTS, NO_EXCHANGE, AttentionShape
+from helix_megatron.core.exchanges import COSTS, NO_EXCHANGE, AttentionShape
 from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS
 from helix_megatron.plan.layer_recorder import LayerRecorder
 from helix_megatron.plan.layouts import Layout, attention_shape, strip

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from helix_megatron.exchanges import sent_bytes
+from helix_megatron.core.exchanges import sent_bytes
 from helix_megatron.hardware import (
     ITERATION_OVERHEAD,
     MEMORY_EFFICIENCY,

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from helix_megatron.arguments import as_flag
-from helix_megatron.caches import NAMES
+from helix_megatron.core.caches import NAMES
+from helix_megatron.core.exchanges import EXACT, NO_EXCHANGE
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.exchanges import EXACT, NO_EXCHANGE
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.inference import inference_memory
 from helix_megatron.plan.layouts import Layout, attention_shape, head_layout, strip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from helix_megatron.exchanges import sent_bytes
+from helix_megatron.core.exchanges import sent_bytes
 from helix_megatron.hardware import GRADIENT_BYTES
 from helix_megatron.plan.collective_time import Group, collective_seconds
 from helix_megatron.plan.layouts import Layout, strip

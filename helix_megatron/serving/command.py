@@ -23,7 +23,7 @@ from helix_megatron.inference.command import (
     run_command,
     say,
 )
-from helix_megatron.local_ranks import end_with_parent
+from helix_megatron.run.local_ranks import end_with_parent
 from helix_megatron.serving.settings import MOST_SECONDS, ServerSettings
 
 if TYPE_CHECKING:

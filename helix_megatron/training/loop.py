@@ -16,8 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
+from helix_megatron.core.meter import EXCHANGE, Meter
 from helix_megatron.megatron.random import enter_micro_batch
-from helix_megatron.meter import EXCHANGE, Meter
 from helix_megatron.training.metrics import GpuUtilization, IterationMetrics, memory_bytes
 from helix_megatron.training.run import RunConfig
 

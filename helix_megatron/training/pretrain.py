@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.data.text import build_tokenizer
 from helix_megatron.hardware import MACHINES, Machine
-from helix_megatron.local_ranks import end_with_parent, start_ranks
-from helix_megatron.rank_environment import number_of_ranks, rendezvous
+from helix_megatron.run.local_ranks import end_with_parent, start_ranks
+from helix_megatron.run.rank_environment import number_of_ranks, rendezvous
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.run import RunConfig
 from helix_megatron.training.settings import Parallelism
 from helix_megatron.training.validate import byte_datasets, validate
 
 if TYPE_CHECKING:
-    from helix_megatron.meter import Meter
+    from helix_megatron.core.meter import Meter
 
 PROGRAM = "pretrain_gpt.py"
 LEAVE_SECONDS = 60.0
@@ -61,7 +61,7 @@ def description_of(run: RunConfig) -> str:
     if run.logging.explain:
         lines += layout.rank_lines()
         if run.helix.attention == "exact":
-            from helix_megatron.exchanges import explain
+            from helix_megatron.core.exchanges import explain
 
             lines.append(explain(run.attention_shape, run.helix.exchange, _machine()))
     return "\n".join(lines)
@@ -74,7 +74,7 @@ def pretrain(run: RunConfig) -> None:
     import torch.distributed as dist
 
     from helix_megatron import parallel_state
-    from helix_megatron.training.watchdog import watching
+    from helix_megatron.run.watchdog import watching
 
     end_with_parent()
     asked_to_end = threading.Event() if run.checkpoints.exit_signal_handler else None
@@ -102,8 +102,8 @@ def training(
     """
     import torch
 
-    from helix_megatron.meter import Meter
-    from helix_megatron.observe import observing
+    from helix_megatron.core.meter import Meter
+    from helix_megatron.core.observe import observing
     from helix_megatron.training.checkpointing import Checkpointing, Progress
     from helix_megatron.training.health import Health
     from helix_megatron.training.loop import Trainer
@@ -229,7 +229,7 @@ def run_description(run: RunConfig) -> dict[str, Any]:
 def _exchange_name(run: RunConfig) -> str:
     if not run.helix.active or run.helix.attention == "segment-local":
         return "none"
-    from helix_megatron.exchanges import choose
+    from helix_megatron.core.exchanges import choose
 
     return choose(run.attention_shape, run.helix.exchange, _machine()).name
 

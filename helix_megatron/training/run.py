@@ -11,10 +11,10 @@ from typing import Any
 
 from helix_megatron.arguments import FLAGS
 from helix_megatron.config import HelixConfig
+from helix_megatron.core.exchanges import AttentionShape
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.exchanges import AttentionShape
 from helix_megatron.flags import names_with, values_of
-from helix_megatron.layout import HeadLayout
 from helix_megatron.model.description import ModelConfig
 from helix_megatron.training.settings import (
     LOSSES,

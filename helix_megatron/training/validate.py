@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from helix_megatron.checkpoint.store import Store
+from helix_megatron.core.exchanges import choose
 from helix_megatron.data.megatron_datasets import check_data_path
 from helix_megatron.data.text import (
     ByteDataset,
@@ -17,7 +18,6 @@ from helix_megatron.data.text import (
     read_text,
     split_text,
 )
-from helix_megatron.exchanges import choose
 from helix_megatron.training.checkpoint_flags import check_checkpoint, find_checkpoint
 from helix_megatron.training.run import RunConfig
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.hardware import CHIPS
-from helix_megatron.layout import HeadLayout
 from helix_megatron.plan.models import model_of
 from paper import claims as c
 from paper.simulated import exposed_shares

@@ -45,7 +45,7 @@ def command(kind: str, batches: int, path: Path, rounds: int, iterations: int) -
 def formula_bytes(kind: str, batches: int, layout: str) -> float:
     """Bytes per token that a rank should send in attention's exchange, forward and backward, all layers."""
     from helix_megatron.bench.layout_spec import LayoutSpec, validated
-    from helix_megatron.exchanges import choose
+    from helix_megatron.core.exchanges import choose
     from helix_megatron.hardware import MACHINES
 
     common = [*KINDS[kind][0], "--global-batch-size", str(batches)]

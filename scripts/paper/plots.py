@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.exchanges import EXACT, AttentionShape
-from helix_megatron.layout import HeadLayout
+from helix_megatron.core.exchanges import EXACT, AttentionShape
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.plan.layouts import Layout, attention_shape
 from helix_megatron.plan.memory import training_memory
 from helix_megatron.plan.settings import Job, Software

@@ -3,7 +3,7 @@
 One `Rule` per canonical tensor, so that a conversion holds one of them at a time. Every transform is a
 permutation of elements: going there and back gives the same bits in every dtype.
 
-Letters, as in `helix_megatron.layout`: h query heads, g key-value heads, r = h/g, d dimensions of a head,
+Letters, as in `helix_megatron.core.layout`: h query heads, g key-value heads, r = h/g, d dimensions of a head,
 D hidden size.
 """
 

@@ -1,0 +1,108 @@
+"""Exact attention over the segments that the ranks of a head group hold.
+
+    o = softmax(scale · Q Kᵀ, masked) V
+
+for ordinary multi-head, grouped-query and multi-query attention, where this rank holds one segment of the
+group's keys and values, and either one segment of its queries or some of its query heads whole (`HeadLayout`).
+Forward and backward equal attention on one rank up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from helix_megatron.core.exchanges import AttentionShape, LocalInputs, choose
+from helix_megatron.core.kernels import AttentionKernel
+from helix_megatron.core.kernels.sdpa import sdpa
+from helix_megatron.core.layout import HeadLayout
+from helix_megatron.core.masks import AttentionMask
+from helix_megatron.errors import HelixError
+from helix_megatron.hardware import GPU, MACHINES
+
+
+def partitioned_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: HeadLayout,
+    group: ProcessGroup,
+    mask: AttentionMask | None = None,
+    scale: float | None = None,
+    exchange: str = "auto",
+    dropout: float = 0.0,
+    dropout_state: Callable[[bool], AbstractContextManager[object]] = lambda shared: nullcontext(),
+    kernel: AttentionKernel = sdpa,
+) -> Tensor:
+    """This rank's part of exact attention.
+
+    Args:
+        q: [L, B, h/n, d/m] with `layout.query_layout == "segments"`, [L, B, h/p, d] with `"heads"`.
+        k, v: [S, B, g/n, d/m].
+        layout: whose partition (i, j) this rank is; j is its rank in `group`.
+        group: the m ranks of this head group, in order of j.
+        mask: a `hidden` pattern may have a dimension of heads: those of the head group.
+        scale: of the scores; 1/√d when None.
+        exchange: `auto` or a name of `HelixConfig.exchange`. All ranks of the group must ask alike.
+        dropout: probability of dropping an attention weight.
+        dropout_state: enters the random state for dropout, see `LocalInputs`.
+
+    Returns:
+        [L, B, h·d/p]: the columns of `layout.proj_columns`, in their order.
+
+    Raises:
+        HelixError: shapes that are not the layout's, or an exchange that does not fit.
+    """
+    mask = mask or AttentionMask()
+    _check_shapes(q, k, v, layout, group)
+    shape = AttentionShape(
+        layout=layout,
+        batch=q.size(1),
+        query_length=q.size(0),
+        key_length=k.size(0),
+        element_size=q.element_size(),
+        causal=mask.causal,
+        window=mask.window,
+        masked=mask.hidden is not None,
+    )
+    chosen = choose(shape, exchange, MACHINES.get(q.device.type, GPU))
+    output = chosen.run(
+        LocalInputs(
+            q=q,
+            k=k,
+            v=v,
+            layout=layout,
+            group=group,
+            segment=group.rank(),
+            mask=mask,
+            scale=layout.head_dim**-0.5 if scale is None else scale,
+            kernel=kernel,
+            dropout=dropout,
+            dropout_state=dropout_state,
+        )
+    )
+    return output.flatten(2)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, group: ProcessGroup) -> None:
+    if group.size() != layout.segments:
+        raise HelixError(
+            f"the process group has {group.size()} ranks and a head is cut into {layout.segments} segments. "
+            "Pass the intra-head parallel group."
+        )
+    batch = q.shape[1:2]
+    wanted = {
+        "q": (*q.shape[:1], *batch, *layout.rank_query_shape),
+        "k": (*k.shape[:1], *batch, layout.group_kv_heads, layout.segment_dim),
+        "v": (*k.shape[:1], *batch, layout.group_kv_heads, layout.segment_dim),
+    }
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tuple(tensor.shape) != wanted[name]:
+            raise HelixError(
+                f"{name} has shape {tuple(tensor.shape)}; this layout needs {wanted[name]} "
+                "(sequence, batch, heads, dimensions)."
+            )

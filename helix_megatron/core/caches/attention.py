@@ -1,0 +1,165 @@
+"""The attention of a step over the ranks of a head group: what the cache layouts share.
+
+Letters of shapes: T tokens of the step, T' those whose keys and values this rank keeps; H, G query and
+key-value heads, D dimensions, C = D/m of a segment; m ranks of the head group.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from helix_megatron.core.layout import HeadLayout
+from helix_megatron.hardware import GATHERED_BYTES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from helix_megatron.core.caches.paged import PagedCache, PagedWork, Window
+    from helix_megatron.core.caches.pages import PageBook, Piece
+
+
+class StepAttention(ABC):
+    """One rank's attention: `prepare` once in a step, then `attend` in every layer.
+
+    Args:
+        layout: how heads are cut.
+        group: the m ranks of this head group, in order of their segments.
+        book: the pages of all members.
+        cache: this rank's pool.
+    """
+
+    def __init__(
+        self, layout: HeadLayout, group: ProcessGroup, book: PageBook, cache: PagedCache
+    ) -> None:
+        import torch.distributed as dist
+
+        self.layout, self.group, self.book, self.cache = layout, group, book, cache
+        self.me = group.rank()
+        self.device, self.dtype = cache.k.device, cache.k.dtype
+        self.tokens = 0
+        self.gathers_up_to = GATHERED_BYTES if dist.get_backend(group) == "nccl" else 0
+
+    def prepare(self, pieces: Sequence[Piece]) -> None:
+        """The step's tokens, in this order; the book has their pages."""
+        self.tokens = sum(len(piece.tokens) for piece in pieces)
+        self._prepare(pieces)
+
+    @abstractmethod
+    def _prepare(self, pieces: Sequence[Piece]) -> None:
+        """What all layers need alike."""
+
+    @abstractmethod
+    def attend(
+        self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, scale: float, window: Window
+    ) -> Tensor:
+        """Keep the new keys and values, and attend.
+
+        Args:
+            layer: from 0.
+            q: [T, *layout.rank_query_shape].
+            k_TGC, v_TGC: [T, g/n, d/m].
+
+        Returns:
+            The output in the shape of q.
+        """
+
+    def _gathers(self, nbytes: int, ranks: int) -> bool:
+        """Whether everybody may get all of it, which is faster for small messages of few ranks.
+
+        Args:
+            nbytes: that a rank would send, the same number on all of them.
+            ranks: up to which it is faster.
+        """
+        return self.layout.segments <= ranks and 0 < nbytes <= self.gathers_up_to
+
+    def _swap(self, sent_m: Tensor, purpose: str) -> Tensor:
+        """[m, ...] → [m, ...]: what each member has for this one."""
+        from helix_megatron.core.collectives import gather, swap
+
+        if self._gathers(sent_m.nbytes, 2):
+            return gather(sent_m, self.group, purpose=purpose)[:, self.me]
+        return swap(sent_m, self.group, purpose=purpose)
+
+    def _index(self, values: np.ndarray) -> Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)
+
+    def _work(self, pieces: Sequence[Piece], member: int) -> PagedWork:
+        """Attention of all queries of some pieces to the keys that a member keeps."""
+        from helix_megatron.core.caches.paged import LocalPiece, PagedWork
+
+        local, row = [], 0
+        for piece in pieces:
+            rows = (row, row + len(piece.tokens))
+            row = rows[1]
+            positions = self.book.positions(piece.sequence, member, piece.stop)
+            if len(positions):
+                pages = self.book.pages(piece.sequence, member)
+                local.append(LocalPiece(rows, piece.start, pages, positions))
+        return PagedWork(local, row, self.book.page_size, self.dtype, self.device)
+
+    def _slots(self, pieces: Sequence[Piece], member: int) -> Tensor:
+        """Slots of all tokens of pieces that a member keeps whole."""
+        return self._index(
+            concatenated(
+                self.book.slots(piece.sequence, member, np.arange(piece.start, piece.stop))
+                for piece in pieces
+            )
+        )
+
+
+class LocalAttention(StepAttention):
+    """Nothing to exchange: a head group of one rank, or `segment-local` attention."""
+
+    def _prepare(self, pieces: Sequence[Piece]) -> None:
+        self._slots_T = self._slots(pieces, 0)
+        self._attention = self._work(pieces, 0)
+
+    def attend(
+        self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, scale: float, window: Window
+    ) -> Tensor:
+        self.cache.write(layer, self._slots_T, k_TGC, v_TGC)
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        return self._attention.attend(q, keys, values, scale=scale, window=window)[0]
+
+
+def whole_heads(q_mThd: Tensor, kv_mtGC: Tensor, layout: HeadLayout) -> tuple[Tensor, Tensor]:
+    """Queries and keys (or values) of a group from what its members sent, in one order of dimensions.
+
+    [m, T, *rank_query_shape] → [T, h/n, d], [m, T', G, d/m] → [T', G, d].
+    """
+    from helix_megatron.core.exchanges.segments import join, join_canonical
+
+    if layout.query_layout == "heads":
+        q_THD = q_mThd.transpose(0, 1).flatten(1, 2)
+        return q_THD, join_canonical(kv_mtGC.unsqueeze(2), layout)[0].transpose(0, 1)
+    q_THD, kv_tGD = (join(part.unsqueeze(2))[0].transpose(0, 1) for part in (q_mThd, kv_mtGC))
+    return q_THD, kv_tGD
+
+
+def parts_of_members(o_THD: Tensor, layout: HeadLayout) -> Tensor:
+    """[T, h/n, d] → [m, T, *rank_query_shape]: what each member asked for."""
+    m = layout.segments
+    if layout.query_layout == "heads":
+        return o_THD.unflatten(1, (m, -1)).transpose(0, 1)
+    return o_THD.unflatten(2, (m, -1)).permute(2, 0, 1, 3)
+
+
+def uneven_swap(sent: Tensor, to: Sequence[int], of: Sequence[int], group: ProcessGroup) -> Tensor:
+    """All-to-all of uneven parts of the first dimension: `to[t]` rows go to rank t, `of[t]` come from it."""
+    import torch.distributed as dist
+
+    came = sent.new_empty((sum(of), *sent.shape[1:]))
+    dist.all_to_all_single(came, sent.contiguous(), list(of), list(to), group=group)
+    return came
+
+
+def concatenated(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    parts = list(arrays)
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

@@ -1,0 +1,269 @@
+"""Attention of a step's queries to the keys and values in this rank's pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helix_megatron.core.kernels.partial import PartialKernel, partial_kernel
+from helix_megatron.core.masks import shown
+
+Window = tuple[int, int] | None
+# On a CPU a long run of neighbouring pages is read where it lies; on a GPU one kernel for many short sequences
+# is worth a copy.
+VIEW_FROM = {"cpu": 256}
+# Positions of all sequences that are copied out together: on a CPU no more than its caches hold.
+COPY_UP_TO = {"cpu": 2048}
+NEVER = 1 << 62
+
+
+class PagedCache:
+    """Keys and values of all layers of one rank: k, v [layers, pages, page_size, G, D].
+
+    In memory each head's positions lie one after the other: a query head reads one key-value head only.
+
+    Args:
+        layers: of the model.
+        pages, page_size: of this rank's pool; positions of a page.
+        heads, dims: of the keys and values that are kept.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        pages: int,
+        page_size: int,
+        heads: int,
+        dims: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (layers, heads, pages, page_size, dims)
+        self.k, self.v = (_zeros(shape, dtype, device).permute(0, 2, 3, 1, 4) for _ in range(2))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, keys and values of all layers."""
+        return (self.k.nbytes + self.v.nbytes) // max(1, self.k.size(1))
+
+    def write(self, layer: int, slots: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
+        """Put new keys and values into their slots, int64 [T]."""
+        self.k[layer].flatten(0, 1).index_copy_(0, slots, k_TGD)
+        self.v[layer].flatten(0, 1).index_copy_(0, slots, v_TGD)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; a CPU's memory is taken when it is first written to. What is hidden by a bias must be a number."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    storage = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(storage).view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class LocalPiece:
+    """Consecutive queries of one sequence, and its keys in this rank's pool.
+
+    rows: first and last+1 of the queries; start: position of the first.
+    pages: of the keys; positions: of the keys, ascending, as they lie in the pages, none after the last query.
+    """
+
+    rows: tuple[int, int]
+    start: int
+    pages: Sequence[int]
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Some queries and where their keys lie: a run of slots, or pages to copy out.
+
+    rows: int64 [B, L] queries. slots: (start, stop) of the keys; or pages: int64 [B, P], of which the positions
+    keys: (first, stop) are read.
+    bias: [B or 1, 1, L, S] or None; blind: bool [B, L] where no key is visible, or None.
+    """
+
+    rows: Tensor
+    slots: tuple[int, int] | None
+    pages: Tensor | None
+    keys: tuple[int, int]
+    bias: Tensor | None
+    blind: Tensor | None
+
+
+class PagedWork:
+    """The attention of one step, prepared once and run in every layer.
+
+    Args:
+        pieces: of this rank. A query that has no piece gets zeros.
+        queries: number of queries of this rank.
+        page_size: positions of a page.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[LocalPiece],
+        queries: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.pieces, self.queries, self.page_size = pieces, queries, page_size
+        self._dtype, self._device = dtype, device
+        self._kernel: PartialKernel = partial_kernel(device)
+        self._view_from = VIEW_FROM.get(device.type, NEVER)
+        self._copy_up_to = COPY_UP_TO.get(device.type, NEVER)
+        self._prepared: dict[Window, list[_Item]] = {}
+
+    def attend(
+        self, q_THD: Tensor, k_PSGD: Tensor, v_PSGE: Tensor, *, scale: float, window: Window
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of every query to its visible keys in one layer's pool.
+
+        Args:
+            q_THD: [queries, H, D].
+            k_PSGD, v_PSGE: [pages, page_size, G, D].
+            window: (left, right) as in `AttentionMask`.
+
+        Returns:
+            o [queries, H, E], lse [queries, H] in at least fp32; 0 and -inf for a query that sees no key.
+        """
+        wide = torch.promote_types(q_THD.dtype, torch.float32)
+        items = self._items(window)
+        if len(items) == 1 and items[0].blind is None and items[0].rows.numel() == self.queries:
+            return self._attend(items[0], q_THD, k_PSGD, v_PSGE, scale)
+        o = q_THD.new_zeros(*q_THD.shape[:2], v_PSGE.size(-1))
+        lse = q_THD.new_full(q_THD.shape[:2], float("-inf"), dtype=wide)
+        for item in items:
+            part, part_lse = self._attend(item, q_THD, k_PSGD, v_PSGE, scale)
+            rows = item.rows.flatten()
+            o[rows], lse[rows] = part, part_lse
+        return o, lse
+
+    def _attend(
+        self, item: _Item, q_THD: Tensor, k_PSGD: Tensor, v_PSGE: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Of the queries of an item: [B·L, H, E] and [B·L, H]."""
+        batch, length = item.rows.shape
+        heads, groups = q_THD.size(1), k_PSGD.size(2)
+        q_BLHD = q_THD[item.rows.flatten()].unflatten(0, (batch, length))
+        k_BGSD, v_BGSE = self._keys(item, k_PSGD), self._keys(item, v_PSGE)
+        if length == 1:  # the heads that share a key are the queries of one head: it is read once
+            q = q_BLHD.squeeze(1).unflatten(1, (groups, heads // groups))
+            o, lse = self._kernel(q, k_BGSD, v_BGSE, item.bias, scale)
+            o, lse = o.flatten(1, 2), lse.flatten(1, 2)
+        else:
+            o, lse = self._kernel(q_BLHD.transpose(1, 2), k_BGSD, v_BGSE, item.bias, scale)
+            o, lse = o.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        if item.blind is not None:
+            blind = item.blind.flatten()
+            o = o.masked_fill(blind[:, None, None], 0.0)
+            lse = lse.masked_fill(blind[:, None], float("-inf"))
+        return o, lse
+
+    def _keys(self, item: _Item, pool_PSGD: Tensor) -> Tensor:
+        """[B, G, S, D] of an item, a view where its pages are neighbours."""
+        if item.slots is not None:
+            start, stop = item.slots
+            return pool_PSGD.flatten(0, 1)[start:stop].unsqueeze(0).transpose(1, 2)
+        assert item.pages is not None
+        batch, pages = item.pages.shape
+        copied_GPSD = pool_PSGD.permute(2, 0, 1, 3).index_select(1, item.pages.flatten())
+        first, last = item.keys
+        keys_GBSD = copied_GPSD.view(-1, batch, pages * self.page_size, copied_GPSD.size(-1))
+        return keys_GBSD[:, :, first:last].transpose(0, 1)
+
+    # ---------------------------------------------------------------- preparation
+
+    def _items(self, window: Window) -> list[_Item]:
+        if window not in self._prepared:
+            self._prepared[window] = self._prepare(window)
+        return self._prepared[window]
+
+    def _prepare(self, window: Window) -> list[_Item]:
+        items: list[_Item] = []
+        short: dict[int, list[tuple[LocalPiece, int]]] = {}
+        for piece in self.pieces:
+            first = self._first_visible(piece, window)
+            keys = len(piece.positions)
+            if first >= keys:
+                continue  # sees nothing here
+            single = piece.rows[1] - piece.rows[0] == 1
+            if single and not self._is_run(piece, first):
+                pages = -(-keys // self.page_size) - first // self.page_size
+                short.setdefault(1 << (pages - 1).bit_length(), []).append((piece, first))
+            else:
+                items.append(self._alone(piece, first, window))
+        for pages, members in short.items():
+            count = max(1, self._copy_up_to // (pages * self.page_size))
+            items += [
+                self._together(members[at : at + count]) for at in range(0, len(members), count)
+            ]
+        return items
+
+    def _first_visible(self, piece: LocalPiece, window: Window) -> int:
+        """Index of the first key that the first query may see; later queries see none before it."""
+        if window is None or window[0] < 0:
+            return 0
+        return int(np.searchsorted(piece.positions, piece.start - window[0]))
+
+    def _is_run(self, piece: LocalPiece, first: int) -> bool:
+        pages = piece.pages
+        neighbours = pages[-1] - pages[0] == len(pages) - 1 and (np.diff(pages) == 1).all()
+        return bool(neighbours and len(piece.positions) - first >= self._view_from)
+
+    def _alone(self, piece: LocalPiece, first: int, window: Window) -> _Item:
+        size, keys = self.page_size, len(piece.positions)
+        rows = torch.arange(*piece.rows, device=self._device).unsqueeze(0)
+        bias, blind = None, None
+        if rows.size(1) > 1:
+            bias, blind = self._mask(piece, first, window)
+        if self._is_run(piece, first):
+            at = piece.pages[0] * size
+            return _Item(rows, (at + first, at + keys), None, (0, 0), bias, blind)
+        skipped = first // size
+        pages = torch.tensor([piece.pages[skipped : -(-keys // size)]], device=self._device)
+        return _Item(
+            rows, None, pages, (first - skipped * size, keys - skipped * size), bias, blind
+        )
+
+    def _mask(self, piece: LocalPiece, first: int, window: Window) -> tuple[Tensor, Tensor | None]:
+        """bias [1, 1, L, S] and blind [1, L] of a chunk: causal, inside the window."""
+        query = np.arange(piece.start, piece.start + piece.rows[1] - piece.rows[0])[:, None]
+        key = piece.positions[None, first:]
+        visible = shown(query, key, causal=True, window=window)
+        seen = np.asarray(visible.any(-1))
+        blind = None if seen.all() else torch.from_numpy(np.atleast_2d(~seen)).to(self._device)
+        return self._bias(visible[None, None]), blind
+
+    def _together(self, members: list[tuple[LocalPiece, int]]) -> _Item:
+        """One query each of several sequences with about as many pages."""
+        size = self.page_size
+        skipped = [first // size for _, first in members]
+        begin = [first - skip * size for (_, first), skip in zip(members, skipped, strict=True)]
+        end = [
+            len(p.positions) - skip * size for (p, _), skip in zip(members, skipped, strict=True)
+        ]
+        width = max(-(-stop // size) for stop in end)
+        pages = np.zeros((len(members), width), dtype=np.int64)
+        for row, (piece, _) in enumerate(members):
+            own = piece.pages[skipped[row] : skipped[row] + -(-end[row] // size)]
+            pages[row, : len(own)] = own
+        low, high = min(begin), max(end)
+        bias = None
+        if low != max(begin) or high != min(end):
+            key = np.arange(low, high)[None]
+            visible = (key >= np.asarray(begin)[:, None]) & (key < np.asarray(end)[:, None])
+            bias = self._bias(visible[:, None, None])
+        rows = torch.tensor([[piece.rows[0]] for piece, _ in members], device=self._device)
+        return _Item(rows, None, torch.from_numpy(pages).to(self._device), (low, high), bias, None)
+
+    def _bias(self, visible: np.ndarray) -> Tensor:
+        shown = torch.from_numpy(visible).to(self._device)
+        bias = torch.zeros(shown.shape, dtype=self._dtype, device=self._device)
+        return bias.masked_fill_(~shown, float("-inf"))

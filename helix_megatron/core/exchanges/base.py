@@ -1,0 +1,178 @@
+"""What an exchange is: whether it fits, what it costs, and how it runs.
+
+Shapes carry these letters: S, L sequence of keys, of queries; B batch; H, G query and key-value heads held
+here; D dimensions of a head, C = D/m of a segment; m ranks of the head group.
+
+Costs are those of one rank, one layer, the forward pass. The backward pass sends the same bytes again (each
+collective's adjoint) and computes about twice the FLOPs. The modules of this package import torch only where
+they run, so that a planner can ask for costs without it.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from helix_megatron.core.layout import HeadLayout, QueryLayout
+from helix_megatron.core.masks import visible_range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from helix_megatron.core.kernels import AttentionKernel
+    from helix_megatron.core.masks import AttentionMask
+
+
+def sent_bytes(kind: str, size: float, ranks: int) -> float:
+    """Bytes that one rank sends in a collective with the usual bandwidth-optimal algorithm.
+
+    Sizes as nccl-tests counts them: an all-gather's whole output, the whole input of a reduce-scatter or an
+    all-to-all, the tensor of an all-reduce.
+    """
+    share = (ranks - 1) / ranks
+    return 2 * share * size if kind == "all-reduce" else share * size
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """All that decides whether an exchange fits and what it costs.
+
+    element_size is in bytes. `masked` says that a pattern beyond causality and window is applied.
+    """
+
+    layout: HeadLayout
+    batch: int
+    query_length: int
+    key_length: int
+    element_size: int = 2
+    causal: bool = True
+    window: tuple[int, int] | None = None
+    masked: bool = False
+
+    @functools.cached_property
+    def visible_pairs(self) -> int:
+        """(query, key) pairs of one head of one sequence that causality and window show."""
+        first = self.key_length - self.query_length
+        query = np.arange(first, self.key_length)
+        low, high = visible_range(query, causal=self.causal, window=self.window)
+        seen = np.minimum(high, self.key_length - 1) - np.maximum(low, 0) + 1
+        return int(np.maximum(seen, 0).sum())
+
+    def segment_bytes(self, length: int, heads: int) -> int:
+        """Bytes of the segments that one rank holds of `heads` heads over `length` positions."""
+        return self.batch * length * heads * self.layout.segment_dim * self.element_size
+
+    def flops(
+        self, heads: float, query_dim: int, value_dim: int, pairs: float | None = None
+    ) -> int:
+        """FLOPs of attention over `heads` heads of the whole batch; a multiply-add counts as two."""
+        pairs = self.visible_pairs if pairs is None else pairs
+        return round(2 * self.batch * heads * pairs * (query_dim + value_dim))
+
+
+@dataclass
+class LocalInputs:
+    """One rank's part of an attention.
+
+    q [L, B, H, C] with query layout `segments`, [L, B, h/p, D] with `heads`; k, v [S, B, G, C].
+    `group` are the m ranks of the head group, `segment` is this rank's j among them.
+    `dropout_state(shared)` enters the random state for dropout: shared by the head group where its ranks hold
+    the same probabilities, this rank's own where they hold different ones.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: HeadLayout
+    group: ProcessGroup
+    segment: int
+    mask: AttentionMask
+    scale: float
+    kernel: AttentionKernel
+    dropout: float = 0.0
+    dropout_state: Callable[[bool], AbstractContextManager[object]] = lambda shared: nullcontext()
+
+    @property
+    def same_length(self) -> bool:
+        """Whether queries and keys cover the same positions, so that they can travel together."""
+        return self.q.size(0) == self.k.size(0)
+
+
+@dataclass(frozen=True)
+class LocalHeads:
+    """What one rank's kernel computes: query heads, key-value heads, dimensions of queries and of values.
+
+    Heads are fractions where a rank has all heads of a part of the sequences or queries.
+    """
+
+    heads: float
+    kv_heads: float
+    query_dim: int
+    value_dim: int
+
+
+class AttentionCost(ABC):
+    """What attention costs one rank.
+
+    collective: how most of the bytes move. fusible: whether a fused kernel can compute what is left.
+    output_in_order: whether the kernel's output is, for one sequence, already in the order that the projection
+    reads.
+    """
+
+    name: ClassVar[str]
+    collective: ClassVar[str] = "all-to-all"
+    fusible: ClassVar[bool] = True
+    output_in_order: ClassVar[bool] = False
+
+    def supports(self, shape: AttentionShape) -> str:
+        """Empty if that shape can run; else why not, as a clause."""
+        return ""
+
+    @abstractmethod
+    def bytes(self, shape: AttentionShape) -> int:
+        """Bytes that one rank sends in the forward pass of one layer."""
+
+    @abstractmethod
+    def local_heads(self, layout: HeadLayout) -> LocalHeads:
+        """What one rank's kernel computes."""
+
+    def flops(self, shape: AttentionShape) -> int:
+        """FLOPs of one rank's local attention in the forward pass of one layer."""
+        local = self.local_heads(shape.layout)
+        # Scores that are written are computed for every pair, whatever the mask hides.
+        pairs = shape.query_length * shape.key_length if self.score_bytes(shape) else None
+        return shape.flops(local.heads, local.query_dim, local.value_dim, pairs)
+
+    def messages(self, shape: AttentionShape) -> int:
+        """Collectives that one rank takes part in, in the forward pass of one layer."""
+        return 2
+
+    def score_bytes(self, shape: AttentionShape) -> int:
+        """Bytes of attention scores that are written to memory; 0 where a fused kernel can be used."""
+        return 0
+
+
+class Exchange(AttentionCost):
+    """One way for the m ranks of a head group to compute exact attention together."""
+
+    summary: ClassVar[str]
+    query_layout: ClassVar[QueryLayout] = "segments"
+
+    def supports(self, shape: AttentionShape) -> str:
+        if shape.layout.query_layout != self.query_layout:
+            return f"it needs query layout {self.query_layout}, and this is {shape.layout.query_layout}"
+        return self._fits(shape)
+
+    def _fits(self, shape: AttentionShape) -> str:
+        return ""
+
+    @abstractmethod
+    def run(self, inputs: LocalInputs) -> Tensor:
+        """This rank's attention output [L, B, heads, dimensions], in the shape of its queries."""

@@ -1,0 +1,207 @@
+"""Choosing tokens, and attention over part of the keys: against definitions written out."""
+
+from __future__ import annotations
+
+import inference_models as models
+import numpy as np
+import pytest
+import torch
+
+from helix_megatron.core.caches.paged import LocalPiece, PagedCache, PagedWork
+from helix_megatron.core.kernels.partial import fused_on_cpu, merge, partial_kernel, unfused
+from helix_megatron.errors import HelixError
+from helix_megatron.inference.request import Sampling
+from helix_megatron.inference.sampler import sample
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+DRAWS = 4000
+
+
+def frequencies(sampling: Sampling) -> np.ndarray:
+    """Of the tokens that the sampler gives for `LOGITS`, one seed, many places."""
+    tokens = sample(LOGITS.expand(DRAWS, -1), [sampling] * DRAWS, range(DRAWS))
+    return np.bincount(tokens, minlength=len(LOGITS)) / DRAWS
+
+
+def expected(temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    p = (LOGITS.double() / temperature).softmax(-1).numpy()
+    if top_k:
+        p[np.argsort(-p)[top_k:]] = 0
+        p /= p.sum()
+    order = np.argsort(-p)
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= top_p]] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.7), (1.0, 2, 0.9), (1.0, 1, 1.0)],
+)
+def test_tokens_come_as_often_as_they_should(temperature, top_k, top_p):
+    """Within four standard deviations of the distribution that the parameters define."""
+    found = frequencies(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=3))
+    wanted = expected(temperature, top_k, top_p)
+    assert (found[wanted == 0] == 0).all()
+    assert (abs(found - wanted) <= 4 * np.sqrt(wanted * (1 - wanted) / DRAWS) + 1e-12).all()
+
+
+def test_greedy_and_sampled_rows_together():
+    """Greedy rows take the largest logit, whatever their neighbours do; no temperature overflows."""
+    rows = torch.stack([LOGITS, LOGITS.flip(0), LOGITS * 1e4])
+    greedy, cold = Sampling(temperature=0), Sampling(temperature=1e-6, seed=1)
+    assert sample(rows, [greedy, greedy, cold], [0, 5, 9]) == [0, 5, 0]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_no_numbers_harm_their_own_row_only(temperature):
+    """Overflow in one prompt must not end what others wait for; -inf only excludes a token."""
+    rows = LOGITS.repeat(5, 1)
+    rows[0, 2] = float("nan")
+    rows[1, 3] = float("inf")
+    rows[2, 0] = float("-inf")
+    rows[3] = float("-inf")
+    tokens = sample(rows, [Sampling(temperature=temperature, top_k=1, seed=1)] * 5, range(5))
+    assert tokens == [None, None, 1, None, 0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0. Valid: at least 1."),
+        ({"temperature": -1.0}, "temperature is -1.0. Valid: 0 .greedy. or more."),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1. Valid: 0 .no limit. or more."),
+        ({"top_p": 1.5}, "top_p is 1.5. Valid: more than 0, up to 1."),
+        ({"seed": -1}, "seed is -1. Valid: 0 to"),
+    ],
+)
+def test_wrong_sampling_is_refused(wrong, message):
+    with pytest.raises(HelixError, match=message):
+        Sampling(**wrong)
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+def reference(q, k, v, bias, scale):
+    """In fp64, with repeated keys and the full softmax."""
+    q, k, v = (x.double() for x in (q, k, v))
+    repeat = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = q @ k.transpose(2, 3) * scale + bias.double()
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("kernel", [unfused, fused_on_cpu])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_partial_kernels(kernel, heads):
+    """Both against the definition; what is hidden by the bias has no say."""
+    torch.manual_seed(1)
+    q = torch.randn(2, heads[0], 5, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, heads[1], 11, 8, dtype=torch.float64)
+    bias = torch.zeros(2, 1, 5, 11, dtype=torch.float64)
+    bias[0, :, :, 7:] = bias[1, :, 2, :9] = float("-inf")
+    o, lse = kernel(q, k, v, bias, 0.3)
+    wanted, wanted_lse = reference(q, k, v, bias, 0.3)
+    torch.testing.assert_close(o, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-12, atol=1e-12)
+
+
+def test_disjoint_parts_merge_to_the_whole():
+    """Also where one part sees nothing, and where none does."""
+    torch.manual_seed(2)
+    q = torch.randn(1, 3, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 3, 12, 8, dtype=torch.float64)
+    whole, _ = unfused(q, k, v, None, 1.0)
+    parts = [
+        unfused(q, k[:, :, part], v[:, :, part], None, 1.0) for part in (slice(5), slice(5, 12))
+    ]
+    o = torch.stack([part[0][0].transpose(0, 1) for part in parts])
+    lse = torch.stack([part[1][0].transpose(0, 1) for part in parts])
+    torch.testing.assert_close(merge(o, lse), whole[0].transpose(0, 1), rtol=1e-12, atol=1e-12)
+    nothing = torch.full_like(lse[:1], float("-inf"))
+    more = merge(torch.cat([o, torch.zeros_like(o[:1])]), torch.cat([lse, nothing]))
+    torch.testing.assert_close(more, whole[0].transpose(0, 1), rtol=1e-12, atol=1e-12)
+    blind = merge(torch.zeros_like(o), torch.full_like(lse, float("-inf")))
+    assert (blind == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, (9, 0)])
+def test_paged_attention_equals_attention_over_gathered_keys(dtype, window):
+    """Runs of pages, scattered pages, sequences of every length together, chunks, and keys that are nowhere."""
+    torch.manual_seed(3)
+    page_size, pages, groups, heads, dims = 4, 400, 2, 6, 8
+    cache = PagedCache(1, pages, page_size, groups, dims, dtype, torch.device("cpu"))
+    cache.k.normal_()
+    cache.v.normal_()
+    random = np.random.default_rng(4)
+    pieces, rows = [], 0
+    free = list(random.permutation(np.arange(100, pages)))
+    for queries, keys, run, every in [
+        (1, 1, False, 1),
+        (1, 13, False, 1),
+        (1, 30, False, 1),
+        (1, 32, False, 3),
+        (1, 300, True, 1),
+        (6, 40, False, 1),
+        (7, 7, True, 1),
+        (5, 21, False, 2),
+    ]:
+        count = -(-keys // page_size)
+        own = list(range(count)) if run else [int(free.pop()) for _ in range(count)]
+        positions = np.arange(keys) * every  # as where other members keep what lies between
+        start = positions[-1] + 1 - queries + every // 2
+        pieces.append(LocalPiece((rows, rows + queries), int(start), own, positions))
+        rows += queries
+    rows += 2  # queries without keys here
+    q = torch.randn(rows, heads, dims).to(dtype)
+    work = PagedWork(pieces, rows, page_size, dtype, torch.device("cpu"))
+    o, lse = work.attend(q, cache.k[0], cache.v[0], scale=0.4, window=window)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (o.dtype, lse.dtype) == (dtype, wide)
+
+    wanted = torch.zeros(rows, heads, dims, dtype=torch.float64)
+    wanted_lse = torch.full((rows, heads), float("-inf"), dtype=torch.float64)
+    for piece in pieces:
+        count = len(piece.positions)
+        k, v = (pool[0][list(piece.pages)].flatten(0, 1)[:count] for pool in (cache.k, cache.v))
+        for row in range(*piece.rows):
+            at = piece.start + row - piece.rows[0]
+            seen = piece.positions <= at
+            if window is not None:
+                seen &= piece.positions >= at - window[0]
+            if seen.any():
+                bias = torch.zeros(1)
+                arguments = (
+                    q[None, row, :, None],
+                    *(x[seen].transpose(0, 1)[None] for x in (k, v)),
+                )
+                one, one_lse = reference(*arguments, bias, 0.4)
+                wanted[row], wanted_lse[row] = one[0, :, 0], one_lse[0, :, 0]
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    assert o.isfinite().all()
+    assert o.abs().max() > 0.1
+    torch.testing.assert_close(o.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=tolerance, atol=tolerance)
+
+
+def test_devices_without_flash_attention_get_plain_torch():
+    assert partial_kernel(torch.device("cuda")) is unfused
+    assert partial_kernel(torch.device("cpu")) is fused_on_cpu
+
+
+def sampled(text: str, world_size: int, cache: str, seed: int) -> list[list[int]] | None:
+    sampling = Sampling(max_tokens=16, temperature=1.5, top_k=50, top_p=0.9, seed=seed)
+    answer = models.generate(text, world_size, cache, models.prompts(), sampling)
+    return answer.get("tokens")
+
+
+def test_sampled_tokens_belong_to_the_seed(pool):
+    """The same at every layout and whatever else is in the batch; others for another seed."""
+    heads = models.HEADS["GQA"]
+    alone = pool.run(sampled, models.flags(*heads), 1, "batch", 7, world_size=1)[0]
+    text = models.flags(*heads, ranks=4, segments=2)
+    assert pool.run(sampled, text, 4, "sequence", 7, world_size=4)[0] == alone
+    assert pool.run(sampled, text, 4, "batch", 8, world_size=4)[0] != alone

@@ -1,0 +1,147 @@
+"""Which rank a process is: launchers, batch systems, and what is refused before anybody waits."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from waiting import PROGRAM_LIMIT, wait_until
+
+from helix_megatron.arguments import exit_on_error
+from helix_megatron.errors import LaunchError
+from helix_megatron.run.rank_environment import BATCH_SYSTEMS, launched_ranks, number_of_ranks
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "scripts" / "pretrain_gpt.py"
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables in an environment that no launcher has touched; all are put back afterwards."""
+    systems = ("SLURM_", "OMPI_", "PMI_", "MPI_LOCAL")
+    for name in (*NAMES, *(name for name in os.environ if name.startswith(systems))):
+        monkeypatch.setenv(name, "")  # so that what the code sets is removed, too
+        monkeypatch.delenv(name)
+
+    def set_variables(text: str) -> None:
+        for assignment in text.split():
+            name, value = assignment.split("=")
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+FAULTS = {
+    "WORLD_SIZE=2": "WORLD_SIZE is 2 and RANK is not set, so that this process cannot know which rank it is.",
+    "WORLD_SIZE=two": "WORLD_SIZE is 'two', which is no whole number.",
+    "RANK=1 WORLD_SIZE=1": "RANK is 1 and WORLD_SIZE is 1. Valid ranks: 0 to 0.",
+    "RANK=1": "RANK is 1 and WORLD_SIZE is not set.",
+    "RANK=x WORLD_SIZE=2": "RANK is 'x', which is no whole number.",
+    "RANK=1 WORLD_SIZE=2": "RANK is 1 of 2 and MASTER_ADDR is not set, so that the ranks cannot",
+    "RANK=1 WORLD_SIZE=2 MASTER_ADDR=a": "RANK is 1 of 2 and MASTER_PORT is not set",
+    "SLURM_PROCID=1 SLURM_NTASKS=4 SLURM_LOCALID=1 SLURM_NNODES=2": (
+        "srun has started 4 ranks on several nodes, and MASTER_ADDR is not set"
+    ),
+    "PMI_RANK=1 PMI_SIZE=2": "mpiexec has started 2 ranks on several nodes, and MASTER_ADDR is not set",
+    "SLURM_PROCID=1 SLURM_NTASKS=many": "SLURM_NTASKS is 'many', which is no whole number.",
+}
+
+
+@pytest.mark.parametrize("variables", FAULTS)
+def test_a_faulty_environment_is_a_sentence_on_every_rank(environment, variables, capsys):
+    """Ranks that do not know of each other train on parts of a batch in silence, or wait until a timeout."""
+    environment(variables)
+    with pytest.raises(SystemExit) as ended, exit_on_error("helix"):
+        launched_ranks()
+    assert ended.value.code == 2
+    assert FAULTS[variables] in " ".join(capsys.readouterr().err.split())
+
+
+TRANSLATED = {
+    # Slurm, Open MPI and Hydra on one node; on several the address has to be given.
+    "SLURM_PROCID=3 SLURM_NTASKS=4 SLURM_LOCALID=3": "3 4 3 127.0.0.1 29500",
+    "SLURM_JOB_ID=2017 SLURM_STEP_ID=0 SLURM_PROCID=3 SLURM_NTASKS=4 SLURM_LOCALID=3 SLURM_NNODES=1": (
+        "3 4 3 127.0.0.1 29517"
+    ),
+    "SLURM_PROCID=3 SLURM_NTASKS=4 SLURM_LOCALID=1 SLURM_NNODES=2 MASTER_ADDR=n1": "3 4 1 n1 29500",
+    "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=1 "
+    "OMPI_COMM_WORLD_LOCAL_SIZE=2": "1 2 1 127.0.0.1 29500",
+    "PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2 MASTER_PORT=7": "1 2 1 127.0.0.1 7",
+}
+
+
+@pytest.mark.parametrize("variables", TRANSLATED)
+def test_batch_systems_are_understood(environment, variables):
+    """`srun -n 4` would otherwise start four single runs that write over each other's files."""
+    environment(variables)
+    rank, size, *others = TRANSLATED[variables].split()
+    assert launched_ranks() == number_of_ranks(None) == int(size)
+    names = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", *names)] == [rank, size, *others]
+
+
+def test_a_single_process_stays_one(environment):
+    """One task, and a batch script that will start ranks itself, are no ranks of a world."""
+    for variables in (
+        "WORLD_SIZE=1",
+        "SLURM_PROCID=0 SLURM_NTASKS=1",
+        "SLURM_JOB_ID=5 SLURM_PROCID=0 SLURM_NTASKS=4",
+    ):
+        environment(variables)
+        assert launched_ranks() is None
+        assert number_of_ranks(None) == 1
+        assert number_of_ranks(4) == 4
+    assert {system.launcher for system in BATCH_SYSTEMS} == {"srun", "mpirun", "mpiexec"}
+
+
+def test_ranks_are_started_once(environment):
+    """A launcher and --nproc-per-node together would start n² processes, unless they mean the same ranks."""
+    environment("RANK=0 WORLD_SIZE=4 MASTER_ADDR=a MASTER_PORT=1")
+    assert number_of_ranks(4) == 4
+    with pytest.raises(
+        LaunchError, match="--nproc-per-node 2 starts ranks, and a launcher has started 4"
+    ):
+        number_of_ranks(2)
+    with pytest.raises(LaunchError, match="of at least 1"):
+        number_of_ranks(0)
+    environment("WORLD_SIZE=16")
+    os.environ.pop("RANK")
+    assert number_of_ranks(None, starts=False) == 16  # a run that is only looked at
+
+
+def test_ctrl_c_ends_a_run_with_one_line(tmp_path):
+    """No tracebacks of eight ranks, and no rank that goes on in the background."""
+    metrics = tmp_path / "metrics.jsonl"
+    flags = (
+        "--num-layers 2 --hidden-size 32 --seq-length 32 --train-iters 100000 --log-interval 100000"
+    )
+    command = [sys.executable, str(PROGRAM), *flags.split(), "--nproc-per-node", "2"]
+    command += ["--tensor-model-parallel-size", "2", "--metrics-jsonl", str(metrics)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        try:
+
+            def under_way() -> bool:
+                assert run.poll() is None, run.communicate()[1]
+                return metrics.exists() and len(metrics.read_text().splitlines()) >= 2
+
+            wait_until(under_way, "two iterations are over", PROGRAM_LIMIT)
+            ranks = psutil.Process(run.pid).children(recursive=True)
+            assert len(ranks) >= 2
+            run.send_signal(signal.SIGINT)
+            _, printed = run.communicate(timeout=PROGRAM_LIMIT)
+        finally:
+            run.kill()
+    assert run.returncode == 128 + signal.SIGINT
+    assert printed.splitlines()[-1] == "pretrain_gpt.py: interrupted"
+    assert not re.search(r"Traceback|rank \d", printed), printed
+    _, alive = psutil.wait_procs(ranks, timeout=0)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
