@@ -36,7 +36,7 @@ def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
 
 def build(text: str, world_size: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(arguments, GPTModel in eval mode) of this rank."""
-    from test_gpt_model import build as build_model
+    from training_runs import build as build_model
 
     args, _, model = build_model(text, world_size)
     return args, model.to(dtype).eval()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from pool import RankError
-from test_training_checkpoints import BASE, run
+from training_runs import BASE, run
 
 from helix_megatron.checkpoint.run_lock import LOCK, sole_run
 from helix_megatron.errors import HelixError

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_runs import build
 
 from helix_megatron.errors import HelixError
-from helix_megatron.training.arguments import parse_args
-from helix_megatron.training.validate import validate
 
 SMALL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --group-query-attention "
@@ -23,30 +22,6 @@ LAYOUTS = {
     "partial rotary": f"{SMALL} {CUT} --rotary-percent 0.5 --helix-query-layout segments",
     "experts": f"{SMALL} {CUT} --num-experts 4 --sequence-parallel --disable-bias-linear",
 }
-
-
-def build(flags: str, world_size: int) -> tuple[Any, Any, Any]:
-    """(arguments, configuration, GPTModel) on this rank."""
-    from helix_megatron import parallel_state
-    from helix_megatron.megatron import cpu_runtime
-    from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
-    from helix_megatron.megatron.random import seed_model_parallel
-    from helix_megatron.training.model import build_chunk, transformer_config
-
-    cpu_runtime.install()
-    run = validate(parse_args(flags.split()), world_size)
-    parallel_state.initialize_model_parallel(
-        run.parallel.tensor_model_parallel_size,
-        intra_head_parallel_size=run.helix.intra_head_parallel_size,
-        expert_tensor_parallel_size=run.parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=10,
-    )
-    seed_model_parallel(run.training.seed)
-    config = transformer_config(run)
-    with weights_not_drawn(config):
-        model = build_chunk(run, config)
-    initialize_weights(model, config, run.training.seed)
-    return run, config, model
 
 
 def boxes(flags: str, world_size: int) -> list[tuple[str, tuple, tuple, np.ndarray, bool]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pool import RankError
-from test_training_checkpoints import EP, TP, M, run
+from training_runs import EP, TP, M, run
 from waiting import PROGRAM_LIMIT
 
 from helix_megatron.checkpoint.store import Store

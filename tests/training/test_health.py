@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from pool import RankError
-from test_training_checkpoints import BASE, run
+from training_runs import BASE, run
 
 from helix_megatron.checkpoint.store import Store
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from crashes import save
-from test_training_checkpoints import BASE, run
+from training_runs import BASE, run
 
 from helix_megatron.checkpoint.manifest import MANIFEST_NAME
 from helix_megatron.checkpoint.store import POINTER, Store

@@ -10,23 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from pool import RankError
-from test_writing_errors import small_disk  # noqa: F401
 from tiers import is_full
+from training_runs import BASE, EP, PP, TP, M, run
 
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.validate import validate
 
-BASE = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --micro-batch-size 1 "
-    "--global-batch-size 4 --lr 3e-3 --log-communication-time off --train-iters 2"
-)
-TP, PP, EP, M = (
-    "--tensor-model-parallel-size",
-    "--pipeline-model-parallel-size",
-    "--expert-model-parallel-size",
-    "--intra-head-parallel-size",
-)
 ZERO1 = "--use-distributed-optimizer"
 GQA = "--group-query-attention --num-query-groups 2"
 BIASES = f"{GQA} --add-qkv-bias --rotary-percent 0.5 --kv-channels 16"
@@ -90,24 +80,6 @@ PAIRS = {
         (8, f"{TP} 4 {M} 2 --sequence-parallel {PP} 2 {EP} 2"),
     ),
 }
-
-
-def train(flags: str, world_size: int) -> list[dict[str, float]]:
-    """Train on this rank; what each iteration measured."""
-    from helix_megatron.megatron import cpu_runtime
-    from helix_megatron.training.pretrain import training
-
-    cpu_runtime.install()
-    run = validate(parse_args(flags.split()), world_size)
-    return [metrics.record() for metrics in training(run)]
-
-
-def run(pool, flags: str, world_size: int = 1) -> list[dict[str, float]]:
-    """What the first rank measured; all ranks must report the same losses."""
-    by_rank = pool.run(train, flags, world_size, world_size=world_size)
-    losses = [[record["lm_loss"] for record in records] for records in by_rank]
-    assert all(other == losses[0] for other in losses)
-    return by_rank[0]
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -477,7 +449,7 @@ def test_old_checkpoints_go(pool, tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", ["", "--async-save"])
-def test_a_full_disk_ends_the_run_and_keeps_what_there_was(pool, small_disk, asynchronous):  # noqa: F811
+def test_a_full_disk_ends_the_run_and_keeps_what_there_was(pool, small_disk, asynchronous):
     """The error says how much is free; the checkpoint before is whole, and nothing half is left."""
     from helix_megatron.checkpoint.manifest import verify
 
