@@ -129,7 +129,7 @@ def check_values(settings: Any) -> None:
         HelixError: a value of another type, an unknown word, a number outside of its range.
     """
     for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
+        value = getattr(settings, f.name, None)  # what others imply may be set later
         if not f.metadata or (value is None and (f.default is None or "None" in str(f.type))):
             continue
         problem = problem_of(f, value)

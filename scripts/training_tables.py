@@ -284,5 +284,7 @@ def _check(run: Run, row: dict[str, str]) -> None:
         )
     if run.model.num_layers % layout.pp:
         raise HelixError(f"{run.model.num_layers} layers cannot be dealt to {layout.pp} stages.")
-    if run.model.num_heads % layout.tp:
-        raise HelixError(f"{run.model.num_heads} heads cannot be dealt to TP {layout.tp}.")
+    if run.model.num_attention_heads % layout.tp:
+        raise HelixError(
+            f"{run.model.num_attention_heads} heads cannot be dealt to TP {layout.tp}."
+        )

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import HeadLayout
@@ -79,7 +79,7 @@ class ModelConfig(ModelSizes):
     # ------------------------------------------------------------------------ model flags
 
     @classmethod
-    def from_flags(cls, flags: Mapping[str, Any]) -> ModelConfig:
+    def from_flags(cls, flags: Mapping[str, Any]) -> Self:
         """The model of model flags. What is missing has the default of its flag, except for sizes.
 
         Without `seq_length` that is its default, or the longest sequence that the model's positions allow.

@@ -58,21 +58,21 @@ def partition_of(plan: Plan, layout: Layout) -> HeadLayout:
     where TP exceeds them."""
     if layout.segments > 1:
         return head_layout(plan.model, layout.tp, layout.segments, layout.query_layout)
-    kv_heads = max(plan.model.num_kv_heads, layout.tp)
+    kv_heads = max(plan.model.num_query_groups, layout.tp)
     return HeadLayout(
-        plan.model.num_heads,
+        plan.model.num_attention_heads,
         kv_heads,
         plan.model.head_dim,
         head_groups=layout.tp,
         rotary="none",
-        output_gate=plan.model.output_gate,
+        output_gate=plan.model.attention_output_gate,
     )
 
 
 def _qkv_rows(plan: Plan, layout: Layout, heads: HeadLayout, rank: int) -> list[int]:
     """Rows of linear_qkv on a TP rank. With more ranks than key-value heads stock Megatron deals them in equal
     runs, whatever head they belong to, and gathers its output."""
-    if layout.segments == 1 and layout.tp > plan.model.num_kv_heads:
+    if layout.segments == 1 and layout.tp > plan.model.num_query_groups:
         each = plan.model.qkv_rows // layout.tp
         return [*range(rank * each, (rank + 1) * each)]
     return heads.qkv_rows(rank).tolist()
@@ -135,8 +135,8 @@ def _rank(plan: Plan, layout: Layout, heads: HeadLayout, rank: int) -> dict[str,
     dp_rank, stage = rest % layout.dp, rest // layout.dp
     group, segment = heads.partition(tp_rank)
     kv = heads.kv_heads(tp_rank)
-    if layout.segments == 1 and layout.tp > plan.model.num_kv_heads:
-        shared = layout.tp // plan.model.num_kv_heads
+    if layout.segments == 1 and layout.tp > plan.model.num_query_groups:
+        shared = layout.tp // plan.model.num_query_groups
         kv = range(tp_rank // shared, tp_rank // shared + 1)
     whole = layout.query_layout == "heads" and layout.segments > 1
     return {
@@ -173,7 +173,7 @@ def _layers(plan: Plan, layout: Layout, stage: int) -> list[list[int]]:
 def weights(plan: Plan, layout: Layout, heads: HeadLayout) -> Iterator[dict[str, Any]]:
     """Matrices of one rank [rows, columns], as megatron-core stores them, with the whole one beside."""
     model, tp = plan.model, layout.tp
-    hidden, width = model.hidden_size, model.num_heads * model.head_dim
+    hidden, width = model.hidden_size, model.width
     rows = len(_qkv_rows(plan, layout, heads, 0))
     columns = len(heads.proj_columns(0))
 
@@ -183,7 +183,7 @@ def weights(plan: Plan, layout: Layout, heads: HeadLayout) -> Iterator[dict[str,
     yield matrix("linear_qkv", (rows, hidden), (model.qkv_rows, hidden))
     yield matrix("linear_proj", (hidden, columns), (hidden, width))
     if model.dense_layers:
-        ffn = model.ffn_hidden_size
+        ffn = model.ffn
         fc1 = ffn * model.fc1_factor
         yield matrix("linear_fc1", (fc1 // tp, hidden), (fc1, hidden))
         yield matrix("linear_fc2", (hidden, ffn // tp), (hidden, ffn))
@@ -253,7 +253,7 @@ def checks(plan: Plan, p: Prediction, heads: HeadLayout) -> list[dict[str, Any]]
         ),
         (
             "every column of linear_proj is on exactly one TP rank",
-            columns == list(range(model.num_heads * model.head_dim)),
+            columns == list(range(model.width)),
             f"{len(columns)} columns",
         ),
         (

@@ -36,7 +36,7 @@ def kinds_of_layers(plan: Plan, layout: Layout) -> Iterator[tuple[str, int, tupl
     for experts, windowed, count in layer_kinds(model):
         name = ("MoE" if experts else "dense") + (" with window" if windowed else "")
         if plan.job.task == "decode":
-            context = min(sequence, model.window or sequence) if windowed else sequence
+            context = min(sequence, model.window_size or sequence) if windowed else sequence
             steps = decode_steps(plan.scenario, strip(layout), context, experts)
         elif plan.job.task == "prefill":
             steps = layer_steps(for_inference(plan.scenario), layout, experts, windowed)

@@ -48,7 +48,7 @@ def cache_bytes(
             return cache_layout(layout.cache).read_bytes(shape)
         return shape.cache_bytes() / layout.segments
     # Stock: a copy on every rank that has query heads of it.
-    kv_heads = max(1.0, model.num_kv_heads / layout.tp)
+    kv_heads = max(1.0, model.num_query_groups / layout.tp)
     return 2 * sequences * context * kv_heads * model.head_dim * element
 
 
@@ -60,10 +60,10 @@ def inference_memory(model: ModelSpec, layout: Layout, job: Job, software: Softw
     cache = layers * cache_bytes(model, layout, sequences, job.sequence, software.element)
     cache /= layout.cp
     tokens = layout.micro_batch * (job.sequence / layout.cp if job.task == "prefill" else 1)
-    inner = model.fc1_factor * model.ffn_hidden_size / layout.tp + model.qkv_rows / layout.tp
+    inner = model.fc1_factor * model.ffn / layout.tp + model.qkv_rows / layout.tp
     work = tokens * (4 * model.hidden_size + 2 * inner) * software.element
     if job.task == "prefill" and model.head_dim > inference_software(software).widest:
-        work += 6 * tokens * model.num_heads / layout.tp * job.sequence
+        work += 6 * tokens * model.num_attention_heads / layout.tp * job.sequence
     return Memory(weights=weights, activations=work, cache=cache)
 
 
@@ -112,7 +112,7 @@ def decode_stage_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
 def _decode_layers(scenario: Scenario, layout: Layout) -> Iterator[tuple[tuple[Step, ...], int]]:
     model, job = scenario.model, scenario.job
     for experts, windowed, count in layer_kinds(model):
-        context = min(job.sequence, model.window or job.sequence) if windowed else job.sequence
+        context = min(job.sequence, model.window_size or job.sequence) if windowed else job.sequence
         yield decode_steps(scenario, strip(layout), context, experts), count
 
 
@@ -171,9 +171,7 @@ def predict_decode(scenario: Scenario, layout: Layout) -> Prediction:
         "waiting for other micro-batches": seconds - through,
     }
     flops = 2 * model.active_parameters * job.global_batch
-    flops += (
-        4 * model.num_layers * model.num_heads * model.head_dim * job.sequence * job.global_batch
-    )
+    flops += 4 * model.num_layers * model.width * job.sequence * job.global_batch
     return Prediction(
         layout=layout,
         seconds=seconds,
@@ -232,7 +230,7 @@ def decode_steps(
     model, _, cluster, software = scenario
     record = Recorder(cluster, software.precision, software.element)
     rows, hidden, element = layout.micro_batch, model.hidden_size, record.element
-    width = model.num_heads * model.head_dim
+    width = model.width
     size = rows * hidden * element
 
     def summed(name: str) -> None:
@@ -245,7 +243,7 @@ def decode_steps(
 
     record.stream("input norm", rows * hidden, 2, 0)
     gemm("linear_qkv", model.qkv_rows / layout.tp, hidden)
-    if layout.segments == 1 and layout.tp > model.num_kv_heads:
+    if layout.segments == 1 and layout.tp > model.num_query_groups:
         whole = rows * model.qkv_rows * element
         record.collective("stock QKV gather", FORWARD, "all-gather", whole, layout.tp_group, "qkv")
     record.stream("rotary embedding and cache", 3 * rows * model.qkv_rows / layout.tp, 2, 0)
@@ -256,7 +254,7 @@ def decode_steps(
     if experts:
         _decode_experts(record, model, layout, gemm)
     else:
-        ffn = model.ffn_hidden_size / layout.tp
+        ffn = model.ffn / layout.tp
         gemm("linear_fc1", ffn * model.fc1_factor, hidden)
         record.stream("activation", rows * ffn, model.fc1_factor + 1, 0)
         gemm("linear_fc2", hidden, ffn)
@@ -277,7 +275,7 @@ def _decode_attention(record: Recorder, model: ModelSpec, layout: Layout, contex
             seconds = {k: collective_seconds(record.cluster, k, ways[k], group) for k in ways}
             kind = min(ways, key=seconds.__getitem__)
             record.collective(step.name, FORWARD, kind, ways[kind], group, "exchange")
-    flops = 4.0 * rows * model.num_heads * model.head_dim * context / layout.tp
+    flops = 4.0 * rows * model.width * context / layout.tp
     text = f"{rows} sequences, cache {layout.cache}, {read / 1e6:.1f} MB"
     seconds_of_cache = decode_seconds(record.chip, read, scores)
     record.steps.append(
@@ -289,7 +287,7 @@ def _decode_experts(record: Recorder, model: ModelSpec, layout: Layout, gemm: An
     """Only experts that some token chose are read."""
     rows, hidden = layout.micro_batch, model.hidden_size
     gemm("router", model.experts, hidden)
-    copies = rows * model.topk
+    copies = rows * model.moe_router_topk
     record.collective(
         "dispatch", FORWARD, "all-to-all", copies * hidden * record.element, layout.ep_group, "ep"
     )

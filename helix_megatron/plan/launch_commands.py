@@ -24,18 +24,18 @@ NO_CP = "scripts/pretrain_gpt.py has no context parallelism."
 def model_words(model: ModelSpec) -> list[str]:
     """The model's flags as words of a command line."""
     words: list[str] = []
-    for name, value in model.flags:
+    for name, value in model.flags.items():
         flag = "--" + name.replace("_", "-")
         if name in LEFT_OUT or value is False or value is None:
             continue
         if value is True:
             words.append(flag)
-        elif isinstance(value, tuple):
+        elif isinstance(value, list | tuple):
             words += [flag, "[" + ",".join(str(int(v)) for v in value) + "]"]
         else:
             words += [flag, str(value)]
     if "--vocab-size" not in words:
-        words += ["--vocab-size", str(model.vocab_size)]
+        words += ["--vocab-size", str(model.padded_vocab_size)]
     return words
 
 
@@ -181,7 +181,7 @@ def not_served(model: ModelSpec, layout: Layout) -> str:
         return "it has no pipeline parallelism"
     if layout.cp > 1:
         return "it has no context parallelism"
-    if layout.segments == 1 and layout.tp > model.num_kv_heads:
+    if layout.segments == 1 and layout.tp > model.num_query_groups:
         return "it does not keep whole heads on more ranks than there are key-value heads"
     if model.experts and layout.tp % (layout.ep * layout.etp):
         return "it deals experts to the tensor parallel ranks of one replica only"
@@ -240,7 +240,7 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
         )
     if layout.cp > 1 and plan.job.task == "train":
         found.append(f"{NO_CP} The command is for Megatron-LM's own pretrain_gpt.py.")
-        missing = [name for name, value in plan.model.flags if name in NOT_THERE and value]
+        missing = [name for name, value in plan.model.flags.items() if name in NOT_THERE and value]
         if missing:
             flags = ", ".join("--" + name.replace("_", "-") for name in missing)
             found.append(

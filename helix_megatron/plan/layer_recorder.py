@@ -80,13 +80,13 @@ class LayerRecorder(Recorder):
             self.collective(name, BACKWARD, "all-gather", size, group, "tp", beside=dgrad)
 
     def activation(self, elements: float) -> None:
-        forward, backward = (3, 5) if self.model.gated else (2, 3)
+        forward, backward = (3, 5) if self.model.is_gated else (2, 3)
         self.stream("activation", elements, forward, backward)
         self.cast("activation", elements)
 
     def mlp(self) -> None:
         self.norm("MLP norm")
-        self._two_linears("linear_", self.tokens, self.model.ffn_hidden_size / self.layout.tp)
+        self._two_linears("linear_", self.tokens, self.model.ffn / self.layout.tp)
         self.residual("MLP residual")
 
     def _two_linears(self, name: str, tokens: float, ffn: float) -> None:
@@ -106,7 +106,7 @@ class LayerRecorder(Recorder):
         counts, ep = 8.0 * model.experts, layout.ep_group
         self.collective("expert loads", FORWARD, "all-reduce", counts, layout.tp_group, "tp")
         self.collective("tokens per expert", FORWARD, "all-gather", layout.ep * counts, ep, "ep")
-        copies = self.own * model.topk
+        copies = self.own * model.moe_router_topk
         self.stream("permutation", copies * hidden, 2, 2)
         size, weights = copies * hidden * self.element, copies * self.element
         gathered, experts_here = copies * layout.etp, model.experts / layout.ep

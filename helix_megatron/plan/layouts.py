@@ -113,51 +113,33 @@ def head_layout(model: ModelSpec, tp: int, segments: int, query_layout: str) -> 
     Raises:
         HelixError: the heads do not fit.
     """
-    return HeadLayout(
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        head_groups=tp // segments,
-        segments=segments,
-        query_layout=query_layout,  # type: ignore[arg-type]
-        rotary=model.rotary,
-        rotary_dim=model.rotary_dim or None,
-        output_gate=model.output_gate,
-    )
+    return model.layout(HelixConfig(segments, query_layout=query_layout), tp)
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole_heads(model: ModelSpec, tp: int) -> HeadLayout:
+    """A rank without Helix is a model of its own heads."""
+    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_query_groups // tp)
+    kv_heads = kv_heads if heads % kv_heads == 0 else 1
+    return HeadLayout(heads, kv_heads, model.head_dim, rotary="none")
 
 
 def attention_shape(
     model: ModelSpec, layout: Layout, sequence: int, element: int, window: int | None = None
 ) -> AttentionShape:
-    """What an attention layer works on. Without Helix a rank is a model of its own heads (`segments` 1)."""
-    cut = (layout.tp, layout.segments, layout.query_layout, layout.micro_batch)
-    return _attention_shape(model, *cut, sequence, element, window)
+    """What an attention layer works on."""
+    parts = "tp", "segments", "query_layout", "micro_batch"
+    cut = Layout(**{part: getattr(layout, part) for part in parts})
+    return _attention_shape(model, cut, sequence, element, window)
 
 
 @functools.lru_cache(maxsize=16384)
 def _attention_shape(
-    model: ModelSpec,
-    tp: int,
-    segments: int,
-    query_layout: str,
-    batch: int,
-    sequence: int,
-    element: int,
-    window: int | None,
+    model: ModelSpec, layout: Layout, sequence: int, element: int, window: int | None
 ) -> AttentionShape:
-    if segments == 1:
-        heads = model.num_heads // tp
-        kv_heads = max(1, model.num_kv_heads // tp)
-        kv_heads = kv_heads if heads % kv_heads == 0 else 1
-        layout = HeadLayout(heads, kv_heads, model.head_dim, rotary="none")
+    if layout.segments == 1:
+        heads = _whole_heads(model, layout.tp)
     else:
-        layout = head_layout(model, tp, segments, query_layout)
-    return AttentionShape(
-        layout=layout,
-        batch=batch,
-        query_length=sequence,
-        key_length=sequence,
-        element_size=element,
-        causal=model.causal,
-        window=(window, 0) if window is not None else None,
-    )
+        heads = head_layout(model, layout.tp, layout.segments, layout.query_layout)
+    seen = None if window is None else (window, 0)
+    return AttentionShape(heads, layout.micro_batch, sequence, sequence, element, window=seen)

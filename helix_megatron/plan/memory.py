@@ -51,7 +51,7 @@ def outer_weights(model: ModelSpec, layout: Layout, stage: int) -> float:
         held += embedding + model.learned_positions * model.hidden_size
     if stage == layout.pp - 1:
         held += model.norm_parameters
-        held += 0.0 if model.tied and layout.pp == 1 else embedding
+        held += 0.0 if model.embeddings == layout.pp == 1 else embedding
     return held
 
 
@@ -72,7 +72,7 @@ def expert_weights(model: ModelSpec, layout: Layout) -> float:
     """Parameters of experts on one rank."""
     if not model.experts:
         return 0.0
-    here = model.experts / layout.ep * model.expert_parameters() / layout.etp
+    here = model.experts / layout.ep * model.expert_parameters / layout.etp
     return model.expert_layers / layout.pp * here
 
 
@@ -206,16 +206,22 @@ def layer_activations(
     own = tokens / layout.tp if layout.sequence_parallel else tokens
     mask = 2 * own * hidden if software.dropout else 0.0
     norms = 2 * own * hidden * (element + product) + mask
-    if software.local_modules and model.rms_norm:
+    if software.local_modules and model.norm_tensors == 1:
         norms += 2 * own * hidden * 6  # two fp32 tensors in place of its input
     core, scores = _core_attention(model, layout, job, software, tokens)
-    if model.qk_norm:
-        wide = 10 if software.local_modules and model.rms_norm else element
-        norms += tokens * (model.num_heads + model.num_kv_heads) * model.head_dim / layout.tp * wide
-    width = tokens * model.num_heads * model.head_dim / layout.tp
-    inner = tokens * model.ffn_hidden_size / layout.tp * (model.fc1_factor * element + product)
-    if software.local_modules and model.gated:
-        inner += 2 * tokens * model.ffn_hidden_size / layout.tp * element
+    if model.norms_queries:
+        wide = 10 if software.local_modules and model.norm_tensors == 1 else element
+        norms += (
+            tokens
+            * (model.num_attention_heads + model.num_query_groups)
+            * model.head_dim
+            / layout.tp
+            * wide
+        )
+    width = tokens * model.width / layout.tp
+    inner = tokens * model.ffn / layout.tp * (model.fc1_factor * element + product)
+    if software.local_modules and model.is_gated:
+        inner += 2 * tokens * model.ffn / layout.tp * element
     if model.expert_layers:
         experts = _experts(model, layout, software, own, product)
         experts += tokens * model.shared_ffn / layout.tp * (model.fc1_factor + 1) * element
@@ -225,7 +231,7 @@ def layer_activations(
     # Backward, the MLP comes first: it is gone when attention needs its work space.
     work = gathered * (2 if layout.sequence_parallel else 1) + inner / 2
     if software.local_modules:  # gradients of weights are computed, then added
-        work += hidden * model.ffn_hidden_size / layout.tp * element
+        work += hidden * model.ffn / layout.tp * element
     work = max(work, scores - inner)
     # The kernel's output for one sequence is already in the order that linear_proj reads.
     in_order = COSTS[layout.exchange].output_in_order and layout.micro_batch == 1
@@ -238,7 +244,7 @@ def _experts(
 ) -> float:
     """Bytes that routed experts keep: inner activations, also weighted before the second product; their
     gathered input; and the tokens on their way there and back."""
-    copies = own * model.topk
+    copies = own * model.moe_router_topk
     rows = copies * layout.etp
     inner = rows * model.moe_ffn / layout.etp
     kept = inner * ((model.fc1_factor + 1) * software.element + product)
@@ -256,7 +262,7 @@ def _core_attention(
     local, writes_scores = cost.local_heads(shape.layout), cost.score_bytes(shape) > 0
     queries = tokens * local.heads * local.query_dim
     keys, values = (tokens * local.kv_heads * dim for dim in (local.query_dim, local.value_dim))
-    width = tokens * model.num_heads * model.head_dim / layout.tp  # output elements of one rank
+    width = tokens * model.width / layout.tp  # output elements of one rank
     size = (queries + keys + values + width) * element
     if model.rotary != "none":  # tables of sine and cosine in the precision of queries and keys
         dims = model.rotary_dim / (m if layout.query_layout == "segments" else 1)
@@ -289,5 +295,7 @@ def output_work(model: ModelSpec, layout: Layout, job: Job, software: Software) 
     own = gathered / (layout.tp if layout.sequence_parallel else 1)
     forward = buffer + logits * (software.element + 4)
     backward = buffer + gathered + own + logits * software.element + weight
-    norm = 20 * own / software.element if software.local_modules and model.rms_norm else 0.0
+    norm = (
+        20 * own / software.element if software.local_modules and model.norm_tensors == 1 else 0.0
+    )
     return max(forward, backward, norm)  # the backward of an unfused RMSNorm: five tensors in fp32

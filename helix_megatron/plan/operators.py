@@ -24,7 +24,7 @@ def layer_kinds(model: ModelSpec) -> tuple[tuple[bool, bool, int], ...]:
     """(experts, windowed, how many) of the model's layers; windows are taken to be spread evenly."""
     kinds = []
     for experts, count in ((False, model.dense_layers), (True, model.expert_layers)):
-        narrow = round(count * model.windowed / model.num_layers)
+        narrow = round(count * sum(model.windowed_layers) / model.num_layers)
         kinds += [(experts, True, narrow), (experts, False, count - narrow)]
     return tuple(kind for kind in kinds if kind[2])
 
@@ -56,28 +56,28 @@ def attention_steps(scenario: Scenario, layout: Layout, windowed: bool) -> tuple
     """Norm, projections and core attention of one layer."""
     record, model = LayerRecorder(scenario, layout), scenario.model
     tokens, tp = record.tokens, layout.tp
-    hidden, width = model.hidden_size, model.num_heads * model.head_dim
+    hidden, width = model.hidden_size, model.width
     record.norm("input norm")
     record.column_parallel("linear_qkv", tokens, model.qkv_rows / tp, hidden)
-    if layout.segments == 1 and tp > model.num_kv_heads:
+    if layout.segments == 1 and tp > model.num_query_groups:
         # Stock megatron-core with more ranks than key-value heads: everyone gets everything, keeps its part.
         size = tokens * model.qkv_rows * record.element
         for phase, kind in ((FORWARD, "all-gather"), (BACKWARD, "reduce-scatter")):
             record.collective("stock QKV gather", phase, kind, size, layout.tp_group, "qkv")
-    heads = model.num_heads + model.num_kv_heads
+    heads = model.num_attention_heads + model.num_query_groups
     turned = tokens * heads * model.head_dim / tp
     if model.rotary != "none":
         record.stream("rotary embedding", turned, 2, 2, f"[{tokens:.0f}, {heads / tp:g} heads]")
-    if model.qk_norm:
+    if model.norms_queries:
         record.stream("QK norms", turned, 2, 4)
         if layout.segments > 1:  # sums of squares (and sums) of heads that are cut
-            cut = model.num_kv_heads
-            cut += model.num_heads if layout.query_layout == "segments" else 0
-            size = 4 * tokens * cut / layout.head_groups * (1 if model.rms_norm else 2)
+            cut = model.num_query_groups
+            cut += model.num_attention_heads if layout.query_layout == "segments" else 0
+            size = 4 * tokens * cut / layout.head_groups * model.norm_tensors
             name, group = "QK norm statistics", layout.head_group
             for phase in (FORWARD, BACKWARD):
                 record.collective(name, phase, "all-reduce", size, group, "qkv")
-    _core_attention(record, scenario.job.sequence, model.window if windowed else None)
+    _core_attention(record, scenario.job.sequence, model.window_size if windowed else None)
     record.cast("attention output", tokens * width / tp)
     record.row_parallel("linear_proj", tokens, hidden, width / tp)
     record.residual("attention residual")
@@ -127,7 +127,7 @@ def _core_attention(record: LayerRecorder, sequence: int, window: int | None) ->
         # partial output is merged in fp32.
         merged = 2 * (layout.cp - 1) * work.batch_heads * work.queries * work.head_dim
         record.stream("context parallel merge", merged, 3, 3)
-        kv = 2 * model.num_kv_heads * model.head_dim / min(layout.tp, model.num_kv_heads)
+        kv = 2 * model.num_query_groups * model.head_dim / min(layout.tp, model.num_query_groups)
         size = layout.micro_batch * sequence * kv * record.element
         for phase, busy in ((FORWARD, forward), (BACKWARD, backward)):
             record.collective(
@@ -150,7 +150,7 @@ def _core_attention(record: LayerRecorder, sequence: int, window: int | None) ->
 def _attention_bytes(work: AttentionWork, model: ModelSpec, software: Software) -> float:
     """Bytes that core attention reads and writes forward: queries, keys, values and output once; and scores
     where no fused kernel keeps them on the chip."""
-    shared = model.num_heads // model.num_kv_heads
+    shared = model.num_attention_heads // model.num_query_groups
     kv_heads = max(1.0, work.batch_heads / shared)
     ends = 2 * work.batch_heads * work.queries + 2 * kv_heads * work.keys
     scores = work.score_bytes
@@ -171,7 +171,7 @@ def attention_work(model: ModelSpec, layout: Layout, shape: AttentionShape) -> A
         queries=shape.query_length / layout.cp,
         keys=shape.key_length,
         head_dim=local.query_dim,
-        grouped=model.num_kv_heads < model.num_heads,
+        grouped=model.num_query_groups < model.num_attention_heads,
         positions=min(shape.key_length / layout.cp, max(window, 128)),
         score_bytes=cost.score_bytes(shape),
         fusible=cost.fusible,

@@ -47,11 +47,11 @@ def print_plan(
 def header(plan: Plan) -> str:
     """Model, cluster and job, and how many layouts are ranked and are not."""
     model, job, cluster = plan.model, plan.job, plan.cluster
-    kind = f"{model.experts} experts, {model.topk} a token, " if model.experts else ""
+    kind = f"{model.experts} experts, {model.moe_router_topk} a token, " if model.experts else ""
     return (
         f"{model.name}: {model.parameters / 1e9:.1f} B parameters, {kind}{model.num_layers} layers, hidden "
-        f"{model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key-value heads of "
-        f"{model.head_dim}\n"
+        f"{model.hidden_size}, {model.num_attention_heads} query and {model.num_query_groups} key-value heads "
+        f"of {model.head_dim}\n"
         f"{plan.gpus} × {cluster.chip.name}, {cluster.name}: {cluster.domain} a domain of "
         f"{cluster.domain_link}, {cluster.network_link} between. {job.task}, sequence {job.sequence}, batch "
         f"{job.global_batch}, {plan.software.precision}. All figures are simulated.\n"

@@ -22,7 +22,7 @@ def of_tensor_parallel(model: ModelSpec, tp: int) -> Refusal:
     """Widths that TP ranks must divide."""
     widths = {"hidden size": model.hidden_size}
     if model.dense_layers:
-        widths["FFN hidden size"] = model.ffn_hidden_size
+        widths["FFN hidden size"] = model.ffn
     if model.shared_ffn:
         widths["hidden size of the shared experts"] = model.shared_ffn
     for name, size in widths.items():
@@ -34,15 +34,16 @@ def of_tensor_parallel(model: ModelSpec, tp: int) -> Refusal:
 
 def of_whole_heads(model: ModelSpec, tp: int) -> Refusal:
     """Heads that stock Megatron deals whole."""
-    if model.num_heads % tp:
-        return INDIVISIBLE, (
-            f"{model.num_heads} query heads cannot be dealt whole to {tp} ranks; nearest that divide them: "
-            f"{nearest(model.num_heads, tp)}"
+    heads, kv_heads = model.num_attention_heads, model.num_query_groups
+    if heads % tp:
+        reason = (
+            f"{heads} query heads cannot be dealt whole to {tp} ranks; nearest that divide them: "
         )
-    if model.num_kv_heads % tp and tp % model.num_kv_heads:
+        return INDIVISIBLE, reason + nearest(heads, tp)
+    if kv_heads % tp and tp % kv_heads:
         return INDIVISIBLE, (
-            f"Megatron needs {tp} to divide the {model.num_kv_heads} key-value heads or be a multiple of "
-            f"them; nearest: {nearest(model.num_kv_heads, tp)}"
+            f"Megatron needs {tp} to divide the {kv_heads} key-value heads or be a multiple of them; nearest: "
+            f"{nearest(kv_heads, tp)}"
         )
     return None
 

@@ -294,7 +294,7 @@ class _Search:
         found = []
         for ep in divisors(model.experts):
             for etp in {1, layout.tp}:
-                if etp > 1 and model.biases:
+                if etp > 1 and not model.disable_bias_linear:
                     why = "Megatron cannot cut experts with biases"
                     self.reject(f"ETP {etp}", INDIVISIBLE, why, etp=etp)
                 elif ranks % (ep * etp) == 0 and model.moe_ffn % etp == 0:

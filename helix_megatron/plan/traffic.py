@@ -121,11 +121,11 @@ def final_reductions(
         held = model.replicated_parameters(here) / layout.pp
         held += model.norm_parameters if last else 0.0
         found.append(("tp", held * GRADIENT_BYTES, layout.tp_group))
-    if model.qk_norm:
-        per_layer = 2 * model.head_dim * (1 if model.rms_norm else 2)
+    if model.norms_queries:
+        per_layer = 2 * model.head_dim * model.norm_tensors
         size = per_layer * model.num_layers / layout.pp * GRADIENT_BYTES
         found.append(("tp", size, layout.tp_group))
-    if layout.pp > 1 and model.tied and (last or stage == 0):
+    if layout.pp > 1 and model.embeddings == 1 and (last or stage == 0):
         rows = model.padded_vocab(layout.tp) / layout.tp
         ends = Group(2, layout.pp_group.stride * (layout.pp - 1))
         found.append(("pp", rows * model.hidden_size * GRADIENT_BYTES, ends))

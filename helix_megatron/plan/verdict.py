@@ -74,7 +74,7 @@ def verdict(plan: Plan) -> tuple[bool, str]:
 
 
 def _why(plan: Plan, helix: Row, stock: Row) -> str:
-    heads = plan.model.num_kv_heads
+    heads = plan.model.num_query_groups
     if stock.layout.tp > heads:
         return (
             f" With TP {stock.layout.tp} above the {heads} key-value heads, stock Megatron gathers the whole "
@@ -88,9 +88,9 @@ def _why(plan: Plan, helix: Row, stock: Row) -> str:
 
 
 def _why_not(plan: Plan, stock: Row) -> str:
-    if stock.layout.tp <= plan.model.num_kv_heads:
+    if stock.layout.tp <= plan.model.num_query_groups:
         return (
-            f" Its TP {stock.layout.tp} does not exceed the {plan.model.num_kv_heads} key-value heads, so "
+            f" Its TP {stock.layout.tp} does not exceed the {plan.model.num_query_groups} key-value heads, so "
             "every rank has whole ones and attention exchanges nothing."
         )
     return ""
@@ -148,7 +148,7 @@ def nothing_fits(plan: Plan) -> str:
 def _smaller_batch(plan: Plan) -> str:
     """The largest part of the batch whose cache leaves a tenth of the memory, over all GPUs."""
     model, job = plan.model, plan.job
-    width = 2 * model.num_kv_heads * model.head_dim * model.num_layers * plan.software.element
+    width = 2 * model.num_query_groups * model.head_dim * model.num_layers * plan.software.element
     cache = width * job.sequence
     room = (
         0.9 * plan.cluster.chip.memory * plan.gpus - model.parameters * plan.software.weight_bytes
@@ -168,7 +168,9 @@ def enough_gpus(plan: Plan) -> int | None:
     start = plan.gpus // domain * domain + domain
     for count in range(start, 64 * max(domain, plan.gpus), domain):
         for pp in divisors(model.num_layers):
-            for tp in (t for t in (1, 2, 4, 8) if t <= domain and model.num_heads % t == 0):
+            for tp in (
+                t for t in (1, 2, 4, 8) if t <= domain and model.num_attention_heads % t == 0
+            ):
                 if count % (tp * pp) or plan.job.global_batch % (count // (tp * pp)):
                     continue
                 experts = math.gcd(model.experts or 1, count // pp)

@@ -80,10 +80,17 @@ def test_config_json_gives_the_preset(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     for path in (tmp_path, tmp_path / "config.json"):
         model, preset = model_of(str(path)), model_of("llama-3-8b")
-        for field in ("parameters", "num_kv_heads", "head_dim", "gated", "rms_norm", "vocab_size"):
+        for field in (
+            "parameters",
+            "num_query_groups",
+            "head_dim",
+            "is_gated",
+            "norm_tensors",
+            "vocab_size",
+        ):
             assert getattr(model, field) == getattr(preset, field), field
         for flag in ("rotary_base", "norm_epsilon"):  # no sizes, but the command is for that model
-            assert dict(model.flags)[flag] == dict(preset.flags)[flag], flag
+            assert model.flags[flag] == preset.flags[flag], flag
 
 
 def test_megatron_flags_give_a_model():

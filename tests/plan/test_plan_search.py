@@ -93,11 +93,11 @@ def test_rows_are_legal_ranked_and_fit(plan):
             assert layout.micro_batches(job.global_batch) % layout.pp == 0
         if layout.segments > 1:
             assert layout.cp == 1
-            assert model.num_kv_heads % layout.head_groups == 0
+            assert model.num_query_groups % layout.head_groups == 0
             assert layout.exchange != "none"
         else:
             assert layout.exchange == "none"
-            assert model.num_heads % layout.tp == 0
+            assert model.num_attention_heads % layout.tp == 0
 
 
 def test_every_dimension_is_enumerated():
@@ -279,7 +279,7 @@ def test_inference_tasks_rank_too(task, batch):
         if row.layout.segments > 1:
             whole = p.memory.cache * row.layout.gpus
             model = found.model
-            once = 2 * batch * 8192 * model.num_kv_heads * model.head_dim * 2 * model.num_layers
+            once = 2 * batch * 8192 * model.num_query_groups * model.head_dim * 2 * model.num_layers
             assert whole == pytest.approx(once)
 
 
