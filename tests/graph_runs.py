@@ -5,12 +5,8 @@ from __future__ import annotations
 import functools
 import pickle
 import warnings
-from typing import TYPE_CHECKING
 
 from helix_megatron.graph.model import Graph, Node
-
-if TYPE_CHECKING:
-    pass
 
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2 --bf16"
 HELIX = "--tensor-model-parallel-size 4 --intra-head-parallel-size 2 --sequence-parallel"
@@ -77,7 +73,7 @@ def reordered(run: str, rank: int, first: tuple[str, str], second: tuple[str, st
     )
     traced.nodes.insert(here, traced.nodes.pop(there))
     order = {node.id: place for place, node in enumerate(traced.nodes)}
-    traced.participations.sort(key=lambda part: order[part.node])
+    traced.participations.sort(key=lambda part: order[part.node.id])
     return join(traces, COMPLETE, settings)
 
 

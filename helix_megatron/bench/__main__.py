@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.bench import attention, convert, decode, layouts, traffic
-from helix_megatron.bench.result_file import PROGRAM, check_json_path
+from helix_megatron.bench.result_file import PROGRAM, check_output
 
 SUBCOMMANDS = (layouts, attention, decode, convert, traffic)
 
@@ -27,18 +27,16 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.argv = argv
     with exit_on_error(f"{program} {args.subcommand}"):
-        check_json_path(args.json)
+        check_output("--json", args.json)
         return args.run(args, rest) if args.passes_flags_on else args.run(args)
     raise AssertionError("exit_on_error leaves by itself")
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program, description="Measure what partitioned attention costs and saves."
-    )
-    subcommands = parser.add_subparsers(
-        dest="subcommand", required=True, metavar="MEASUREMENT", title="measurements"
-    )
+    description = "Measure what partitioned attention costs and saves."
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    names = {"metavar": "MEASUREMENT", "title": "measurements", "dest": "subcommand"}
+    subcommands = parser.add_subparsers(required=True, **names)
     for module in SUBCOMMANDS:
         assert module.__doc__ is not None
         description = module.__doc__.partition(": ")[2]
@@ -49,11 +47,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(subparser)
-        subparser.add_argument(
-            "--json",
-            metavar="PATH",
-            help="write the results there, with versions, date and command",
-        )
+        help_text = "write the results there, with versions, date and command"
+        subparser.add_argument("--json", metavar="PATH", help=help_text)
         passes_flags_on = getattr(module, "PASSES_FLAGS_ON", False)
         subparser.set_defaults(run=module.run, passes_flags_on=passes_flags_on)
     return parser

@@ -13,7 +13,6 @@ from typing import Any
 
 from helix_megatron.bench.attention_case import (
     DEFAULT_CASES,
-    ELEMENT_SIZES,
     FREE,
     HELIX,
     STOCK,
@@ -21,11 +20,11 @@ from helix_megatron.bench.attention_case import (
     Case,
     Measured,
 )
-from helix_megatron.bench.result_file import write_json
-from helix_megatron.bench.spawn import hide_gpus, run_on_ranks
-from helix_megatron.bench.timing import Spread, compare
-from helix_megatron.config import EXCHANGES
+from helix_megatron.bench.contest import milliseconds, run_cases, times
+from helix_megatron.bench.spawn import hide_gpus
+from helix_megatron.bench.timing import compare
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.flags import add_flags, values_of
 from helix_megatron.run.rank_environment import launched_ranks
 from helix_megatron.tables import text_table
 
@@ -46,35 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="query heads, key-value heads, ranks, dimensions of a head "
         f"(default: {' '.join(DEFAULT_CASES)}; under torchrun those with its number of ranks)",
     )
-    parser.add_argument(
-        "--sequence-length", type=int, default=512, metavar="S", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--micro-batch-size", type=int, default=2, metavar="B", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--hidden-size",
-        type=int,
-        dest="hidden",
-        metavar="N",
-        help="(default: H·D; models with fewer exist, such as Qwen3-0.6B with half of it)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=21,
-        metavar="N",
-        help="timed turns of all layers (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--exchange",
-        choices=EXCHANGES,
-        default="auto",
-        help="what Helix exchanges; auto takes the cheapest that fits (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dtype", choices=tuple(ELEMENT_SIZES), default="fp32", help="(default: %(default)s)"
-    )
+    add_flags(parser, Case)
+    help_text = "timed turns of all layers (default: %(default)s)"
+    parser.add_argument("--repeats", type=int, default=21, metavar="N", help=help_text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,26 +55,13 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise HelixError(f"--repeats {args.repeats} must be at least 1.")
     cases = select_cases(args)
-    speaks = os.environ.get("RANK", "0") == "0"
-    if speaks:
+    if os.environ.get("RANK", "0") == "0":
         print(
             f"Self-attention layer, forward and backward, {args.dtype}, sequence {args.sequence_length}, "
-            f"micro-batch {args.micro_batch_size}; {args.repeats} turns, medians [quartiles]."
+            f"micro-batch {args.micro_batch_size}; {args.repeats} turns, medians [quartiles].\n"
         )
-    results = []
-    for case in cases:
-        measured = run_on_ranks(_measure, case, args.repeats, ranks=case.ranks)
-        results.append(summary(case, measured))
-        if speaks:
-            print("\n" + describe(results[-1]), flush=True)
-    if speaks:
-        print("\n" + LEGEND)
-        write_json(args.json, args.argv, results)
-    if all(as_predicted(result) for result in results):
-        return 0
-    if speaks:
-        print("The bytes that were sent differ from a formula: one of them is wrong.")
-    return 1
+    texts = {"summary": summary, "describe": describe, "legend": LEGEND}
+    return run_cases(args, cases, _measure, args.repeats, **texts)
 
 
 def select_cases(args: argparse.Namespace) -> list[Case]:
@@ -110,8 +70,7 @@ def select_cases(args: argparse.Namespace) -> list[Case]:
     Raises:
         HelixError: a case that cannot run at all, or not on torchrun's ranks.
     """
-    names = ("sequence_length", "micro_batch_size", "exchange", "dtype", "hidden")
-    settings = {name: getattr(args, name) for name in names}
+    settings = values_of(Case, vars(args))
     cases = [Case.parse(text, **settings) for text in args.cases or DEFAULT_CASES]
     ranks = launched_ranks()
     if ranks is None:
@@ -135,21 +94,17 @@ def _measure(case: Case, repeats: int) -> Measured:
 def summary(case: Case, measured: Measured) -> dict[str, Any]:
     """What is printed and written: of each layer the time and the bytes, and both in multiples of Helix's."""
     formulas = {STOCK: case.stock_bytes, STOCK_SDPA: case.stock_bytes, HELIX: case.helix_bytes}
-    helix = measured.samples[HELIX]
-    layers = {}
-    for name, samples in measured.samples.items():
-        sent = measured.attention_bytes[name]
-        layers[name] = {
-            "wall_seconds": dataclasses.asdict(Spread.of(samples.wall)),
-            "cpu_seconds": Spread.of(samples.cpu).median,
-            "attention_bytes": sent,
+    sent, helix = measured.attention_bytes, measured.samples[HELIX]
+    layers = {
+        name: times(samples)
+        | {
+            "attention_bytes": sent[name],
             "attention_bytes_by_formula": formulas.get(name, 0),
             "all_bytes": measured.all_bytes[name],
-            "times_helix": {
-                **compare(samples, helix),
-                "attention_bytes": sent / measured.attention_bytes[HELIX],
-            },
+            "times_helix": compare(samples, helix) | {"attention_bytes": sent[name] / sent[HELIX]},
         }
+        for name, samples in measured.samples.items()
+    }
     return {
         "case": dataclasses.asdict(case),
         "hidden_size": case.hidden_size,
@@ -161,32 +116,15 @@ def summary(case: Case, measured: Measured) -> dict[str, Any]:
     }
 
 
-def as_predicted(result: dict[str, Any]) -> bool:
-    """Whether every layer sent the bytes that its formula says."""
-    layers = result["layers"].values()
-    return all(layer["attention_bytes"] == layer["attention_bytes_by_formula"] for layer in layers)
-
-
 def describe(result: dict[str, Any]) -> str:
     """The table of one case."""
-    case = result["case"]
-    differences = result["difference_from_stock"]
-    rows = []
+    case, differences, rows = result["case"], result["difference_from_stock"], []
     for name, layer in result["layers"].items():
-        wall, ratio = layer["wall_seconds"], layer["times_helix"]
-        rows.append(
-            (
-                name,
-                f"{wall['median'] * 1e3:.1f} [{wall['low'] * 1e3:.1f}, {wall['high'] * 1e3:.1f}]",
-                f"{ratio['medians']:.2f}",
-                f"{ratio['pairs']:.2f} [{ratio['pairs_low']:.2f}, {ratio['pairs_high']:.2f}]",
-                f"{layer['cpu_seconds'] * 1e3:.0f}",
-                f"{ratio['cpu']:.2f}",
-                f"{layer['attention_bytes']:,}",
-                f"{ratio['attention_bytes']:.1f}",
-                f"{layer['all_bytes']:,}",
-            )
-        )
+        (wall, cpu), ratio = milliseconds(layer), layer["times_helix"]
+        pairs = f"{ratio['pairs']:.2f} [{ratio['pairs_low']:.2f}, {ratio['pairs_high']:.2f}]"
+        sent = f"{layer['attention_bytes']:,}", f"{ratio['attention_bytes']:.1f}"
+        ratios = f"{ratio['medians']:.2f}", pairs, cpu, f"{ratio['cpu']:.2f}"
+        rows.append((name, wall, *ratios, *sent, f"{layer['all_bytes']:,}"))
     header = ("", "ms", "/ helix", "in pairs", "CPU ms", "/ helix", "bytes", "/ helix", "with TP's")
     return (
         f"{case['heads']} query heads, {case['kv_heads']} key-value heads of {case['head_dim']}, hidden "

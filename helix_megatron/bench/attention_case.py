@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from helix_megatron.bench.timing import Samples
-from helix_megatron.config import HelixConfig
+from helix_megatron.config import EXCHANGES, HelixConfig
 from helix_megatron.core.exchanges import AttentionShape, Exchange, choose
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.flags import check_values, setting
 from helix_megatron.hardware import CPU
 
 ELEMENT_SIZES = {"fp32": 4, "bf16": 2}
@@ -18,7 +20,7 @@ DEFAULT_CASES = ("16,2,4,64", "32,2,8,64", "8,1,8,128")
 
 @dataclass(frozen=True)
 class Case:
-    """h query heads and g key-value heads of d dimensions on p > g ranks; the hidden size is h·d when None.
+    """h query heads and g key-value heads of d dimensions on p > g ranks.
 
     Helix makes g head groups of m = p/g segments, the most groups that there can be.
 
@@ -30,18 +32,21 @@ class Case:
     kv_heads: int
     ranks: int
     head_dim: int
-    sequence_length: int = 512
-    micro_batch_size: int = 2
-    exchange: str = "auto"
-    dtype: str = "fp32"
-    hidden: int | None = None
+    sequence_length: int = setting(512, "tokens of a sequence")
+    micro_batch_size: int = setting(2, "sequences")
+    hidden_size: int = setting(
+        None, "H·D when not given; models with fewer exist, such as Qwen3-0.6B with half of it"
+    )
+    exchange: str = setting(
+        "auto", "what Helix exchanges; auto takes the cheapest that fits", choices=EXCHANGES
+    )
+    dtype: str = setting("fp32", "of weights and activations", choices=tuple(ELEMENT_SIZES))
 
     def __post_init__(self) -> None:
+        check_values(self)
         h, g, p = self.heads, self.kv_heads, self.ranks
-        for name in ("sequence_length", "micro_batch_size", "hidden_size"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise HelixError(f"--{flag} {getattr(self, name)} must be at least 1.")
+        if self.hidden_size is None:
+            object.__setattr__(self, "hidden_size", h * self.head_dim)
         if p <= g:
             raise HelixError(
                 f"case {self.name}: {g} key-value heads on {p} ranks need no Helix: every rank has whole "
@@ -72,10 +77,6 @@ class Case:
         return f"{self.heads},{self.kv_heads},{self.ranks},{self.head_dim}"
 
     @property
-    def hidden_size(self) -> int:
-        return self.heads * self.head_dim if self.hidden is None else self.hidden
-
-    @property
     def qkv_rows(self) -> int:
         """Rows of the whole `linear_qkv`."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
@@ -90,13 +91,8 @@ class Case:
 
     @property
     def shape(self) -> AttentionShape:
-        return AttentionShape(
-            layout=self.layout,
-            batch=self.micro_batch_size,
-            query_length=self.sequence_length,
-            key_length=self.sequence_length,
-            element_size=ELEMENT_SIZES[self.dtype],
-        )
+        length, element = self.sequence_length, ELEMENT_SIZES[self.dtype]
+        return AttentionShape(self.layout, self.micro_batch_size, length, length, element)
 
     @property
     def chosen(self) -> Exchange:
@@ -118,8 +114,7 @@ class Case:
         return 2 * self.chosen.bytes(self.shape)
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """One case, the same on every rank; the keys are names of layers.
 
     errors: largest relative difference from stock; attention_bytes, all_bytes: sent by one rank in forward and

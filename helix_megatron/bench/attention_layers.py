@@ -58,13 +58,6 @@ def canonical_part(case: Case, rank: int, *, stock: bool) -> tuple[Tensor, Tenso
     return torch.as_tensor(layout.qkv_rows(rank)), torch.as_tensor(layout.proj_columns(rank))
 
 
-def rotary_table(case: Case) -> Tensor:
-    """Rotary angles [S, 1, 1, d], as Megatron's `RotaryEmbedding` gives them."""
-    frequencies = 1e4 ** (-torch.arange(0, case.head_dim, 2) / case.head_dim)
-    angles = torch.outer(torch.arange(case.sequence_length).float(), frequencies)
-    return torch.cat([angles, angles], dim=-1)[:, None, None]
-
-
 def _build(name: str, case: Case) -> Any:
     settings: dict[str, Any] = {
         "num_layers": 1,

@@ -11,14 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_megatron import parallel_state
 from helix_megatron.bench.attention_case import HELIX, STOCK, STOCK_SDPA, Case, Measured
-from helix_megatron.bench.attention_layers import DTYPES, build_layers, canonical_part, rotary_table
+from helix_megatron.bench.attention_layers import DTYPES, build_layers, canonical_part
+from helix_megatron.bench.contest import helix_ranks
 from helix_megatron.bench.timing import interleaved
 from helix_megatron.core.meter import EXCHANGE, Meter, measure
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron import cpu_runtime
-from helix_megatron.megatron.random import seed_model_parallel
 
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest relative difference from stock (Frobenius norms) that rounding explains."""
@@ -30,16 +28,10 @@ def measure_case(case: Case, repeats: int) -> Measured:
     Raises:
         HelixError: a layer differs from stock. Nothing has been timed then.
     """
-    cpu_runtime.install()
-    segments = case.helix.intra_head_parallel_size
-    parallel_state.initialize_model_parallel(case.ranks, intra_head_parallel_size=segments)
-    try:
-        seed_model_parallel(1)
+    with helix_ranks(case.ranks, case.helix.intra_head_parallel_size):
         layers = build_layers(case, dist.get_rank())
         errors = check_equal(layers, case)
-        x, grad = inputs(case)
-        rotary = rotary_table(case)
-        steps = {n: partial(step, layer, x, grad, rotary) for n, layer in layers.items()}
+        steps = {name: partial(step, layer, *inputs(case)) for name, layer in layers.items()}
         samples = interleaved(steps, repeats)
         attention_bytes, all_bytes = {}, {}
         for name, run in steps.items():
@@ -48,9 +40,6 @@ def measure_case(case: Case, repeats: int) -> Measured:
             attention_bytes[name] = _without_tensor_parallelism(meter)
             all_bytes[name] = meter.bytes()
         return Measured(errors, samples, attention_bytes, all_bytes)
-    finally:
-        parallel_state.destroy_model_parallel()
-        cpu_runtime.uninstall()
 
 
 def step(layer: Any, x: Tensor, grad: Tensor, rotary: Tensor) -> dict[str, Tensor]:
@@ -59,20 +48,24 @@ def step(layer: Any, x: Tensor, grad: Tensor, rotary: Tensor) -> dict[str, Tenso
     x = x.detach().requires_grad_()
     output, _ = layer(x, None, rotary_pos_emb=rotary)
     output.backward(grad)
+    assert x.grad is not None
     return {
         "output": output.detach(),
-        "input gradient": _gradient(x),
+        "input gradient": x.grad,
         "linear_qkv gradient": layer.linear_qkv.weight.grad,
         "linear_proj gradient": layer.linear_proj.weight.grad,
     }
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor]:
-    """Input and gradient of the output, [S, B, hidden], the same on every rank."""
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, gradient of the output, both [S, B, hidden], and rotary angles [S, 1, 1, d] as Megatron's
+    `RotaryEmbedding` gives them: the same on every rank."""
     random = torch.Generator().manual_seed(2)
     shape = (2, case.sequence_length, case.micro_batch_size, case.hidden_size)
     x, grad = torch.randn(*shape, generator=random).to(DTYPES[case.dtype])
-    return x, grad
+    frequencies = 1e4 ** (-torch.arange(0, case.head_dim, 2) / case.head_dim)
+    angles = torch.outer(torch.arange(case.sequence_length).float(), frequencies)
+    return x, grad, torch.cat([angles, angles], dim=-1)[:, None, None]
 
 
 def check_equal(layers: Mapping[str, Any], case: Case) -> dict[str, float]:
@@ -81,11 +74,9 @@ def check_equal(layers: Mapping[str, Any], case: Case) -> dict[str, float]:
     Raises:
         HelixError: one exceeds what rounding explains, on any rank.
     """
-    x, grad = inputs(case)
-    rank, limit = dist.get_rank(), LIMITS[case.dtype]
-    rows, columns = canonical_part(case, rank, stock=False)
-    rotary = rotary_table(case)
-    stock = step(layers[STOCK], x, grad, rotary)
+    limit = LIMITS[case.dtype]
+    rows, columns = canonical_part(case, dist.get_rank(), stock=False)
+    stock = step(layers[STOCK], *inputs(case))
     qkv, proj = _gather(stock["linear_qkv gradient"]), _gather(stock["linear_proj gradient"])
     wanted_of_helix = stock | {
         "linear_qkv gradient": torch.cat(qkv)[rows],
@@ -93,7 +84,7 @@ def check_equal(layers: Mapping[str, Any], case: Case) -> dict[str, float]:
     }
     largest = {}
     for name, wanted in ((STOCK_SDPA, stock), (HELIX, wanted_of_helix)):
-        got = step(layers[name], x, grad, rotary)
+        got = step(layers[name], *inputs(case))
         errors = torch.tensor([_difference(got[key], wanted[key]) for key in wanted])
         dist.all_reduce(errors, dist.ReduceOp.MAX)
         largest[name] = errors.max().item()
@@ -111,11 +102,6 @@ def _difference(got: Tensor, wanted: Tensor) -> float:
     """Relative; infinite where the wanted values are nothing to compare with."""
     error = ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
     return error if math.isfinite(error) else math.inf
-
-
-def _gradient(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad
 
 
 def _gather(part: Tensor) -> list[Tensor]:

@@ -17,9 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from helix_megatron.bench.result_file import write_json
 from helix_megatron.checkpoint.command import parse_size
@@ -32,7 +31,7 @@ HELP = "memory and speed of converting Hugging Face files to canonical ones and 
 PROGRAM = """
 import io, json, sys, time
 from pathlib import Path
-from helix_megatron.bench.convert import peak_memory
+from helix_megatron.bench.timing import peak_memory
 from helix_megatron.checkpoint.convert import convert
 source, target, kind = sys.argv[1:]
 imported = peak_memory()
@@ -40,16 +39,13 @@ began, worked = time.perf_counter(), time.process_time()
 convert(source, target, kind, out=io.StringIO())
 print(json.dumps([time.perf_counter() - began, time.process_time() - worked, imported, peak_memory()]))
 """
-
-
 STEPS = (
     ("Hugging Face → canonical", "model", "store", "canonical"),
     ("canonical → Hugging Face", "store", "back", "huggingface"),
 )
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One conversion, or a copy; bytes and seconds. Memory of a copy is not measured.
 
     `cpu_seconds` of all threads tell what a machine that is busy with other things hides.
@@ -75,9 +71,8 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="1GB", help="of the model (default: %(default)s)")
-    parser.add_argument(
-        "--directory", help="where to write, some four times the size (default: a temporary one)"
-    )
+    where = "where to write, some four times the size (default: a temporary one)"
+    parser.add_argument("--directory", help=where)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,28 +86,23 @@ def run(args: argparse.Namespace) -> int:
         rows = [_copied(root)]
         for name, source, target, kind in STEPS:
             rows += [_converted(name, root / source, root / target, kind), _copied(root)]
-        names = sorted(path.name for path in (root / "model").iterdir())
-        _, different, missing = filecmp.cmpfiles(
-            root / "model", root / "back", names, shallow=False
-        )
+        model, back = root / "model", root / "back"
+        names = sorted(path.name for path in model.iterdir())
+        _, different, missing = filecmp.cmpfiles(model, back, names, shallow=False)
     identical = not different and not missing
-    copy_rate = statistics.median(row.rate for row in rows[::2])
+    copy_rate, converted = statistics.median(row.rate for row in rows[::2]), rows[1::2]
     _print(rows, largest, copy_rate, identical)
-    write_json(
-        args.json,
-        args.argv,
-        {
-            "rows": [asdict(row) for row in rows],
-            "largest_tensor_bytes": largest,
-            "median_copy_bytes_per_second": copy_rate,
-            "throughput_relative_to_copy": [row.rate / copy_rate for row in rows[1::2]],
-            "peak_memory_beyond_imports": [row.memory for row in rows[1::2]],
-            "peak_memory_beyond_imports_and_largest_tensor": [
-                row.memory - largest for row in rows[1::2]
-            ],
-            "files_identical": identical,
-        },
-    )
+    beyond = [row.memory for row in converted]
+    results = {
+        "rows": [row._asdict() for row in rows],
+        "largest_tensor_bytes": largest,
+        "median_copy_bytes_per_second": copy_rate,
+        "throughput_relative_to_copy": [row.rate / copy_rate for row in converted],
+        "peak_memory_beyond_imports": beyond,
+        "peak_memory_beyond_imports_and_largest_tensor": [memory - largest for memory in beyond],
+        "files_identical": identical,
+    }
+    write_json(args.json, args.argv, results)
     return 0 if identical else 1
 
 
@@ -134,20 +124,14 @@ def write_model(folder: Path, size: int) -> int:
     """A Llama of about `size` bytes with random weights in bf16; the bytes of its largest tensor."""
     import torch
 
-    from helix_megatron.checkpoint.huggingface_io import (
-        INDEX,
-        Entry,
-        make_index,
-        shards,
-        write_safetensors,
-    )
+    from helix_megatron.checkpoint import huggingface_io as io
     from helix_megatron.model.families import FAMILIES
 
     family = FAMILIES["llama"]
     config = _config(size)
     rules = family.rules(family.model_flags(config))
     pairs = [pair for rule in rules for pair in zip(rule.sources, rule.shapes, strict=True)]
-    entries = [Entry(name, torch.bfloat16, tuple(shape)) for name, shape in pairs]
+    entries = [io.Entry(name, torch.bfloat16, tuple(shape)) for name, shape in pairs]
     shape_of = dict(pairs)
 
     def random(name: str) -> Any:
@@ -155,11 +139,11 @@ def write_model(folder: Path, size: int) -> int:
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    files = shards(entries, 5 * 10**9)
+    files = io.shards(entries, 5 * 10**9)
     for name, part in files.items():
-        write_safetensors(folder / name, part, random)
+        io.write_safetensors(folder / name, part, random)
     if len(files) > 1:
-        (folder / INDEX).write_bytes(make_index(files))
+        (folder / io.INDEX).write_bytes(io.make_index(files))
     return max(entry.nbytes for entry in entries)
 
 
@@ -209,18 +193,3 @@ def _converted(name: str, source: Path, target: Path, kind: str) -> Row:
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}  # as `helix convert` sets it
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return Row(name, _size(source.parent / "model"), *json.loads(answer.stdout))
-
-
-def peak_memory() -> int:
-    """Bytes of memory that this process has had at most, pages of mapped files included."""
-    try:
-        # Unlike getrusage's figure it does not begin with the memory of the process that started this one.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

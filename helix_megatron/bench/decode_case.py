@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from helix_megatron.bench.timing import Samples
-from helix_megatron.config import HelixConfig
+from helix_megatron.config import QUERY_LAYOUTS, HelixConfig
 from helix_megatron.core.caches import NAMES, DecodeShape, cache_layout
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.flags import check_values, setting
 
 STOCK, STOCK_PAGED = "stock", "stock, paged"
 CONTESTANTS = (*NAMES, STOCK, STOCK_PAGED)
@@ -20,37 +21,37 @@ ELEMENT_SIZE = 4  # fp32
 class DecodeCase:
     """h query heads and g key-value heads of d dimensions on p > g ranks, m of which share a head group.
 
-    segments: m; the smallest that fits, p/g, when None. context: positions that the new token attends to,
-    itself included.
+    context counts the new token itself; without one before it there is nothing in the cache.
 
     Raises:
         HelixError: numbers on which stock Megatron or a cache layout does not run.
     """
 
-    heads: int = 8
-    kv_heads: int = 1
-    ranks: int = 4
-    head_dim: int = 128
-    hidden_size: int = 1024
-    layers: int = 2
-    sequences: int = 8
-    context: int = 8192
-    segments: int | None = None
-    query_layout: str = "auto"
+    heads: int = setting(8, "query heads")
+    kv_heads: int = setting(1, "key-value heads, fewer than ranks")
+    ranks: int = setting(4, "tensor parallel ranks")
+    segments: int = setting(
+        None,
+        "segments of a head, which share one copy of its cache; ranks / key-value heads if not given",
+    )
+    head_dim: int = setting(128, "dimensions of a head")
+    hidden_size: int = setting(1024, "of the model")
+    layers: int = setting(2, "of the model")
+    sequences: int = setting(8, "that get one token each")
+    context: int = setting(8192, "positions that a token attends to", at_least=2, is_flag=False)
+    query_layout: str = setting(
+        "auto", "heads deals query heads whole, segments cuts them", choices=QUERY_LAYOUTS
+    )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
-                raise HelixError(f"--{field.name.replace('_', '-')} {value} must be at least 1.")
+        check_values(self)
         h, g, p = self.heads, self.kv_heads, self.ranks
         if p <= g or p % g or h % p:
             valid = [k for k in divisors(h) if k > g and k % g == 0]
             raise HelixError(
                 f"--ranks {p}: compared is where stock Megatron gathers QKV and replicates its cache, which "
                 f"needs more ranks than the {g} key-value heads, a multiple of them that divides the {h} query "
-                "heads. "
-                f"Valid here: {listed(valid) or 'none'}."
+                f"heads. Valid here: {listed(valid)}."
             )
         m = self.helix.intra_head_parallel_size
         fitting = [k for k in divisors(p) if g % (p // k) == 0]
@@ -65,8 +66,6 @@ class DecodeCase:
                 f"--sequences {self.sequences} cannot be dealt evenly to the {m} ranks of a head group. "
                 f"Valid: multiples of {m}."
             )
-        if self.context < 2:
-            raise HelixError("--context 1 has nothing in its cache. Valid: at least 2.")
 
     @property
     def helix(self) -> HelixConfig:
@@ -95,8 +94,7 @@ class DecodeCase:
         return self.layers * row * (self.ranks - 1) / self.ranks
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """One case, the same on every rank; the keys are names of contestants.
 
     differences: of logits from stock's, of the largest. sent_bytes: in attention in one step; cache_bytes: keys

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from torch import Tensor
 
-from helix_megatron import parallel_state
+from helix_megatron.bench.contest import helix_ranks
 from helix_megatron.bench.decode_case import (
     CONTESTANTS,
     STOCK,
@@ -31,9 +30,7 @@ from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.runner import Runner, make_book
 from helix_megatron.inference.step import Piece, StepPlan
-from helix_megatron.megatron import cpu_runtime
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
-from helix_megatron.megatron.random import seed_model_parallel
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.model import build_chunk, transformer_config
 from helix_megatron.training.validate import validate
@@ -45,8 +42,7 @@ VOCABULARY = 256
 KEY_SCALE = 4.0  # softmax then picks a few keys, and a key in the wrong place changes the logits
 
 
-@dataclass(frozen=True)
-class Whole:
+class Whole(NamedTuple):
     """Keys and values [S, g, d] of one layer of one sequence, dimensions in canonical order.
 
     k: as projected; turned: by the rotary embedding of their positions.
@@ -77,11 +73,7 @@ def measure_decode(case: DecodeCase, turns: int) -> Measured:
     Raises:
         HelixError: the logits of somebody differ from stock's. Nothing has been timed then.
     """
-    cpu_runtime.install()
-    segments = case.layout.segments
-    parallel_state.initialize_model_parallel(case.ranks, intra_head_parallel_size=segments)
-    try:
-        seed_model_parallel(1)
+    with helix_ranks(case.ranks, case.layout.segments):
         contestants = build_contestants(case)
         fill_caches(contestants, case)
         differences = check_equal(contestants, case)
@@ -93,17 +85,11 @@ def measure_decode(case: DecodeCase, turns: int) -> Measured:
             sent[name] = _total(meter.bytes(EXCHANGE))
         kept = {name: _total(contestant.cache_bytes) for name, contestant in contestants.items()}
         return Measured(differences, samples, sent, kept)
-    finally:
-        parallel_state.destroy_model_parallel()
-        cpu_runtime.uninstall()
 
 
 def build_contestants(case: DecodeCase) -> dict[str, Contestant]:
     """By name; models of their own with the same canonical weights."""
-    made: dict[str, Contestant] = {}
-    for name in CONTESTANTS:
-        made[name] = StockStatic(case) if name == STOCK else Paged(case, name)
-    return made
+    return {name: StockStatic(case) if name == STOCK else Paged(case, name) for name in CONTESTANTS}
 
 
 def fill_caches(contestants: Mapping[str, Contestant], case: DecodeCase) -> None:
@@ -161,16 +147,9 @@ class Paged:
             # Each rank's copy of a key-value head, as if there were one head for every rank.
             self.layout = HeadLayout(case.heads, case.ranks, case.head_dim, case.ranks)
         cache = WHOLE_HEADS if self.gathers else name
-        members = self.layout.segments
-        self.runner = Runner(
-            model,
-            self.layout,
-            cache=cache,
-            pages=_pages_needed(case, cache, members),
-            page_size=PAGE_SIZE,
-            max_context=case.context,
-            vocab_size=VOCABULARY,
-        )
+        sizes = {"page_size": PAGE_SIZE, "max_context": case.context, "vocab_size": VOCABULARY}
+        pages = _pages_needed(case, cache, self.layout.segments)
+        self.runner = Runner(model, self.layout, cache=cache, pages=pages, **sizes)
         self.book = self.runner.book
         self.me = self.runner.attention.me if self.book.members > 1 else 0
         for layer in model.decoder.layers:
@@ -187,10 +166,8 @@ class Paged:
         positions = self.book.positions(sequence, self.me, self.case.context - 1)
         if len(positions):
             slots = torch.from_numpy(self.book.slots(sequence, self.me, positions))
-            k, v = (
-                self._own(part[torch.from_numpy(positions)]) for part in (whole.turned, whole.v)
-            )
-            self.runner.cache.write(layer, slots, k, v)
+            parts = (part[torch.from_numpy(positions)] for part in (whole.turned, whole.v))
+            self.runner.cache.write(layer, slots, *map(self._own, parts))
 
     def step(self) -> Tensor | None:
         return self.runner.run(self.plan)
@@ -241,13 +218,8 @@ class StockStatic:
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        logits = self.model(
-            self.tokens,
-            self.positions,
-            None,
-            inference_context=self.context,
-            runtime_gather_output=True,
-        )
+        how = {"inference_context": self.context, "runtime_gather_output": True}
+        logits = self.model(self.tokens, self.positions, None, **how)
         return logits[:, -1, :VOCABULARY]
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import resource
 import statistics
-import sys
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from helix_megatron.bench.timing import peak_memory
 from helix_megatron.training.run import RunConfig
 
 PRODUCT_REPEATS = 5
@@ -18,8 +16,7 @@ PRODUCT_REPEATS = 5
 PRODUCT_SIZES = {"cpu": 768, "cuda": 8192}
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """One launch of one layout.
 
     seconds: of each timed iteration, from the first rank's start to the last one's end. exposed, total:
@@ -62,33 +59,28 @@ def measure_layout(run: RunConfig, warm_up: int, iterations: int) -> Measured:
                 meter.timing = "total"
             dist.barrier()
         timed = records[warm_up:]
-        own = {
-            "seconds": [record.iteration_ms / 1e3 for record in timed],
-            "waits": [
-                record.comm_ms_per_token * run.tokens_per_iteration / 1e3 for record in timed
-            ],
-            "memory": _peak_bytes(before),
-            "sent": (
-                timed[0].attention_bytes_per_token * run.tokens_per_iteration,
-                timed[0].other_bytes_per_token * run.tokens_per_iteration,
-            ),
-            "flops": flops,
-        }
+        tokens, first = run.tokens_per_iteration, timed[0]
+        own = (
+            [record.iteration_ms / 1e3 for record in timed],
+            [record.comm_ms_per_token * tokens / 1e3 for record in timed],
+            (first.attention_bytes_per_token * tokens, first.other_bytes_per_token * tokens),
+            _peak_bytes(before),
+            flops,
+        )
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, own)
         dist.barrier()
         parallel_state.destroy_model_parallel()
-    waits = [
-        statistics.fmean(of_ranks) for of_ranks in zip(*(r["waits"] for r in ranks), strict=True)
-    ]
+    seconds, waiting, sent, memory, products = zip(*ranks, strict=True)
+    waits = [statistics.fmean(of_ranks) for of_ranks in zip(*waiting, strict=True)]
     return Measured(
-        seconds=[max(of) for of in zip(*(r["seconds"] for r in ranks), strict=True)][:iterations],
+        seconds=[max(of_ranks) for of_ranks in zip(*seconds, strict=True)][:iterations],
         exposed=waits[:iterations],
         total=waits[iterations:],
-        sent_bytes=max((r["sent"] for r in ranks), key=sum),
-        memory_bytes=max(r["memory"] for r in ranks),
+        sent_bytes=max(sent, key=sum),
+        memory_bytes=max(memory),
         loss=records[-1].lm_loss,
-        product_flops=sum(r["flops"] for r in ranks),
+        product_flops=sum(products),
         device=device,
     )
 
@@ -99,8 +91,7 @@ def _peak_bytes(before: int) -> int:
 
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
+    return peak_memory() - before
 
 
 def _product_flops(run: RunConfig) -> tuple[float, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +46,25 @@ class Result:
         """From the launches of a layout, one per round."""
         from helix_megatron.plan.models import spec_of_flags
 
-        tokens = run.tokens_per_iteration
+        tokens, first = run.tokens_per_iteration, launches[0]
         model = spec_of_flags("benchmark", run.model.to_flags(), "flags")
         throughput = Spread.of([tokens / s for launch in launches for s in launch.seconds])
         product = statistics.median(launch.product_flops for launch in launches)
         flops = model.flops_per_token(run.model.seq_length) * throughput.median
+        comm, exposed = (
+            Spread.of([s * 1e3 / tokens for launch in launches for s in getattr(launch, kind)])
+            for kind in ("total", "exposed")
+        )
         return cls(
             layout=layout,
             ranks=ranks,
-            device=launches[0].device,
+            device=first.device,
             model=_model_name(run),
             tokens_per_second=throughput,
             rounds=tuple(tokens / statistics.median(launch.seconds) for launch in launches),
-            comm_ms_per_token=_per_token([s for launch in launches for s in launch.total], tokens),
-            exposed_ms_per_token=_per_token(
-                [s for launch in launches for s in launch.exposed], tokens
-            ),
-            sent_bytes_per_token=(
-                launches[0].sent_bytes[0] / tokens,
-                launches[0].sent_bytes[1] / tokens,
-            ),
+            comm_ms_per_token=comm,
+            exposed_ms_per_token=exposed,
+            sent_bytes_per_token=(first.sent_bytes[0] / tokens, first.sent_bytes[1] / tokens),
             memory_bytes=max(launch.memory_bytes for launch in launches),
             flop_utilisation=flops / product,
             product_flops=product,
@@ -76,58 +75,33 @@ class Result:
         """Throughput relative to another layout's, round by round."""
         return Spread.of([a / b for a, b in zip(self.rounds, other.rounds, strict=True)])
 
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+
+LEGEND = """\
+  tokens/s, × first: median (quartiles). comm: ms per token that a rank spends in collectives,
+  the paper's TPOT; exposed: that its computation waits, for other stages, too. B: bytes that a
+  rank sends per token, in attention's exchange and elsewhere. memory: of the fullest rank.
+  FLOPs: the model's, against {}FLOP/s, which these ranks reach together in large matrix
+  products.
+"""
 
 
 def table_text(results: Sequence[Result]) -> str:
     """One row per layout on the same number of ranks; the first is what the others are compared with."""
-    first = results[0]
-    rows = []
+    first, rows = results[0], []
     for result in results:
         speed, ratio = result.tokens_per_second, result.against(first)
-        attention, other = result.sent_bytes_per_token
-        rows.append(
-            [
-                result.layout,
-                f"{units.count(speed.median)} ({units.count(speed.low)}–{units.count(speed.high)})",
-                "1"
-                if result is first
-                else f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})",
-                f"{result.comm_ms_per_token.median:.3g}",
-                f"{result.exposed_ms_per_token.median:.3g}",
-                f"{attention:,.0f}",
-                f"{other:,.0f}",
-                units.size(result.memory_bytes),
-                f"{result.flop_utilisation:.1%}",
-            ]
-        )
-    header = [
-        "layout",
-        "tokens/s",
-        "× first",
-        "comm",
-        "exposed",
-        "attn B",
-        "other B",
-        "memory",
-        "FLOPs",
-    ]
-    return "\n".join(
-        [
-            f"{first.model} on {first.ranks} ranks, {first.device}",
-            text_table(header, rows),
-            "",
-            "  tokens/s, × first: median (quartiles). comm: ms per token that a rank spends in collectives,",
-            "  the paper's TPOT; exposed: that its computation waits, for other stages, too. B: bytes that a",
-            "  rank sends per token, in attention's exchange and elsewhere. memory: of the fullest rank.",
-            f"  FLOPs: the model's, against {units.count(first.product_flops)}FLOP/s, which these ranks reach "
-            "together in large matrix",
-            "  products.",
-            "",
-        ]
-    )
+        low, middle, high = map(units.count, (speed.low, speed.median, speed.high))
+        compared = f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+        waits = (result.comm_ms_per_token, result.exposed_ms_per_token)
+        cells = [result.layout, f"{middle} ({low}–{high})", "1" if result is first else compared]
+        cells += [f"{each.median:.3g}" for each in waits]
+        cells += [f"{sent:,.0f}" for sent in result.sent_bytes_per_token]
+        rows.append([*cells, units.size(result.memory_bytes), f"{result.flop_utilisation:.1%}"])
+    comm, sent = ("comm", "exposed"), ("attn B", "other B")
+    header = ("layout", "tokens/s", "× first", *comm, *sent, "memory", "FLOPs")
+    title = f"{first.model} on {first.ranks} ranks, {first.device}"
+    legend = LEGEND.format(units.count(first.product_flops))
+    return "\n".join([title, text_table(header, rows), "", legend])
 
 
 def losses_text(results: Sequence[Result]) -> str:
@@ -138,11 +112,8 @@ def losses_text(results: Sequence[Result]) -> str:
     by_ranks: dict[int, list[Result]] = {}
     for result in results:
         by_ranks.setdefault(result.ranks, []).append(result)
-    gap, layout = max(
-        (abs(result.loss - own[0].loss), result.layout)
-        for own in by_ranks.values()
-        for result in own
-    )
+    groups = by_ranks.values()
+    gap, layout = max((abs(r.loss - own[0].loss), r.layout) for own in groups for r in own)
     if gap == 0:
         return "The layouts reach equal losses."
     return (
@@ -153,21 +124,16 @@ def losses_text(results: Sequence[Result]) -> str:
 
 def scaling_text(results: Sequence[Result], kind: str) -> str:
     """Throughput of each layout over the ranks, and its efficiency: per rank, against its smallest number."""
-    layouts = list(dict.fromkeys(result.layout for result in results))
+    speeds: dict[str, dict[int, float]] = {}
+    for result in results:
+        speeds.setdefault(result.layout, {})[result.ranks] = result.tokens_per_second.median
     numbers = sorted({result.ranks for result in results})
     rows = []
-    for layout in layouts:
-        own = {result.ranks: result for result in results if result.layout == layout}
-        base = own[min(own)]
-        cells = [layout]
-        for ranks in numbers:
-            if ranks not in own:
-                cells.append("–")
-                continue
-            speed = own[ranks].tokens_per_second.median
-            share = speed / ranks / (base.tokens_per_second.median / base.ranks)
-            cells.append(f"{units.count(speed)} ({share:.0%})")
-        rows.append(cells)
+    for layout, own in speeds.items():
+        base = own[min(own)] / min(own)
+        shares = {ranks: f"{speed / ranks / base:.0%}" for ranks, speed in own.items()}
+        cells = (f"{units.count(own[n])} ({shares[n]})" if n in own else "–" for n in numbers)
+        rows.append([layout, *cells])
     title = f"{kind} scaling, tokens/s (efficiency per rank)"
     return text_table([title, *(f"{ranks} ranks" for ranks in numbers)], rows) + "\n"
 
@@ -203,9 +169,8 @@ def _draw_bars(panels: Any, results: Sequence[Result], palette: Sequence[str]) -
     panels[1].barh(names, exposed, color=palette[1], height=0.25, label="exposed")
     panels[1].set_xlabel("communication of a rank, ms/token")
     panels[1].legend(fontsize="small")
-    panels[2].barh(
-        names, [result.memory_bytes / 2**20 for result in results], color=palette[2], height=0.6
-    )
+    memory = [result.memory_bytes / 2**20 for result in results]
+    panels[2].barh(names, memory, color=palette[2], height=0.6)
     panels[2].set_xlabel("memory of the fullest rank, MiB")
 
 
@@ -214,25 +179,18 @@ def _draw_scaling(
 ) -> None:
     for index, layout in enumerate(dict.fromkeys(result.layout for result in results)):
         own = sorted((r for r in results if r.layout == layout), key=lambda r: r.ranks)
-        ranks = [result.ranks for result in own]
-        speeds = [result.tokens_per_second for result in own]
+        ranks, speeds = [r.ranks for r in own], [r.tokens_per_second for r in own]
         colour = palette[index % len(palette)]
         axes.plot(ranks, [s.median for s in speeds], marker="o", color=colour, label=layout)
-        axes.fill_between(
-            ranks, [s.low for s in speeds], [s.high for s in speeds], color=colour, alpha=0.2
-        )
+        band = [s.low for s in speeds], [s.high for s in speeds]
+        axes.fill_between(ranks, *band, color=colour, alpha=0.2)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(
-        sorted({r.ranks for r in results}), [str(n) for n in sorted({r.ranks for r in results})]
-    )
+    numbers = sorted({r.ranks for r in results})
+    axes.set_xticks(numbers, list(map(str, numbers)))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("ranks")
     axes.set_ylabel(f"tokens/s, {scaling} scaling (band: quartiles)")
     axes.legend(fontsize="small")
-
-
-def _per_token(seconds: Sequence[float], tokens: int) -> Spread:
-    return Spread.of([s * 1e3 / tokens for s in seconds])
 
 
 def _model_name(run: RunConfig) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from helix_megatron.arguments import as_flag
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import HelixError, did_you_mean
+from helix_megatron.flags import flag_of
 from helix_megatron.training.run import RunConfig
 
 # Key → flag. A switch is `on` or `off`; other values pass to the flag as they are.
@@ -33,12 +33,7 @@ EXPRESSION = re.compile(r"(\d+|N)(?:/(\d+))?")
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """One layout, for any number of ranks N.
-
-    Args:
-        text: as it was written, its name in tables.
-        settings: keys of `FLAGS` and their values; numbers may be `N` or `N/2`.
-    """
+    """One layout, for any number of ranks N, as it was written (its name in tables), and its values by key."""
 
     text: str
     settings: Mapping[str, str]
@@ -54,11 +49,8 @@ class LayoutSpec:
         for part in filter(None, (word.strip() for word in re.split(r"[,\s]+", text))):
             key, equals, value = part.partition("=")
             if key not in FLAGS:
-                close = difflib.get_close_matches(key, FLAGS, n=1)
-                hint = f" Did you mean {close[0]}?" if close else ""
-                raise HelixError(
-                    f"--layout {text}: unknown key {key!r}. Valid: {listed(FLAGS)}.{hint}"
-                )
+                problem = f"--layout {text}: unknown key {key!r}."
+                raise HelixError(problem, valid=FLAGS, remedy=did_you_mean(key, FLAGS))
             if not equals or not value:
                 raise HelixError(f"--layout {text}: {key} has no value. Write {key}=….")
             if key in settings:
@@ -80,22 +72,18 @@ class LayoutSpec:
         Raises:
             HelixError: N/k is not a whole number.
         """
-        flags = [flag for flag in common if flag not in self._switched_off]
-        for key, value in self.settings.items():
-            if key in SWITCHES:
-                flags += [FLAGS[key]] if value == "on" else []
-            else:
-                flags += [FLAGS[key], self._value(key, value, ranks)]
-        # Sequence parallelism is not for one rank, and a set of rivals has common flags.
-        if self.settings.get("tp") is not None and "sp" not in self.settings:
-            tensor_parallel = int(self._value("tp", self.settings["tp"], ranks))
-            if tensor_parallel == 1:
-                flags = [flag for flag in flags if flag != FLAGS["sp"]]
+        values = {key: self._value(key, value, ranks) for key, value in self.settings.items()}
+        if values.get("tp") == "1":
+            # Sequence parallelism is not for one rank, and a set of rivals has common flags.
+            values.setdefault("sp", "off")
+        off = {FLAGS[key] for key in SWITCHES if values.get(key) == "off"}
+        flags = [flag for flag in common if flag not in off]
+        for key, value in values.items():
+            if key not in SWITCHES:
+                flags += [FLAGS[key], value]
+            elif value == "on":
+                flags.append(FLAGS[key])
         return flags
-
-    @property
-    def _switched_off(self) -> set[str]:
-        return {FLAGS[key] for key in SWITCHES if self.settings.get(key) == "off"}
 
     def _value(self, key: str, value: str, ranks: int) -> str:
         if key not in NUMBERS:
@@ -145,6 +133,7 @@ def validated(spec: LayoutSpec, ranks: int, common: Sequence[str]) -> RunConfig:
     values = parse_args(spec.flags(ranks, common))
     for name in ("save", "load", "nproc_per_node", "eval_interval"):
         if values[name]:
-            flag = "--" + name.replace("_", "-")
-            raise HelixError(f"{flag} has no place in a benchmark of layouts. Leave it out.")
+            raise HelixError(
+                f"{flag_of(name)} has no place in a benchmark of layouts. Leave it out."
+            )
     return validate(values, ranks)

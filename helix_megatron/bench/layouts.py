@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from helix_megatron.bench.layout_spec import LayoutSpec, rivals, validated
+from helix_megatron.bench.result_file import check_output, write_json
 from helix_megatron.errors import HelixError
 from helix_megatron.training.run import RunConfig
 
@@ -30,26 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "precision."
     )
     add = parser.add_argument
-    add(
-        "--layout",
-        action="append",
-        metavar="LAYOUT",
-        help="such as tp=4,m=2 or tp=N/2,pp=2 (N: the ranks); again for another. The first is what the "
-        "others are compared with. Keys: tp, pp, vpp (layers of a virtual stage), m, ep, etp, mb "
-        "(micro-batch), exchange, query, attention, sp and zero1 (on or off)",
-    )
-    add(
-        "--ranks",
-        default="4",
-        metavar="N",
-        help="ranks; with --scaling several: 1,2,4 (default: 4)",
-    )
-    add(
-        "--scaling",
-        choices=("strong", "weak"),
-        help="the layouts at every number of ranks: with the same global batch, or with one that grows with "
-        "the ranks",
-    )
+    layout = """such as tp=4,m=2 or tp=N/2,pp=2 (N: the ranks); again for another. The first is what
+        the others are compared with. Keys: tp, pp, vpp (layers of a virtual stage), m, ep, etp, mb
+        (micro-batch), exchange, query, attention, sp and zero1 (on or off)"""
+    add("--layout", action="append", metavar="LAYOUT", help=layout)
+    ranks = "ranks; with --scaling several: 1,2,4 (default: 4)"
+    add("--ranks", default="4", metavar="N", help=ranks)
+    scaling = """the layouts at every number of ranks: with the same global batch, or with one that grows with
+        the ranks"""
+    add("--scaling", choices=("strong", "weak"), help=scaling)
     add("--rounds", type=int, default=3, metavar="R", help="turns of all layouts (default: 3)")
     add("--iterations", type=int, default=6, metavar="I", help="timed in each (default: 6)")
     add("--warm-up", type=int, default=2, metavar="W", help="iterations before (default: 2)")
@@ -58,14 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Measure, print, write; 0."""
-    from helix_megatron.bench.layout_report import (
-        Result,
-        draw,
-        losses_text,
-        scaling_text,
-        table_text,
-    )
-    from helix_megatron.bench.result_file import write_json
+    from helix_megatron.bench import layout_report as report
 
     numbers = _check(args)
     plan = _plan(args, rest, numbers)
@@ -76,17 +60,17 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         measured.setdefault((ranks, spec.text), []).append(_launch(args, settings, ranks))
     _progress("")
     results = [
-        Result.of(spec.text, ranks, settings, measured[ranks, spec.text])
+        report.Result.of(spec.text, ranks, settings, measured[ranks, spec.text])
         for ranks, spec, settings in plan
     ]
     for ranks in numbers:
-        print(table_text([result for result in results if result.ranks == ranks]))
+        print(report.table_text([result for result in results if result.ranks == ranks]))
     if args.scaling:
-        print(scaling_text(results, args.scaling))
-    print(losses_text(results))
-    write_json(args.json, args.argv, [result.record() for result in results])
+        print(report.scaling_text(results, args.scaling))
+    print(report.losses_text(results))
+    write_json(args.json, args.argv, [asdict(result) for result in results])
     if args.plot is not None:
-        draw(results, args.plot, scaling=args.scaling)
+        report.draw(results, args.plot, scaling=args.scaling)
         print(f"written: {args.plot}")
     return 0
 
@@ -108,8 +92,7 @@ def _check(args: argparse.Namespace) -> list[int]:
         raise HelixError(f"--warm-up {args.warm_up} must not be negative.")
     if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
         raise HelixError(f"--plot {args.plot}: the name must end in .png or .svg.")
-    if args.plot is not None and not args.plot.parent.is_dir():
-        raise HelixError(f"--plot {args.plot}: there is no directory {args.plot.parent}.")
+    check_output("--plot", args.plot)
     return sorted(numbers)
 
 
@@ -146,9 +129,8 @@ def _batch(args: argparse.Namespace, common: list[str], ranks: int, fewest: int)
     from helix_megatron.training.arguments import parse_args
 
     script = parse_args(common)
-    batch = script["global_batch_size"] or script["micro_batch_size"] * max(
-        map(int, args.ranks.split(","))
-    )
+    most = max(map(int, args.ranks.split(",")))
+    batch = script["global_batch_size"] or script["micro_batch_size"] * most
     if args.scaling == "weak":
         batch = batch * ranks // fewest
     return ["--global-batch-size", str(batch)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,11 +13,12 @@ from typing import Any
 
 from helix_megatron import __version__
 from helix_megatron.errors import HelixError
+from helix_megatron.versions import found_version
 
 PROGRAM = "python -m helix_megatron.bench"
 
 
-def check_json_path(path: str | None) -> None:
+def check_output(flag: str, path: Path | str | None) -> None:
     """Find out before a long measurement that its result could not be written.
 
     Raises:
@@ -29,8 +29,8 @@ def check_json_path(path: str | None) -> None:
     directory = Path(path).parent
     if not directory.is_dir() or not os.access(directory, os.W_OK) or Path(path).is_dir():
         raise HelixError(
-            f"--json {path} cannot be written: {directory} is no directory that can be written to, or "
-            "the path is a directory itself. Give a file in a directory that exists."
+            f"{flag} {path} cannot be written: {directory} is no directory that can be written to, or the path "
+            "is a directory itself. Give a file in a directory that exists."
         )
 
 
@@ -44,7 +44,7 @@ def write_json(path: str | None, arguments: Sequence[str], results: Any) -> None
         "versions": {
             "helix_megatron": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "megatron-core")},
+            **{name: found_version(name) for name in ("torch", "megatron-core")},
         },
         "machine": {
             "system": platform.system(),
@@ -55,10 +55,3 @@ def write_json(path: str | None, arguments: Sequence[str], results: Any) -> None
         "results": results,
     }
     Path(path).write_text(json.dumps(document, indent=2) + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

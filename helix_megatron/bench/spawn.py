@@ -87,9 +87,8 @@ def _run_in_processes(function: Callable[..., Any], args: tuple[Any, ...], ranks
         with supervised(started):
             for rank in range(ranks):
                 own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                process = context.Process(
-                    target=_rank, args=(function, args, own, directory, threads)
-                )
+                work = (function, args, own, directory, threads)
+                process = context.Process(target=_rank, args=work)
                 process.start()
                 started.append(_ForkedRank(process))
             status = wait_for(started)

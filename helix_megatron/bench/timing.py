@@ -1,4 +1,4 @@
-"""Interleaved timing on the ranks of a process group, and the statistics of its samples.
+"""Interleaved timing on the ranks of a process group, the statistics of its samples, and memory.
 
 A machine that other programs use as well is slower at some times than at others. So the rivals take turns
 (a, b, c, a, b, c, ...), their medians are compared, and so are the pairs of one turn.
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 WARM_UP = 3
 
 
-@dataclass
-class Samples:
+class Samples(NamedTuple):
     """wall: seconds from the start of the first to the end of the last rank; cpu: of all ranks together."""
 
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
+    wall: list[float]
+    cpu: list[float]
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,7 @@ def interleaved(
         gc.enable()
     dist.all_reduce(seconds[0], dist.ReduceOp.MAX)
     dist.all_reduce(seconds[1], dist.ReduceOp.SUM)
-    return {
-        name: Samples(wall, cpu)
-        for name, wall, cpu in zip(steps, seconds[0].tolist(), seconds[1].tolist(), strict=True)
-    }
+    return dict(zip(steps, map(Samples, *seconds.tolist()), strict=True))
 
 
 def compare(samples: Samples, other: Samples) -> dict[str, float]:
@@ -82,3 +81,18 @@ def compare(samples: Samples, other: Samples) -> dict[str, float]:
         "pairs_high": pairs.high,
         "cpu": statistics.median(samples.cpu) / statistics.median(other.cpu),
     }
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has had at most, pages of mapped files included."""
+    try:
+        # Unlike getrusage's figure it does not begin with the memory of the process that started this one.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import warnings
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from helix_megatron.bench.result_file import write_json
 from helix_megatron.bench.spawn import hide_gpus
@@ -18,6 +18,7 @@ from helix_megatron.bench.traffic_layer import Layer
 from helix_megatron.config import EXCHANGES
 from helix_megatron.core.exchanges import EXACT, choose
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.flags import flag_of
 from helix_megatron.hardware import GPU
 from helix_megatron.run.rank_environment import launched_ranks
 from helix_megatron.tables import text_table
@@ -28,8 +29,7 @@ HELP = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """An exchange at one micro-batch size: bytes that one rank sends, forward and backward."""
 
     micro_batch_size: int
@@ -48,10 +48,8 @@ class Row:
     @property
     def as_predicted(self) -> bool:
         """Whether every traced rank sent what the formulas say."""
-        return (self.exchange_bytes, self.tensor_parallel_bytes) == (
-            self.exchange_bytes_by_formula,
-            self.tensor_parallel_bytes_by_formula,
-        )
+        found = self.exchange_bytes, self.tensor_parallel_bytes
+        return found == (self.exchange_bytes_by_formula, self.tensor_parallel_bytes_by_formula)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,44 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensor-model-parallel-size": 32,
         "--sequence-length": 10000,
     }
+    add, number = parser.add_argument, {"type": int, "metavar": "N"}
     for flag, default in sizes.items():
-        parser.add_argument(
-            flag, type=int, default=default, metavar="N", help="(default: %(default)s)"
-        )
-    parser.add_argument(
-        "--num-query-groups", type=int, metavar="G", help="key-value heads (default: all heads)"
-    )
-    parser.add_argument(
-        "--intra-head-parallel-size",
-        type=int,
-        metavar="M",
-        help="segments of a head (default: the ranks for each key-value head)",
-    )
-    parser.add_argument(
-        "--micro-batch-sizes",
-        type=int,
-        nargs="+",
-        default=[1, 2],
-        metavar="B",
-        help="(default: 1 2)",
-    )
-    parser.add_argument(
-        "--sequence-parallel",
-        action="store_true",
-        help="tensor parallelism with reduce-scatters and all-gathers in place of all-reduces",
-    )
-    parser.add_argument(
-        "--exchange",
-        choices=EXCHANGES,
-        default="auto",
-        help="the choice to mark; auto is the fastest by the cost model of a GPU (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--ranks",
-        default="all",
-        metavar="R",
-        help="ranks to trace: all, or a list such as 0,31 (default: %(default)s)",
-    )
+        add(flag, default=default, help="(default: %(default)s)", **number)
+    add("--num-query-groups", help="key-value heads (default: all heads)", **number)
+    segments = "segments of a head (default: the ranks for each key-value head)"
+    add("--intra-head-parallel-size", help=segments, **number)
+    add("--micro-batch-sizes", nargs="+", default=[1, 2], help="(default: 1 2)", **number)
+    parallel = "tensor parallelism with reduce-scatters and all-gathers in place of all-reduces"
+    add("--sequence-parallel", action="store_true", help=parallel)
+    chosen = "the choice to mark; auto is the fastest by the cost model of a GPU (default: auto)"
+    add("--exchange", choices=EXCHANGES, default="auto", help=chosen)
+    ranks = "ranks to trace: all, or a list such as 0,31 (default: all)"
+    add("--ranks", default="all", metavar="R", help=ranks)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     results = {
         "layer": dataclasses.asdict(layer),
         "traced_ranks": traced_ranks,
-        "rows": [dataclasses.asdict(row) | {"added": row.added} for row in rows],
+        "rows": [row._asdict() | {"added": row.added} for row in rows],
         "do_not_fit": [{"micro_batch_size": b, "exchange": e, "reason": r} for b, e, r in unfit],
     }
     write_json(args.json, args.argv, results)
@@ -122,11 +95,10 @@ def run(args: argparse.Namespace) -> int:
 
 def layer_of(args: argparse.Namespace) -> Layer:
     """The layer that the flags describe."""
-    numbers = {n: v for n, v in vars(args).items() if type(v) is int}
-    numbers |= {"micro_batch_sizes": min(args.micro_batch_sizes)}
-    for name, value in numbers.items():
-        if value < 1:
-            raise HelixError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+    for name, value in vars(args).items():
+        least = min(value) if type(value) is list and name != "argv" else value
+        if type(least) is int and least < 1:
+            raise HelixError(f"{flag_of(name)} {least} must be at least 1.")
     ranks = args.tensor_model_parallel_size
     kv_heads = args.num_query_groups or args.num_attention_heads
     return Layer(
@@ -173,17 +145,8 @@ def measure_rows(
     for (exchange, batch), *traced in zip(fitting, *by_rank, strict=True):
         formula = layer.exchange_bytes(exchange, batch), layer.tensor_parallel_bytes(batch)
         exchanged, others = next((pair for pair in traced if pair != formula), formula)
-        rows.append(
-            Row(
-                micro_batch_size=batch,
-                exchange=exchange,
-                chosen=exchange == chosen[batch],
-                exchange_bytes=exchanged,
-                exchange_bytes_by_formula=formula[0],
-                tensor_parallel_bytes=others,
-                tensor_parallel_bytes_by_formula=formula[1],
-            )
-        )
+        sent = exchanged, formula[0], others, formula[1]
+        rows.append(Row(batch, exchange, exchange == chosen[batch], *sent))
     rows.sort(key=lambda row: (row.micro_batch_size, row.added))
     return rows, [(*key, reason) for key, reason in reasons.items() if reason]
 
@@ -193,9 +156,8 @@ def describe(
 ) -> str:
     """The table, why the other exchanges do not fit, and what differs from the formulas."""
     groups = layer.ranks // layer.segments
-    tensor_parallel = (
-        "reduce-scatters and all-gathers" if layer.sequence_parallel else "all-reduces"
-    )
+    own = "reduce-scatters and all-gathers" if layer.sequence_parallel else "all-reduces"
+    head = "micro-batch, exchange", "exchange", "by formula", "TP's own", "by formula", "adds", ""
     lines = [
         f"Transformer layer, forward and backward, bf16: hidden {layer.hidden_size}, {layer.heads} query "
         f"heads and {layer.kv_heads} key-value heads of {layer.head_dim}, FFN {layer.ffn_hidden_size}, "
@@ -203,32 +165,9 @@ def describe(
         f"{layer.ranks} ranks: {groups} head groups of {layer.segments} segments. Bytes that one rank sends, "
         f"traced on {len(traced_ranks)} of them.",
         "",
-        text_table(
-            (
-                "micro-batch, exchange",
-                "exchange",
-                "by formula",
-                "TP's own",
-                "by formula",
-                "adds",
-                "",
-            ),
-            [
-                (
-                    f"{row.micro_batch_size}  {row.exchange}",
-                    f"{row.exchange_bytes:,}",
-                    f"{row.exchange_bytes_by_formula:,}",
-                    f"{row.tensor_parallel_bytes:,}",
-                    f"{row.tensor_parallel_bytes_by_formula:,}",
-                    f"{row.added:.2%}",
-                    ("<- chosen" if row.chosen else "").ljust(9)
-                    + ("" if row.as_predicted else " DIFFERS"),
-                )
-                for row in rows
-            ],
-        ),
+        text_table(head, map(_cells, rows)),
         "",
-        f"TP's own: the {tensor_parallel} of attention and MLP.",
+        f"TP's own: the {own} of attention and MLP.",
     ]
     lines += [
         f"Not at micro-batch {batches}: {exchange}, {reason}."
@@ -237,6 +176,12 @@ def describe(
     if not all(row.as_predicted for row in rows):
         lines.append("What was traced differs from a formula: one of them is wrong.")
     return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    batch, exchange, chosen, *sent = row
+    mark = ("<- chosen" if chosen else "").ljust(9) + ("" if row.as_predicted else " DIFFERS")
+    return [f"{batch}  {exchange}", *(f"{size:,}" for size in sent), f"{row.added:.2%}", mark]
 
 
 def _by_reason(unfit: list[tuple[int, str, str]]) -> dict[tuple[str, str], str]:

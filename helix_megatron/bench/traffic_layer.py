@@ -58,16 +58,10 @@ class Layer:
 
     def shape(self, exchange: str, batch: int) -> AttentionShape:
         """What attention works on if that exchange is asked for."""
-        layout = self.helix(exchange).layout(
-            self.heads, self.kv_heads, self.head_dim, self.ranks, rotary="none"
-        )
-        return AttentionShape(
-            layout=layout,
-            batch=batch,
-            query_length=self.sequence_length,
-            key_length=self.sequence_length,
-            element_size=ELEMENT_SIZE,
-        )
+        heads = (self.heads, self.kv_heads, self.head_dim)
+        layout = self.helix(exchange).layout(*heads, self.ranks, rotary="none")
+        length = self.sequence_length
+        return AttentionShape(layout, batch, length, length, ELEMENT_SIZE)
 
     def exchange_bytes(self, exchange: str, batch: int) -> int:
         """What the exchange sends by its own formula, per rank, forward and backward."""

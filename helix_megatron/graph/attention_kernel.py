@@ -13,50 +13,29 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
+# query [B, H, L, D], key [B, G, S, D], value [B, G, S, E] → output [B, H, L, E], log-sum-exp [B, H, L]; `pairs`
+# is how many (query, key) pairs of a head are computed.
+torch.library.define(
+    "helix::attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, int pairs) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "helix::attention_backward",
+    "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, Tensor log_sum_exp, int pairs) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 
-@torch.library.custom_op("helix::attention", mutates_args=())
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pairs: int
-) -> tuple[Tensor, Tensor]:
-    """query [B, H, L, D], key [B, G, S, D], value [B, G, S, E] → output [B, H, L, E], log-sum-exp [B, H, L].
 
-    `pairs` is how many (query, key) pairs of a head are computed.
-    """
-    raise AssertionError("the graph's attention has shapes only")
-
-
-@attention.register_fake
+@torch.library.register_fake("helix::attention")
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pairs: int) -> Any:
     same = query.size(-1) == value.size(-1)
     output = torch.empty_like(query) if same else query.new_empty(*query.shape[:3], value.size(-1))
     return output, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("helix::attention_backward", mutates_args=())
-def attention_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    pairs: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
-    raise AssertionError("the graph's attention has shapes only")
-
-
-@attention_backward.register_fake
-def _(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    pairs: int,
-) -> Any:
-    return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+@torch.library.register_fake("helix::attention_backward")
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Any:
+    return tuple(map(torch.empty_like, (query, key, value)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -65,11 +44,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
-    gradients = attention_backward(gradient, *ctx.saved_tensors, ctx.pairs)
-    return *gradients, None, None
+    run = torch.ops.helix.attention_backward
+    return *run(gradient, *ctx.saved_tensors, ctx.pairs), None, None
 
 
-attention.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("helix::attention", _backward, setup_context=_save)
 
 
 def scaled_dot_product_attention(
@@ -89,4 +68,5 @@ def scaled_dot_product_attention(
     if is_causal or lower_right:
         # Of the last `queries` positions, query q sees all keys but the queries − 1 − q that follow it.
         pairs -= queries * (queries - 1) // 2
-    return attention(query, key, value, None if lower_right else attn_mask, pairs)[0]
+    mask = None if lower_right else attn_mask
+    return torch.ops.helix.attention(query, key, value, mask, pairs)[0]

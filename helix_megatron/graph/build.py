@@ -7,7 +7,7 @@ from one rank to another is the k-th that the other receives. That is how torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from helix_megatron.graph.model import (
@@ -34,14 +34,7 @@ def build(
 ) -> Graph:
     """Trace all ranks of a run and join them.
 
-    Args:
-        run: of `helix_megatron.graph.flags.parse`.
-        backward: trace the backward pass, too.
-        micro_batches: of the traced step.
-        jobs: processes that trace ranks at the same time.
-
-    Raises:
-        HelixError: as `helix_megatron.graph.trace.trace`.
+    The arguments and errors are those of `helix_megatron.graph.trace.trace_all`.
     """
     from helix_megatron.graph.flags import settings_of
     from helix_megatron.graph.trace import trace_all
@@ -59,7 +52,9 @@ def join(traces: Iterable[RankTrace], name: str, settings: dict[str, Any]) -> Gr
         graph.nodes += traced.nodes
         graph.edges += traced.edges
         graph.weights += traced.weights
-        graph.ranks.append(_rank(traced))
+        names = ("flops", "bytes", "sent_bytes")
+        totals = {name: sum(getattr(node, name) for node in traced.nodes) for name in names}
+        graph.ranks.append({"rank": traced.rank, **traced.place, **totals, **traced.memory})
         seen: Counter[Any] = Counter()
         for part in traced.participations:
             pair = _pair(part, traced.rank)
@@ -73,34 +68,24 @@ def join(traces: Iterable[RankTrace], name: str, settings: dict[str, Any]) -> Gr
 def _pair(part: Participation, rank: int) -> tuple[Any, ...]:
     """What the ranks of a collective agree on."""
     if part.peer is None:
-        return part.group, part.ranks
-    ends = (rank, part.peer) if part.kind == MESSAGE else (part.peer, rank)
-    return part.group, ends, MESSAGE
+        return part.node.group, part.ranks
+    ends = (rank, part.peer) if part.node.op == MESSAGE else (part.peer, rank)
+    return part.node.group, ends, MESSAGE
 
 
 def _collective(name: str, key: Any, parts: list[tuple[int, Participation]]) -> Collective:
     ranks = key[1]
-    order = {rank: place for place, rank in enumerate(ranks)}
-    parts = sorted(parts, key=lambda part: order[part[0]])
-    kinds = {MESSAGE if part.peer is not None else part.kind for _, part in parts}
+    parts = sorted(parts, key=lambda part: ranks.index(part[0]))
+    kinds = {MESSAGE if part.peer is not None else part.node.op for _, part in parts}
     return Collective(
         id=name,
         kind=" or ".join(sorted(kinds)),
         group=key[0],
-        purpose=parts[0][1].purpose,
+        purpose=parts[0][1].node.purpose,
         ranks=tuple(ranks),
-        members=tuple(part.node for _, part in parts),
-        sent_bytes=sum(part.sent_bytes for _, part in parts),
+        members=tuple(part.node.id for _, part in parts),
+        sent_bytes=sum(part.node.sent_bytes for _, part in parts),
     )
-
-
-def _rank(traced: RankTrace) -> dict[str, Any]:
-    nodes = traced.nodes
-    totals = {
-        total: sum(getattr(node, total) for node in nodes)
-        for total in ("flops", "bytes", "sent_bytes")
-    }
-    return {"rank": traced.rank, **traced.place, **totals, **traced.memory}
 
 
 # ------------------------------------------------------------------------------- views
@@ -108,25 +93,18 @@ def _rank(traced: RankTrace) -> dict[str, Any]:
 
 def attention_view(graph: Graph, layer: int = 0) -> Graph:
     """Norm, attention and residual of one layer, on all ranks that have it."""
-    halves = _halves(graph, layer)
-    return view(
-        graph, f"mha_layer_{layer}_partitioned", lambda node: halves.get(node.id) == "attention"
-    )
+    return view(graph, f"mha_layer_{layer}_partitioned", _half(graph, layer, "attention"))
 
 
 def mlp_view(graph: Graph, layer: int = 0) -> Graph:
     """Norm, MLP (or experts) and residual of one layer."""
-    halves = _halves(graph, layer)
-    return view(
-        graph, f"mlp_layer_{layer}_tensor_parallel", lambda node: halves.get(node.id) == "mlp"
-    )
+    return view(graph, f"mlp_layer_{layer}_tensor_parallel", _half(graph, layer, "mlp"))
 
 
-def view(graph: Graph, name: str, keep: Callable[[Node], bool]) -> Graph:
-    """The nodes that `keep` holds, and an input node for each tensor that comes from outside of them."""
-    kept = {node.id: node for node in graph.nodes if keep(node)}
-    outside: dict[str, dict[str, Node]] = {}  # by the first node that reads them
-    borders: dict[str, str] = {}
+def view(graph: Graph, name: str, kept: dict[str, Node]) -> Graph:
+    """Some nodes by id, and an input node for each tensor that comes from outside of them."""
+    outside: dict[str, list[Node]] = {}  # by the first node that reads them
+    borders: set[str] = set()
     edges = []
     for edge in graph.edges:
         if edge.target not in kept:
@@ -134,15 +112,13 @@ def view(graph: Graph, name: str, keep: Callable[[Node], bool]) -> Graph:
         if edge.source in kept:
             edges.append(edge)
             continue
-        name_of = f"{edge.source}:{edge.output}"
-        if name_of not in borders:
-            borders[name_of] = edge.target
-            border = _border(name_of, graph.node[edge.source], edge.output, kept[edge.target])
-            outside.setdefault(edge.target, {})[name_of] = border
-        edges.append(Edge(name_of, 0, edge.target, edge.input))
-    nodes = []
-    for node in kept.values():
-        nodes += [*outside.get(node.id, {}).values(), node]
+        border = f"{edge.source}:{edge.output}"
+        if border not in borders:
+            borders.add(border)
+            made = _border(border, graph.node[edge.source], edge.output, kept[edge.target])
+            outside.setdefault(edge.target, []).append(made)
+        edges.append(Edge(border, 0, edge.target, edge.input))
+    nodes = [node for own in kept.values() for node in (*outside.get(own.id, ()), own)]
     return Graph(
         name,
         graph.settings,
@@ -169,27 +145,24 @@ def _border(name: str, origin: Node, output: int, reader: Node) -> Node:
     )
 
 
-def _halves(graph: Graph, layer: int) -> dict[str, str]:
-    """Id → `attention` or `mlp`, for the nodes of a layer.
+def _half(graph: Graph, layer: int, wanted: str) -> dict[str, Node]:
+    """The nodes of a layer that are `attention` or `mlp`.
 
     What the layer itself runs, residual additions, belongs to the half that it follows.
     """
     path = f"decoder.layers.{layer}"
-    found: dict[str, str] = {}
-    now: dict[tuple[int, str, int], str] = {}
+    found, now = {}, {}
     for node in graph.nodes:
-        if node.module != path and not node.module.startswith(path + "."):
+        if node.phase not in (FORWARD, BACKWARD) or not f"{node.module}.".startswith(f"{path}."):
             continue
-        if node.phase not in (FORWARD, BACKWARD):
-            continue
-        part = node.module.removeprefix(path + ".").split(".")[0]
         place = (node.rank, node.phase, node.micro_batch)
-        if node.module != path:
+        if node.module == path:
+            half = now.get(place, "attention" if node.phase == FORWARD else "mlp")
+        else:
+            part = node.module.removeprefix(f"{path}.").split(".")[0]
             half = "mlp" if part in ("pre_mlp_layernorm", "mlp") else "attention"
             if node.kind not in SOURCES:
                 now[place] = half
-            found[node.id] = half
-        else:
-            first = "attention" if node.phase == FORWARD else "mlp"
-            found[node.id] = now.get(place, first)
+        if half == wanted:
+            found[node.id] = node
     return found

@@ -96,11 +96,7 @@ def _comes_from(graph: Graph, name: str, module: str, through: str) -> bool:
         node = graph.node[pending.pop()]
         if node.module == module or node.module.startswith(module + "."):
             return True
-        if (
-            node.id not in seen
-            and node.module == through
-            and node.op not in ("aten.native_layer_norm",)
-        ):
+        if node.id not in seen and node.module == through and node.op != "aten.native_layer_norm":
             seen.add(node.id)
             pending += [edge.source for edge in graph.producers.get(node.id, [])]
     return False
@@ -119,7 +115,6 @@ def dimensions(graph: Graph) -> Outcome:
     problems: list[str] = []
     sums: dict[tuple[str, Any], dict[int, int]] = defaultdict(dict)
     wholes: dict[str, int] = {}
-    place = {entry["rank"]: entry for entry in graph.ranks}
     products = _products(graph)
     for weight in graph.weights:
         if weight.axis is None or len(weight.shape) != 2 or "embedding" in weight.local_name:
@@ -129,7 +124,7 @@ def dimensions(graph: Graph) -> Outcome:
             problems.append(f"rank {weight.rank} multiplies by no {weight.name}")
             continue
         local = product.outputs[0].shape[-1] if weight.axis == 0 else _left(product)
-        entry = place[weight.rank]
+        entry = graph.place[weight.rank]
         inside = "expert_tensor" if ".experts." in weight.name else "tensor"
         copy = _copy_of(graph, weight, entry)
         sums[weight.name, copy].setdefault(entry[inside], local)
@@ -184,16 +179,14 @@ def _sequence(graph: Graph) -> Outcome:
     Tokens are counted in the shapes of the residual additions: after attention and after the MLP of each layer.
     """
     whole, shared = graph.settings["seq_length"], graph.settings["sequence_parallel"]
-    place = {entry["rank"]: entry for entry in graph.ranks}
     problems = []
     parts: dict[Any, list[int]] = defaultdict(list)
     for (rank, layer, micro_batch, module), additions in _residual_additions(graph).items():
-        entry = place[rank]
+        entry = graph.place[rank]
         copy = (entry["data"], None if shared else entry["tensor"])
         if not additions:
-            problems.append(
-                f"rank {rank}, layer {layer}: no addition shows how many tokens {module} leaves"
-            )
+            where = f"rank {rank}, layer {layer}"
+            problems.append(f"{where}: no addition shows how many tokens {module} leaves")
         for node in additions[:1]:
             parts[layer, module, micro_batch, copy].append(node.outputs[0].shape[0])
     if not parts:
@@ -231,9 +224,8 @@ def weights(graph: Graph) -> Outcome:
     for tensor in tensors:
         places = 0
         for entry in graph.ranks:
-            place = Place(
-                entry["pipeline"], entry["tensor"], entry["expert"], entry["expert_tensor"]
-            )
+            names = ("pipeline", "tensor", "expert", "expert_tensor")
+            place = Place(*(entry[name] for name in names))
             parts = held.pop((entry["rank"], tensor.name), [])
             expected = layout.holds(tensor, place)
             places += expected
@@ -256,26 +248,19 @@ def weights(graph: Graph) -> Outcome:
         f"{number} tensor{'s' * (number > 1)} on {k} rank{'s' * (k > 1)} per element"
         for k, number in sorted(copies.items())
     )
-    return (
-        f"{count(whole)} elements of {len(tensors)} tensors, {count(elements)} held: {parts_of}",
-        tuple(problems),
+    figure = (
+        f"{count(whole)} elements of {len(tensors)} tensors, {count(elements)} held: {parts_of}"
     )
+    return figure, tuple(problems)
 
 
 def rank_layout(settings: dict[str, Any]) -> RankLayout:
     """How the run cuts its weights."""
-    cut = settings["attention"] == "exact"
-    return RankLayout(
-        settings["model"],
-        tensor=settings["tensor"],
-        pipeline=settings["pipeline"],
-        expert=settings["expert"],
-        expert_tensor=settings["expert_tensor"],
-        helix=HelixConfig(
-            settings["segments"] if cut else 1,
-            query_layout=settings["query_layout"] if cut else "auto",
-        ),
-    )
+    helix = HelixConfig()
+    if settings["attention"] == "exact":
+        helix = HelixConfig(settings["segments"], query_layout=settings["query_layout"])
+    sizes = {name: settings[name] for name in ("tensor", "pipeline", "expert", "expert_tensor")}
+    return RankLayout(settings["model"], **sizes, helix=helix)
 
 
 def _ranks_of_a_cut(graph: Graph, tensor: CanonicalTensor) -> int:
@@ -296,13 +281,9 @@ def _problems_of(
             f"rank {weight.rank} holds {list(weight.spec.shape)} of {tensor.name} instead of "
             f"{list(part.shape(tensor.shape))}"
         )
-    expected = (
-        None if part.index is None or len(part.index) == tensor.shape[part.axis or 0] else part
-    )
-    runs = (
-        () if expected is None or expected.index is None else tuple(contiguous_runs(expected.index))
-    )
-    axis = None if expected is None else expected.axis
+    axis, runs = None, ()
+    if part.index is not None and len(part.index) != tensor.shape[part.axis or 0]:
+        axis, runs = part.axis, tuple(contiguous_runs(part.index))
     if (weight.axis, _joined(weight.runs)) != (axis, runs):
         yield (
             f"rank {weight.rank} holds elements {_text(weight.runs)} along axis {weight.axis} of {tensor.name} "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 
 from helix_megatron.errors import listed
 from helix_megatron.graph.build import MESSAGE
 from helix_megatron.graph.check_model import Outcome, dimensions, residuals, weights
-from helix_megatron.graph.model import COLLECTIVE, OPERATOR, Collective, Graph, Node
+from helix_megatron.graph.model import COLLECTIVE, OPERATOR, Collective, Graph, Node, Spec
 from helix_megatron.training.units import count, size
 
 BALANCE = 1.1  # the most by which the busiest rank may exceed the idlest
@@ -38,11 +40,7 @@ class Result:
 
 
 def run_checks(graph: Graph, *, balance: float = BALANCE) -> list[Result]:
-    """All checks.
-
-    Args:
-        balance: by what factor the busiest rank may exceed the idlest, in FLOPs and in bytes.
-    """
+    """All checks; `balance` is by what factor the busiest rank may exceed the idlest, in FLOPs and bytes."""
     results = [acyclic(graph), shapes_agree(graph), one_rank_each(graph)]
     whole = _is_whole(graph)
     for name, check in (
@@ -80,37 +78,28 @@ def acyclic(graph: Graph) -> Result:
     for one in graph.collectives:
         if one.kind != MESSAGE:
             place.update(dict.fromkeys(one.members, one.id))
-    following: dict[str, set[str]] = defaultdict(set)
+    before: dict[str, set[str]] = {name: set() for name in place.values()}
     for edge in graph.edges:
         if edge.source in place and edge.target in place:
-            following[place[edge.source]].add(place[edge.target])
+            before[place[edge.target]].add(place[edge.source])
     for one in graph.collectives:
         if one.kind == MESSAGE and len(one.members) == 2:
-            following[one.members[0]].add(one.members[1])
+            before[one.members[1]].add(one.members[0])
     for earlier, later in _in_program_order(graph):
         if place[earlier] != place[later]:
-            following[place[earlier]].add(place[later])
-    waiting = Counter(target for targets in following.values() for target in targets)
-    depth = {name: 1 for name in set(place.values()) if not waiting[name]}
-    ready, done = list(depth), 0
-    while ready:
-        name = ready.pop()
-        done += 1
-        for target in following[name]:
-            depth[target] = max(depth.get(target, 0), depth[name] + 1)
-            waiting[target] -= 1
-            if not waiting[target]:
-                ready.append(target)
-    total = len(set(place.values()))
-    problems: tuple[str, ...] = ()
-    if done < total:
-        stuck = sorted(name for name, number in waiting.items() if number > 0)
-        problems = (
-            f"{total - done} nodes are on cycles or behind them, such as {listed(stuck[:4])}",
-        )
+            before[place[later]].add(place[earlier])
+    sorter, depth = TopologicalSorter(before), dict[str, int]()
+    with contextlib.suppress(CycleError):
+        sorter.prepare()
+    while ready := sorter.get_ready():
+        for name in ready:
+            depth[name] = 1 + max((depth[source] for source in before[name]), default=0)
+        sorter.done(*ready)
+    stuck = sorted(before.keys() - depth.keys())
+    found = f"{len(stuck)} nodes are on cycles or behind them, such as {listed(stuck[:4])}"
     longest = max(depth.values(), default=0)
     figure = f"{len(graph.nodes):,} nodes, {len(graph.edges):,} edges, longest path {longest}"
-    return Result("acyclic", figure, problems)
+    return Result("acyclic", figure, (found,) if stuck else ())
 
 
 def _in_program_order(graph: Graph) -> Iterator[tuple[str, str]]:
@@ -160,11 +149,8 @@ def shapes_agree(graph: Graph) -> Result:
 def one_rank_each(graph: Graph) -> Result:
     """Every node runs on exactly one rank of the run, and every rank runs something."""
     ranks = range(graph.settings["ranks"])
-    problems = [
-        f"node id {name} occurs twice"
-        for name, k in Counter(n.id for n in graph.nodes).items()
-        if k > 1
-    ]
+    ids = Counter(node.id for node in graph.nodes)
+    problems = [f"node id {name} occurs twice" for name, k in ids.items() if k > 1]
     operators: Counter[int] = Counter()
     for node in graph.nodes:
         if len(node.ranks) != 1 or node.ranks[0] not in ranks:
@@ -172,12 +158,9 @@ def one_rank_each(graph: Graph) -> Result:
         elif node.kind in (OPERATOR, COLLECTIVE):
             operators[node.rank] += 1
     problems += [f"rank {rank} runs nothing" for rank in ranks if not operators[rank]]
-    total, least, most = (
-        sum(operators.values()),
-        min(operators.values(), default=0),
-        max(operators.values(), default=0),
-    )
-    figure = f"{total:,} operators on {len(ranks)} ranks, {least:,} to {most:,} each"
+    numbers = operators.values()
+    least, most = min(numbers, default=0), max(numbers, default=0)
+    figure = f"{sum(numbers):,} operators on {len(ranks)} ranks, {least:,} to {most:,} each"
     return Result("every operator on exactly one rank", figure, tuple(problems))
 
 
@@ -244,6 +227,15 @@ def _disagreements(members: list[Node], stages: dict[int, int]) -> Iterator[str]
                 )
 
 
+def _numel(specs: Iterable[Spec]) -> int:
+    return sum(spec.numel for spec in specs)
+
+
+def _nbytes(node: Node) -> int:
+    """Of what it gives."""
+    return sum(spec.nbytes for spec in node.inputs)
+
+
 def _same_sizes(members: list[Node]) -> Iterator[str]:
     """All ranks give and get tensors of the same sizes."""
     sizes = {(tuple(s.numel for s in n.inputs), tuple(s.numel for s in n.outputs)) for n in members}
@@ -253,40 +245,37 @@ def _same_sizes(members: list[Node]) -> Iterator[str]:
 
 def _gathered(members: list[Node]) -> Iterator[str]:
     """Everyone gets what all give."""
-    given = sum(spec.numel for node in members for spec in node.inputs)
+    given, k = sum(_numel(node.inputs) for node in members), len(members)
     for node in members:
-        got = sum(spec.numel for spec in node.outputs)
-        if got != given:
-            yield f"{node.id} gets {got} elements of the {given} that its ranks give"
-    yield from _ring(members, lambda node: (len(members) - 1) * sum(s.nbytes for s in node.inputs))
+        if _numel(node.outputs) != given:
+            yield f"{node.id} gets {_numel(node.outputs)} elements of the {given} that its ranks give"
+    yield from _ring(members, lambda node: (k - 1) * _nbytes(node))
 
 
 def _scattered(members: list[Node]) -> Iterator[str]:
     """What all get together is what each gives."""
-    got = sum(spec.numel for node in members for spec in node.outputs)
+    got, k = sum(_numel(node.outputs) for node in members), len(members)
     for node in members:
-        given = sum(spec.numel for spec in node.inputs)
-        if got != given:
-            yield f"{node.id} gives {given} elements, and its ranks get {got}"
-    k = len(members)
-    yield from _ring(members, lambda node: (k - 1) * sum(s.nbytes for s in node.inputs) // k)
+        if _numel(node.inputs) != got:
+            yield f"{node.id} gives {_numel(node.inputs)} elements, and its ranks get {got}"
+    yield from _ring(members, lambda node: (k - 1) * _nbytes(node) // k)
 
 
 def _reduced(members: list[Node]) -> Iterator[str]:
     yield from _same_sizes(members)
     k = len(members)
-    yield from _ring(members, lambda node: 2 * (k - 1) * sum(s.nbytes for s in node.inputs) // k)
+    yield from _ring(members, lambda node: 2 * (k - 1) * _nbytes(node) // k)
 
 
 def _swapped(members: list[Node]) -> Iterator[str]:
     """What is sent is received."""
-    given = sum(spec.numel for node in members for spec in node.inputs)
-    got = sum(spec.numel for node in members for spec in node.outputs)
+    given = sum(_numel(node.inputs) for node in members)
+    got = sum(_numel(node.outputs) for node in members)
     if given != got:
         yield f"its ranks give {given} elements and get {got}"
     for node in members:
-        if not 0 < node.sent_bytes <= sum(spec.nbytes for spec in node.inputs):
-            yield f"{node.id} sends {node.sent_bytes} bytes of {sum(s.nbytes for s in node.inputs)}"
+        if not 0 < node.sent_bytes <= _nbytes(node):
+            yield f"{node.id} sends {node.sent_bytes} bytes of {_nbytes(node)}"
 
 
 def _sent(members: list[Node]) -> Iterator[str]:
@@ -323,9 +312,8 @@ def balanced(graph: Graph, limit: float = BALANCE) -> Outcome:
             totals[node.rank] += getattr(node, what)
         least, most = min(totals.values()), max(totals.values())
         ratio = most / least if least else float("inf")
-        figures.append(
-            f"{'FLOPs' if what == 'flops' else what} {ratio:.3f} ({show(least)} to {show(most)})"
-        )
+        title = "FLOPs" if what == "flops" else what
+        figures.append(f"{title} {ratio:.3f} ({show(least)} to {show(most)})")
         if ratio > limit:
             busiest, idlest = (pick(totals, key=totals.__getitem__) for pick in (max, min))
             problems.append(

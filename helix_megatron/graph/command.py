@@ -9,11 +9,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import add_flags, check_values, setting
 
 DESCRIPTION = """\
 Draw the operator graph of a training run: every operator, tensor and collective of every rank, with shapes,
@@ -28,72 +30,48 @@ DEFAULT = ("--preset", "paper-dense")
 MOST_JOBS = 2  # each traces with up to 1.5 GB
 
 
-def build_parser(program: str) -> argparse.ArgumentParser:
-    """The parser of the flags that are not the training script's."""
-    parser = argparse.ArgumentParser(
-        prog=program, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False
+@dataclass(frozen=True)
+class Options:
+    """The flags that are not the training script's."""
+
+    output: str = setting("helix_graph", "the directory that is written")
+    backward: bool = setting(False, "trace the backward pass, too")
+    check: bool = setting(
+        False,
+        "check the graph and print each check with its figure; the exit status is 1 if one fails",
     )
-    add = parser.add_argument
-    add(
-        "--output",
-        type=Path,
-        default=Path("helix_graph"),
-        metavar="DIR",
-        help="(default: %(default)s)",
+    micro_batches: int = setting(
+        1, "micro-batches of the traced step; more than one show how pipeline stages overlap"
     )
-    add("--backward", action="store_true", help="trace the backward pass, too")
-    add(
-        "--check",
-        action="store_true",
-        help="check the graph and print each check with its figure; the exit status is 1 if one fails",
+    balance: float = setting(
+        1.1, "what --check allows the busiest rank over the idlest, in FLOPs and bytes", at_least=1
     )
-    add(
-        "--micro-batches",
-        type=int,
-        default=1,
-        metavar="K",
-        help="micro-batches of the traced step; more than one show how pipeline stages overlap (default: 1)",
-    )
-    add(
-        "--balance",
-        type=float,
-        default=1.1,
-        metavar="X",
-        help="what --check allows the busiest rank over the idlest, in FLOPs and bytes (default: %(default)s)",
-    )
-    add(
-        "--layer",
-        type=int,
-        default=0,
-        metavar="L",
-        help="of the two graphs of one layer (default: 0)",
-    )
-    add(
-        "--detail",
+    layer: int = setting(0, "of the two graphs of one layer, counted from 0", at_least=0)
+    detail: str = setting(
+        "modules",
+        "what a box of .dot and .svg is; .json and the page have every operator",
         choices=("modules", "operators"),
-        default="modules",
-        help="what a box of .dot and .svg is (default: %(default)s). .json and the page have every operator",
     )
-    add(
-        "--ranks",
-        type=int,
-        metavar="N",
-        help="ranks of the run; tensor times pipeline parallel size when not given",
+    ranks: int | None = setting(
+        None, "ranks of the run; tensor times pipeline parallel size when not given"
     )
-    add("--jobs", type=int, metavar="J", help="processes that trace ranks at the same time")
-    return parser
+    jobs: int | None = setting(None, "processes that trace ranks at the same time")
 
 
 def main(argv: Sequence[str] | None = None, program: str = "helix graph") -> int:
     """Trace, check and write as `argv` says; 1 if a check fails, 2 for what the user can put right."""
-    args, rest = build_parser(program).parse_known_args(argv)
+    parser = argparse.ArgumentParser(
+        prog=program, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False
+    )
+    add_flags(parser, Options)
+    args, rest = parser.parse_known_args(argv)
     with exit_on_error(program):
-        return _run(args, rest, program)
+        return _run(Options(**vars(args)), rest, program)
     raise AssertionError("exit_on_error leaves by itself")
 
 
-def _run(args: argparse.Namespace, rest: list[str], program: str) -> int:
-    _check(args)
+def _run(args: Options, rest: list[str], program: str) -> int:
+    check_values(args)
     from helix_megatron.bench.spawn import ENVIRONMENT, hide_gpus
     from helix_megatron.run.rank_environment import launched_ranks
 
@@ -109,7 +87,12 @@ def _run(args: argparse.Namespace, rest: list[str], program: str) -> int:
         raise HelixError(
             f"--layer {args.layer}: the model has layers 0 to {run.model.num_layers - 1}. Give one of them."
         )
-    _make(args.output)
+    try:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HelixError(
+            f"--output {args.output} cannot be made: {error.strerror}. Give a directory that can be written to."
+        ) from error
     jobs = args.jobs or min(os.cpu_count() or 1, MOST_JOBS, run.world_size)
     with _quiet():
         import torch
@@ -126,7 +109,7 @@ def _run(args: argparse.Namespace, rest: list[str], program: str) -> int:
         results = run_checks(graph, balance=args.balance)
         print("\n".join(map(str, results)))
     try:
-        written = write(views, args.output, results, detail=args.detail)
+        written = write(views, Path(args.output), results, detail=args.detail)
     except OSError as error:
         raise HelixError(
             f"--output {args.output} cannot be written to: {error.strerror} ({error.filename}). Give another "
@@ -141,19 +124,17 @@ def write(
 ) -> list[Path]:
     """Write graphs of one run to a directory; the files.
 
-    The first, the whole model, is drawn with equal ranks folded; the others with a column for each rank, up
-    to 32.
-    Without graphviz there are no pictures, and a line on standard error says what to install.
+    The first, the whole model, is drawn with equal ranks folded; the others with a column for each rank, up to
+    32. Without graphviz there are no pictures, and a line on standard error says what to install.
     """
     from helix_megatron.graph.dot import render, to_dot
     from helix_megatron.graph.html import to_html
 
-    written = []
-    missing = ""
-    for number, graph in enumerate(views):
+    written, missing = [], ""
+    for graph in views:
         data, dot = (directory / f"{graph.name}.{kind}" for kind in ("json", "dot"))
         graph.write(data)
-        fold = number == 0 or len(graph.ranks) > 32
+        fold = graph is views[0] or len(graph.ranks) > 32
         dot.write_text(to_dot(graph, detail=detail, fold=fold))
         written += [data, dot]
         try:
@@ -165,31 +146,6 @@ def write(
     if missing:
         print(missing, file=sys.stderr)
     return [*written, page]
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name in ("micro_batches", "jobs", "ranks"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise HelixError(
-                f"--{name.replace('_', '-')} {value} must be at least 1. Try 1, or leave it out."
-            )
-    if not args.balance >= 1:  # nan is not, either
-        raise HelixError(
-            f"--balance {args.balance:g} must be at least 1: the busiest rank is never below the idlest. "
-            "The default is 1.1."
-        )
-    if args.layer < 0:
-        raise HelixError(f"--layer {args.layer}: layers are counted from 0. Give 0 for the first.")
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HelixError(
-            f"--output {directory} cannot be made: {error.strerror}. Give a directory that can be written to."
-        ) from error
 
 
 @contextlib.contextmanager

@@ -15,10 +15,14 @@ from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS
 _aten = torch.ops.aten
 ATTENTION = torch.ops.helix.attention.default
 ATTENTION_BACKWARD = torch.ops.helix.attention_backward.default
-MATRIX_PRODUCTS = {
-    _aten.mm.default,
-    getattr(_aten.mm, "dtype", None),
-}  # torch 2.6 has no second one
+# The place of the left matrix of every product; torch 2.6 has no `mm.dtype`.
+PRODUCTS = {
+    _aten.mm.default: 0,
+    _aten.bmm.default: 0,
+    _aten.addmm.default: 1,
+    _aten.baddbmm.default: 1,
+}
+PRODUCTS[getattr(_aten.mm, "dtype", None)] = 0
 
 DTYPES = {
     torch.bfloat16: "bf16",
@@ -41,16 +45,9 @@ def spec_of(tensor: Tensor) -> Spec:
 
 def flops_of(func: Any, args: Sequence[Any], inputs: Sequence[Spec]) -> int:
     """FLOPs of a matrix product (2·m·k·n) or of attention; 0 for any other operator."""
-    if func in MATRIX_PRODUCTS:
-        (m, k), (_, n) = inputs[0].shape, inputs[1].shape
-        return 2 * m * k * n
-    if func is _aten.addmm.default:
-        (m, k), (_, n) = inputs[1].shape, inputs[2].shape
-        return 2 * m * k * n
-    if func in (_aten.bmm.default, _aten.baddbmm.default):
-        first = 1 if func is _aten.baddbmm.default else 0
-        (b, m, k), (_, _, n) = inputs[first].shape, inputs[first + 1].shape
-        return 2 * b * m * k * n
+    if func in PRODUCTS:
+        left, right = inputs[PRODUCTS[func] :][:2]
+        return 2 * left.numel * right.shape[-1]
     if func is ATTENTION:
         return attention_flops(inputs[0], inputs[2], args[4])
     if func is ATTENTION_BACKWARD:

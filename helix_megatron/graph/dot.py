@@ -31,12 +31,7 @@ MISSING = (
 
 
 def to_dot(graph: Graph, *, detail: str = "modules", fold: bool = True) -> str:
-    """The graph in graphviz's language.
-
-    Args:
-        detail: `modules`, or `operators` for one box for each.
-        fold: draw ranks of equal structure as one column.
-    """
+    """The graph in graphviz's language, drawn as `Picture` says."""
     picture = Picture(graph, detail=detail, fold=fold)
     lines = [HEADER.format(name=graph.name, bottom=-picture.bottom, right=picture.right)]
     lines += _headings(graph, picture)
@@ -57,12 +52,8 @@ def render(dot_file: Path, kind: str = "svg") -> Path:
     if program is None:
         raise HelixError(MISSING)
     picture = dot_file.with_suffix(f".{kind}")
-    run = subprocess.run(
-        [program, f"-T{kind}", str(dot_file), "-o", str(picture)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [program, f"-T{kind}", str(dot_file), "-o", str(picture)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         raise HelixError(f"dot could not draw {dot_file}: {run.stderr.strip()[:500]}")
     return picture
@@ -102,14 +93,11 @@ def _headings(graph: Graph, picture: Picture) -> list[str]:
     if len(run) * size * LETTER > picture.right:
         run, size = run.replace("; ", ";\n"), min(size, 13)
     title = "<BR/>".join([f"<B>{graph.name}</B>", *map(html.escape, run.split("\n"))])
-    lines = [
-        f'  "title" [{TEXT}, fontsize={size}, label=<{title}>, pos="{picture.right / 2:.0f},-24"]'
-    ]
+    place = f'pos="{picture.right / 2:.0f},-24"'
+    lines = [f'  "title" [{TEXT}, fontsize={size}, label=<{title}>, {place}]']
     for column, ranks in enumerate(picture.classes):
-        place = f'pos="{picture.middle(column):.0f},-68"'
-        lines.append(
-            f'  "h{column}" [{TEXT}, fontsize=12, label=<{_heading(graph, ranks)}>, {place}]'
-        )
+        label, place = _heading(graph, ranks), f'pos="{picture.middle(column):.0f},-68"'
+        lines.append(f'  "h{column}" [{TEXT}, fontsize=12, label=<{label}>, {place}]')
     phases = picture.phases(0) if picture.columns else []
     for index, (box, phase) in enumerate(zip(picture.columns[0], phases, strict=True)):
         if index == 0 or phase != phases[index - 1]:
@@ -122,7 +110,7 @@ def _heading(graph: Graph, ranks: RankClass) -> str:
     text = f"<B>{ranks_text(ranks.ranks)}</B>"
     if len(ranks.ranks) > 1:
         return f"{text}<BR/>{len(ranks.ranks)} of equal structure"
-    entry = next(one for one in graph.ranks if one["rank"] == ranks.first)
+    entry = graph.place[ranks.first]
     if graph.settings["segments"] > 1:
         return f"{text}<BR/>head group {entry['head_group']}, segment {entry['segment']}"
     return f"{text}<BR/>TP {entry['tensor']}, stage {entry['pipeline']}"
@@ -131,9 +119,8 @@ def _heading(graph: Graph, ranks: RankClass) -> str:
 def _node(box: Box) -> str:
     small = (f'<FONT POINT-SIZE="9">{html.escape(line)}</FONT>' for line in box.lines[1:])
     label = "<BR/>".join([f"<B>{html.escape(box.lines[0])}</B>", *small])
-    where = (
-        f'pos="{box.x:.1f},{-box.y:.1f}", width={box.width / 72:.3f}, height={box.height / 72:.3f}'
-    )
+    where = f'pos="{box.x:.1f},{-box.y:.1f}"'
+    where += f", width={box.width / 72:.3f}, height={box.height / 72:.3f}"
     return f'  "{box.name}" [shape={box.shape}, {where}, fillcolor="{box.color}", label=<{label}>]'
 
 

@@ -7,13 +7,25 @@ operators of one module, so blocks follow each other as operators do, and collap
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from helix_megatron.graph.model import COLLECTIVE, INPUT, SOURCES, Graph, Node
 
-SCHEDULE = "schedule"
+# What nodes of ranks of equal structure have in common.
+SIGNATURE = (
+    "kind",
+    "op",
+    "module",
+    "phase",
+    "inputs",
+    "outputs",
+    "group",
+    "purpose",
+    "micro_batch",
+)
 
 
 @dataclass
@@ -57,37 +69,18 @@ class Item:
 
 def rank_classes(graph: Graph) -> list[RankClass]:
     """Ranks of equal structure together, in the order of their first rank."""
-    by_rank: dict[int, list[Node]] = {}
-    for node in graph.nodes:
-        by_rank.setdefault(node.rank, []).append(node)
-    place = {node.id: index for nodes in by_rank.values() for index, node in enumerate(nodes)}
-    edges: dict[int, list[tuple[int, int, int, int]]] = {rank: [] for rank in by_rank}
+    programs = graph.programs
+    place = {node.id: index for nodes in programs.values() for index, node in enumerate(nodes)}
+    edges: dict[int, list[tuple[int, int, int, int]]] = {rank: [] for rank in programs}
     for edge in graph.edges:
         rank = graph.node[edge.target].rank
         edges[rank].append((place[edge.source], edge.output, place[edge.target], edge.input))
     classes: dict[tuple, RankClass] = {}
-    for rank in sorted(by_rank):
-        nodes = by_rank[rank]
-        key = (tuple(map(_signature, nodes)), tuple(edges[rank]))
-        if key in classes:
-            classes[key].ranks.append(rank)
-        else:
-            classes[key] = RankClass([rank], nodes, edges[rank])
+    signature = operator.attrgetter(*SIGNATURE)
+    for rank, nodes in sorted(programs.items()):
+        key = (tuple(map(signature, nodes)), tuple(edges[rank]))
+        classes.setdefault(key, RankClass([], nodes, edges[rank])).ranks.append(rank)
     return list(classes.values())
-
-
-def _signature(node: Node) -> tuple:
-    return (
-        node.kind,
-        node.op,
-        node.module,
-        node.phase,
-        node.inputs,
-        node.outputs,
-        node.group,
-        node.purpose,
-        node.micro_batch,
-    )
 
 
 def module_path(module: str) -> list[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from typing import Any
 
 from helix_megatron.graph.checks import Result
 from helix_megatron.graph.dot import summary
-from helix_megatron.graph.fold import Block, RankClass, rank_classes, tree
+from helix_megatron.graph.fold import Block, rank_classes, tree
 from helix_megatron.graph.model import COLLECTIVE, Graph, Node
 from helix_megatron.graph.picture import expansion
 
@@ -18,12 +18,7 @@ SCRIPTS = ("page.js", "page_actions.js")
 
 
 def to_html(views: Sequence[Graph], checks: Sequence[Result] = ()) -> str:
-    """The page.
-
-    Args:
-        views: graphs of one run, the first of which is shown first.
-        checks: their outcomes, if they were run.
-    """
+    """The page of some graphs of one run, the first of which is shown first, and of its checks, if they ran."""
     strings = _Strings()
     first = views[0]
     data = {
@@ -32,7 +27,7 @@ def to_html(views: Sequence[Graph], checks: Sequence[Result] = ()) -> str:
         "ranks": first.ranks,
         "checks": [{"passed": check.passed, "text": str(check)[8:]} for check in checks],
         "views": [_view(graph, strings) for graph in views],
-        "strings": strings.all,
+        "strings": list(strings),
     }
     page = _file("page.html")
     for name, content in (
@@ -46,19 +41,11 @@ def to_html(views: Sequence[Graph], checks: Sequence[Result] = ()) -> str:
     return page
 
 
-class _Strings:
-    """Text → its number in a list of different texts."""
-
-    def __init__(self) -> None:
-        self.all: list[str] = []
-        self._number: dict[str, int] = {}
+class _Strings(dict[str, int]):
+    """Text → its number among different texts."""
 
     def __call__(self, text: object) -> int:
-        text = str(text)
-        if text not in self._number:
-            self._number[text] = len(self.all)
-            self.all.append(text)
-        return self._number[text]
+        return self.setdefault(str(text), len(self))
 
 
 def _file(name: str) -> str:
@@ -70,7 +57,8 @@ def _view(graph: Graph, strings: _Strings) -> dict[str, Any]:
     classes = rank_classes(graph)
     trees = [tree(one.nodes) for one in classes]
     opened = {path for root in trees for path in _opened(root, expansion(graph, "modules"))}
-    place = {node.id: index for one in _programs(graph).values() for index, node in enumerate(one)}
+    programs = graph.programs.values()
+    place = {node.id: index for one in programs for index, node in enumerate(one)}
     at: dict[int, dict[int, int]] = {rank: {} for one in classes for rank in one.ranks}
     for number, one in enumerate(graph.collectives):
         for name in one.members:
@@ -78,7 +66,15 @@ def _view(graph: Graph, strings: _Strings) -> dict[str, Any]:
     return {
         "name": graph.name,
         "open": sorted(opened),
-        "classes": [_class(one, root, strings) for one, root in zip(classes, trees, strict=True)],
+        "classes": [
+            {
+                "ranks": one.ranks,
+                "nodes": [_node(node, strings) for node in one.nodes],
+                "edges": [edge[:3] for edge in one.edges],
+                "tree": _tree(root),
+            }
+            for one, root in zip(classes, trees, strict=True)
+        ],
         "collectives": [
             {
                 "kind": strings(one.kind),
@@ -91,22 +87,6 @@ def _view(graph: Graph, strings: _Strings) -> dict[str, Any]:
             for one in graph.collectives
         ],
         "at": at,
-    }
-
-
-def _programs(graph: Graph) -> dict[int, list[Node]]:
-    programs: dict[int, list[Node]] = {}
-    for node in graph.nodes:
-        programs.setdefault(node.rank, []).append(node)
-    return programs
-
-
-def _class(one: RankClass, root: Block, strings: _Strings) -> dict[str, Any]:
-    return {
-        "ranks": one.ranks,
-        "nodes": [_node(node, strings) for node in one.nodes],
-        "edges": [edge[:3] for edge in one.edges],
-        "tree": _tree(root),
     }
 
 
@@ -131,16 +111,10 @@ def _tree(block: Block) -> list[Any]:
     return [block.label, block.path, children]
 
 
-def _opened(root: Block, expanded: Any) -> list[str]:
+def _opened(block: Block, expanded: Callable[[Block, int], bool], depth: int = 0) -> Iterator[str]:
     """Paths of the blocks that are open at first."""
-    found: list[str] = []
-
-    def visit(block: Block, depth: int) -> None:
-        if expanded(block, depth):
-            found.append(block.path)
-            for child in block.children:
-                if isinstance(child, Block):
-                    visit(child, depth + 1)
-
-    visit(root, 0)
-    return found
+    if expanded(block, depth):
+        yield block.path
+        for child in block.children:
+            if isinstance(child, Block):
+                yield from _opened(child, expanded, depth + 1)

@@ -35,41 +35,22 @@ def heights(columns: Sequence[Sequence[Cell]], top: float = 0.0) -> list[list[fl
     free = [top] * len(columns)
 
     def head(number: int) -> Cell | None:
-        return (
-            columns[number][len(found[number])]
-            if len(found[number]) < len(columns[number])
-            else None
-        )
+        placed = len(found[number])
+        return columns[number][placed] if placed < len(columns[number]) else None
 
-    def put(number: int, cell: Cell, y: float) -> None:
-        found[number].append(y)
-        free[number] = y + cell.height + GAP
-
-    def advance() -> bool:
-        moved = False
-        for number in range(len(columns)):
-            cell: Cell | None = head(number)
-            while cell is not None:
-                together = owners[cell.shared] if cell.shared is not None else {number}
-                heads = {other: head(other) for other in together}
-                if any(
-                    h is None or h.shared != cell.shared
-                    for h in heads.values()
-                    if len(together) > 1
-                ):
-                    break
-                y = max(free[other] for other in together)
-                for other, its in heads.items():
-                    assert its is not None
-                    put(other, its, y)
-                moved, cell = True, head(number)
-        return moved
-
-    while any(head(number) is not None for number in range(len(columns))):
-        if not advance():
-            number = next(n for n in range(len(columns)) if head(n) is not None)
-            stuck = head(number)
-            assert stuck is not None
-            owners[stuck.shared] -= {number}
-            put(number, stuck, free[number])
-    return found
+    while True:
+        heads = {number: cell for number in range(len(columns)) if (cell := head(number))}
+        if not heads:
+            return found
+        for number, cell in heads.items():
+            together = {number} if cell.shared is None else owners[cell.shared]
+            if all(other in heads and heads[other].shared == cell.shared for other in together):
+                break
+        else:  # crossed: the first is placed alone
+            number, cell = next(iter(heads.items()))
+            together = {number}
+            owners[cell.shared] -= together
+        y = max(free[other] for other in together)
+        for other in together:
+            found[other].append(y)
+            free[other] = y + heads[other].height + GAP

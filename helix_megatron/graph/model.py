@@ -178,6 +178,16 @@ class Graph:
         return {node.id: node for node in self.nodes}
 
     @cached_property
+    def place(self) -> dict[int, dict[str, Any]]:
+        """What `ranks` says of each."""
+        return {entry["rank"]: entry for entry in self.ranks}
+
+    @cached_property
+    def programs(self) -> dict[int, list[Node]]:
+        """Nodes of each rank, in the order of its program."""
+        return _by(self.nodes, "rank")
+
+    @cached_property
     def producers(self) -> dict[str, list[Edge]]:
         """Edges into each node."""
         return _by(self.edges, "target")
@@ -208,14 +218,14 @@ class Graph:
         path.write_text(json.dumps(self.to_json(), separators=(",", ":")))
 
 
-def _by(edges: Iterable[Edge], end: str) -> dict[str, list[Edge]]:
-    found: dict[str, list[Edge]] = {}
-    for edge in edges:
-        found.setdefault(getattr(edge, end), []).append(edge)
+def _by(items: Iterable[Any], key: str) -> dict[Any, list[Any]]:
+    found: dict[Any, list[Any]] = {}
+    for item in items:
+        found.setdefault(getattr(item, key), []).append(item)
     return found
 
 
-_DEFAULTS = {"phase": FORWARD, "axis": None, "node": ""}
+_DEFAULTS = {"phase": FORWARD, "axis": None}
 
 
 def _plain(value: Node | Collective | Weight) -> dict[str, Any]:
@@ -223,11 +233,8 @@ def _plain(value: Node | Collective | Weight) -> dict[str, Any]:
     plain = {}
     for name in value.__slots__:
         item = getattr(value, name)
-        if isinstance(item, Spec):
-            item = str(item)
-        elif isinstance(item, tuple):
+        if isinstance(item, tuple):
             item = [str(entry) if isinstance(entry, Spec) else entry for entry in item]
-        if item == _DEFAULTS.get(name, item) and (name in _DEFAULTS or not item):
-            continue
-        plain[name] = item
+        if item != _DEFAULTS[name] if name in _DEFAULTS else item:
+            plain[name] = str(item) if isinstance(item, Spec) else item
     return plain

@@ -14,14 +14,7 @@ _aten = torch.ops.aten
 TRANSPARENT = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 # What they write does not depend on what was there.
 OVERWRITES = {"copy_", "zero_", "fill_", "normal_", "uniform_", "bernoulli_"}
-EMPTY = {
-    "empty",
-    "empty_like",
-    "new_empty",
-    "empty_strided",
-    "new_empty_strided",
-    "empty_permuted",
-}
+EMPTY = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 # Of their inputs they take the shape only.
 SHAPED = EMPTY | {f"{name}_like" for name in ("zeros", "ones", "full", "rand", "randn")}
 SHAPED |= {f"new_{name}" for name in ("zeros", "ones", "full")}
@@ -31,28 +24,11 @@ NAMES = {
 }
 
 
-def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Tensors that an operator changes in place, by its schema."""
-    found: list[Tensor] = []
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += values.tensors_of(value)
-    for argument in func._schema.arguments:
-        if (
-            argument.name in kwargs
-            and argument.alias_info is not None
-            and argument.alias_info.is_write
-        ):
-            found += values.tensors_of(kwargs[argument.name])
-    return found
-
-
 def tensors_of_collective(name: str, args: Any) -> tuple[list[Tensor], list[Tensor]]:
     """(outputs, inputs) of a c10d operator."""
     first = list(values.tensors_of(args[0])) if args else []
-    if name.startswith(("allreduce", "broadcast", "reduce")) and not name.startswith(
-        "reduce_scatter"
-    ):
+    in_place = name.startswith(("allreduce", "broadcast", "reduce"))
+    if in_place and not name.startswith("reduce_scatter"):
         return first, first
     if name == "send":
         return [], first

@@ -69,28 +69,18 @@ def flop(number: float) -> str:
 
 
 def expansion(graph: Graph, detail: str) -> Callable[[Block, int], bool]:
-    """Which blocks are drawn open: phases and layers; in a view of one half of a layer, its module, too.
-
-    Args:
-        detail: `modules`, or `operators` for everything.
-    """
+    """Which blocks are drawn open: phases and layers; in a view of one half of a layer, its module, too; with
+    `operators` all of them."""
     if detail == "operators":
         return lambda block, depth: True
-    opened = {"self_attention"} if graph.name.startswith("mha") else set()
-    if graph.name.startswith("mlp"):
-        opened = {"mlp"}
-    return lambda block, depth: (
-        depth <= 1 or block.label.startswith("layer ") or block.label in opened
-    )
+    opened = {"mha": "self_attention", "mlp": "mlp"}.get(graph.name[:3])
+    layer = "layer "
+    return lambda block, depth: depth <= 1 or block.label.startswith(layer) or block.label == opened
 
 
 class Picture:
-    """A graph, laid out.
-
-    Args:
-        detail: `modules`, or `operators` for one box for each.
-        fold: draw ranks of equal structure as one column.
-    """
+    """A graph, laid out: one box for each of `modules`, or of `operators`; ranks of equal structure may be
+    folded into one column."""
 
     def __init__(self, graph: Graph, *, detail: str = "modules", fold: bool = True) -> None:
         self.graph, self.detail = graph, detail
@@ -101,10 +91,7 @@ class Picture:
         self.few = len(self.classes) <= FEW
         self.width = BROAD if self.few else NARROW
         self.pitch = self.width + LANE_GAP
-        programs: dict[int, list[Node]] = {}
-        for node in graph.nodes:
-            programs.setdefault(node.rank, []).append(node)
-        self._nodes = [programs[one.first] for one in self.classes]
+        self._nodes = [graph.programs[one.first] for one in self.classes]
         opened = expansion(graph, detail)
         apart = detail == "operators"
         self._items = [items(tree(nodes), nodes, opened, apart=apart) for nodes in self._nodes]
@@ -210,11 +197,11 @@ class Picture:
     # ------------------------------------------------------------------- places
 
     def _place(self) -> None:
-        cells = [
-            [Cell(box.height, box.name if box.name in self.collectives else None) for box in column]
-            for column in self.columns
-        ]
-        for column, tops in zip(self.columns, heights(cells, TOP), strict=True):
+        def cell(box: Box) -> Cell:
+            return Cell(box.height, box.name if box.name in self.collectives else None)
+
+        tops_of = heights([list(map(cell, column)) for column in self.columns], TOP)
+        for column, tops in zip(self.columns, tops_of, strict=True):
             for box, top in zip(column, tops, strict=True):
                 first, last = min(box.columns), max(box.columns)
                 box.y = top + box.height / 2

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,24 +28,19 @@ from helix_megatron.graph.model import (
 )
 from helix_megatron.graph.storages import Storages
 
+PAUSE = "pause"
 OUTSIDE = "schedule"  # the module of what no module runs: Megatron's schedule
 
 
-@dataclass(frozen=True)
-class Participation:
-    """A collective as one rank sees it: its node, its group and, of point-to-point messages, the other rank."""
+class Participation(NamedTuple):
+    """A collective as one rank sees it: its node, the group's ranks and, of messages, the other rank."""
 
-    node: str
-    kind: str
-    group: str
-    purpose: str
+    node: Node
     ranks: tuple[int, ...]
-    sent_bytes: int
     peer: int | None = None
 
 
-@dataclass(frozen=True)
-class _Tag:
+class _Tag(NamedTuple):
     """Where a tensor's value came from: a node's output, at a version of its storage."""
 
     node: int
@@ -55,8 +48,7 @@ class _Tag:
     version: int
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     module: str
     micro_batch: int
 
@@ -74,12 +66,10 @@ class Recorder(TorchDispatchMode):
         self.storages = Storages()
         self.micro_batch = 0
         self._modules: list[str] = []
-        self._gradients = False
-        self._paused = False
+        self._during: set[str] = set()
         self._call: Call | None = None
-        self._places: dict[
-            int, _Place
-        ] = {}  # autograd's number of a forward operator → where it ran
+        # Autograd's number of a forward operator → where it ran.
+        self._places: dict[int, _Place] = {}
 
     # ------------------------------------------------------------ what is there before
 
@@ -126,36 +116,28 @@ class Recorder(TorchDispatchMode):
         self._modules.pop()
 
     @contextlib.contextmanager
-    def gradients(self) -> Iterator[None]:
-        """What runs in the block follows the backward pass: sums of gradients over ranks."""
-        self._gradients = True
+    def during(self, what: str) -> Iterator[None]:
+        """What runs in the block are GRADIENTS, sums over ranks after the backward pass; or with PAUSE it is not
+        part of the pass."""
+        self._during.add(what)
         try:
             yield
         finally:
-            self._gradients = False
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What runs in the block is not part of the pass."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+            self._during.remove(what)
 
     def _where(self, sources: list[_Tag]) -> tuple[str, str, int]:
         """Phase, module and micro-batch of the operator that runs now."""
         node = torch._C._current_autograd_node()
-        if self._gradients:
-            return GRADIENTS, self._modules[-1] if self._modules else OUTSIDE, self.micro_batch
+        here = _Place(self._modules[-1] if self._modules else OUTSIDE, self.micro_batch)
+        if GRADIENTS in self._during:
+            return GRADIENTS, *here
         if node is None:
-            place = _Place(self._modules[-1] if self._modules else OUTSIDE, self.micro_batch)
-            self._places.setdefault(_sequence_number(), place)
-            return FORWARD, place.module, place.micro_batch
-        place = self._places.get(_number_of(node)) or self._place_of(sources)
+            self._places.setdefault(torch._C._autograd._get_sequence_nr() - 1, here)
+            return FORWARD, *here
+        place = self._places.get(node._sequence_nr()) or self._place_of(sources)
         if self._modules:  # recomputation
-            place = dataclasses.replace(place, module=self._modules[-1])
-        return BACKWARD, place.module, place.micro_batch
+            place = place._replace(module=here.module)
+        return BACKWARD, *place
 
     def _place_of(self, sources: list[_Tag]) -> _Place:
         """Accumulation of gradients belongs to what made the gradient."""
@@ -171,41 +153,29 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return self._run_collective(func, args)
-        if self._paused:
+        if PAUSE in self._during:
             return values.execute(func, args, kwargs)
         if func.namespace not in ("aten", "helix") or func in operators.TRANSPARENT:
             return self._pass_on(func, args, kwargs)
         self.storages.now = len(self.nodes)
-        written = operators.written_by(func, args, kwargs)
+        written = values.written_by(func, args, kwargs)
         name = func._schema.name.split("::")[1]
-        read = [
-            tensor
-            for tensor in values.tensors_of((args, kwargs))
-            if name not in operators.SHAPED
-            and not (name in operators.OVERWRITES and any(tensor is one for one in written))
-        ]
+        read = [] if name in operators.SHAPED else list(values.tensors_of((args, kwargs)))
+        if name in operators.OVERWRITES:
+            read = _others(read, written)
         sources = [self._source(tensor) for tensor in read]
         inputs = tuple(costs.spec_of(tensor) for tensor in read)
         where = self._where(sources)
         out = values.execute(func, args, kwargs)
-        outputs = written + [
-            tensor for tensor in values.tensors_of(out) if not any(tensor is one for one in written)
-        ]
+        outputs = written + _others(values.tensors_of(out), written)
         if not outputs:
             return out
-        view = func.is_view or (name == "_unsafe_view")
+        view = func.is_view or name == "_unsafe_view" or name in operators.EMPTY
         specs = tuple(costs.spec_of(tensor) for tensor in outputs)
-        node = self._add(
-            where,
-            OPERATOR,
-            operators.NAMES.get(func, str(func).removesuffix(".default")),
-            sources,
-            inputs,
-            specs,
-            flops=costs.flops_of(func, args, inputs),
-            bytes=0 if name in operators.EMPTY else costs.bytes_moved(inputs, specs, view),
-            view=view or name in operators.EMPTY,
-        )
+        op = operators.NAMES.get(func, str(func).removesuffix(".default"))
+        node = self._add(where, OPERATOR, op, sources, inputs, specs, view=view)
+        self.nodes[node].flops = costs.flops_of(func, args, inputs)
+        self.nodes[node].bytes = costs.bytes_moved(inputs, specs, view)
         self._made(node, outputs, written)
         return out
 
@@ -231,7 +201,7 @@ class Recorder(TorchDispatchMode):
         """Nothing moves: the outputs have their shapes already."""
         work = _finished_work()
         done = (args[0], work) if len(func._schema.returns) == 2 else work
-        if self._paused:
+        if PAUSE in self._during:
             return done
         call, name = self._call, func._schema.name.split("::")[1].strip("_")
         assert call is not None, f"{func} was called past torch.distributed's groups"
@@ -249,17 +219,7 @@ class Recorder(TorchDispatchMode):
         self._made(node, outputs, outputs)
         ranks = dist.get_process_group_ranks(call.group)
         peer = ranks[args[2]] if name in ("send", "recv") else None
-        self.participations.append(
-            Participation(
-                entry.id,
-                call.collective,
-                entry.group,
-                call.purpose,
-                tuple(ranks),
-                call.sent_bytes,
-                peer,
-            )
-        )
+        self.participations.append(Participation(entry, tuple(ranks), peer))
         if "gather" in name and len(outputs) == 1 == len(inputs):
             values.after_gather(outputs[0], inputs[0])
         elif "gather" in name:
@@ -277,13 +237,12 @@ class Recorder(TorchDispatchMode):
         sources: list[_Tag],
         inputs: tuple[Any, ...],
         outputs: tuple[Any, ...],
-        **more: Any,
+        view: bool = False,
     ) -> int:
         phase, module, micro_batch = where
         index = len(self.nodes)
-        node = Node(
-            f"r{self.rank}.{index}", kind, op, module, (self.rank,), phase, inputs, outputs, **more
-        )
+        name = f"r{self.rank}.{index}"
+        node = Node(name, kind, op, module, (self.rank,), phase, inputs, outputs, view=view)
         node.micro_batch = micro_batch
         self.nodes.append(node)
         for position, tag in enumerate(sources):
@@ -307,13 +266,11 @@ class Recorder(TorchDispatchMode):
         later = storage.writes_after(tag.version, tensor)
         if later:
             last = later[-1]
-            same = len(later) == 1 and last.shape == tuple(tensor.shape)
-            node, output = (
-                (last.node, last.output) if same else (self._written(tensor, tag, later), 0)
-            )
-            tag = _Tag(node, output, storage.version)
-        elif tag.version != storage.version:
-            tag = dataclasses.replace(tag, version=storage.version)
+            if len(later) == 1 and last.shape == tuple(tensor.shape):
+                tag = _Tag(last.node, last.output, storage.version)
+            else:
+                tag = _Tag(self._written(tensor, tag, later), 0, storage.version)
+        tag = tag._replace(version=storage.version)
         setattr(tensor, self._tag, tag)
         return tag
 
@@ -331,20 +288,13 @@ class Recorder(TorchDispatchMode):
         sources = [] if covered else [tag]
         sources += [_Tag(write.node, write.output, write.version) for write in later]
         inputs = tuple(self.nodes[one.node].outputs[one.output] for one in sources)
-        spec = costs.spec_of(tensor)
-        where = self._where(sources)
-        return self._add(
-            where, OPERATOR, "view of written memory", sources, inputs, (spec,), view=True
-        )
+        made, op = (costs.spec_of(tensor),), "view of written memory"
+        return self._add(self._where(sources), OPERATOR, op, sources, inputs, made, view=True)
 
 
-def _sequence_number() -> int:
-    """Autograd's number of the operator whose forward pass runs now."""
-    return torch._C._autograd._get_sequence_nr() - 1
-
-
-def _number_of(node: Any) -> int:
-    return node._sequence_nr()
+def _others(tensors: Iterable[Tensor], known: list[Tensor]) -> list[Tensor]:
+    """Those that are none of the known ones; tensors are compared by identity."""
+    return [tensor for tensor in tensors if not any(tensor is one for one in known)]
 
 
 def _finished_work() -> torch.ScriptObject:

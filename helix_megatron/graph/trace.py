@@ -20,11 +20,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as megatron_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel as Replicas
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -35,8 +32,8 @@ from helix_megatron.core.layout import contiguous_runs
 from helix_megatron.core.observe import observing
 from helix_megatron.errors import HelixError
 from helix_megatron.graph import costs
-from helix_megatron.graph.model import BUFFER, INPUT, PARAMETER, Edge, Node, Weight
-from helix_megatron.graph.recorder import Participation, Recorder
+from helix_megatron.graph.model import BUFFER, GRADIENTS, INPUT, PARAMETER, Edge, Node, Weight
+from helix_megatron.graph.recorder import PAUSE, Participation, Recorder
 from helix_megatron.graph.without_data import FunctionsWithoutData, new_process
 from helix_megatron.megatron.checkpoint import PermutedFactory
 from helix_megatron.megatron.dropout import use_layout_free_dropout
@@ -68,17 +65,11 @@ class RankTrace:
 
 
 def trace(
-    run: RunConfig,
-    ranks: Sequence[int],
-    *,
-    backward: bool = False,
-    micro_batches: int = 1,
+    run: RunConfig, ranks: Sequence[int], *, backward: bool = False, micro_batches: int = 1
 ) -> Iterator[RankTrace]:
-    """Trace ranks one after the other.
+    """Trace ranks of a run of `helix_megatron.graph.flags.parse`, one after the other.
 
     Args:
-        run: of `helix_megatron.graph.flags.parse`.
-        ranks: global ranks.
         backward: run the backward pass, too, and the reductions of gradients.
         micro_batches: of the step. The graph grows with it; more than one show how pipeline stages overlap.
 
@@ -95,7 +86,7 @@ def trace(
 
 def _world(run: RunConfig, rank: int) -> AbstractContextManager[None]:
     """A rank of the groups that the flags describe."""
-    parallel: Any = run.parallel
+    parallel = run.parallel
     return fake_world(
         rank,
         run.world_size,
@@ -143,7 +134,7 @@ def _trace_part(
 def _trace(run: RunConfig, rank: int, backward: bool, micro_batches: int) -> RankTrace:
     config = transformer_config(run)
     recorder = Recorder(rank)
-    with recorder, recorder.paused():
+    with recorder, recorder.during(PAUSE):
         model, wrapped = _build(run, config)
     weights = _weights(model, rank)
     gradient_bytes = _declare(recorder, wrapped)
@@ -152,16 +143,12 @@ def _trace(run: RunConfig, rank: int, backward: bool, micro_batches: int) -> Ran
     recorder.storages.reset_peak()
 
     def finalize(*arguments: Any, **named: Any) -> None:
-        with recorder.gradients():
+        with recorder.during(GRADIENTS):
             finalize_model_grads(*arguments, **named)
 
     config.finalize_model_grads_func = finalize
-    with (
-        _module_names(model, recorder),
-        observing(recorder),
-        FunctionsWithoutData(),
-        recorder,
-    ):
+    names, without_data = _module_names(model, recorder), FunctionsWithoutData()
+    with names, observing(recorder), without_data, recorder:
         get_forward_backward_func()(
             forward_step_func=_forward_step(run, recorder),
             data_iterator=iter(range(micro_batches)),
@@ -186,9 +173,8 @@ def _trace(run: RunConfig, rank: int, backward: bool, micro_batches: int) -> Ran
         "passes": "forward and backward" if backward else "forward",
         "micro_batches": micro_batches,
     }
-    return RankTrace(
-        rank, _place(), recorder.nodes, recorder.edges, recorder.participations, weights, memory
-    )
+    recorded = recorder.nodes, recorder.edges, recorder.participations
+    return RankTrace(rank, _place(), *recorded, weights, memory)
 
 
 def _build(run: RunConfig, config: Any) -> tuple[Any, Any]:
@@ -207,7 +193,7 @@ def _build(run: RunConfig, config: Any) -> tuple[Any, Any]:
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=run.parallel.use_distributed_optimizer
     )
-    return model, DistributedDataParallel(config, ddp, inner)
+    return model, Replicas(config, ddp, inner)
 
 
 def _declare(recorder: Recorder, wrapped: Any) -> int:
@@ -233,7 +219,7 @@ def _forward_step(run: RunConfig, recorder: Recorder) -> Any:
 
     def forward_step(numbers: Iterator[int], model: Any) -> tuple[Tensor, Any]:
         recorder.micro_batch = next(numbers)
-        with recorder.paused():
+        with recorder.during(PAUSE):
             integers = ("tokens", "position_ids", "labels")
             batch = {name: torch.empty(shape, dtype=torch.long) for name in integers}
             batch["loss_mask"] = torch.empty(shape)
@@ -300,16 +286,8 @@ def _weights(model: Any, rank: int) -> list[Weight]:
         if local is None:
             continue
         axis, runs, shape, leading = _part(item)
-        weight = Weight(
-            rank=rank,
-            name=canonical_name(item.key, leading),
-            local_name=local,
-            shape=shape,
-            spec=costs.spec_of(item.data),
-            axis=axis,
-            runs=runs,
-        )
-        found[weight.name] = weight
+        name, spec = canonical_name(item.key, leading), costs.spec_of(item.data)
+        found[name] = Weight(rank, name, local, shape, spec, axis, runs)
     return list(found.values())
 
 

@@ -8,7 +8,7 @@ Every rank routes alike, hence a gathered tensor is this rank's, repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,20 +19,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 from helix_megatron.errors import HelixError
 
 LARGEST = 1 << 22  # elements
-LARGEST_REAL = (
-    1 << 16
-)  # of floating-point numbers, on which few shapes depend: not tables of rotary angles
+LARGEST_REAL = 1 << 16  # of floating-point numbers, on which few shapes depend: no rotary angles
 _aten = torch.ops.aten
 _FILLED = {
-    _aten.zeros_like.default: torch.zeros,
-    _aten.ones_like.default: torch.ones,
-    _aten.new_zeros.default: torch.zeros,
-    _aten.new_ones.default: torch.ones,
-    _aten.zeros.default: torch.zeros,
-    _aten.ones.default: torch.ones,
+    operator.default: fill
+    for fill, operators in (
+        (torch.zeros, (_aten.zeros, _aten.zeros_like, _aten.new_zeros)),
+        (torch.ones, (_aten.ones, _aten.ones_like, _aten.new_ones)),
+    )
+    for operator in operators
 }
 _COUNTING = {_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.full.default}
 _ATTRIBUTE = "_helix_value"
+_DATA = (
+    "whose result depends on the data, and a graph is traced without data. Leave out what needs it"
+)
 
 
 def known(tensor: Any) -> Tensor | None:
@@ -78,18 +79,20 @@ def execute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
     except (DynamicOutputShapeException, DataDependentOutputException) as error:
         raise HelixError(
-            f"the model runs {func}, whose result depends on the data, and a graph is traced without data. "
-            "Leave out the option that needs it (for a mixture of experts --moe-router-load-balancing-type "
+            f"the model runs {func}, {_DATA} (for a mixture of experts --moe-router-load-balancing-type "
             "aux_loss or none works)."
         ) from error
     if func is _aten.topk.default:
         learn(out[1], _in_turn(out[1].shape, args[0].shape[args[2] if len(args) > 2 else -1]))
     elif isinstance(out, Tensor) and out.numel() <= LARGEST:
-        if func in _FILLED:
-            _learn_on_cpu(out, lambda: _FILLED[func](out.shape, dtype=out.dtype))
-        elif func in _COUNTING:
-            _learn_on_cpu(out, lambda: func(*args, **{**kwargs, "device": "cpu"}))
-    _forget_written(func, args)
+        with _disable_current_modes():
+            if func in _FILLED:
+                learn(out, _FILLED[func](out.shape, dtype=out.dtype))
+            elif func in _COUNTING:
+                learn(out, func(*args, **kwargs | {"device": "cpu"}))
+    for tensor in written_by(func, args, kwargs):  # with what is not known
+        if known(tensor) is not None:
+            learn(tensor, None)
     return out
 
 
@@ -113,6 +116,14 @@ def tensors_of(value: Any) -> Iterable[Tensor]:
             yield from tensors_of(item)
     elif isinstance(value, dict):
         yield from tensors_of(list(value.values()))
+
+
+def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors that an operator changes in place, by its schema."""
+    arguments = func._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [tensor for name in written for tensor in tensors_of(given.get(name))]
 
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,10 +155,7 @@ def _selected(func: Any, tensors: list[Tensor]) -> Tensor:
     """A selection by a mask whose value is known, of a tensor whose value is not."""
     mask = known(tensors[-1])
     if func is _aten.nonzero.default or mask is None:
-        raise HelixError(
-            f"the model runs {func}, whose result depends on the data, and a graph is traced without data. "
-            "Leave out the option that needs it."
-        )
+        raise HelixError(f"the model runs {func}, {_DATA}.")
     with _disable_current_modes():
         count = int(mask.expand(torch.broadcast_shapes(mask.shape, tensors[0].shape)).sum())
     return tensors[0].new_empty(count)
@@ -158,17 +166,3 @@ def _in_turn(shape: torch.Size, choices: int) -> Tensor:
     with _disable_current_modes():
         rows = torch.arange(shape.numel()).reshape(shape)
         return rows % choices
-
-
-def _learn_on_cpu(out: Tensor, compute: Callable[[], Tensor]) -> None:
-    with _disable_current_modes():
-        learn(out, compute())
-
-
-def _forget_written(func: Any, args: tuple[Any, ...]) -> None:
-    """An operator that writes unknown values into a tensor makes that tensor unknown."""
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            for tensor in tensors_of(value):
-                if known(tensor) is not None:
-                    learn(tensor, None)

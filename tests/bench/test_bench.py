@@ -12,26 +12,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from refusals import as_launched, refusal
 from tiers import sized
 
 from helix_megatron.bench import attention, traffic
-from helix_megatron.bench.__main__ import main
-from helix_megatron.bench.attention_case import (
-    DEFAULT_CASES,
-    FREE,
-    HELIX,
-    LAYERS,
-    STOCK,
-    STOCK_SDPA,
-    Case,
-)
+from helix_megatron.bench.__main__ import _parser, main
+from helix_megatron.bench.attention_case import DEFAULT_CASES, LAYERS, Case
+from helix_megatron.bench.contest import as_predicted, helix_ranks
 from helix_megatron.bench.spawn import run_on_ranks
 from helix_megatron.bench.timing import Samples, Spread, compare
 from helix_megatron.bench.traffic_layer import Layer
 from helix_megatron.errors import HelixError
 from helix_megatron.tables import text_table
 
+ROOT = Path(__file__).parents[2]
+STOCK, STOCK_SDPA, HELIX, FREE = LAYERS
 TINY = {"sequence_length": 16, "micro_batch_size": 2}
+SMALL = (
+    "--hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 64 --tensor-model-parallel-size 8 "
+    "--sequence-length 16"
+)
 FULL_SIZE = Layer(8192, 16, 16, 32768, ranks=32, segments=2, sequence_length=10000)
 
 
@@ -42,11 +42,7 @@ def _visible_gpus(monkeypatch):
 
 
 def stderr_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What a command that exits with 2 prints, without its line breaks."""
-    with pytest.raises(SystemExit) as exit_info:
-        main(argv)
-    assert exit_info.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
+    return refusal(capsys, main, argv)
 
 
 # --------------------------------------------------------------------------- attention
@@ -92,29 +88,25 @@ def check_broken(case: Case, fault: str) -> str:
     """The error of comparing layers of which Helix's has a fault."""
     import torch.distributed as dist
 
-    from helix_megatron import parallel_state
     from helix_megatron.bench.attention_layers import build_layers
     from helix_megatron.bench.attention_ranks import check_equal
-    from helix_megatron.megatron import cpu_runtime
-    from helix_megatron.megatron.random import seed_model_parallel
 
-    cpu_runtime.install()
-    parallel_state.initialize_model_parallel(4, intra_head_parallel_size=2)
-    seed_model_parallel(1)
-    layers = build_layers(case, dist.get_rank())
-    if fault == "no exchange":
-        layers[HELIX] = layers[FREE]
-    elif fault == "rows":
-        weight = layers[HELIX].linear_qkv.weight.data
-        weight[:2] = weight[:2].flip(0).clone()
-    elif fault == "nan on one rank":
-        layers[HELIX].linear_proj.weight.data.fill_(float("nan") if dist.get_rank() == 3 else 1.0)
-    elif fault == "zeros":
-        for layer in layers.values():
-            layer.linear_proj.weight.data.zero_()
-    with pytest.raises(HelixError) as error:
-        check_equal(layers, case)
-    return str(error.value)
+    with helix_ranks(4, segments=2):
+        layers = build_layers(case, dist.get_rank())
+        helix = layers[HELIX].linear_proj.weight.data
+        if fault == "no exchange":
+            layers[HELIX] = layers[FREE]
+        elif fault == "rows":
+            weight = layers[HELIX].linear_qkv.weight.data
+            weight[:2] = weight[:2].flip(0).clone()
+        elif fault == "nan on one rank":
+            helix.fill_(float("nan") if dist.get_rank() == 3 else 1.0)
+        elif fault == "zeros":
+            for layer in layers.values():
+                layer.linear_proj.weight.data.zero_()
+        with pytest.raises(HelixError) as error:
+            check_equal(layers, case)
+        return str(error.value)
 
 
 @pytest.mark.parametrize("fault", ["no exchange", "rows", "nan on one rank", "zeros"])
@@ -145,9 +137,9 @@ def test_command_measures_and_writes_json(tmp_path, capsys):
     assert result["exchange"] == "gather-kv"
     assert set(result["layers"]) == set(LAYERS)
     assert result["layers"][STOCK]["attention_bytes"] == 4 * 8 * 2 * 6 * 8 * (2 - 1)
-    assert attention.as_predicted(result)
+    assert as_predicted(result)
     result["layers"][HELIX]["attention_bytes"] += 1
-    assert not attention.as_predicted(result)
+    assert not as_predicted(result)
 
 
 def fail_on_second_rank() -> None:
@@ -188,7 +180,7 @@ def test_an_error_of_a_rank_reaches_the_user():
             "dealt to 2 ranks; it must be a multiple of 2).",
         ),
         (("--repeats", "0"), "--repeats 0 must be at least 1."),
-        (("--sequence-length", "0"), "--sequence-length 0 must be at least 1."),
+        (("--sequence-length", "0"), "--sequence-length is 0. It must be a whole number of at"),
         (("--json", "nowhere/a.json"), "--json nowhere/a.json cannot be written"),
     ],
 )
@@ -200,24 +192,15 @@ def test_attention_refuses_with_the_way_out(capsys, argv, text):
 
 def test_torchrun_with_another_number_of_ranks_is_refused(capsys, monkeypatch):
     """Ranks that a case does not use would wait for ever."""
-    for name in ("RANK", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    as_launched(monkeypatch, 3)
     assert (
         "torchrun started 3 ranks, and the cases need 4, 8. Start as many as the cases need, give other "
         "--cases, or run without torchrun: ranks are then started as needed."
     ) in stderr_of(capsys, "attention")
     assert "Run it without torchrun." in stderr_of(capsys, "traffic")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    parsed = attention.select_cases(_attention_args())
+    parsed = attention.select_cases(_parser("bench").parse_args(["attention"]))
     assert [case.name for case in parsed] == ["32,2,8,64", "8,1,8,128"]
-
-
-def _attention_args(*argv: str):
-    from helix_megatron.bench.__main__ import _parser
-
-    return _parser("bench").parse_args(["attention", *argv])
 
 
 # ----------------------------------------------------------------------------- timing
@@ -227,13 +210,8 @@ def test_ratios_are_those_of_medians_and_of_pairs():
     """In a slow turn both are slow: pairs see through it, medians over few turns may not."""
     slow_turn = Samples(wall=[2.0, 20.0, 2.0], cpu=[3.0, 3.0, 3.0])
     other = Samples(wall=[1.0, 10.0, 4.0], cpu=[2.0, 2.0, 2.0])
-    assert compare(slow_turn, other) == {
-        "medians": 0.5,
-        "pairs": 2.0,
-        "pairs_low": 1.25,
-        "pairs_high": 2.0,
-        "cpu": 1.5,
-    }
+    pairs = {"pairs": 2.0, "pairs_low": 1.25, "pairs_high": 2.0}
+    assert compare(slow_turn, other) == {"medians": 0.5, **pairs, "cpu": 1.5}
     assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(3.0, 2.0, 4.0)
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
@@ -281,9 +259,7 @@ def test_whole_query_heads_are_traced_as_well():
 
 def test_traffic_command_writes_what_it_prints(tmp_path, capsys):
     path = tmp_path / "traffic.json"
-    small = ["--hidden-size", "64", "--num-attention-heads", "4", "--ffn-hidden-size", "64"]
-    small += ["--tensor-model-parallel-size", "8", "--sequence-length", "16", "--ranks", "0,7"]
-    assert main(["traffic", *small, "--json", str(path)]) == 0
+    assert main(["traffic", *SMALL.split(), "--ranks", "0,7", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "8 ranks: 4 head groups of 2 segments. Bytes that one rank sends, traced on 2" in printed
     assert "Not at micro-batch 1: all-to-all-batch, a micro-batch of 1 cannot be dealt" in printed
@@ -299,9 +275,7 @@ def test_a_wrong_formula_fails_the_command(monkeypatch, capsys, formula):
     """The comparison must be able to fail."""
     right = getattr(Layer, formula)
     monkeypatch.setattr(Layer, formula, lambda self, *args: right(self, *args) + 2)
-    small = ["--hidden-size", "64", "--num-attention-heads", "4", "--ffn-hidden-size", "64"]
-    small += ["--tensor-model-parallel-size", "8", "--sequence-length", "16", "--ranks", "0"]
-    assert main(["traffic", *small]) == 1
+    assert main(["traffic", *SMALL.split(), "--ranks", "0"]) == 1
     assert "DIFFERS" in capsys.readouterr().out
 
 
@@ -345,12 +319,7 @@ def test_help_lists_the_measurements_without_importing_torch():
         "except SystemExit:\n    assert 'torch' not in sys.modules\n"
         "else:\n    raise AssertionError\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")]
     assert {attention.NAME, traffic.NAME} <= set(lines)

@@ -11,9 +11,11 @@ import math
 from typing import Any
 
 import pytest
+from refusals import as_launched, refusal
 
 from helix_megatron.bench import decode
 from helix_megatron.bench.__main__ import main
+from helix_megatron.bench.contest import as_predicted, helix_ranks
 from helix_megatron.bench.decode_case import CONTESTANTS, STOCK, STOCK_PAGED, DecodeCase
 from helix_megatron.core.caches import NAMES
 from helix_megatron.errors import HelixError
@@ -53,7 +55,7 @@ def test_equal_steps_and_what_they_send_and_keep(pool, changes):
     for result in results:
         found = result["contestants"]
         assert tuple(found) == CONTESTANTS
-        assert decode.as_predicted(result)
+        assert as_predicted(result)
         for contestant in found.values():
             seconds = [*contestant["wall_seconds"].values(), contestant["cpu_seconds"]]
             assert all(math.isfinite(value) and value > 0 for value in seconds)
@@ -74,31 +76,26 @@ def check_broken(case: DecodeCase, fault: str) -> str:
     """The error of comparing steps of which one has a fault."""
     import torch.distributed as dist
 
-    from helix_megatron import parallel_state
     from helix_megatron.bench import decode_ranks
-    from helix_megatron.megatron import cpu_runtime
-    from helix_megatron.megatron.random import seed_model_parallel
 
-    cpu_runtime.install()
-    parallel_state.initialize_model_parallel(4, intra_head_parallel_size=4)
-    seed_model_parallel(1)
-    contestants: Any = decode_ranks.build_contestants(case)
-    decode_ranks.fill_caches(contestants, case)
-    name, _, what = fault.partition(": ")
-    if name == STOCK:
-        k, _ = contestants[STOCK].memory[2]
-        k.copy_(k.flip(0))
-    elif dist.get_rank() == 1:
-        cache = contestants[name].runner.cache
-        if what == "a key":
-            cache.k[1].flatten(0, 1)[5] = -cache.k[1].flatten(0, 1)[5]
-        elif what == "dimensions":
-            cache.v.copy_(cache.v.roll(1, dims=-1))
-        elif what == "nan":
-            cache.v.fill_(float("nan"))
-    with pytest.raises(HelixError) as error:
-        decode_ranks.check_equal(contestants, case)
-    return str(error.value)
+    with helix_ranks(4, segments=4):
+        contestants: Any = decode_ranks.build_contestants(case)
+        decode_ranks.fill_caches(contestants, case)
+        name, _, what = fault.partition(": ")
+        if name == STOCK:
+            k, _ = contestants[STOCK].memory[2]
+            k.copy_(k.flip(0))
+        elif dist.get_rank() == 1:
+            cache = contestants[name].runner.cache
+            if what == "a key":
+                cache.k[1].flatten(0, 1)[5] = -cache.k[1].flatten(0, 1)[5]
+            elif what == "dimensions":
+                cache.v.copy_(cache.v.roll(1, dims=-1))
+            elif what == "nan":
+                cache.v.fill_(float("nan"))
+        with pytest.raises(HelixError) as error:
+            decode_ranks.check_equal(contestants, case)
+        return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +128,11 @@ def test_command_measures_several_contexts_and_writes_json(tmp_path, capsys):
     results = json.loads(path.read_text())["results"]
     assert [result["case"]["context"] for result in results] == [32, 64]
     for result in results:
-        assert decode.as_predicted(result)
+        assert as_predicted(result)
         found = result["contestants"]["batch"]
         assert found["times_as_long"].keys() == set(decode.RIVALS)
         found["sent_bytes_per_token"] += 1
-        assert not decode.as_predicted(result)
+        assert not as_predicted(result)
 
 
 @pytest.mark.parametrize(
@@ -165,27 +162,19 @@ def test_command_measures_several_contexts_and_writes_json(tmp_path, capsys):
             ("--head-dim", "12"),
             "4 segments of a head of 12 dimensions would split a rotary pair",
         ),
-        (("--context", "1024", "1"), "--context 1 has nothing in its cache. Valid: at least 2."),
-        (("--layers", "0"), "--layers 0 must be at least 1."),
+        (("--context", "1024", "1"), "--context is 1. It must be a whole number of at least 2."),
+        (("--layers", "0"), "--layers is 0. It must be a whole number of at least 1."),
         (("--turns", "0"), "--turns 0 must be at least 1."),
         (("--json", "nowhere/a.json"), "--json nowhere/a.json cannot be written"),
     ],
 )
 def test_decode_refuses_with_the_way_out(capsys, argv, text):
     """Each is a slip of a user, found before any process is started."""
-    with pytest.raises(SystemExit) as exit_info:
-        main(["decode", *argv])
-    assert exit_info.value.code == 2
-    printed = " ".join(capsys.readouterr().err.split())
+    printed = refusal(capsys, main, ["decode", *argv])
     assert printed.startswith(f"python -m helix_megatron.bench decode: error: {text}")
 
 
 def test_torchrun_is_refused(capsys, monkeypatch):
     """Its ranks would each start ranks."""
-    for name in ("RANK", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(SystemExit):
-        main(["decode"])
-    assert "Run it without torchrun." in " ".join(capsys.readouterr().err.split())
+    as_launched(monkeypatch, 4)
+    assert "Run it without torchrun." in refusal(capsys, main, ["decode"])

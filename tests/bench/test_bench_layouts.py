@@ -9,12 +9,14 @@ import json
 import math
 
 import pytest
+from refusals import as_launched, refusal
 from tiers import sized
 
 from helix_megatron import cli
 from helix_megatron.bench.layout_ranks import Measured
 from helix_megatron.bench.layout_report import Result, losses_text, scaling_text, table_text
 from helix_megatron.bench.layout_spec import LayoutSpec, rivals, validated
+from helix_megatron.bench.spawn import launch_on_ranks
 from helix_megatron.core.exchanges import choose
 from helix_megatron.errors import HelixError
 from helix_megatron.hardware import MACHINES
@@ -31,10 +33,7 @@ def bench(*flags: str) -> int:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    with pytest.raises(SystemExit) as exit_info:
-        bench(*flags)
-    assert exit_info.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
+    return refusal(capsys, cli.main, ["bench", "layouts", *flags])
 
 
 # ------------------------------------------------------------------------------- layouts
@@ -169,12 +168,8 @@ def test_layouts_that_train_something_else_are_seen():
     assert "not finite (b)" in losses_text(nan)
 
 
-def test_a_launcher_of_ranks_is_refused(capsys, monkeypatch):
-    for name in ("RANK", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_launcher_of_ranks_is_refused(monkeypatch):
+    """Its ranks would each start ranks."""
+    as_launched(monkeypatch, 2)
     with pytest.raises(HelixError, match="Run it without torchrun"):
-        from helix_megatron.bench.spawn import launch_on_ranks
-
         launch_on_ranks(len, "x", ranks=2)
