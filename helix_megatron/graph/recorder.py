@@ -117,8 +117,7 @@ class Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def during(self, what: str) -> Iterator[None]:
-        """What runs in the block are GRADIENTS, sums over ranks after the backward pass; or with PAUSE it is not
-        part of the pass."""
+        """The block is GRADIENTS, sums over ranks after the backward pass; or PAUSE, no part of the pass."""
         self._during.add(what)
         try:
             yield

@@ -6,6 +6,8 @@ what would run. Bytes, seconds and FLOP/s are simulated. `write` makes it a docu
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ from helix_megatron.plan.layouts import Layout, head_layout
 from helix_megatron.plan.ranking import prediction_json
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.score import Prediction
-from helix_megatron.plan.steps import BACKWARD, FORWARD, in_order
+from helix_megatron.plan.steps import BACKWARD, FORWARD, Step, in_order
 from helix_megatron.plan.verdict import verdict
 
 FORMAT = 1
@@ -28,14 +30,11 @@ def deployment(plan: Plan, p: Prediction) -> dict[str, Any]:
     """The plan of one row. Bytes and seconds are of one rank and one step unless a key says otherwise."""
     layout = p.layout
     heads = partition_of(plan, layout)
-    operators = [
-        {
-            "layers": name,
-            "count": count,
-            "steps": [_step(s) for phase in (FORWARD, BACKWARD) for s in in_order(steps, phase)],
-        }
-        for name, count, steps in kinds_of_layers(plan, layout)
-    ]
+    operators = []
+    for name, count, steps in kinds_of_layers(plan, layout):
+        ordered = [step for phase in (FORWARD, BACKWARD) for step in in_order(steps, phase)]
+        kind = {"layers": name, "count": count, "steps": list(map(_step, ordered))}
+        operators.append(kind)
     return {
         "format": FORMAT,
         "simulated": True,
@@ -58,15 +57,10 @@ def partition_of(plan: Plan, layout: Layout) -> HeadLayout:
     where TP exceeds them."""
     if layout.segments > 1:
         return head_layout(plan.model, layout.tp, layout.segments, layout.query_layout)
-    kv_heads = max(plan.model.num_query_groups, layout.tp)
-    return HeadLayout(
-        plan.model.num_attention_heads,
-        kv_heads,
-        plan.model.head_dim,
-        head_groups=layout.tp,
-        rotary="none",
-        output_gate=plan.model.attention_output_gate,
-    )
+    model = plan.model
+    heads = (model.num_attention_heads, max(model.num_query_groups, layout.tp), model.head_dim)
+    gate = model.attention_output_gate
+    return HeadLayout(*heads, head_groups=layout.tp, rotary="none", output_gate=gate)
 
 
 def _qkv_rows(plan: Plan, layout: Layout, heads: HeadLayout, rank: int) -> list[int]:
@@ -96,25 +90,21 @@ def batch_sizes(plan: Plan, p: Prediction) -> dict[str, Any]:
 
 def cuts(plan: Plan, layout: Layout) -> Iterator[dict[str, Any]]:
     """Every m × n of this TP, with the other degrees as they are: its best row, or why there is none."""
+    degrees = operator.attrgetter("tp", "segments", "pp", "cp", "dp")
     for m in divisors(layout.tp):
-        row = plan.best(
-            lambda x, m=m: (  # type: ignore[misc]
-                (x.tp, x.segments, x.pp, x.cp, x.dp)
-                == (layout.tp, m, layout.pp, layout.cp, layout.dp)
-            )
-        )
+        wanted = degrees(layout._replace(segments=m))
+        row = plan.best(lambda x, wanted=wanted: degrees(x) == wanted)  # type: ignore[misc]
         found: dict[str, Any] = {"m": m, "n": layout.tp // m, "chosen": m == layout.segments}
-        if row is not None:
-            best = row.layout
-            found |= {
-                "queries": best.query_layout if m > 1 else "whole heads",
-                "exchange": best.cache if plan.job.task == "decode" else best.exchange,
-                "simulated_seconds": row.seconds,
-                "memory_bytes": row.memory,
-            }
-        else:
-            found["reason"] = _refusal(plan, layout, m)
-        yield found
+        if row is None:
+            yield found | {"reason": _refusal(plan, layout, m)}
+            continue
+        best = row.layout
+        yield found | {
+            "queries": best.query_layout if m > 1 else "whole heads",
+            "exchange": best.cache if plan.job.task == "decode" else best.exchange,
+            "simulated_seconds": row.seconds,
+            "memory_bytes": row.memory,
+        }
 
 
 def _refusal(plan: Plan, layout: Layout, m: int) -> str:
@@ -158,9 +148,7 @@ def _rank(plan: Plan, layout: Layout, heads: HeadLayout, rank: int) -> dict[str,
 
 def _dims(heads: HeadLayout, segment: int) -> list[list[int]]:
     """[first, end) of the runs of dimensions that a segment holds."""
-    return [
-        [start, start + length] for start, length in contiguous_runs(heads.segment_dims(segment))
-    ]
+    return [[a, a + length] for a, length in contiguous_runs(heads.segment_dims(segment))]
 
 
 def _layers(plan: Plan, layout: Layout, stage: int) -> list[list[int]]:
@@ -220,18 +208,10 @@ def groups(plan: Plan, layout: Layout) -> Iterator[dict[str, Any]]:
         }
 
 
-def _step(step: Any) -> dict[str, Any]:
-    return {
-        "name": step.name,
-        "phase": step.phase,
-        "kind": step.kind,
-        "shape": step.shape,
-        "flops": step.flops,
-        "bytes": step.moved,
-        "bytes_sent": step.sent,
-        "simulated_seconds": step.seconds,
-        "hidden_seconds": step.hidden,
-    }
+def _step(step: Step) -> dict[str, Any]:
+    own = {name: getattr(step, name) for name in ("name", "phase", "kind", "shape", "flops")}
+    seconds = {"simulated_seconds": step.seconds, "hidden_seconds": step.hidden}
+    return own | {"bytes": step.moved, "bytes_sent": step.sent} | seconds
 
 
 # ----------------------------------------------------------------------------- checks
@@ -244,43 +224,36 @@ def checks(plan: Plan, p: Prediction, heads: HeadLayout) -> list[dict[str, Any]]
     per_stage = model.num_layers // layout.pp
     columns = sorted(c for rank in range(layout.tp) for c in heads.proj_columns(rank).tolist())
     rows = sorted(r for rank in range(layout.tp) for r in _qkv_rows(plan, layout, heads, rank))
-    found = [
-        ("ranks = TP × CP × DP × PP", total == plan.gpus, f"{total} = {plan.gpus}"),
-        (
-            "every row of linear_qkv is on exactly one TP rank",
+    used, limit = p.memory.total / 1e9, plan.cluster.chip.memory / 1e9
+    domain, batch = plan.cluster.domain, (layout.micro_batch, p.micro_batches, layout.dp)
+    found = {
+        "ranks = TP × CP × DP × PP": (total == plan.gpus, f"{total} = {plan.gpus}"),
+        "every row of linear_qkv is on exactly one TP rank": (
             rows == list(range(model.qkv_rows)),
             f"{len(rows)} of {model.qkv_rows} rows",
         ),
-        (
-            "every column of linear_proj is on exactly one TP rank",
+        "every column of linear_proj is on exactly one TP rank": (
             columns == list(range(model.width)),
             f"{len(columns)} columns",
         ),
-        (
-            "layers of all stages add up",
+        "layers of all stages add up": (
             per_stage * layout.pp == model.num_layers,
             f"{per_stage} × {layout.pp} = {model.num_layers}",
         ),
-        (
-            "batch = micro-batch × micro-batches × DP",
-            layout.micro_batch * p.micro_batches * layout.dp == plan.job.global_batch,
-            f"{layout.micro_batch} × {p.micro_batches} × {layout.dp} = {plan.job.global_batch}",
+        "batch = micro-batch × micro-batches × DP": (
+            math.prod(batch) == plan.job.global_batch,
+            f"{' × '.join(map(str, batch))} = {plan.job.global_batch}",
         ),
-        (
-            "memory fits (simulated)",
-            p.memory.total <= plan.cluster.chip.memory,
-            f"{p.memory.total / 1e9:.1f} of {plan.cluster.chip.memory / 1e9:.0f} GB",
-        ),
-        (
-            "a head group stays inside a domain",
+        "memory fits (simulated)": (used <= limit, f"{used:.1f} of {limit:.0f} GB"),
+        "a head group stays inside a domain": (
             layout.head_group.domains(plan.cluster) == 1,
-            f"m {layout.segments}, domain of {plan.cluster.domain}",
+            f"m {layout.segments}, domain of {domain}",
         ),
-        (
-            "TP stays inside a domain",
+        "TP stays inside a domain": (
             layout.tp_group.domains(plan.cluster) == 1,
-            f"TP {layout.tp}, domain of {plan.cluster.domain}, else every layer crosses "
-            f"{plan.cluster.network_link}",
+            f"TP {layout.tp}, domain of {domain}, else every layer crosses {plan.cluster.network_link}",
         ),
+    }
+    return [
+        {"check": name, "passed": bool(ok), "figure": text} for name, (ok, text) in found.items()
     ]
-    return [{"check": name, "passed": bool(ok), "figure": figure} for name, ok, figure in found]

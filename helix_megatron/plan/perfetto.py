@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from helix_megatron.plan.explain import duration, kinds_of_layers
@@ -10,7 +11,7 @@ from helix_megatron.plan.layouts import Layout, strip
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.schedule import Timeline, simulate
 from helix_megatron.plan.score import iteration, outer_cost
-from helix_megatron.plan.steps import BACKWARD, FORWARD, Step, in_order
+from helix_megatron.plan.steps import BACKWARD, FORWARD, in_order
 
 # Micro-batches that a trace holds at most: the schedule repeats, and browsers have limits.
 MOST_SLOTS = 20000
@@ -58,14 +59,10 @@ def pipeline_text(plan: Plan, layout: Layout, width: int = 100) -> str:
         return "\nNo pipeline: one stage.\n"
     found = timeline(plan, layout)
     batches, shown = layout.micro_batches(plan.job.global_batch), shown_batches(plan, layout)
-    what = (
-        f"{batches} micro-batches"
-        if shown == batches
-        else f"first {shown} of {batches} micro-batches"
-    )
+    first = "" if shown == batches else f"first {shown} of "
     lines = [
-        f"\nPipeline, event by event (simulated), {what}: {duration(found.seconds)}, bubble "
-        f"{found.bubble:.1%}. F forward, b backward, . waits"
+        f"\nPipeline, event by event (simulated), {first}{batches} micro-batches: {duration(found.seconds)}, "
+        f"bubble {found.bubble:.1%}. F forward, b backward, . waits"
     ]
     stages = range(layout.pp) if layout.pp <= 16 else [*range(8), *range(layout.pp - 8, layout.pp)]
     for stage in stages:
@@ -90,19 +87,10 @@ def trace_json(plan: Plan, layout: Layout) -> dict[str, Any]:
     detailed: set[tuple[int, bool]] = set()
     for slot in found.slots:
         phase = BACKWARD if slot.backward else FORWARD
-        events.append(
-            {
-                "name": f"{phase} {slot.micro_batch}"
-                + (f" chunk {slot.chunk}" if layout.vp > 1 else ""),
-                "cat": phase,
-                "ph": "X",
-                "pid": slot.stage,
-                "tid": 0,
-                "ts": slot.start * MICROSECONDS,
-                "dur": (slot.end - slot.start) * MICROSECONDS,
-                "args": {"micro_batch": slot.micro_batch, "chunk": slot.chunk},
-            }
-        )
+        name = f"{phase} {slot.micro_batch}" + (f" chunk {slot.chunk}" if layout.vp > 1 else "")
+        arguments = {"micro_batch": slot.micro_batch, "chunk": slot.chunk}
+        seconds = slot.start, slot.end - slot.start
+        events.append(_event(name, phase, slot.stage, 0, *seconds, arguments))
         if (slot.stage, slot.backward) not in detailed:
             detailed.add((slot.stage, slot.backward))
             events += _operators(plan, layout, slot.stage, phase, slot.start)
@@ -122,34 +110,23 @@ def trace_json(plan: Plan, layout: Layout) -> dict[str, Any]:
 
 def _operators(
     plan: Plan, layout: Layout, stage: int, phase: str, start: float
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The steps of one layer of each kind, one after the other; what is hidden runs beside."""
-    events, now = [], start
-    for name, _, steps in kinds_of_layers(plan, layout):
+    now = start
+    for layer, _, steps in kinds_of_layers(plan, layout):
         for step in in_order(steps, phase):
-            events.append(_event(step, name, stage, now - step.hidden))
+            arguments = {"layer": layer, "shape": step.shape, "flops": step.flops}
+            arguments |= {"bytes_sent": step.sent, "axis": step.axis, "link": step.link}
+            begin, thread = max(0.0, now - step.hidden), 2 if step.axis else 1
+            yield _event(step.name, step.kind, stage, thread, begin, step.seconds, arguments)
             now += step.exposed
-    return events
 
 
-def _event(step: Step, layer: str, stage: int, start: float) -> dict[str, Any]:
-    return {
-        "name": step.name,
-        "cat": step.kind,
-        "ph": "X",
-        "pid": stage,
-        "tid": 2 if step.axis else 1,
-        "ts": max(0.0, start) * MICROSECONDS,
-        "dur": step.seconds * MICROSECONDS,
-        "args": {
-            "layer": layer,
-            "shape": step.shape,
-            "flops": step.flops,
-            "bytes_sent": step.sent,
-            "axis": step.axis,
-            "link": step.link,
-        },
-    }
+def _event(
+    name: str, kind: str, process: int, thread: int, start: float, seconds: float, arguments: Any
+) -> dict[str, Any]:
+    where = {"name": name, "cat": kind, "ph": "X", "pid": process, "tid": thread}
+    return where | {"ts": start * MICROSECONDS, "dur": seconds * MICROSECONDS, "args": arguments}
 
 
 def _name(kind: str, process: int, name: str, thread: int = 0) -> dict[str, Any]:
