@@ -23,7 +23,7 @@ from helix_megatron.plan.schedule import pipeline_seconds
 from helix_megatron.plan.score import Prediction, layers_cost
 from helix_megatron.plan.settings import Job, Scenario, Software
 from helix_megatron.plan.steps import FORWARD, Recorder, Step
-from helix_megatron.plan.traffic import Traffic, layer_traffic, traffic_of
+from helix_megatron.plan.traffic import Traffic, added, layer_traffic, traffic_of
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,9 +98,10 @@ def prefill_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
 
 def decode_stage_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
     """One token of every sequence of a micro-batch on one stage."""
-    layers = 0.0
-    for steps, count in _decode_layers(scenario, layout):
-        layers += count * sum(step.exposed for step in steps)
+    layers = sum(
+        count * sum(step.exposed for step in steps)
+        for steps, count in _decode_layers(scenario, layout)
+    )
     return StageSeconds(
         layers / layout.pp,
         0.0,
@@ -132,11 +133,11 @@ def predict_prefill(scenario: Scenario, layout: Layout) -> Prediction:
         "pipeline bubble": seconds - busy,
     }
     rows = layout.micro_batch * job.sequence / layout.cp
-    traffic = traffic_of(
-        [(step, batches) for step in _output_steps(scenario, layout)],
-        layer_traffic(scenario, layout, batches, (FORWARD,)),
+    traffic = (
+        *layer_traffic(scenario, layout, batches, (FORWARD,)),
+        *traffic_of((step, batches) for step in _output_steps(scenario, layout)),
+        *_messages(scenario, layout, rows, batches, each.message),
     )
-    traffic += _messages(scenario, layout, rows, batches, each.message)
     tokens = job.global_batch * job.sequence
     return Prediction(
         layout=layout,
@@ -144,7 +145,7 @@ def predict_prefill(scenario: Scenario, layout: Layout) -> Prediction:
         tokens=tokens,
         memory=inference_memory(model, layout, job, software),
         terms=terms,
-        traffic=traffic,
+        traffic=added(traffic),
         bubble=(seconds - busy) / seconds,
         model_flops=model.flops_per_token(job.sequence) / 3 * tokens,
         micro_batches=batches,
@@ -156,8 +157,7 @@ def predict_decode(scenario: Scenario, layout: Layout) -> Prediction:
     model, job, _, software = scenario
     batches = layout.micro_batches(job.global_batch)
     each = decode_stage_seconds(scenario, layout)
-    counted: list[tuple[Step, float]] = []
-    counted += [(step, batches) for step in _output_steps(scenario, layout)]
+    counted = [(step, float(batches)) for step in _output_steps(scenario, layout)]
     for steps, count in _decode_layers(scenario, layout):
         counted += [(step, count / layout.pp * batches) for step in steps]
     # A token goes through all stages before the next of its sequence can start; more micro-batches than
@@ -172,16 +172,14 @@ def predict_decode(scenario: Scenario, layout: Layout) -> Prediction:
     }
     flops = 2 * model.active_parameters * job.global_batch
     flops += 4 * model.num_layers * model.width * job.sequence * job.global_batch
+    messages = _messages(scenario, layout, layout.micro_batch, batches, each.message)
     return Prediction(
         layout=layout,
         seconds=seconds,
         tokens=job.global_batch,
         memory=inference_memory(model, layout, job, software),
         terms=terms,
-        traffic=(
-            *traffic_of(counted),
-            *_messages(scenario, layout, layout.micro_batch, batches, each.message),
-        ),
+        traffic=added([*traffic_of(counted), *messages]),
         bubble=max(0.0, 1 - batches * (each.layers + each.output) / seconds) * (layout.pp > 1),
         model_flops=flops,
         micro_batches=batches,
@@ -272,15 +270,13 @@ def _decode_attention(record: Recorder, model: ModelSpec, layout: Layout, contex
         for step in cache.collectives(shape):
             # The faster one: an all-gather sends more, and small messages travel sooner by it.
             ways = {step.kind: step.size} | ({"all-gather": step.gathered} if step.gathered else {})
-            seconds = {k: collective_seconds(record.cluster, k, ways[k], group) for k in ways}
-            kind = min(ways, key=seconds.__getitem__)
+            times = {k: collective_seconds(record.cluster, k, ways[k], group) for k in ways}
+            kind = min(ways, key=times.__getitem__)
             record.collective(step.name, FORWARD, kind, ways[kind], group, "exchange")
     flops = 4.0 * rows * model.width * context / layout.tp
     text = f"{rows} sequences, cache {layout.cache}, {read / 1e6:.1f} MB"
-    seconds_of_cache = decode_seconds(record.chip, read, scores)
-    record.steps.append(
-        Step("core attention", FORWARD, "attention", text, flops, read, seconds_of_cache)
-    )
+    seconds = decode_seconds(record.chip, read, scores)
+    record.steps.append(Step("core attention", FORWARD, "attention", text, flops, read, seconds))
 
 
 def _decode_experts(record: Recorder, model: ModelSpec, layout: Layout, gemm: Any) -> None:
@@ -288,18 +284,15 @@ def _decode_experts(record: Recorder, model: ModelSpec, layout: Layout, gemm: An
     rows, hidden = layout.micro_batch, model.hidden_size
     gemm("router", model.experts, hidden)
     copies = rows * model.moe_router_topk
-    record.collective(
-        "dispatch", FORWARD, "all-to-all", copies * hidden * record.element, layout.ep_group, "ep"
-    )
+    size = copies * hidden * record.element
+    record.collective("dispatch", FORWARD, "all-to-all", size, layout.ep_group, "ep")
     here = model.experts / layout.ep
     touched = here * (1 - (1 - 1 / model.experts) ** (copies * layout.ep))
     each = max(1.0, copies / max(touched, 1.0))
     ffn = model.moe_ffn / layout.etp
     gemm("experts fc1", ffn * model.fc1_factor, hidden, each, max(1.0, touched))
     gemm("experts fc2", hidden, ffn, each, max(1.0, touched))
-    record.collective(
-        "combine", FORWARD, "all-to-all", copies * hidden * record.element, layout.ep_group, "ep"
-    )
+    record.collective("combine", FORWARD, "all-to-all", size, layout.ep_group, "ep")
     if model.shared_ffn:
         ffn = model.shared_ffn / layout.tp
         gemm("shared fc1", ffn * model.fc1_factor, hidden)

@@ -35,12 +35,10 @@ class Memory:
 
 def layer_weights(model: ModelSpec, layout: Layout) -> float:
     """Parameters of one rank in an average layer, without experts."""
-    dense = model.attention_parameters(layout.tp) + model.mlp_parameters(layout.tp)
-    if not model.expert_layers:
-        return dense
-    outside = model.attention_parameters(layout.tp) + model.router_parameters(layout.tp)
-    shares = model.dense_layers * dense + model.expert_layers * outside
-    return shares / model.num_layers
+    shares = model.dense_layers * model.mlp_parameters(layout.tp)
+    if model.expert_layers:
+        shares += model.expert_layers * model.router_parameters(layout.tp)
+    return model.attention_parameters(layout.tp) + shares / model.num_layers
 
 
 def outer_weights(model: ModelSpec, layout: Layout, stage: int) -> float:
@@ -57,15 +55,14 @@ def outer_weights(model: ModelSpec, layout: Layout, stage: int) -> float:
 
 def rank_weights(model: ModelSpec, layout: Layout, stage: int | None = None) -> float:
     """Parameters of a rank without experts; of the fullest stage, unless one is named."""
-    return _rank_weights(model, layout.tp, layout.pp, stage)
+    return _rank_weights(model, Layout(tp=layout.tp, pp=layout.pp), stage)
 
 
 @functools.lru_cache(maxsize=4096)
-def _rank_weights(model: ModelSpec, tp: int, pp: int, stage: int | None) -> float:
-    layout = Layout(tp=tp, pp=pp)
-    stages = (0, pp - 1) if stage is None else (stage,)
+def _rank_weights(model: ModelSpec, layout: Layout, stage: int | None) -> float:
+    stages = (0, layout.pp - 1) if stage is None else (stage,)
     outer = max(outer_weights(model, layout, s) for s in stages)
-    return model.num_layers / pp * layer_weights(model, layout) + outer
+    return model.num_layers / layout.pp * layer_weights(model, layout) + outer
 
 
 def expert_weights(model: ModelSpec, layout: Layout) -> float:
@@ -85,29 +82,15 @@ def training_states(
     model: ModelSpec, layout: Layout, software: Software, stage: int | None = None
 ) -> Memory:
     """Weights, gradients and Adam's states in mixed precision, without activations."""
-    shards = (layout.dp * layout.cp, layout.tp * layout.cp * layout.dp // (layout.etp * layout.ep))
-    return _states(model, layout.tp, layout.pp, layout.ep, layout.etp, shards, software, stage)
-
-
-@functools.lru_cache(maxsize=16384)
-def _states(
-    model: ModelSpec,
-    tp: int,
-    pp: int,
-    ep: int,
-    etp: int,
-    shards: tuple[int, int],
-    software: Software,
-    stage: int | None,
-) -> Memory:
-    layout = Layout(tp=tp, pp=pp, ep=ep, etp=etp)
     dense, experts = rank_weights(model, layout, stage), expert_weights(model, layout)
-    if not software.distributed_optimizer:
-        shards = (1, 1)
+    held = dense + experts
+    states = held
+    if software.distributed_optimizer:
+        states = dense / layout.dp_group.ranks + experts / max(layout.expert_dp_group.ranks, 1)
     return Memory(
-        weights=(dense + experts) * software.weight_bytes,
-        gradients=(dense + experts) * GRADIENT_BYTES,
-        optimizer=optimizer_bytes(software) * (dense / shards[0] + experts / max(shards[1], 1)),
+        weights=held * software.weight_bytes,
+        gradients=held * GRADIENT_BYTES,
+        optimizer=states * optimizer_bytes(software),
     )
 
 
@@ -120,7 +103,9 @@ def training_memory(
     and the last, which computes the loss.
     """
     states = training_states(model, layout, software, stage)
-    activations = _most_activations(model, layout, job, software, stage)
+    stages = {0, layout.pp - 1} if stage is None else {stage}
+    which = RECOMPUTE.index(layout.recompute)
+    activations = max(_activations(model, layout, job, software, s)[which] for s in stages)
     return dataclasses.replace(states, activations=activations)
 
 
@@ -131,14 +116,6 @@ def training_bytes(
     states = training_states(model, layout, software).total
     found = [_activations(model, layout, job, software, s) for s in {0, layout.pp - 1}]
     return tuple(states + max(of_stage) for of_stage in zip(*found, strict=True))
-
-
-def _most_activations(
-    model: ModelSpec, layout: Layout, job: Job, software: Software, stage: int | None
-) -> float:
-    stages = {0, layout.pp - 1} if stage is None else {stage}
-    which = RECOMPUTE.index(layout.recompute)
-    return max(_activations(model, layout, job, software, s)[which] for s in stages)
 
 
 def layers_in_flight(layout: Layout, model: ModelSpec, batches: int, stage: int = 0) -> float:

@@ -147,7 +147,7 @@ def prediction_json(plan: Plan, p: Prediction) -> dict[str, Any]:
         "attention_seconds_per_layer": {"core": core, "exchange": exchange},
         "seconds_of": p.terms,
         "memory_bytes": memory | {"total": p.memory.total},
-        "communication": [traffic.__dict__ for traffic in p.traffic],
+        "communication": [traffic._asdict() for traffic in p.traffic],
         "exposed_communication_seconds": p.exposed,
         "hidden_communication_seconds": p.hidden,
         "megatron_flags": command_words(plan, p.layout),

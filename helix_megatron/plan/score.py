@@ -15,13 +15,16 @@ from helix_megatron.hardware import (
     OVERLAP_ROOM,
 )
 from helix_megatron.plan.clusters import Cluster
-from helix_megatron.plan.collective_time import (
-    Group,
-    collective_seconds,
-    point_to_point_seconds,
-)
+from helix_megatron.plan.collective_time import collective_seconds, point_to_point_seconds
 from helix_megatron.plan.layouts import Layout, strip
-from helix_megatron.plan.memory import Memory, expert_weights, rank_weights, training_memory
+from helix_megatron.plan.memory import (
+    Memory,
+    expert_weights,
+    optimizer_bytes,
+    rank_weights,
+    training_memory,
+    training_states,
+)
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.operators import (
     attention_part,
@@ -76,8 +79,7 @@ class Prediction:
         return self.model_flops / self.seconds / self.layout.gpus
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Exposed seconds of all layers of a model; attention: core attention and its exchange,
     forward, which selective recomputation repeats."""
 
@@ -91,22 +93,12 @@ def layers_cost(scenario: Scenario, stripped: Layout) -> Cost:
     """All layers of the model, one micro-batch."""
     forward = backward = core = 0.0
     for experts, windowed, count in layer_kinds(scenario.model):
-        attention = _attention_cost(scenario, attention_part(stripped), windowed)
-        mlp = _mlp_cost(scenario, mlp_part(stripped), experts)
+        attention = _cost(attention_steps(scenario, attention_part(stripped), windowed))
+        mlp = _cost(mlp_steps(scenario, mlp_part(stripped), experts))
         forward += count * (attention.forward + mlp.forward)
         backward += count * (attention.backward + mlp.backward)
         core += count * attention.attention
     return Cost(forward, backward, core)
-
-
-@functools.lru_cache(maxsize=16384)
-def _attention_cost(scenario: Scenario, part: Layout, windowed: bool) -> Cost:
-    return _cost(attention_steps(scenario, part, windowed))
-
-
-@functools.lru_cache(maxsize=16384)
-def _mlp_cost(scenario: Scenario, part: Layout, experts: bool) -> Cost:
-    return _cost(mlp_steps(scenario, part, experts))
 
 
 @functools.lru_cache(maxsize=16384)
@@ -162,12 +154,10 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     reduced, gathered = _data_parallel(
         model, layout._replace(recompute="none", vp=1, micro_batch=1), cluster, software
     )
-    data_parallel = (
-        (*reduced, max(0.0, reduced[1] - room * (backward + recomputed))),
-        (*gathered, max(0.0, gathered[1] - room * forward)),
-    )
+    exposed_reduced = max(0.0, reduced[1] - room * (backward + recomputed))
+    exposed_gathered = max(0.0, gathered[1] - room * forward)
     optimizer = _optimizer_seconds(model, layout, cluster, software)
-    exposed = data_parallel[0][2] + data_parallel[1][2]
+    exposed = exposed_reduced + exposed_gathered
     final = sum(
         collective_seconds(cluster, "all-reduce", size, group)
         for _, size, group in final_reductions(model, layout)
@@ -178,7 +168,7 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
         busy=max(per_stage) * batches,
         per_micro_batch=(forward, backward, recomputed, message),
         hop=hop,
-        data_parallel=data_parallel,
+        data_parallel=((*reduced, exposed_reduced), (*gathered, exposed_gathered)),
         final=final,
         optimizer=optimizer,
         batches=batches,
@@ -189,7 +179,7 @@ def predict_training(scenario: Scenario, layout: Layout, stage: int | None = Non
     """One training iteration, with everything that reports show; traffic of a rank of the last stage, or of
     the stage that is named."""
     model, job, _, software = scenario
-    found = iteration(scenario, layout)
+    found, tokens = iteration(scenario, layout), job.global_batch * job.sequence
     batches = found.batches
     forward, backward, recomputed, message = found.per_micro_batch
     terms = {
@@ -204,22 +194,22 @@ def predict_training(scenario: Scenario, layout: Layout, stage: int | None = Non
         "optimizer": found.optimizer,
         "host": ITERATION_OVERHEAD,
     }
-    tokens = job.global_batch * job.sequence
+    traffic = stage_traffic(
+        scenario,
+        layout,
+        batches,
+        stage=layout.pp - 1 if stage is None else stage,
+        data_parallel=found.data_parallel,
+        hop=found.hop,
+        message=message,
+    )
     return Prediction(
         layout=layout,
         seconds=found.seconds,
         tokens=tokens,
         memory=training_memory(model, layout, job, software),
         terms=terms,
-        traffic=stage_traffic(
-            scenario,
-            layout,
-            batches,
-            stage=layout.pp - 1 if stage is None else stage,
-            data_parallel=found.data_parallel,
-            hop=found.hop,
-            message=message,
-        ),
+        traffic=traffic,
         bubble=(found.pipeline - found.busy) / found.seconds,
         model_flops=model.flops_per_token(job.sequence) * tokens,
         micro_batches=batches,
@@ -255,27 +245,16 @@ def _data_parallel(
     parts = [(rank_weights(model, layout), layout.dp_group)]
     if model.experts:
         parts.append((expert_weights(model, layout), layout.expert_dp_group))
-    found = []
-    for name, width in wanted:
+    found = [(0.0, 0.0), (0.0, 0.0)]
+    for place, (name, width) in enumerate(wanted):
         size = sum(sent_bytes(name, n * width, group.ranks) for n, group in parts)
-        seconds = sum(_seconds(cluster, name, n * width, group) for n, group in parts)
-        found.append((size, seconds))
-    return found[0], found[1] if len(found) > 1 else (0.0, 0.0)
-
-
-def _seconds(cluster: Cluster, kind: str, size: float, group: Group) -> float:
-    return collective_seconds(cluster, kind, size, group) if group.ranks > 1 else 0.0
+        seconds = sum(collective_seconds(cluster, name, n * width, group) for n, group in parts)
+        found[place] = (size, seconds)
+    return found[0], found[1]
 
 
 def _optimizer_seconds(
     model: ModelSpec, layout: Layout, cluster: Cluster, software: Software
 ) -> float:
-    own = rank_weights(model, layout)
-    experts = expert_weights(model, layout)
-    if software.distributed_optimizer:
-        own = own / layout.dp_group.ranks + (
-            experts / layout.expert_dp_group.ranks if experts else 0.0
-        )
-    else:
-        own += experts
-    return own * OPTIMIZER_TRAFFIC / (cluster.chip.memory_bandwidth * MEMORY_EFFICIENCY)
+    states = training_states(model, layout, software).optimizer / optimizer_bytes(software)
+    return states * OPTIMIZER_TRAFFIC / (cluster.chip.memory_bandwidth * MEMORY_EFFICIENCY)

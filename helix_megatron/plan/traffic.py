@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from helix_megatron.core.exchanges import sent_bytes
 from helix_megatron.hardware import GRADIENT_BYTES
@@ -15,8 +15,7 @@ from helix_megatron.plan.settings import Job, Scenario, Software
 from helix_megatron.plan.steps import BACKWARD, FORWARD, Step
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Collectives of one axis and kind, of one rank in one step: bytes sent, seconds, seconds not hidden."""
 
     axis: str
@@ -26,43 +25,26 @@ class Traffic:
     seconds: float
     exposed: float
 
-
-class _Sums:
-    """Traffic, added up."""
-
-    def __init__(self) -> None:
-        self.rows: dict[tuple[str, str, str], list[float]] = {}
-
-    def add(
-        self,
-        key: tuple[str, str, str],
-        sent: float,
-        seconds: float,
-        exposed: float,
-        times: float = 1,
-    ) -> None:
-        row = self.rows.setdefault(key, [0.0, 0.0, 0.0])
-        for i, value in enumerate((sent, seconds, exposed)):
-            row[i] += times * value
-
-    def step(self, step: Step, times: float) -> None:
-        self.add((step.axis, step.kind, step.link), step.sent, step.seconds, step.exposed, times)
-
-    def traffic(self) -> tuple[Traffic, ...]:
-        return tuple(Traffic(*key, *values) for key, values in self.rows.items() if values[0])
+    @classmethod
+    def of(cls, step: Step, times: float) -> Traffic:
+        """Of a step that runs so many times."""
+        amounts = (times * amount for amount in (step.sent, step.seconds, step.exposed))
+        return cls(step.axis, step.kind, step.link, *amounts)
 
 
-def traffic_of(
-    steps: Iterable[tuple[Step, float]], others: Iterable[Traffic] = ()
-) -> tuple[Traffic, ...]:
-    """Of steps that run so many times, beside others."""
-    sums = _Sums()
-    for row in others:
-        sums.add((row.axis, row.kind, row.link), row.bytes, row.seconds, row.exposed)
-    for step, times in steps:
-        if step.axis:
-            sums.step(step, times)
-    return sums.traffic()
+def added(rows: Iterable[Traffic]) -> tuple[Traffic, ...]:
+    """Those of one axis, kind and link added up, where anything is sent."""
+    sums: dict[tuple[str, str, str], list[float]] = {}
+    for *key, sent, seconds, exposed in rows:
+        total = sums.setdefault((key[0], key[1], key[2]), [0.0, 0.0, 0.0])
+        for i, amount in enumerate((sent, seconds, exposed)):
+            total[i] += amount
+    return tuple(Traffic(*key, *total) for key, total in sums.items() if total[0])
+
+
+def traffic_of(steps: Iterable[tuple[Step, float]]) -> Iterator[Traffic]:
+    """Of the collectives among steps that run so many times."""
+    return (Traffic.of(step, times) for step, times in steps if step.axis)
 
 
 def layer_traffic(
@@ -70,16 +52,8 @@ def layer_traffic(
     layout: Layout,
     batches: int,
     phases: tuple[str, ...] = (FORWARD, BACKWARD),
-) -> tuple[Traffic, ...]:
+) -> Iterator[Traffic]:
     """Of the layers of one stage alone."""
-    sums = _Sums()
-    _add_layers(sums, scenario, layout, batches, phases)
-    return sums.traffic()
-
-
-def _add_layers(
-    sums: _Sums, scenario: Scenario, layout: Layout, batches: int, phases: tuple[str, ...]
-) -> None:
     stripped, model = strip(layout), scenario.model
     for experts, windowed, count in layer_kinds(model):
         for step in layer_steps(scenario, stripped, experts, windowed):
@@ -89,7 +63,7 @@ def _add_layers(
                 layout.recompute == "selective" and step.axis in ("exchange", "cp")
             )
             times = 2 if again and step.phase == FORWARD else 1
-            sums.step(step, times * batches * count / layout.pp)
+            yield Traffic.of(step, times * batches * count / layout.pp)
 
 
 def message_bytes(model: ModelSpec, layout: Layout, job: Job, software: Software) -> float:
@@ -148,23 +122,22 @@ def stage_traffic(
         data_parallel: (bytes, seconds, exposed seconds) of reducing gradients and of gathering weights.
         hop: seconds of one message; message: those that a micro-batch waits for.
     """
-    sums, (model, job, cluster, software) = _Sums(), scenario
-    _add_layers(sums, scenario, layout, batches, (FORWARD, BACKWARD))
+    model, job, cluster, software = scenario
+    rows = list(layer_traffic(scenario, layout, batches))
     for first, where in ((True, 0), (False, layout.pp - 1)):
         if stage == where:
-            for step in outer_steps(scenario, strip(layout), first=first):
-                if step.axis:
-                    sums.step(step, batches)
+            steps = outer_steps(scenario, strip(layout), first=first)
+            rows += traffic_of((step, batches) for step in steps)
     count = messages_sent(layout, stage) * batches
     if count:
         size = count * message_bytes(model, layout, job, software)
-        link = layout.pp_group.link(cluster)
-        sums.add(("pp", "send", link), size, count * hop, min(count * hop, message * batches))
+        waited = min(count * hop, message * batches)
+        rows.append(Traffic("pp", "send", layout.pp_group.link(cluster), size, count * hop, waited))
     for axis, size, group in final_reductions(model, layout, stage):
         seconds = collective_seconds(cluster, "all-reduce", size, group)
         sent = sent_bytes("all-reduce", size, group.ranks)
-        sums.add((axis, "all-reduce", group.link(cluster)), sent, seconds, seconds)
+        rows.append(Traffic(axis, "all-reduce", group.link(cluster), sent, seconds, seconds))
     names = ("reduce-scatter" if software.distributed_optimizer else "all-reduce", "all-gather")
-    for name, (size, seconds, exposed) in zip(names, data_parallel, strict=True):
-        sums.add(("dp", name, layout.dp_group.link(cluster)), size, seconds, exposed)
-    return sums.traffic()
+    link = layout.dp_group.link(cluster)
+    rows += [Traffic("dp", n, link, *row) for n, row in zip(names, data_parallel, strict=True)]
+    return added(rows)

@@ -209,7 +209,7 @@ def test_selective_recomputation_repeats_core_attention_only(preset, layout, nam
     cost = layers_cost(scenario, layout)
     assert cost.attention == pytest.approx(model.num_layers * repeated)
     rows = {
-        recompute: layer_traffic(scenario, layout._replace(recompute=recompute), 1)
+        recompute: [*layer_traffic(scenario, layout._replace(recompute=recompute), 1)]
         for recompute in ("none", "selective", "full")
     }
     sent = {key: sum(r.bytes for r in rows[key] if r.axis == "qkv") for key in rows}

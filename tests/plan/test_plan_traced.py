@@ -19,7 +19,7 @@ from helix_megatron.plan.models import ModelSpec, model_of, spec_of_flags
 from helix_megatron.plan.presets import PRESETS
 from helix_megatron.plan.score import predict_training
 from helix_megatron.plan.settings import Job, Scenario, Software
-from helix_megatron.plan.traffic import layer_traffic
+from helix_megatron.plan.traffic import added, layer_traffic
 
 IN_FULL_TIER = functools.partial(pytest.param, marks=pytest.mark.full("graph"))
 RANKS, TOKENS = 16, 10000
@@ -82,7 +82,7 @@ def test_predicted_bytes_equal_traced_ones(segments, kv_heads, sequence_parallel
             micro_batch=batch,
             sequence_parallel=sequence_parallel,
         )
-        rows = layer_traffic(scenario, layout, 1)
+        rows = added(layer_traffic(scenario, layout, 1))
         exchanged = sum(row.bytes for row in rows if row.axis == "exchange")
         others = sum(row.bytes for row in rows if row.axis == "tp")
         assert (exchanged, others) == traced, exchange
