@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast
+
+from helix_megatron.errors import did_you_mean, listed
 
 PROGRAM = "helix"
 # Subcommand → (module, function(argv, program) -> exit status, help).
@@ -68,12 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = argv[0]
     if name not in SUBCOMMANDS:
-        close = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        valid = ", ".join(SUBCOMMANDS)
-        print(
-            f"{PROGRAM}: error: unknown subcommand {name!r}. Valid: {valid}.{hint}", file=sys.stderr
-        )
+        problem = f"{PROGRAM}: error: unknown subcommand {name!r}. Valid: {listed(SUBCOMMANDS)}."
+        print(*(problem, *did_you_mean(name, SUBCOMMANDS)), file=sys.stderr)
         return 2
     module, function, _ = SUBCOMMANDS[name]
     run = getattr(importlib.import_module(module), function)

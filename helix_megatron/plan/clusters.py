@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import HelixError, did_you_mean, listed
 from helix_megatron.hardware import (
     CHIPS,
     HDR,
@@ -60,39 +59,22 @@ class Cluster:
 
 
 H100, H200, A100 = CHIPS["h100"], CHIPS["h200"], CHIPS["a100"]
+VTRAIN = "as in vTrain (arXiv 2312.12391)"
+UNBRIDGED = "without bridges, 4 NICs of 400 Gbit/s"
 
 CLUSTERS = {
     cluster.name: cluster
     for cluster in (
         Cluster("dgx-h100", H100, 8, *NVLINK4, *NDR, "DGX H100: 8 GPUs, 8 NICs of 400 Gbit/s"),
         Cluster("dgx-h200", H200, 8, *NVLINK4, *NDR, "DGX H200: 8 GPUs, 8 NICs of 400 Gbit/s"),
+        Cluster("dgx-a100", A100, 8, *NVLINK3, *HDR, "DGX A100 80GB: 8 GPUs, 8 NICs of 200 Gbit/s"),
         Cluster(
-            "dgx-a100",
-            A100,
-            8,
-            *NVLINK3,
-            *HDR,
-            "DGX A100 80GB: 8 GPUs, 8 NICs of 200 Gbit/s",
-        ),
-        Cluster(
-            "a100-4-nics",
-            A100,
-            8,
-            *NVLINK3,
-            *HDR_HALF,
-            "8 A100 and 800 Gbit/s a node, as in vTrain (arXiv 2312.12391)",
+            "a100-4-nics", A100, 8, *NVLINK3, *HDR_HALF, f"8 A100 and 800 Gbit/s a node, {VTRAIN}"
         ),
         Cluster("nvlink-16", H100, 16, *NVLINK4, *NDR, "16 H100 in one NVLink Switch domain"),
         Cluster("nvlink-32", H100, 32, *NVLINK4, *NDR, "32 H100 in one NVLink Switch domain"),
         Cluster("nvlink-72", CHIPS["gb200"], 72, *NVLINK5, *NDR, "GB200 NVL72: 72 GPUs a rack"),
-        Cluster(
-            "h100-pcie",
-            CHIPS["h100-pcie"],
-            8,
-            *PCIE5,
-            *NDR_HALF,
-            "8 H100 PCIe without bridges, 4 NICs of 400 Gbit/s",
-        ),
+        Cluster("h100-pcie", CHIPS["h100-pcie"], 8, *PCIE5, *NDR_HALF, f"8 H100 PCIe {UNBRIDGED}"),
     )
 }
 LOCAL = "this-machine"
@@ -138,11 +120,9 @@ def cluster_of(text: str) -> Cluster:
     if path.suffix in (".yaml", ".yml", ".json") or path.exists():
         return read_cluster(path)
     names = [*CLUSTERS, LOCAL]
-    close = difflib.get_close_matches(text, names, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
     raise HelixError(
-        f"cluster {text!r} is no preset and no YAML file. Presets: {listed(names)}.{hint} A file holds "
-        f"{EXAMPLE}."
+        f"cluster {text!r} is no preset and no YAML file. Presets: {listed(names)}. A file holds {EXAMPLE}.",
+        remedy=did_you_mean(text, names),
     )
 
 
@@ -167,32 +147,27 @@ def read_cluster(path: Path) -> Cluster:
     for key, value in content.items():
         if not isinstance(value, FIELDS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
             raise HelixError(f"{path}: {key} is {value!r}. A valid file: {EXAMPLE}.")
-    gpus, domain = content.get("gpus"), content["gpus_per_domain"]
-    for key, number in (("gpus", gpus), ("gpus_per_domain", domain)):
-        if number is not None and number < 1:
-            raise HelixError(f"{path}: {key} is {number}. It must be a whole number of at least 1.")
+        if FIELDS[key] is int and value < 1:
+            raise HelixError(f"{path}: {key} is {value}. It must be a whole number of at least 1.")
+    names = {"name": path.stem, "domain_link": "domain link", "network_link": "network"}
+    texts = {key: content.get(key, default) for key, default in names.items()}
+    rates = ("domain_bandwidth", "network_bandwidth")
     return Cluster(
-        name=content.get("name", path.stem),
+        **texts,
+        **{key: _positive(path, key, content[key]) for key in rates},
         chip=_chip(path, content["chip"]),
-        domain=domain,
-        domain_link=content.get("domain_link", "domain link"),
-        domain_bandwidth=_positive(path, "domain_bandwidth", content["domain_bandwidth"]),
-        network_link=content.get("network_link", "network"),
-        network_bandwidth=_positive(path, "network_bandwidth", content["network_bandwidth"]),
+        domain=content["gpus_per_domain"],
         source=str(path),
-        gpus=gpus,
+        gpus=content.get("gpus"),
     )
 
 
 def _chip(path: Path, value: Any) -> Chip:
     if isinstance(value, str):
         if value not in CHIPS:
-            close = difflib.get_close_matches(value, CHIPS, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise HelixError(
-                f"{path}: chip {value!r} is unknown. Valid: {listed(CHIPS)}, or a mapping of "
-                f"{listed(CHIP_FIELDS)}.{hint}"
-            )
+            valid = f"{listed(CHIPS)}, or a mapping of {listed(CHIP_FIELDS)}"
+            problem = f"{path}: chip {value!r} is unknown. Valid: {valid}."
+            raise HelixError(problem, remedy=did_you_mean(value, CHIPS))
         return CHIPS[value]
     _check_keys(path, value, CHIP_FIELDS, {"name", "sustained"}, "chip.")
     flops = _rates(path, "chip.flops", value["flops"])
@@ -233,9 +208,8 @@ def _check_keys(
 ) -> None:
     for key in content:
         if key not in valid:
-            close = difflib.get_close_matches(str(key), valid, n=1)
-            hint = f" Did you mean {at}{close[0]}?" if close else ""
-            raise HelixError(f"{path}: unknown entry {at}{key}. Valid: {listed(valid)}.{hint}")
+            problem = f"{path}: unknown entry {at}{key}."
+            raise HelixError(problem, valid=valid, remedy=did_you_mean(key, valid))
     missing = [key for key in valid if key not in optional and key not in content]
     if missing:
         raise HelixError(f"{path}: {at}{missing[0]} is missing. A valid file: {EXAMPLE}.")
@@ -267,11 +241,10 @@ def _local_gpus(found: list[tuple[str, str]]) -> Cluster:
         raise HelixError(
             f"{LOCAL} has {names[0]!r}, which is unknown. Known: {listed(LOCAL_LINKS)}. {file}"
         )
-    sizes = [memory for _, memory in found if not memory.isdecimal()]
-    if sizes:
-        raise HelixError(
-            f"{LOCAL}: nvidia-smi gives {sizes[0]!r} as the memory of {names[0]!r}, not MiB. {file}"
-        )
+    for _, memory in found:
+        if not memory.isdecimal():
+            problem = f"nvidia-smi gives {memory!r} as the memory of {names[0]!r}, not MiB"
+            raise HelixError(f"{LOCAL}: {problem}. {file}")
     key = max(known, key=len)
     chip = CHIPS[key.removesuffix("-pcie") if key not in CHIPS else key]
     chip = dataclasses.replace(chip, memory=min(int(memory) for _, memory in found) * 2.0**20)

@@ -61,45 +61,24 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     """The flags that both commands have."""
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="MODEL",
-        help=f"a preset ({listed(PRESETS)}), a config.json, or Megatron flags in one string",
-    )
+    model = f"a preset ({listed(PRESETS)}), a config.json, or Megatron flags in one string"
+    add("--model", metavar="MODEL", help=model)
     add("--gpus", type=int, required=True, metavar="N", help="GPUs to use, all of them")
-    add(
-        "--cluster",
-        default="dgx-h100",
-        metavar="CLUSTER",
-        help=f"a preset ({listed([*CLUSTERS, LOCAL])}) or a YAML file (default: %(default)s)",
-    )
+    cluster = f"a preset ({listed([*CLUSTERS, LOCAL])}) or a YAML file (default: %(default)s)"
+    add("--cluster", default="dgx-h100", metavar="CLUSTER", help=cluster)
     add("--task", choices=TASKS, default="train", help="what is timed (default: %(default)s)")
-    add(
-        "--sequence-length",
-        type=int,
-        default=4096,
-        metavar="L",
-        help="tokens of a sequence; for decode, positions in the cache (default: %(default)s)",
-    )
-    add(
-        "--global-batch",
-        type=int,
-        metavar="B",
-        help="sequences of a step over all GPUs (default: 4 for each GPU, 1 in inference)",
-    )
+    length = "tokens of a sequence; for decode, positions in the cache (default: %(default)s)"
+    add("--sequence-length", type=int, default=4096, metavar="L", help=length)
+    batch = "sequences of a step over all GPUs (default: 4 for each GPU, 1 in inference)"
+    add("--global-batch", type=int, metavar="B", help=batch)
     add("--precision", choices=PRECISIONS, help="(default: bf16, fp32 where the chip has no bf16)")
     fixed = parser.add_argument_group("fix a part of the layout")
     for size in SIZES:
-        fixed.add_argument(
-            size.flag, dest=size.field, type=int, metavar=size.metavar, help=size.help
-        )
+        row = {"dest": size.field, "metavar": size.metavar, "help": size.help}
+        fixed.add_argument(size.flag, type=int, **row)
+    on_off = ("on", "off")
     for flag, field, choices, text in (
-        (
-            "--sequence-parallel",
-            "sequence_parallel",
-            ("on", "off"),
-            "sequence parallelism of norms",
-        ),
+        ("--sequence-parallel", "sequence_parallel", on_off, "sequence parallelism of norms"),
         ("--helix-exchange", "exchange", [e.name for e in EXACT], "the exchange"),
         ("--helix-query-layout", "query_layout", ("heads", "segments"), "the query layout"),
         ("--recompute-granularity", "recompute", RECOMPUTE, "recomputation"),
@@ -175,20 +154,15 @@ def plan_main(argv: Sequence[str] | None = None, program: str = "helix plan") ->
     """Rank layouts; exit status, 2 for what the user can put right."""
     parser = build_parser(program, DESCRIPTION)
     add = parser.add_argument
-    add(
-        "--rows", type=int, default=10, metavar="K", help="rows of the table (default: %(default)s)"
-    )
+    rows = "rows of the table (default: %(default)s)"
+    add("--rows", type=int, default=10, metavar="K", help=rows)
     add("--rejected", action="store_true", help="show every rejected layout with its reason")
     add("--explain", type=int, metavar="ROW", help="the arithmetic of a row, term by term")
     add("--json", metavar="PATH", help="write everything there; - for standard output")
     add("--plot", type=Path, metavar="PATH", help="draw throughput and memory (.png or .svg)")
     add("--write", type=Path, metavar="DIR", help="write a deployment plan, Markdown and JSON")
-    add(
-        "--row",
-        type=int,
-        metavar="ROW",
-        help="the row for the command and --write (default: the one that the verdict speaks for)",
-    )
+    row = "the row for the command and --write (default: the one that the verdict speaks for)"
+    add("--row", type=int, metavar="ROW", help=row)
     args, rest = parser.parse_known_args(argv)
     with exit_on_error(program):
         _check_outputs(args)
@@ -201,8 +175,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
         raise HelixError(f"--plot {args.plot}: the name must end in .png or .svg.")
     for path in (args.plot, None if args.json in (None, "-") else Path(args.json)):
-        if path is not None and not path.parent.is_dir():
-            raise HelixError(f"{path} cannot be written: there is no directory {path.parent}.")
+        _check_output(path)
+
+
+def _check_output(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise HelixError(f"{path} cannot be written: there is no directory {path.parent}.")
 
 
 def _show(plan: Plan, args: argparse.Namespace) -> int:
@@ -288,10 +266,7 @@ def simulate_main(argv: Sequence[str] | None = None, program: str = "helix simul
     parser.add_argument("--trace", type=Path, metavar="PATH", help="write a Chrome/Perfetto trace")
     args, rest = parser.parse_known_args(argv)
     with exit_on_error(program):
-        if args.trace is not None and not args.trace.parent.is_dir():
-            raise HelixError(
-                f"{args.trace} cannot be written: there is no directory {args.trace.parent}."
-            )
+        _check_output(args.trace)
         plan = plan_of(args, rest)
         if not plan.rows:
             from helix_megatron.plan.verdict import nothing_fits

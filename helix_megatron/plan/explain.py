@@ -105,21 +105,18 @@ def speed_text(plan: Plan, p: Prediction) -> str:
 
 def pipeline_text(plan: Plan, p: Prediction) -> str:
     """How the layers' sums make a step."""
-    layout = p.layout
+    layers, vp = plan.model.num_layers / p.layout.pp, p.layout.vp
+    chunks = f" / {vp} chunks" if vp > 1 else ""
     return (
-        f"{p.micro_batches} micro-batches × {plan.model.num_layers / layout.pp:g} layers a stage × the sums "
-        f"above. Pipeline: slowest stage × {p.micro_batches} + the others once"
-        + (f" / {layout.vp} chunks" if layout.vp > 1 else "")
-        + "."
+        f"{p.micro_batches} micro-batches × {layers:g} layers a stage × the sums above. Pipeline: slowest "
+        f"stage × {p.micro_batches} + the others once{chunks}."
     )
 
 
 def memory_text(plan: Plan, p: Prediction) -> str:
     """How much of the fullest GPU is used."""
-    capacity = plan.cluster.chip.memory
-    return (
-        f"{p.memory.total / 1e9:.2f} GB on the fullest GPU (simulated), of {capacity / 1e9:.0f} GB."
-    )
+    used, capacity = p.memory.total / 1e9, plan.cluster.chip.memory / 1e9
+    return f"{used:.2f} GB on the fullest GPU (simulated), of {capacity:.0f} GB."
 
 
 # ------------------------------------------------------------------------------ tables
@@ -134,30 +131,16 @@ def operators_table(steps: Sequence[Step], ranks: int) -> Table:
     for phase in (FORWARD, BACKWARD):
         own = in_order(steps, phase)
         for step in own:
-            rows.append(
-                (
-                    phase,
-                    step.name,
-                    step.shape or step.kind,
-                    f"{step.flops / 1e9:,.2f}",
-                    f"{(step.sent or step.moved) / 1e6:,.2f}",
-                    f"{step.seconds * 1e6:,.1f}",
-                    f"{step.hidden * 1e6:,.1f}" if step.hidden else "",
-                )
-            )
+            moved = f"{(step.sent or step.moved) / 1e6:,.2f}"
+            hidden = f"{step.hidden * 1e6:,.1f}" if step.hidden else ""
+            figures = f"{step.flops / 1e9:,.2f}", moved, f"{step.seconds * 1e6:,.1f}", hidden
+            rows.append((phase, step.name, step.shape or step.kind, *figures))
         if own:
             flops, sent = sum(step.flops for step in own), sum(step.sent for step in own)
-            rows.append(
-                (
-                    phase,
-                    "= sum, hidden taken off",
-                    f"{flops * ranks / 1e9:,.0f} GFLOP on all {ranks} TP ranks",
-                    f"{flops / 1e9:,.2f}",
-                    f"{sent / 1e6:,.2f} sent",
-                    f"{sum(step.exposed for step in own) * 1e6:,.1f}",
-                    "",
-                )
-            )
+            everywhere = f"{flops * ranks / 1e9:,.0f} GFLOP on all {ranks} TP ranks"
+            seconds = f"{sum(step.exposed for step in own) * 1e6:,.1f}"
+            figures = f"{flops / 1e9:,.2f}", f"{sent / 1e6:,.2f} sent", seconds, ""
+            rows.append((phase, "= sum, hidden taken off", everywhere, *figures))
     return ("phase", "operator", "shape", "GFLOP", "MB", "us", "hidden us"), rows
 
 
@@ -174,12 +157,12 @@ def memory_table(plan: Plan, p: Prediction) -> Table:
     if job.task == "train":
         activations = layer_activations(model, strip(layout), job, plan.software)
         flight = layers_in_flight(layout, model, layout.micro_batches(job.global_batch))
+        adam, replicas = optimizer_bytes(plan.software), layout.dp_group.ranks
+        kept = f"{flight:g} layers in flight × {activations.kept / 1e6:,.1f} MB"
         what |= {
             "gradients": "fp32",
-            "optimizer": f"Adam: {optimizer_bytes(plan.software)} bytes a parameter, on "
-            f"{layout.dp_group.ranks} replicas",
-            "activations": f"{flight:g} layers in flight × {activations.kept / 1e6:,.1f} MB (recomputation "
-            f"{layout.recompute}), and work space",
+            "optimizer": f"Adam: {adam} bytes a parameter, on {replicas} replicas",
+            "activations": f"{kept} (recomputation {layout.recompute}), and work space",
         }
     else:
         what |= {"cache": "keys and values", "activations": "work space of a micro-batch"}
@@ -190,16 +173,8 @@ def memory_table(plan: Plan, p: Prediction) -> Table:
 
 def traffic_table(p: Prediction) -> Table:
     """Collectives of one rank in a step, by axis and kind."""
-    rows = [
-        (
-            t.axis,
-            t.kind,
-            t.link,
-            f"{t.bytes / 1e6:,.3f}",
-            duration(t.seconds),
-            duration(t.exposed),
-            f"{t.bytes / t.seconds / 1e9:,.0f}" if t.seconds else "",
-        )
-        for t in p.traffic
-    ]
+    rows = []
+    for *kind, sent, seconds, exposed in p.traffic:
+        rate = f"{sent / seconds / 1e9:,.0f}" if seconds else ""
+        rows.append((*kind, f"{sent / 1e6:,.3f}", duration(seconds), duration(exposed), rate))
     return ("axis", "collective", "slowest link", "MB sent", "time", "exposed", "GB/s sent"), rows

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from helix_megatron.arguments import FLAGS
 from helix_megatron.core.exchanges import NO_EXCHANGE
+from helix_megatron.errors import listed
+from helix_megatron.flags import flag_of
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec
@@ -21,72 +22,77 @@ OWN_SCRIPT = "$MEGATRON_LM/pretrain_gpt.py"
 NO_CP = "scripts/pretrain_gpt.py has no context parallelism."
 
 
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """Flags by their destination names as words of a command line; without those that are off."""
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is False or value is None:
+            continue
+        words.append(flag_of(name))
+        if isinstance(value, list | tuple):
+            words.append("[" + ",".join(str(int(v)) for v in value) + "]")
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
 def model_words(model: ModelSpec) -> list[str]:
     """The model's flags as words of a command line."""
-    words: list[str] = []
-    for name, value in model.flags.items():
-        flag = "--" + name.replace("_", "-")
-        if name in LEFT_OUT or value is False or value is None:
-            continue
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, list | tuple):
-            words += [flag, "[" + ",".join(str(int(v)) for v in value) + "]"]
-        else:
-            words += [flag, str(value)]
-    if "--vocab-size" not in words:
-        words += ["--vocab-size", str(model.padded_vocab_size)]
-    return words
+    flags = {name: value for name, value in model.flags.items() if name not in LEFT_OUT}
+    return flag_words(flags | {"vocab_size": flags.get("vocab_size", model.padded_vocab_size)})
 
 
 def layout_words(model: ModelSpec, layout: Layout, job: Job, software: Software) -> list[str]:
     """Parallelism, batch and precision as words of a command line; those of Megatron-LM and of Helix."""
-    words = [*_parallel_words(model, layout), "--seq-length", str(job.sequence)]
-    words += ["--micro-batch-size", str(layout.micro_batch)]
-    words += ["--global-batch-size", str(job.global_batch)]
+    overlap = software.distributed_optimizer and software.dp_overlap
+    full = layout.recompute == "full"
+    flags: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tp,
+        **_cut(layout),
+        "pipeline_model_parallel_size": layout.pp if layout.pp > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": (
+            model.num_layers // layout.pp // layout.vp if layout.vp > 1 else None
+        ),
+        "context_parallel_size": layout.cp if layout.cp > 1 else None,
+        **_experts(model, layout),
+        "sequence_parallel": layout.sequence_parallel,
+        "seq_length": job.sequence,
+        "micro_batch_size": layout.micro_batch,
+        "global_batch_size": job.global_batch,
+        "bf16": software.precision in ("bf16", "fp8"),
+        "recompute_granularity": None if layout.recompute == "none" else layout.recompute,
+        "recompute_method": "uniform" if full else None,
+        "recompute_num_layers": 1 if full else None,
+        "use_distributed_optimizer": software.distributed_optimizer,
+        "overlap_grad_reduce": overlap,
+        "overlap_param_gather": overlap,
+    }
     if model.learned_positions:
-        words += ["--max-position-embeddings", str(max(model.learned_positions, job.sequence))]
-    if software.precision in ("bf16", "fp8"):
-        words.append("--bf16")
-    if layout.recompute != "none":
-        words += ["--recompute-granularity", layout.recompute]
-    if layout.recompute == "full":
-        words += ["--recompute-method", "uniform", "--recompute-num-layers", "1"]
-    if software.distributed_optimizer:
-        words.append("--use-distributed-optimizer")
-        if software.dp_overlap:
-            words += ["--overlap-grad-reduce", "--overlap-param-gather"]
-    return words
+        flags["max_position_embeddings"] = max(model.learned_positions, job.sequence)
+    return flag_words(flags)
 
 
-def _parallel_words(model: ModelSpec, layout: Layout) -> list[str]:
-    words = ["--tensor-model-parallel-size", str(layout.tp)]
-    if layout.segments > 1:
-        words += [FLAGS["intra_head_parallel_size"], str(layout.segments)]
-        words += [FLAGS["query_layout"], layout.query_layout]
-        if layout.exchange != NO_EXCHANGE.name:
-            words += [FLAGS["exchange"], layout.exchange]
-    if layout.pp > 1:
-        words += ["--pipeline-model-parallel-size", str(layout.pp)]
-    if layout.vp > 1:
-        per_chunk = model.num_layers // layout.pp // layout.vp
-        words += ["--num-layers-per-virtual-pipeline-stage", str(per_chunk)]
-    if layout.cp > 1:
-        words += ["--context-parallel-size", str(layout.cp)]
-    if model.experts:
-        words += ["--expert-model-parallel-size", str(layout.ep)]
-        words += ["--expert-tensor-parallel-size", str(layout.etp)]
-    if layout.sequence_parallel:
-        words.append("--sequence-parallel")
-    return words
+def _cut(layout: Layout) -> dict[str, Any]:
+    """Flags of Helix's own, by the names of Megatron's namespace."""
+    if layout.segments == 1:
+        return {}
+    exchange = None if layout.exchange == NO_EXCHANGE.name else layout.exchange
+    return {
+        "intra_head_parallel_size": layout.segments,
+        "helix_query_layout": layout.query_layout,
+        "helix_exchange": exchange,
+    }
+
+
+def _experts(model: ModelSpec, layout: Layout) -> dict[str, Any]:
+    names = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+    return dict(zip(names, (layout.ep, layout.etp), strict=True)) if model.experts else {}
 
 
 def command_words(plan: Plan, layout: Layout) -> list[str]:
     """All flags of the training command."""
-    words = [
-        *model_words(plan.model),
-        *layout_words(plan.model, layout, plan.job, plan.software),
-    ]
+    words = model_words(plan.model)
+    words += layout_words(plan.model, layout, plan.job, plan.software)
     if layout.cp > 1:
         for flag, value in _own_flags(plan.model, plan.job).items():
             words += [] if flag in words else [flag, value]
@@ -119,13 +125,8 @@ def training_command(plan: Plan, layout: Layout) -> str:
         lines = [" ".join(["CUDA_DEVICE_MAX_CONNECTIONS=1", *start, OWN_SCRIPT])]
     else:
         lines = [" ".join([*start, "scripts/pretrain_gpt.py"])]
-    lines += _wrapped(words)
-    note = (
-        f"# For Megatron-LM's own pretrain_gpt.py, never run here: {NO_CP}\n"
-        if layout.cp > 1
-        else ""
-    )
-    return note + " \\\n".join(lines)
+    note = f"# For Megatron-LM's own pretrain_gpt.py, never run here: {NO_CP}\n"
+    return (note if layout.cp > 1 else "") + " \\\n".join([*lines, *_wrapped(words)])
 
 
 def _torchrun(ranks: int, cluster: Cluster) -> list[str]:
@@ -152,27 +153,22 @@ def _wrapped(words: Sequence[str]) -> list[str]:
 def serving_words(plan: Plan, layout: Layout, nodes: int) -> list[str]:
     """The flags of `helix serve` for one replica; over several nodes a launcher starts the ranks."""
     model, job = plan.model, plan.job
-    words = ["--load", "$CHECKPOINT"]
-    if nodes == 1:
-        words += ["--nproc-per-node", str(layout.tp)]
-    words += [FLAGS["intra_head_parallel_size"], str(layout.segments)]
-    if layout.segments > 1:
-        words += [FLAGS["query_layout"], layout.query_layout]
-        if job.task == "decode":
-            words += ["--cache-layout", layout.cache]
-    if model.experts:
-        words += ["--expert-model-parallel-size", str(layout.ep)]
-        words += ["--expert-tensor-parallel-size", str(layout.etp)]
-    words += ["--dtype", "fp32" if plan.software.precision == "fp32" else "bf16"]
-    words += ["--max-sequences", str(job.global_batch // layout.dp)]
     # The planner's sequence is in the cache already; a token follows it where the model has a position for it.
-    positions = job.sequence + 1
-    if model.learned_positions:
-        positions = min(positions, model.learned_positions)
-    words += ["--max-context", str(positions)]
-    if job.task == "prefill":
-        words += ["--prefill-chunk", str(layout.micro_batch * job.sequence)]
-    return words
+    positions = min(job.sequence + 1, model.learned_positions or job.sequence + 1)
+    cut = layout.segments > 1
+    flags = {
+        "load": "$CHECKPOINT",
+        "nproc_per_node": layout.tp if nodes == 1 else None,
+        "intra_head_parallel_size": layout.segments,
+        "helix_query_layout": layout.query_layout if cut else None,
+        "cache_layout": layout.cache if cut and job.task == "decode" else None,
+        **_experts(model, layout),
+        "dtype": "fp32" if plan.software.precision == "fp32" else "bf16",
+        "max_sequences": job.global_batch // layout.dp,
+        "max_context": positions,
+        "prefill_chunk": layout.micro_batch * job.sequence if job.task == "prefill" else None,
+    }
+    return flag_words(flags)
 
 
 def not_served(model: ModelSpec, layout: Layout) -> str:
@@ -214,10 +210,8 @@ def deepspeed_config(plan: Plan, layout: Layout) -> tuple[dict[str, Any] | None,
     """(DeepSpeed's configuration, "") or (None, why there is none)."""
     for degree, name in ((layout.pp, "pipeline"), (layout.cp, "context"), (layout.ep, "expert")):
         if degree > 1:
-            return (
-                None,
-                f"the host for DeepSpeed has no {name} parallelism, and this layout has {degree}",
-            )
+            reason = f"no {name} parallelism, and this layout has {degree}"
+            return None, f"the host for DeepSpeed has {reason}"
     helix: dict[str, Any] = {"tensor_parallel_size": layout.tp} | layout.helix().to_dict()
     config: dict[str, Any] = {
         "train_batch_size": plan.job.global_batch,
@@ -242,7 +236,7 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
         found.append(f"{NO_CP} The command is for Megatron-LM's own pretrain_gpt.py.")
         missing = [name for name, value in plan.model.flags.items() if name in NOT_THERE and value]
         if missing:
-            flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+            flags = listed(map(flag_of, missing))
             found.append(
                 f"Megatron-LM's own script has no {flags}: it needs changes to train this model."
             )

@@ -32,9 +32,8 @@ class LayerRecorder(Recorder):
     def residual(self, name: str) -> None:
         """Bias, dropout and residual in one kernel: three tensors, and the mask of a byte per element."""
         hidden, dropout = self.model.hidden_size, self.software.dropout
-        mask = 0.5 if dropout else 0.0
-        shape = f"[{self.own:.0f}, {hidden}]"
-        self.stream(name, self.own * hidden, 3 + mask, 2 + mask if dropout else 0.0, shape)
+        times = (3.5, 2.5) if dropout else (3.0, 0.0)
+        self.stream(name, self.own * hidden, *times, f"[{self.own:.0f}, {hidden}]")
 
     def cast(self, name: str, elements: float) -> None:
         """fp8: read in bf16, write it and its transpose; its gradient the same."""

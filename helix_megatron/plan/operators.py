@@ -88,10 +88,7 @@ def attention_steps(scenario: Scenario, layout: Layout, windowed: bool) -> tuple
 def mlp_steps(scenario: Scenario, layout: Layout, experts: bool) -> tuple[Step, ...]:
     """Norm and MLP, dense or of experts, of one layer."""
     record = LayerRecorder(scenario, layout)
-    if experts:
-        record.experts_mlp()
-    else:
-        record.mlp()
+    (record.experts_mlp if experts else record.mlp)()
     return tuple(record.steps)
 
 
@@ -101,27 +98,15 @@ def _core_attention(record: LayerRecorder, sequence: int, window: int | None) ->
     cost = COSTS[layout.exchange]
     assert not cost.supports(shape), f"{cost.name}: {cost.supports(shape)}"
     work = attention_work(model, layout, shape)
-    forward, backward = attention_seconds(
-        record.chip,
-        work,
-        widest=software.widest,
-        dropout=software.dropout,
-        precision=software.unquantised,
-    )
+    how = {"widest": software.widest, "precision": software.unquantised}
+    seconds = attention_seconds(record.chip, work, dropout=software.dropout, **how)
     sent = cost.bytes(shape)
     size = sent * layout.segments / max(1, layout.segments - 1)
     size /= 2 if cost.collective == "all-reduce" else 1
+    counted = {"sent": sent, "messages": cost.messages(shape)}
+    name, group = f"exchange {cost.name}", layout.head_group
     for phase in (FORWARD, BACKWARD):
-        record.collective(
-            f"exchange {cost.name}",
-            phase,
-            cost.collective,
-            size,
-            layout.head_group,
-            "exchange",
-            sent=sent,
-            messages=cost.messages(shape),
-        )
+        record.collective(name, phase, cost.collective, size, group, "exchange", **counted)
     if layout.cp > 1:
         # Keys and values travel round a ring of context parallel ranks beside the computation, and every turn's
         # partial output is merged in fp32.
@@ -129,22 +114,15 @@ def _core_attention(record: LayerRecorder, sequence: int, window: int | None) ->
         record.stream("context parallel merge", merged, 3, 3)
         kv = 2 * model.num_query_groups * model.head_dim / min(layout.tp, model.num_query_groups)
         size = layout.micro_batch * sequence * kv * record.element
-        for phase, busy in ((FORWARD, forward), (BACKWARD, backward)):
-            record.collective(
-                "context parallel keys and values",
-                phase,
-                "all-gather",
-                size * (1 if phase == FORWARD else 2),
-                layout.cp_group,
-                "cp",
-                beside=busy * (layout.cp - 1) / layout.cp,
-            )
+        name, group = "context parallel keys and values", layout.cp_group
+        for phase, many, busy in zip((FORWARD, BACKWARD), (1, 2), seconds, strict=True):
+            beside = busy * (layout.cp - 1) / layout.cp
+            record.collective(name, phase, "all-gather", many * size, group, "cp", beside=beside)
     heads = work.batch_heads / layout.micro_batch
     text = f"[{layout.micro_batch}, {heads:g} heads, {sequence}, {work.head_dim}]"
     times = ATTENTION_BACKWARD_FLOPS if work.fused(software.widest) else 2.0
-    record.attention(
-        text, work.flops, _attention_bytes(work, model, software), forward, backward, times
-    )
+    moved = _attention_bytes(work, model, software)
+    record.attention(text, work.flops, moved, seconds, times)
 
 
 def _attention_bytes(work: AttentionWork, model: ModelSpec, software: Software) -> float:
@@ -188,11 +166,10 @@ def outer_steps(scenario: Scenario, layout: Layout, *, first: bool) -> tuple[Ste
     group, size = layout.tp_group, tokens * hidden * record.element
     if first:
         record.stream("embedding", tokens * hidden, 2, 2, f"[{tokens:.0f}, {hidden}]")
+        kind = "reduce-scatter" if layout.sequence_parallel else "all-reduce"
+        record.collective("embedding output", FORWARD, kind, size, group, "tp")
         if layout.sequence_parallel:
-            record.collective("embedding output", FORWARD, "reduce-scatter", size, group, "tp")
             record.collective("embedding gradient", BACKWARD, "all-gather", size, group, "tp")
-        else:
-            record.collective("embedding output", FORWARD, "all-reduce", size, group, "tp")
         return tuple(record.steps)
     vocab = model.padded_vocab(layout.tp) / layout.tp
     record.norm("final norm")

@@ -40,39 +40,24 @@ def plot(plan: Plan, path: Path) -> None:
             own = [r for r in own if r.layout.pp == 1 and r.layout.cp == 1]
         if not own:
             continue
-        cloud.scatter(
-            [row.memory / 1e9 for row in own],
-            [tokens / row.seconds for row in own],
-            s=14,
-            alpha=0.6,
-            label=f"{name} ({len(own)})",
-            color=COLOURS[name],
-        )
+        memory, speed = [r.memory / 1e9 for r in own], [tokens / r.seconds for r in own]
+        label = f"{name} ({len(own)})"
+        cloud.scatter(memory, speed, s=14, alpha=0.6, label=label, color=COLOURS[name])
     cloud.axvline(capacity, color="black", lw=0.8, ls=":")
-    cloud.annotate(
-        f" {capacity:.0f} GB",
-        (capacity, 0.02),
-        xycoords=("data", "axes fraction"),
-        fontsize=8,
-        ha="right",
-    )
-    cloud.set(
-        xlabel="simulated GB on the fullest GPU",
-        ylabel="simulated tokens per second",
-        xlim=(0, None),
-        ylim=(0, None),
-    )
+    where = {"xycoords": ("data", "axes fraction"), "ha": "right"}
+    cloud.annotate(f" {capacity:.0f} GB", (capacity, 0.02), fontsize=8, **where)
+    cloud.set(xlabel="simulated GB on the fullest GPU", xlim=(0, None), ylim=(0, None))
+    cloud.set_ylabel("simulated tokens per second")
     cloud.yaxis.set_major_formatter("{x:,.0f}")
     cloud.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False, fontsize=9)
     cloud.set_title("every layout that fits", loc="left", fontsize=11)
     _bars(plan, bars, tokens)
     for axes in (cloud, bars):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{plan.model.name} on {plan.gpus} GPUs, {plan.cluster.name}, {plan.job.task}: simulated",
-        x=0.01,
-        ha="left",
+    title = (
+        f"{plan.model.name} on {plan.gpus} GPUs, {plan.cluster.name}, {plan.job.task}: simulated"
     )
+    figure.suptitle(title, x=0.01, ha="left")
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=130)
@@ -95,30 +80,15 @@ def _bars(plan: Plan, axes: Any, tokens: float) -> None:
             break
     rows.sort(key=lambda row: -row.seconds)
     labels = [row.layout.describe().replace(" · ", "·") for row in rows]
-    colours = [
-        COLOURS[
-            next(
-                (
-                    n
-                    for n in ("Helix (m > 1)", "context parallel", "TP × PP")
-                    if RIVALS[n](r.layout)
-                ),
-                "m = 1",
-            )
-        ]
-        for r in rows
-    ]
-    places = range(len(rows))
-    axes.barh(places, [tokens / row.seconds for row in rows], color=colours, height=0.7)
-    for place, row in zip(places, rows, strict=True):
-        axes.annotate(
-            f" {tokens / row.seconds:,.0f} tokens/s, {row.memory / 1e9:.0f} GB",
-            (tokens / row.seconds, place),
-            va="center",
-            fontsize=8,
-        )
-    axes.set_yticks(places, labels, fontsize=8)
-    axes.set_xlim(0, 1.35 * max(tokens / row.seconds for row in rows))
+    families = ("Helix (m > 1)", "context parallel", "TP × PP", "m = 1")
+    colours = [COLOURS[next(n for n in families if RIVALS[n](row.layout))] for row in rows]
+    speeds = [tokens / row.seconds for row in rows]
+    axes.barh(range(len(rows)), speeds, color=colours, height=0.7)
+    for place, (row, speed) in enumerate(zip(rows, speeds, strict=True)):
+        text = f" {speed:,.0f} tokens/s, {row.memory / 1e9:.0f} GB"
+        axes.annotate(text, (speed, place), va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_xlim(0, 1.35 * max(speeds))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("simulated tokens per second")

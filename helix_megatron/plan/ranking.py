@@ -69,9 +69,7 @@ def ranking_table(plan: Plan, count: int) -> Table:
     """The fastest layouts and their rivals."""
     from rich.table import Table
 
-    names: dict[int, list[str]] = {}
-    for name, row in rivals(plan).items():
-        names.setdefault(id(row), []).append(name)
+    best = rivals(plan).items()
     table = Table(title=f"Layouts of {plan.model.name} by {STEP[plan.job.task]} (simulated)")
     table.add_column("#", justify="right")
     table.add_column("layout", overflow="fold", min_width=18)
@@ -82,35 +80,28 @@ def ranking_table(plan: Plan, count: int) -> Table:
         table.add_column(title, justify="right")
     table.add_column("best of", overflow="fold")
     for number, row in shown_rows(plan, count):
-        p = plan.predict(row.layout)
-        table.add_row(*_cells(plan, number, p), ", ".join(names.get(id(row), ())))
+        names = ", ".join(name for name, rival in best if rival is row)
+        table.add_row(*_cells(plan, number, plan.predict(row.layout)), names)
     return table
 
 
 def _cells(plan: Plan, number: int | None, p: Prediction) -> list[str]:
-    layout = p.layout
-    if layout.segments == 1:
-        exchange = "whole heads"
-    elif plan.job.task == "decode":
-        exchange = f"cache {layout.cache}"
-    else:
-        exchange = f"{layout.query_layout}, {layout.exchange}"
-    without = layout.tp > 1 and not layout.sequence_parallel and plan.job.task != "decode"
-    seconds = f"{p.seconds * 1e3:.2f}" if plan.job.task == "decode" else f"{p.seconds:.3f}"
+    layout, decode = p.layout, plan.job.task == "decode"
+    exchange = f"cache {layout.cache}" if decode else f"{layout.query_layout}, {layout.exchange}"
+    without = layout.tp > 1 and not layout.sequence_parallel and not decode
     peak = plan.cluster.chip.flops[plan.software.unquantised]
+    shares = (p.exposed / p.seconds, p.hidden / p.seconds, p.bubble)
     return [
         "–" if number is None else str(number),
         layout.describe() + (" · no SP" if without else ""),
-        exchange,
+        "whole heads" if layout.segments == 1 else exchange,
         f"{layout.micro_batch} × {p.micro_batches}",
         layout.recompute,
-        seconds,
+        f"{p.seconds * 1e3:.2f}" if decode else f"{p.seconds:.3f}",
         f"{p.tokens_per_second:,.0f}",
         f"{p.flops_per_gpu / peak:.0%}",
         f"{p.memory.total / 1e9:.1f}",
-        f"{p.exposed / p.seconds:.0%}",
-        f"{p.hidden / p.seconds:.0%}",
-        f"{p.bubble:.0%}",
+        *(f"{share:.0%}" for share in shares),
     ]
 
 
@@ -123,9 +114,8 @@ def print_rejected(plan: Plan, console: Console, *, everything: bool = False) ->
         for rejected in shown:
             console.print(f"  {rejected.what}: {rejected.reason}", highlight=False)
         if len(shown) < number:
-            console.print(
-                f"  … and {number - len(shown)} more (--rejected shows all)", highlight=False
-            )
+            more = f"  … and {number - len(shown)} more (--rejected shows all)"
+            console.print(more, highlight=False)
 
 
 # -------------------------------------------------------------------------------- JSON
@@ -158,29 +148,25 @@ def prediction_json(plan: Plan, p: Prediction) -> dict[str, Any]:
 
 def plan_json(plan: Plan, count: int) -> dict[str, Any]:
     """The plan: rows that the table shows in full, all rows in short, all that was rejected."""
+
+    def full(row: Row) -> dict[str, Any]:
+        return prediction_json(plan, plan.predict(row.layout))
+
     helps, text = verdict(plan)
+    model = {
+        n: getattr(plan.model, n) for n in ("name", "parameters", "active_parameters", "source")
+    }
     return {
         "simulated": True,
-        "model": {
-            "name": plan.model.name,
-            "parameters": plan.model.parameters,
-            "active_parameters": plan.model.active_parameters,
-            "source": plan.model.source,
-        },
+        "model": model,
         "cluster": {"name": plan.cluster.name, "source": plan.cluster.source, "gpus": plan.gpus},
         "job": plan.job.__dict__,
         "software": plan.software.__dict__,
         "helix_helps": helps,
         "verdict": text,
         "rival_not_ranked": missing_rival(plan),
-        "rivals": {
-            name: prediction_json(plan, plan.predict(row.layout))
-            for name, row in rivals(plan).items()
-        },
-        "shown": {
-            str(number): prediction_json(plan, plan.predict(row.layout))
-            for number, row in enumerate(plan.rows[:count], start=1)
-        },
+        "rivals": {name: full(row) for name, row in rivals(plan).items()},
+        "shown": {str(n): full(row) for n, row in enumerate(plan.rows[:count], start=1)},
         "rows": [
             {
                 "layout": row.layout._asdict(),

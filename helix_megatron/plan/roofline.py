@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from helix_megatron.hardware import (
     ATTENTION_BACKWARD_FLOPS,
@@ -53,8 +53,7 @@ def stream_seconds(chip: Chip, moved: float, kernels: int = 1) -> float:
     return moved / (chip.memory_bandwidth * MEMORY_EFFICIENCY) + kernels * chip.launch
 
 
-@dataclass(frozen=True)
-class AttentionWork:
+class AttentionWork(NamedTuple):
     """Core attention of one rank, one layer: what an exchange leaves to compute.
 
     flops: of visible pairs, forward. score_bytes: scores written to memory by the exchange itself (fp32,
@@ -77,12 +76,7 @@ class AttentionWork:
 
 
 def attention_seconds(
-    chip: Chip,
-    work: AttentionWork,
-    *,
-    widest: int,
-    dropout: bool = False,
-    precision: str = "bf16",
+    chip: Chip, work: AttentionWork, *, widest: int, dropout: bool = False, precision: str = "bf16"
 ) -> tuple[float, float]:
     """(forward, backward) of core attention in bf16 or fp32."""
     if not work.flops:

@@ -8,14 +8,14 @@ chunk after it, each a message later.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from helix_megatron.errors import HelixError
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One chunk of layers of one stage, forward or backward, for one micro-batch; seconds."""
 
     stage: int
@@ -26,8 +26,7 @@ class Slot:
     end: float
 
 
-@dataclass(frozen=True)
-class Timeline:
+class Timeline(NamedTuple):
     """What `simulate` found. bubble: share of the time in which the busiest stage has nothing to do."""
 
     slots: tuple[Slot, ...]
@@ -59,9 +58,8 @@ def order_of(
         return backward, (chunks - 1 - chunk) if backward else chunk, round_ * stages + place
 
     warmup = stages - stage - 1
-    if chunks > 1:
-        # As megatron-core: twice as deep, and one round of all chunks but the last.
-        warmup = 2 * (stages - stage - 1) + (chunks - 1) * stages
+    if chunks > 1:  # as megatron-core: twice as deep, and one round of all chunks but the last
+        warmup = 2 * warmup + (chunks - 1) * stages
     warmup = min(warmup, work)
     order = [unit(i, False) for i in range(warmup)]
     for i in range(work - warmup):
@@ -90,27 +88,23 @@ def simulate(
     if not any(map(any, backward)):
         orders = [[u for u in order if not u[0]] for order in orders]
     done: dict[tuple[bool, int, int], float] = {}  # (backward, virtual stage, micro-batch) → end
-    next_unit, free = [0] * stages, [0.0] * stages
+    waiting, free = [deque(order) for order in orders], [0.0] * stages
     slots: list[Slot] = []
-    remaining = sum(map(len, orders))
-    while remaining:
-        moved = False
-        for stage in range(stages):
-            while next_unit[stage] < len(orders[stage]):
-                is_backward, chunk, batch = orders[stage][next_unit[stage]]
-                ready = _ready(
-                    done, is_backward, chunk * stages + stage, batch, stages * chunks, message
-                )
+    while any(waiting):
+        before = len(slots)
+        for stage, units in enumerate(waiting):
+            while units:
+                is_backward, chunk, batch = units[0]
+                unit = is_backward, chunk * stages + stage, batch
+                ready = _ready(done, *unit, stages * chunks, message)
                 if ready is None:
                     break
                 start = max(free[stage], ready)
                 end = start + (backward if is_backward else forward)[stage][chunk]
-                done[is_backward, chunk * stages + stage, batch] = free[stage] = end
+                done[unit] = free[stage] = end
                 slots.append(Slot(stage, chunk, batch, is_backward, start, end))
-                next_unit[stage] += 1
-                remaining -= 1
-                moved = True
-        assert moved, "the schedule waits for itself"
+                units.popleft()
+        assert len(slots) > before, "the schedule waits for itself"
     seconds = max(free)
     busy = max(micro_batches * (sum(f) + sum(b)) for f, b in zip(forward, backward, strict=True))
     return Timeline(tuple(slots), seconds, 1 - busy / seconds)

@@ -10,7 +10,7 @@ from typing import Any
 from helix_megatron.arguments import as_flag
 from helix_megatron.core.caches import NAMES
 from helix_megatron.core.exchanges import EXACT, NO_EXCHANGE
-from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.errors import HelixError, divisors
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.inference import inference_memory
 from helix_megatron.plan.layouts import Layout, attention_shape, head_layout, strip
@@ -52,10 +52,8 @@ def search(
     needed = {"fp8": ("fp8", "bf16")}.get(software.precision, (software.precision,))
     lacking = [name for name in needed if name not in cluster.chip.flops]
     if lacking:
-        raise HelixError(
-            f"chip {cluster.chip.name} has no {lacking[0]}. Valid precisions there: "
-            f"{listed(cluster.chip.flops)}."
-        )
+        problem = f"chip {cluster.chip.name} has no {lacking[0]}."
+        raise HelixError(problem, valid=cluster.chip.flops, valid_name="precisions there")
     # Which groups cross domains depends on how many GPUs there are.
     cluster = dataclasses.replace(cluster, gpus=gpus)
     plan = Plan(model, cluster, job, software, gpus)
@@ -114,13 +112,9 @@ class _Search:
         for tp in divisors(self.gpus):
             refusal = of_tensor_parallel(self.model, tp)
             if tp > most and self.limits.tp != tp:
-                refusal = (
-                    "too wide",
-                    (
-                        f"a group would span {-(-tp // domain)} domains of {domain} GPUs in every layer; more "
-                        f"than {most} is tried only with --max-tensor-parallel {tp}"
-                    ),
-                )
+                why = f"a group would span {-(-tp // domain)} domains of {domain} GPUs in every layer; more "
+                why += f"than {most} is tried only with --max-tensor-parallel {tp}"
+                refusal = ("too wide", why)
             if self._allowed(f"TP {tp}", refusal, tp=tp):
                 yield tp
 
@@ -158,22 +152,16 @@ class _Search:
     ) -> Iterator[Layout]:
         """Layouts of a layer, sequence parallel where they can be."""
         sequence = self.job.sequence
-        parallel = tp > 1 and self.job.task != "decode" and sequence // cp % tp == 0
-        if tp > 1 and not parallel and self.job.task != "decode":
+        asked = tp > 1 and self.job.task != "decode"
+        parallel = asked and sequence // cp % tp == 0
+        if asked and not parallel:
+            what = f"TP {tp}, CP {cp}"
             why = f"sequence length {sequence} is not divisible by TP {tp}; nearest that is: "
             why += str(-(-sequence // (tp * cp)) * tp * cp)
             if self.model.experts and self.training:
-                self.reject(
-                    f"TP {tp}, CP {cp}",
-                    INDIVISIBLE,
-                    f"{why} (Megatron's MoE needs it)",
-                    tp=tp,
-                    cp=cp,
-                )
+                self.reject(what, INDIVISIBLE, f"{why} (Megatron's MoE needs it)", tp=tp, cp=cp)
                 return
-            self.reject(
-                f"TP {tp}, CP {cp}, sequence parallel", "sequence parallel", why, tp=tp, cp=cp
-            )
+            self.reject(f"{what}, sequence parallel", "sequence parallel", why, tp=tp, cp=cp)
         sizes: tuple[int, ...] = MICRO_BATCHES
         if self.job.task == "decode":
             sizes = tuple(divisors(self.job.global_batch))
@@ -181,14 +169,8 @@ class _Search:
             sizes = tuple(sorted({*sizes, self.limits.micro_batch}))
         for size in sizes:
             if self.job.global_batch % size == 0:
-                yield Layout(
-                    tp=tp,
-                    cp=cp,
-                    segments=segments,
-                    query_layout=query_layout,
-                    micro_batch=size,
-                    sequence_parallel=parallel,
-                )
+                base = Layout(tp=tp, cp=cp, segments=segments, query_layout=query_layout)
+                yield base._replace(micro_batch=size, sequence_parallel=parallel)
 
     def _sequence_parallel(self, layer: Layout) -> Iterator[Layout]:
         """With it, which saves memory, and without it, where that is faster or asked for."""
@@ -200,12 +182,9 @@ class _Search:
         if more < 0 or self.limits.sequence_parallel is False:
             yield without
             return
-        self.reject(
-            f"{layer.describe()}, micro-batch {layer.micro_batch}, no sequence parallel",
-            "slower without sequence parallel",
-            f"its layers are {more:.1f} % slower than with it, and keep more",
-            **_sizes(without),
-        )
+        what = f"{layer.describe()}, micro-batch {layer.micro_batch}, no sequence parallel"
+        why = f"its layers are {more:.1f} % slower than with it, and keep more"
+        self.reject(what, "slower without sequence parallel", why, **_sizes(without))
 
     def _exchanges(self, base: Layout) -> Iterator[Layout]:
         """The fastest exchange of each cut; the others are rejected with what they would cost more."""
@@ -234,12 +213,8 @@ class _Search:
                 yield layout
                 continue
             more = 100 * (seconds / timed[0][0] - 1)
-            self.reject(
-                f"{what}, {layout.exchange}",
-                "slower exchange",
-                f"its layers are {more:.1f} % slower than with {timed[0][1].exchange}",
-                **_sizes(layout),
-            )
+            why = f"its layers are {more:.1f} % slower than with {timed[0][1].exchange}"
+            self.reject(f"{what}, {layout.exchange}", "slower exchange", why, **_sizes(layout))
         if timed:
             yield timed[0][1]
 
@@ -265,12 +240,8 @@ class _Search:
         if pp == 1 or not self.training:
             return
         if batches % pp:
-            self.reject(
-                f"PP {pp} interleaved, {batches} micro-batches",
-                INDIVISIBLE,
-                f"the interleaved schedule needs micro-batches in multiples of {pp}",
-                pp=pp,
-            )
+            why = f"the interleaved schedule needs micro-batches in multiples of {pp}"
+            self.reject(f"PP {pp} interleaved, {batches} micro-batches", INDIVISIBLE, why, pp=pp)
             return
         yield from divisors(per_stage)[1:]
 
@@ -322,7 +293,7 @@ class _Search:
             return
         capacity, limits = self.cluster.chip.memory, self.limits
         choices = RECOMPUTE if self.training else RECOMPUTE[:1]
-        fixed = {"recompute": limits.recompute, "ep": limits.ep, "etp": limits.etp}
+        fixed = {key: getattr(limits, key) for key in ("recompute", "ep", "etp")}
         asked = [(key, value) for key, value in fixed.items() if value is not None]
         fits, memories = False, {}
         for i, recompute in enumerate(choices):
@@ -361,15 +332,9 @@ class _Search:
         if layout.exchange != NO_EXCHANGE.name:
             detail += f", {layout.exchange}"
         capacity = self.cluster.chip.memory
-        self.plan.rejected.append(
-            Rejected(
-                detail,
-                "does not fit",
-                f"needs {memory / 1e9:.0f} GB a GPU{how}, of {capacity / 1e9:.0f} GB",
-                tuple(layout._asdict().items()),
-                memory,
-            )
-        )
+        why = f"needs {memory / 1e9:.0f} GB a GPU{how}, of {capacity / 1e9:.0f} GB"
+        sizes = tuple(layout._asdict().items())
+        self.plan.rejected.append(Rejected(detail, "does not fit", why, sizes, memory))
 
 
 def _sizes(layer: Layout) -> dict[str, Any]:

@@ -90,18 +90,10 @@ class Recorder:
         batch: float,
         precision: str,
     ) -> None:
+        sizes, flops = (batch, rows, inner, columns), 2.0 * batch * rows * columns * inner
         moved = self.element * batch * (rows * inner + inner * columns + rows * columns)
-        self.steps.append(
-            Step(
-                name,
-                phase,
-                "gemm",
-                (batch, rows, inner, columns),
-                2.0 * batch * rows * columns * inner,
-                moved,
-                gemm_seconds(self.chip, rows, columns, inner, precision, batch),
-            )
-        )
+        seconds = gemm_seconds(self.chip, rows, columns, inner, precision, batch)
+        self.steps.append(Step(name, phase, "gemm", sizes, flops, moved, seconds))
 
     def stream(
         self, name: str, elements: float, forward: float, backward: float, shape: str = ""
@@ -114,20 +106,14 @@ class Recorder:
                 self.steps.append(Step(name, phase, "stream", shape, 0.0, moved, seconds))
 
     def attention(
-        self,
-        shape: str,
-        flops: float,
-        moved: float,
-        forward: float,
-        backward: float,
-        times: float,
+        self, shape: str, flops: float, moved: float, seconds: tuple[float, float], times: float
     ) -> None:
         """Core attention; `times` as many FLOPs are executed backward as forward, and twice the bytes move."""
-        for phase, many, seconds in ((FORWARD, 1.0, forward), (BACKWARD, times, backward)):
-            read = moved if phase == FORWARD else 2 * moved
-            self.steps.append(
-                Step("core attention", phase, "attention", shape, flops * many, read, seconds)
-            )
+        for phase, many, read, took in zip(
+            (FORWARD, BACKWARD), (1.0, times), (moved, 2 * moved), seconds, strict=True
+        ):
+            step = Step("core attention", phase, "attention", shape, flops * many, read, took)
+            self.steps.append(step)
 
     def collective(
         self,
@@ -145,23 +131,11 @@ class Recorder:
         """A collective over a group; `beside` seconds of kernels run at the same time."""
         if group.ranks == 1 or not size:
             return
-        each = collective_seconds(self.cluster, kind, size / messages, group)
-        seconds = messages * each
-        self.steps.append(
-            Step(
-                name,
-                phase,
-                kind,
-                (size, group.ranks),
-                0.0,
-                size,
-                seconds,
-                sent_bytes(kind, size, group.ranks) if sent is None else sent,
-                min(seconds, beside),
-                axis,
-                group.link(self.cluster),
-            )
-        )
+        seconds = messages * collective_seconds(self.cluster, kind, size / messages, group)
+        sent = sent_bytes(kind, size, group.ranks) if sent is None else sent
+        hidden, link, sizes = min(seconds, beside), group.link(self.cluster), (size, group.ranks)
+        step = Step(name, phase, kind, sizes, 0.0, size, seconds, sent, hidden, axis, link)
+        self.steps.append(step)
 
     def move_last(self, place: int) -> None:
         """Move the step recorded last to a place before it."""

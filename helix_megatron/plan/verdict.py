@@ -32,11 +32,17 @@ def rivals(plan: Plan) -> dict[str, Row]:
             found[name] = row
     helix = found.get("Helix (m > 1)")
     if helix is not None:
-        n, m = helix.layout.head_groups, helix.layout.segments
-        same = plan.best(lambda x: x.segments == 1 and x.tp == n and x.cp == m)
+        name, same = _same_groups(plan, helix.layout)
         if same is not None:
-            found[f"TP {n} × CP {m}"] = same
+            found[name] = same
     return found
+
+
+def _same_groups(plan: Plan, helix: Layout) -> tuple[str, Row | None]:
+    """TP = n with context parallel m, for a layout's m and n: its name, and the best row."""
+    n, m = helix.head_groups, helix.segments
+    best = plan.best(lambda x: x.segments == 1 and x.tp == n and x.cp == m)
+    return f"TP {n} × CP {m}", best
 
 
 def verdict(plan: Plan) -> tuple[bool, str]:
@@ -45,31 +51,28 @@ def verdict(plan: Plan) -> tuple[bool, str]:
         return False, nothing_fits(plan)
     helix = plan.best(RIVALS["Helix (m > 1)"])
     stock = plan.best(RIVALS["m = 1"])
+    cut, whole = (row.layout.describe() if row else "none" for row in (helix, stock))
     if helix is None:
-        return False, (
-            "Helix does not help here: no layout that cuts heads fits. Best: "
-            f"{stock.layout.describe() if stock else 'none'}."
-        )
+        text = f"no layout that cuts heads fits. Best: {whole}."
+        return False, f"Helix does not help here: {text}"
     if stock is None:
-        return True, (
-            f"Helix helps: nothing runs here without cutting heads. Best: {helix.layout.describe()}."
-        )
+        return True, f"Helix helps: nothing runs here without cutting heads. Best: {cut}."
     gain = stock.seconds / helix.seconds - 1
     if gain > MARGIN:
         return True, (
-            f"Helix helps: {helix.layout.describe()} is {100 * gain:.1f} % faster (simulated) than the best "
-            f"layout with whole heads, {stock.layout.describe()}.{_why(plan, helix, stock)}"
+            f"Helix helps: {cut} is {100 * gain:.1f} % faster (simulated) than the best layout with whole "
+            f"heads, {whole}.{_why(plan, helix, stock)}"
         )
     if gain > -MARGIN:
         return False, (
-            f"Helix does not help here: its best layout, {helix.layout.describe()}, and the best with whole "
-            f"heads, {stock.layout.describe()}, are {100 * abs(gain):.1f} % apart, which is within the error "
-            "of the prediction. Take the one with whole heads."
+            f"Helix does not help here: its best layout, {cut}, and the best with whole heads, {whole}, are "
+            f"{100 * abs(gain):.1f} % apart, which is within the error of the prediction. Take the one with "
+            "whole heads."
         )
+    slower = 100 * (helix.seconds / stock.seconds - 1)
     return False, (
-        f"Helix does not help here: {stock.layout.describe()} with whole heads is "
-        f"{100 * (helix.seconds / stock.seconds - 1):.1f} % faster (simulated) than the best layout that cuts "
-        f"heads, {helix.layout.describe()}.{_why_not(plan, stock)}"
+        f"Helix does not help here: {whole} with whole heads is {slower:.1f} % faster (simulated) than the "
+        f"best layout that cuts heads, {cut}.{_why_not(plan, stock)}"
     )
 
 
@@ -101,12 +104,12 @@ def missing_rival(plan: Plan) -> str:
     helix = plan.best(RIVALS["Helix (m > 1)"])
     if helix is None:
         return ""
-    n, m = helix.layout.head_groups, helix.layout.segments
-    if plan.best(lambda x: x.segments == 1 and x.tp == n and x.cp == m) is not None:
+    name, row = _same_groups(plan, helix.layout)
+    if row is not None:
         return ""
-    name = f"TP {n} × CP {m}"
+    wanted = Layout(tp=helix.layout.head_groups, cp=helix.layout.segments)
     for rejected in plan.rejected:
-        if rejected.explains(Layout(tp=n, cp=m), "tp", "segments", "cp"):
+        if rejected.explains(wanted, "tp", "segments", "cp"):
             return f"{name} is not ranked: {rejected.what} {rejected.reason}."
     return f"{name} is not ranked: its micro-batches do not divide the global batch."
 
@@ -115,10 +118,8 @@ def recommended(plan: Plan) -> int:
     """The number of the row that the verdict speaks for: the first that cuts heads if Helix helps, else the
     first that does not; 1 where the flags leave only the others."""
     helps = verdict(plan)[0]
-    for number, row in enumerate(plan.rows, start=1):
-        if (row.layout.segments > 1) == helps:
-            return number
-    return 1
+    numbered = enumerate(plan.rows, start=1)
+    return next((n for n, row in numbered if (row.layout.segments > 1) == helps), 1)
 
 
 def nothing_fits(plan: Plan) -> str:
