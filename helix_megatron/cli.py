@@ -11,48 +11,26 @@ from typing import cast
 from helix_megatron.errors import did_you_mean, listed
 
 PROGRAM = "helix"
-# Subcommand → (module, function(argv, program) -> exit status, help).
-SUBCOMMANDS = {
-    "plan": (
-        "helix_megatron.plan.command",
-        "plan_main",
-        "rank the layouts of a model on a cluster by predicted time (simulated)",
-    ),
-    "simulate": (
-        "helix_megatron.plan.command",
-        "simulate_main",
-        "show one layout operator by operator, and write its pipeline's trace (simulated)",
-    ),
-    "graph": (
-        "helix_megatron.graph.command",
-        "main",
-        "trace the operator graph of a run, check it, and draw it",
-    ),
-    "bench": (
-        "helix_megatron.bench.__main__",
-        "main",
-        "measure layouts side by side on this machine",
-    ),
-    "convert": (
-        "helix_megatron.checkpoint.command",
-        "main",
-        "convert checkpoints between Hugging Face, Megatron and files per rank",
-    ),
-    "generate": (
-        "helix_megatron.inference.command",
-        "main",
-        "generate text from a checkpoint, at any layout",
-    ),
-    "serve": (
-        "helix_megatron.serving.command",
-        "main",
-        "serve a checkpoint over HTTP as OpenAI does",
-    ),
-    "doctor": (
-        "helix_megatron.doctor",
-        "main",
-        "tell what works in this environment, or whether Helix fits a Megatron-LM checkout",
-    ),
+# Subcommand → the function(argv, program) -> exit status that runs it.
+FUNCTIONS = {
+    "plan": "plan.command:plan_main",
+    "simulate": "plan.command:simulate_main",
+    "graph": "graph.command:main",
+    "bench": "bench.__main__:main",
+    "convert": "checkpoint.command:main",
+    "generate": "inference.command:main",
+    "serve": "serving.command:main",
+    "doctor": "doctor:main",
+}
+HELP = {
+    "plan": "rank the layouts of a model on a cluster by predicted time (simulated)",
+    "simulate": "show one layout operator by operator, and write its pipeline's trace (simulated)",
+    "graph": "trace the operator graph of a run, check it, and draw it",
+    "bench": "measure layouts side by side on this machine",
+    "convert": "convert checkpoints between Hugging Face, Megatron and files per rank",
+    "generate": "generate text from a checkpoint, at any layout",
+    "serve": "serve a checkpoint over HTTP as OpenAI does",
+    "doctor": "tell what works in this environment, or whether Helix fits a Megatron-LM checkout",
 }
 
 
@@ -68,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     name = argv[0]
-    if name not in SUBCOMMANDS:
-        problem = f"{PROGRAM}: error: unknown subcommand {name!r}. Valid: {listed(SUBCOMMANDS)}."
-        print(*(problem, *did_you_mean(name, SUBCOMMANDS)), file=sys.stderr)
+    if name not in FUNCTIONS:
+        problem = f"{PROGRAM}: error: unknown subcommand {name!r}. Valid: {listed(FUNCTIONS)}."
+        print(*(problem, *did_you_mean(name, FUNCTIONS)), file=sys.stderr)
         return 2
-    module, function, _ = SUBCOMMANDS[name]
-    run = getattr(importlib.import_module(module), function)
+    module, _, function = FUNCTIONS[name].partition(":")
+    run = getattr(importlib.import_module(f"helix_megatron.{module}"), function)
     try:
         return cast(Callable[[Sequence[str], str], int], run)(argv[1:], f"{PROGRAM} {name}")
     except BrokenPipeError:  # `helix … | head` has read enough
@@ -83,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What `helix --help` prints."""
-    width = max(map(len, SUBCOMMANDS))
+    width = max(map(len, FUNCTIONS))
     lines = [f"usage: {PROGRAM} SUBCOMMAND …", "", "subcommands:"]
-    lines += [f"  {name:<{width}}  {text}" for name, (_, _, text) in SUBCOMMANDS.items()]
+    lines += [f"  {name:<{width}}  {text}" for name, text in HELP.items()]
     lines += ["", f"{PROGRAM} SUBCOMMAND --help explains each."]
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from helix_megatron import __version__
 from helix_megatron.errors import HelixError
@@ -21,16 +21,11 @@ from helix_megatron.versions import PYTHONS, TESTED, found_version
 PROGRAM = "helix doctor"
 
 
-@dataclass(frozen=True)
-class Host:
-    """A library that Helix works inside of.
+class Host(NamedTuple):
+    """A library that Helix works inside of, by the name that its users know; `packages` are names on PyPI.
 
-    Args:
-        name: what its users call it.
-        packages: what must be installed, by the name on PyPI.
-        modules: modules of Helix that import what is used of it.
-        check: `module:function` without arguments that returns a sentence for each thing that is missing.
-        install: the command that installs it.
+    `modules` of Helix import what is used of it; `check`, as `module:function`, returns a sentence for each
+    thing that is missing; `install` is the command that installs it.
     """
 
     name: str
@@ -73,20 +68,14 @@ HOSTS = (
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Tell what works in this environment, or whether Helix fits a checkout of Megatron-LM.",
+    what = "Tell what works in this environment, or whether Helix fits a checkout of Megatron-LM."
+    parser = argparse.ArgumentParser(prog=program, description=what)
+    checkout = "look at this checkout of Megatron-LM instead; nothing of it is imported"
+    parser.add_argument("--megatron", metavar="PATH", help=checkout)
+    patch = (
+        "with --megatron: print only a patch for its pretrain_gpt.py, for git apply --unidiff-zero"
     )
-    parser.add_argument(
-        "--megatron",
-        metavar="PATH",
-        help="look at this checkout of Megatron-LM instead; nothing of it is imported",
-    )
-    parser.add_argument(
-        "--patch",
-        action="store_true",
-        help="with --megatron: print only a patch for its pretrain_gpt.py, for git apply --unidiff-zero",
-    )
+    parser.add_argument("--patch", action="store_true", help=patch)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of an operator, from the shapes of its tensors."""
+"""What operators do with their tensors: which they only take the shape of, FLOPs and bytes by their shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_megatron.graph import attention_kernel  # noqa: F401 (defines the operators)
+from helix_megatron.graph import attention_kernel, values  # noqa: F401 (the first defines operators)
 from helix_megatron.graph.model import Spec
 from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS
 
@@ -38,6 +38,20 @@ DTYPES = {
 }
 
 
+# The same tensor under another name: no operator of their own.
+TRANSPARENT = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
+# What they write does not depend on what was there.
+OVERWRITES = {"copy_", "zero_", "fill_", "normal_", "uniform_", "bernoulli_"}
+EMPTY = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+# Of their inputs they take the shape only.
+SHAPED = EMPTY | {f"{name}_like" for name in ("zeros", "ones", "full", "rand", "randn")}
+SHAPED |= {f"new_{name}" for name in ("zeros", "ones", "full")}
+NAMES = {
+    ATTENTION: "aten.scaled_dot_product_attention",
+    ATTENTION_BACKWARD: "aten.scaled_dot_product_attention_backward",
+}
+
+
 def spec_of(tensor: Tensor) -> Spec:
     """Shape and dtype of a tensor."""
     return Spec(tuple(tensor.shape), DTYPES[tensor.dtype])
@@ -64,3 +78,18 @@ def attention_flops(query: Spec, value: Spec, pairs: int) -> int:
 def bytes_moved(inputs: Sequence[Spec], outputs: Sequence[Spec], view: bool) -> int:
     """Bytes read and written by an operator that runs by itself; none for a view."""
     return 0 if view else sum(spec.nbytes for spec in (*inputs, *outputs))
+
+
+def tensors_of_collective(name: str, args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs, inputs) of a c10d operator."""
+    first = list(values.tensors_of(args[0])) if args else []
+    in_place = name.startswith(("allreduce", "broadcast", "reduce"))
+    if in_place and not name.startswith("reduce_scatter"):
+        return first, first
+    if name == "send":
+        return [], first
+    if name.startswith("recv"):
+        return first, []
+    if name.startswith("barrier"):
+        return [], []
+    return first, list(values.tensors_of(args[1]))

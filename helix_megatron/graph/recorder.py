@@ -14,7 +14,7 @@ from torch.futures import Future
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_megatron.core.observe import Call
-from helix_megatron.graph import costs, operators, values
+from helix_megatron.graph import costs, values
 from helix_megatron.graph.model import (
     BACKWARD,
     BUFFER,
@@ -154,13 +154,13 @@ class Recorder(TorchDispatchMode):
             return self._run_collective(func, args)
         if PAUSE in self._during:
             return values.execute(func, args, kwargs)
-        if func.namespace not in ("aten", "helix") or func in operators.TRANSPARENT:
+        if func.namespace not in ("aten", "helix") or func in costs.TRANSPARENT:
             return self._pass_on(func, args, kwargs)
         self.storages.now = len(self.nodes)
         written = values.written_by(func, args, kwargs)
         name = func._schema.name.split("::")[1]
-        read = [] if name in operators.SHAPED else list(values.tensors_of((args, kwargs)))
-        if name in operators.OVERWRITES:
+        read = [] if name in costs.SHAPED else list(values.tensors_of((args, kwargs)))
+        if name in costs.OVERWRITES:
             read = _others(read, written)
         sources = [self._source(tensor) for tensor in read]
         inputs = tuple(costs.spec_of(tensor) for tensor in read)
@@ -169,9 +169,9 @@ class Recorder(TorchDispatchMode):
         outputs = written + _others(values.tensors_of(out), written)
         if not outputs:
             return out
-        view = func.is_view or name == "_unsafe_view" or name in operators.EMPTY
+        view = func.is_view or name == "_unsafe_view" or name in costs.EMPTY
         specs = tuple(costs.spec_of(tensor) for tensor in outputs)
-        op = operators.NAMES.get(func, str(func).removesuffix(".default"))
+        op = costs.NAMES.get(func, str(func).removesuffix(".default"))
         node = self._add(where, OPERATOR, op, sources, inputs, specs, view=view)
         self.nodes[node].flops = costs.flops_of(func, args, inputs)
         self.nodes[node].bytes = costs.bytes_moved(inputs, specs, view)
@@ -204,7 +204,7 @@ class Recorder(TorchDispatchMode):
             return done
         call, name = self._call, func._schema.name.split("::")[1].strip("_")
         assert call is not None, f"{func} was called past torch.distributed's groups"
-        outputs, inputs = operators.tensors_of_collective(name, args)
+        outputs, inputs = costs.tensors_of_collective(name, args)
         if call.group.size() == 1:
             return done
         self.storages.now = len(self.nodes)

@@ -11,20 +11,12 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
+from helix_megatron import hardware as hw
 from helix_megatron.core.exchanges import sent_bytes
-from helix_megatron.hardware import (
-    COLLECTIVE_MICROSECONDS,
-    COLLECTIVE_SIZES,
-    LATENCY_PER_DOUBLING,
-    NETWORK_EFFICIENCY,
-    NETWORK_LATENCY,
-    POINT_TO_POINT_LATENCY,
-    TABLE_LINK_BANDWIDTH,
-)
 from helix_megatron.plan.clusters import Cluster
 
-MEASURED_RANKS = tuple(COLLECTIVE_MICROSECONDS["all-gather"])
-_SIZES = tuple(math.log(size) for size in COLLECTIVE_SIZES)
+MEASURED_RANKS = tuple(hw.COLLECTIVE_MICROSECONDS["all-gather"])
+_SIZES = tuple(math.log(size) for size in hw.COLLECTIVE_SIZES)
 
 
 class Group(NamedTuple):
@@ -78,7 +70,7 @@ def collective_seconds(cluster: Cluster, kind: str, size: float, group: Group) -
             collective_seconds(cluster, half, size, group)
             for half in ("reduce-scatter", "all-gather")
         )
-    rate = cluster.network_bandwidth * NETWORK_EFFICIENCY
+    rate = cluster.network_bandwidth * hw.NETWORK_EFFICIENCY
     if kind == "all-to-all":
         outside = size * (group.ranks - inside) / group.ranks
         within = size * inside / group.ranks
@@ -89,7 +81,7 @@ def collective_seconds(cluster: Cluster, kind: str, size: float, group: Group) -
         within = size * (group.ranks - 1) / group.ranks * inside / max(inside - 1, 1)
     local = _domain_seconds(kind, within, inside, cluster.domain_bandwidth) if inside > 1 else 0.0
     # Chunks are pipelined through both links; the first still has to cross the network.
-    return max(outside / rate, local) + NETWORK_LATENCY * _hops(domains)
+    return max(outside / rate, local) + hw.NETWORK_LATENCY * _hops(domains)
 
 
 def point_to_point_seconds(cluster: Cluster, size: float, group: Group) -> float:
@@ -98,7 +90,7 @@ def point_to_point_seconds(cluster: Cluster, size: float, group: Group) -> float
         return 0.0
     crosses = group.domains(cluster) > 1
     rate = cluster.network_bandwidth if crosses else cluster.domain_bandwidth
-    return POINT_TO_POINT_LATENCY + size / (rate * NETWORK_EFFICIENCY)
+    return hw.POINT_TO_POINT_LATENCY + size / (rate * hw.NETWORK_EFFICIENCY)
 
 
 def _hops(domains: int) -> float:
@@ -108,7 +100,7 @@ def _hops(domains: int) -> float:
 
 def _domain_seconds(kind: str, size: float, ranks: int, bandwidth: float) -> float:
     """Interpolated over sizes in logarithms, over ranks linearly in log2; scaled by the link's bandwidth."""
-    table = COLLECTIVE_MICROSECONDS[kind]
+    table = hw.COLLECTIVE_MICROSECONDS[kind]
     if ranks in table:
         latency, seconds = _curve(kind, size, ranks)
     elif ranks < MEASURED_RANKS[-1]:
@@ -120,21 +112,21 @@ def _domain_seconds(kind: str, size: float, ranks: int, bandwidth: float) -> flo
     else:
         most = MEASURED_RANKS[-1]
         latency, seconds = _curve(kind, size, most)
-        grown = latency * LATENCY_PER_DOUBLING ** math.log2(ranks / most)
+        grown = latency * hw.LATENCY_PER_DOUBLING ** math.log2(ranks / most)
         wire = sent_bytes(kind, 1.0, ranks) / sent_bytes(kind, 1.0, most)
         latency, seconds = grown, grown + (seconds - latency) * wire
     # Latency is the protocol's; only the rest follows the link.
-    return latency + (seconds - latency) * TABLE_LINK_BANDWIDTH / bandwidth
+    return latency + (seconds - latency) * hw.TABLE_LINK_BANDWIDTH / bandwidth
 
 
 @functools.lru_cache(maxsize=65536)
 def _curve(kind: str, size: float, ranks: int) -> tuple[float, float]:
     """(latency, seconds) on the measured machine, for a measured number of ranks."""
-    row = COLLECTIVE_MICROSECONDS[kind][ranks]
-    if size <= COLLECTIVE_SIZES[0]:
+    row = hw.COLLECTIVE_MICROSECONDS[kind][ranks]
+    if size <= hw.COLLECTIVE_SIZES[0]:
         return row[0] * 1e-6, row[0] * 1e-6
-    if size >= COLLECTIVE_SIZES[-1]:
-        return row[0] * 1e-6, row[-1] * 1e-6 * size / COLLECTIVE_SIZES[-1]
+    if size >= hw.COLLECTIVE_SIZES[-1]:
+        return row[0] * 1e-6, row[-1] * 1e-6 * size / hw.COLLECTIVE_SIZES[-1]
     x = math.log(size)
     i = next(k for k in range(len(_SIZES) - 1) if x <= _SIZES[k + 1])
     weight = (x - _SIZES[i]) / (_SIZES[i + 1] - _SIZES[i])

@@ -7,15 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from helix_megatron.plan import memory
 from helix_megatron.plan.inference import decode_steps, for_inference
 from helix_megatron.plan.layouts import Layout, strip
-from helix_megatron.plan.memory import (
-    expert_weights,
-    layer_activations,
-    layers_in_flight,
-    optimizer_bytes,
-    rank_weights,
-)
 from helix_megatron.plan.operators import layer_kinds, layer_steps
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.score import Prediction
@@ -152,12 +146,12 @@ def terms_table(p: Prediction) -> Table:
 def memory_table(plan: Plan, p: Prediction) -> Table:
     """What the memory of the fullest GPU consists of."""
     layout, model, job = p.layout, plan.model, plan.job
-    weights = rank_weights(model, layout) + expert_weights(model, layout)
+    weights = memory.rank_weights(model, layout) + memory.expert_weights(model, layout)
     what = {"weights": f"{weights / 1e6:,.1f} M parameters"}
     if job.task == "train":
-        activations = layer_activations(model, strip(layout), job, plan.software)
-        flight = layers_in_flight(layout, model, layout.micro_batches(job.global_batch))
-        adam, replicas = optimizer_bytes(plan.software), layout.dp_group.ranks
+        activations = memory.layer_activations(model, strip(layout), job, plan.software)
+        flight = memory.layers_in_flight(layout, model, layout.micro_batches(job.global_batch))
+        adam, replicas = memory.optimizer_bytes(plan.software), layout.dp_group.ranks
         kept = f"{flight:g} layers in flight × {activations.kept / 1e6:,.1f} MB"
         what |= {
             "gradients": "fp32",

@@ -7,13 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from helix_megatron import hardware as hw
 from helix_megatron.core.exchanges import sent_bytes
-from helix_megatron.hardware import (
-    ITERATION_OVERHEAD,
-    MEMORY_EFFICIENCY,
-    OPTIMIZER_TRAFFIC,
-    OVERLAP_ROOM,
-)
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.collective_time import collective_seconds, point_to_point_seconds
 from helix_megatron.plan.layouts import Layout, strip
@@ -150,7 +145,7 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     per_stage[0] += first.forward + first.backward
     per_stage[-1] += last.forward + last.backward
     pipeline = pipeline_seconds(per_stage, batches, layout.vp, hop)
-    room = OVERLAP_ROOM * layout.vp if software.dp_overlap else 0.0
+    room = hw.OVERLAP_ROOM * layout.vp if software.dp_overlap else 0.0
     reduced, gathered = _data_parallel(
         model, layout._replace(recompute="none", vp=1, micro_batch=1), cluster, software
     )
@@ -163,7 +158,7 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
         for _, size, group in final_reductions(model, layout)
     )
     return Iteration(
-        seconds=pipeline + exposed + final + optimizer + ITERATION_OVERHEAD,
+        seconds=pipeline + exposed + final + optimizer + hw.ITERATION_OVERHEAD,
         pipeline=pipeline,
         busy=max(per_stage) * batches,
         per_micro_batch=(forward, backward, recomputed, message),
@@ -192,7 +187,7 @@ def predict_training(scenario: Scenario, layout: Layout, stage: int | None = Non
         "data parallel, exposed": sum(row[2] for row in found.data_parallel),
         "gradients of norms and tied embeddings": found.final,
         "optimizer": found.optimizer,
-        "host": ITERATION_OVERHEAD,
+        "host": hw.ITERATION_OVERHEAD,
     }
     traffic = stage_traffic(
         scenario,
@@ -257,4 +252,4 @@ def _optimizer_seconds(
     model: ModelSpec, layout: Layout, cluster: Cluster, software: Software
 ) -> float:
     states = training_states(model, layout, software).optimizer / optimizer_bytes(software)
-    return states * OPTIMIZER_TRAFFIC / (cluster.chip.memory_bandwidth * MEMORY_EFFICIENCY)
+    return states * hw.OPTIMIZER_TRAFFIC / (cluster.chip.memory_bandwidth * hw.MEMORY_EFFICIENCY)

@@ -11,20 +11,12 @@ from helix_megatron.arguments import as_flag
 from helix_megatron.core.caches import NAMES
 from helix_megatron.core.exchanges import EXACT, NO_EXCHANGE
 from helix_megatron.errors import HelixError, divisors
+from helix_megatron.plan import refusals
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.inference import inference_memory
 from helix_megatron.plan.layouts import Layout, attention_shape, head_layout, strip
 from helix_megatron.plan.memory import RECOMPUTE, training_bytes, training_states
 from helix_megatron.plan.models import ModelSpec
-from helix_megatron.plan.refusals import (
-    INDIVISIBLE,
-    Refusal,
-    of_batch,
-    of_context_parallel,
-    of_stages,
-    of_tensor_parallel,
-    of_whole_heads,
-)
 from helix_megatron.plan.results import Limits, Plan, Rejected, Row
 from helix_megatron.plan.score import iteration, layers_cost
 from helix_megatron.plan.settings import Job, Software
@@ -88,7 +80,7 @@ class _Search:
             self.seen.add((what, reason))
             self.plan.rejected.append(Rejected(what, kind, reason, tuple(sizes.items())))
 
-    def _allowed(self, what: str, refusal: Refusal, **sizes: Any) -> bool:
+    def _allowed(self, what: str, refusal: refusals.Refusal, **sizes: Any) -> bool:
         """Whether there is no refusal; one is kept for the report."""
         if refusal is not None:
             self.reject(what, *refusal, **sizes)
@@ -110,7 +102,7 @@ class _Search:
         domain = self.cluster.domain
         most = self.limits.max_tp or max(4 * domain, 16)
         for tp in divisors(self.gpus):
-            refusal = of_tensor_parallel(self.model, tp)
+            refusal = refusals.of_tensor_parallel(self.model, tp)
             if tp > most and self.limits.tp != tp:
                 why = f"a group would span {-(-tp // domain)} domains of {domain} GPUs in every layer; more "
                 why += f"than {most} is tried only with --max-tensor-parallel {tp}"
@@ -124,16 +116,16 @@ class _Search:
         for m in divisors(tp):
             what = f"TP {tp}, m {m}"
             if m == 1:
-                if self._allowed(what, of_whole_heads(self.model, tp), tp=tp, segments=1):
+                if self._allowed(what, refusals.of_whole_heads(self.model, tp), tp=tp, segments=1):
                     yield 1, "segments"
                 continue
             for query_layout in layouts:
                 # Query layout heads needs what segments needs, and whole heads for every rank.
-                refusal: Refusal = None
+                refusal: refusals.Refusal = None
                 try:
                     head_layout(self.model, tp, m, query_layout)
                 except HelixError as error:
-                    refusal = INDIVISIBLE, error.worded(as_flag)
+                    refusal = refusals.INDIVISIBLE, error.worded(as_flag)
                 sizes = {"tp": tp, "segments": m, "query_layout": query_layout}
                 if self._allowed(f"{what}, queries {query_layout}", refusal, **sizes):
                     yield m, query_layout
@@ -143,7 +135,7 @@ class _Search:
         if segments > 1:
             return  # Helix refuses context parallelism
         for cp in divisors(self.gpus // tp)[1:]:
-            refusal = of_context_parallel(self.job, cp, asked=self.limits.cp == cp)
+            refusal = refusals.of_context_parallel(self.job, cp, asked=self.limits.cp == cp)
             if self._allowed(f"CP {cp}", refusal, cp=cp):
                 yield cp
 
@@ -159,7 +151,9 @@ class _Search:
             why = f"sequence length {sequence} is not divisible by TP {tp}; nearest that is: "
             why += str(-(-sequence // (tp * cp)) * tp * cp)
             if self.model.experts and self.training:
-                self.reject(what, INDIVISIBLE, f"{why} (Megatron's MoE needs it)", tp=tp, cp=cp)
+                self.reject(
+                    what, refusals.INDIVISIBLE, f"{why} (Megatron's MoE needs it)", tp=tp, cp=cp
+                )
                 return
             self.reject(f"{what}, sequence parallel", "sequence parallel", why, tp=tp, cp=cp)
         sizes: tuple[int, ...] = MICRO_BATCHES
@@ -223,10 +217,10 @@ class _Search:
     def _pipelines(self, layer: Layout) -> None:
         rest = self.gpus // (layer.tp * layer.cp)
         for pp in divisors(rest):
-            if not self._allowed(f"PP {pp}", of_stages(self.model.num_layers, pp), pp=pp):
+            if not self._allowed(f"PP {pp}", refusals.of_stages(self.model.num_layers, pp), pp=pp):
                 continue
             dp, size = rest // pp, layer.micro_batch
-            refusal = of_batch(self.job.global_batch, dp, size)
+            refusal = refusals.of_batch(self.job.global_batch, dp, size)
             if not self._allowed(f"DP {dp}, micro-batch {size}", refusal, dp=dp, micro_batch=size):
                 continue
             batches = self.job.global_batch // (dp * size)
@@ -241,7 +235,9 @@ class _Search:
             return
         if batches % pp:
             why = f"the interleaved schedule needs micro-batches in multiples of {pp}"
-            self.reject(f"PP {pp} interleaved, {batches} micro-batches", INDIVISIBLE, why, pp=pp)
+            self.reject(
+                f"PP {pp} interleaved, {batches} micro-batches", refusals.INDIVISIBLE, why, pp=pp
+            )
             return
         yield from divisors(per_stage)[1:]
 
@@ -267,7 +263,7 @@ class _Search:
             for etp in {1, layout.tp}:
                 if etp > 1 and not model.disable_bias_linear:
                     why = "Megatron cannot cut experts with biases"
-                    self.reject(f"ETP {etp}", INDIVISIBLE, why, etp=etp)
+                    self.reject(f"ETP {etp}", refusals.INDIVISIBLE, why, etp=etp)
                 elif ranks % (ep * etp) == 0 and model.moe_ffn % etp == 0:
                     found.append(layout._replace(ep=ep, etp=etp))
         capacity = self.cluster.chip.memory

@@ -88,8 +88,7 @@ def check_broken(case: Case, fault: str) -> str:
     """The error of comparing layers of which Helix's has a fault."""
     import torch.distributed as dist
 
-    from helix_megatron.bench.attention_layers import build_layers
-    from helix_megatron.bench.attention_ranks import check_equal
+    from helix_megatron.bench.attention_ranks import build_layers, check_equal
 
     with helix_ranks(4, segments=2):
         layers = build_layers(case, dist.get_rank())
