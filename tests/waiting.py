@@ -5,8 +5,12 @@ A limit only ends a hang, so it is generous: with a hundred times its load a mac
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,3 +27,15 @@ def wait_until(condition: Callable[[], T], what: str, limit: float = LIMIT) -> T
             raise AssertionError(f"Waited {limit:g} s in vain until {what}.")
         time.sleep(0.01)
     return value
+
+
+def run_python(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Python with this package, in a process of its own: its status, and all that it prints."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        timeout=PROGRAM_LIMIT,
+        check=False,
+    )

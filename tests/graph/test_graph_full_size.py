@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from waiting import PROGRAM_LIMIT
+from waiting import run_python
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.exchanges import AttentionShape, choose
 from helix_megatron.graph.model import DTYPES
 
-ROOT = Path(__file__).parents[2]
 SECONDS, GIGABYTES = 60, 4
 LAYERS = 4
 
@@ -33,14 +28,7 @@ def test_the_papers_model_is_traced_checked_and_written_in_a_minute(tmp_path):
     """168 GB per activation tensor of the whole batch, billions of weights: none of it may be allocated."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     flags = ["--preset", "paper-dense", "--backward", "--check", "--jobs", "1"]
-    run = subprocess.run(
-        [sys.executable, "-m", "helix_megatron.graph.command", *flags, "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=PROGRAM_LIMIT,
-        check=False,
-    )
+    run = run_python(["-m", "helix_megatron.graph.command", *flags, "--output", str(tmp_path)])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("passed  ") == 8

@@ -6,14 +6,12 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 from graph_runs import BASELINE, HELIX, flags, of_rank, traced
-from waiting import PROGRAM_LIMIT
+from refusals import refusal
+from waiting import run_python
 
 from helix_megatron.checkpoint.manifest import Manifest, write_manifest
 from helix_megatron.errors import HelixError
@@ -26,10 +24,16 @@ from helix_megatron.graph.html import to_html
 from helix_megatron.graph.layout import GAP, Cell, heights
 from helix_megatron.graph.model import Edge, Node, Spec
 
-ROOT = Path(__file__).parents[2]
 needs_dot = pytest.mark.skipif(
     shutil.which("dot") is None, reason="graphviz (dot) is not installed"
 )
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    """The command sets what must not outlast a test."""
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
 
 
 # -------------------------------------------------------------------------------- JSON
@@ -178,39 +182,34 @@ def test_the_page_is_self_contained():
         assert word not in page.replace("http://www.w3.org/2000/svg", "")
     data = page.split('type="application/json">')[1].split("</script>")[0]
     content = json.loads(data.replace("<\\/", "</"))
-    assert [view["name"] for view in content["views"]] == [
-        "complete_helix_model",
-        "mha_layer_0_partitioned",
-    ]
-    assert summary(graph).startswith(
-        "2 layers, dense, hidden 64, 4 heads, 2 × 16 tokens, bf16; 4 ranks"
-    )
+    names = ["complete_helix_model", "mha_layer_0_partitioned"]
+    assert [view["name"] for view in content["views"]] == names
+    expected = "2 layers, dense, hidden 64, 4 heads, 2 × 16 tokens, bf16; 4 ranks"
+    assert summary(graph).startswith(expected)
 
 
 # --------------------------------------------------------------------------- command line
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "helix_megatron.graph.command", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=PROGRAM_LIMIT,
-        check=False,
-    )
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """The error of `helix graph` with some flags, which writes nothing."""
+
+    def refuse(*arguments: str) -> str:
+        return refusal(capsys, command.main, ["--output", str(tmp_path / "out"), *arguments])
+
+    return refuse
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["--layer", "4"], "the model has layers 0 to 3"),
-        (["--layer", "-1"], "layers are counted from 0"),
-        (["--balance", "0.5"], "--balance 0.5 must be at least 1"),
-        (["--balance", "nan"], "--balance nan must be at least 1"),
-        (["--micro-batches", "0"], "--micro-batches 0 must be at least 1"),
-        (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--layer", "-1"], "--layer is -1. It must be a whole number of at least 0"),
+        (["--balance", "0.5"], "--balance is 0.5. It must be a finite number of at least 1"),
+        (["--balance", "nan"], "--balance is nan. It must be a finite number of at least 1"),
+        (["--micro-batches", "0"], "--micro-batches is 0. It must be a whole number of at least 1"),
+        (["--jobs", "0"], "--jobs is 0. It must be a whole number of at least 1"),
         (
             ["--preset", "paper-dense", "--num-experts", "8"],
             "Add --disable-bias-linear, or deal whole experts to ranks: --expert-model-parallel-size 8",
@@ -222,14 +221,9 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--preset", "paper-dense", "--transformer-impl", "transformer_engine"], "need a GPU"),
     ],
 )
-def test_wrong_input_is_explained(tmp_path, monkeypatch, capsys, arguments, text):
+def test_wrong_input_is_explained(refused, arguments, text):
     """Exit status 2 and one paragraph with what to try."""
-    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
-    with pytest.raises(SystemExit) as stop:
-        command.main(["--output", str(tmp_path / "out"), *arguments])
-    assert stop.value.code == 2
-    assert text in " ".join(capsys.readouterr().err.split())
+    assert text in refused(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -241,15 +235,9 @@ def test_wrong_input_is_explained(tmp_path, monkeypatch, capsys, arguments, text
     ],
     ids=["empty", "missing", "no-load"],
 )
-def test_a_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, capsys, load, text):
+def test_a_checkpoint_that_is_not_there_is_said(tmp_path, refused, load, text):
     """--use-checkpoint-args must not fall back to the default model without a word."""
-    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
-    arguments = [*(word.format(tmp_path) for word in load), "--use-checkpoint-args"]
-    with pytest.raises(SystemExit) as stop:
-        command.main(["--output", str(tmp_path / "out"), *arguments])
-    assert stop.value.code == 2
-    error = " ".join(capsys.readouterr().err.split())
+    error = refused(*(word.format(tmp_path) for word in load), "--use-checkpoint-args")
     assert text in error and error.startswith("helix graph")
     assert not (tmp_path / "out").exists()
 
@@ -259,11 +247,8 @@ def test_the_model_comes_from_the_checkpoint(tmp_path):
     model = {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 6}
     write_manifest(tmp_path, Manifest("canonical", model))
     run = parse(["--load", str(tmp_path), "--use-checkpoint-args", "--num-layers", "2"], "test")
-    assert (run.model.num_layers, run.model.hidden_size, run.model.num_attention_heads) == (
-        2,
-        96,
-        6,
-    )
+    sizes = run.model.num_layers, run.model.hidden_size, run.model.num_attention_heads
+    assert sizes == (2, 96, 6)
 
 
 def test_usage_errors_name_the_command(capsys):
@@ -282,22 +267,17 @@ def test_interleaved_stages_are_refused():
         parse([*run.split(), "--micro-batch-size", "1", "--global-batch-size", "2"], "helix graph")
 
 
-def test_an_output_that_cannot_be_made_is_explained(tmp_path, monkeypatch, capsys):
+def test_an_output_that_cannot_be_made_is_explained(tmp_path, refused):
     """A file where the directory should be."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        command.main(["--output", str(tmp_path / "file" / "graph")])
-    assert stop.value.code == 2
-    assert "cannot be made: Not a directory" in " ".join(capsys.readouterr().err.split())
+    error = refused("--output", str(tmp_path / "file" / "graph"))
+    assert "cannot be made: Not a directory" in error
 
 
 def test_exit_status_says_whether_checks_passed(tmp_path, monkeypatch, capsys):
     """A script must be able to rely on `--check`: 0 when all pass, 1 when one fails."""
     from helix_megatron.graph import build
 
-    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
     graph = traced(HELIX, backward=False)
     monkeypatch.setattr(build, "build", lambda *args, **kwargs: graph)
     arguments = ["--check", "--output", str(tmp_path), *flags(HELIX)]
@@ -320,21 +300,15 @@ def test_help_answers_without_torch():
         "try:\n    command.main(['--help'])\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'megatron'} & set(sys.modules)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=PROGRAM_LIMIT,
-        check=False,
-    )
+    run = run_python(["-c", program])
     assert run.returncode == 0, run.stderr
     assert "--backward" in run.stdout and "paper-dense" in run.stdout
 
 
 def test_the_whole_command(tmp_path):
     """From flags to files, in a process of its own, with two tracing processes."""
-    run = run_command("--output", str(tmp_path), "--check", "--jobs", "2", *flags(HELIX))
+    arguments = ["--output", str(tmp_path), "--check", "--jobs", "2", *flags(HELIX)]
+    run = run_python(["-m", "helix_megatron.graph.command", *arguments])
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("passed  ") == 8
     names = ("complete_helix_model", "mha_layer_0_partitioned", "mlp_layer_0_tensor_parallel")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import shlex
 
 import pytest
-from waiting import PROGRAM_LIMIT
+from waiting import run_python
 
 from helix_megatron.errors import HelixError
 from helix_megatron.plan.clusters import CLUSTERS, Cluster, cluster_of
@@ -27,7 +24,6 @@ from helix_megatron.plan.settings import Job, Scenario, Software
 from helix_megatron.plan.traffic import layer_traffic
 from helix_megatron.plan.verdict import RIVALS, missing_rival, recommended, rivals, verdict
 
-ROOT = Path(__file__).parents[2]
 DGX = CLUSTERS["dgx-h100"]
 
 
@@ -216,14 +212,9 @@ def test_selective_recomputation_repeats_core_attention_only(preset, layout, nam
     assert 0 < sent["none"] == sent["selective"] < sent["full"]
 
 
-def test_fp32_is_planned_on_a_chip_that_has_nothing_else(tmp_path):
+def test_fp32_is_planned_on_a_chip_that_has_nothing_else(old_chip):
     """4 bytes a weight, in memory and on the wire; heads without a fused kernel must not ask for bf16."""
-    path = tmp_path / "old.yaml"
-    path.write_text(
-        "chip: {flops: {fp32: 19.5e12}, memory: 80e9, memory_bandwidth: 2e12, units: 108}\n"
-        "gpus_per_domain: 8\ndomain_bandwidth: 300e9\nnetwork_bandwidth: 25e9\n"
-    )
-    cluster, fp32 = cluster_of(str(path)), Software(precision="fp32")
+    cluster, fp32 = cluster_of(str(old_chip)), Software(precision="fp32")
     model, layout = model_of("paper-dense"), Layout(tp=8, micro_batch=1)
     for task in ("train", "prefill", "decode"):
         found = plan_of(model, 16, cluster, task=task, batch=16, software=fp32)
@@ -234,17 +225,15 @@ def test_fp32_is_planned_on_a_chip_that_has_nothing_else(tmp_path):
     )
     assert wide.weights == 2 * narrow.weights
     assert wide.cache == 2 * narrow.cache
-    gathered = [
-        sum(
-            row.bytes
-            for row in predict_training(
-                Scenario(model, Job("train", 4096, 2), *where), layout._replace(dp=2)
-            ).traffic
-            if (row.axis, row.kind) == ("dp", "all-gather")
-        )
+    narrow, wide = (
+        predict_training(Scenario(model, Job("train", 4096, 2), *where), layout._replace(dp=2))
         for where in ((DGX, Software()), (cluster, fp32))
-    ]
-    assert gathered[1] == 2 * gathered[0]
+    )
+    gathered, twice = (
+        sum(row.bytes for row in p.traffic if (row.axis, row.kind) == ("dp", "all-gather"))
+        for p in (narrow, wide)
+    )
+    assert twice == 2 * gathered
 
 
 def test_the_logits_are_in_the_communication():
@@ -323,24 +312,8 @@ from helix_megatron.plan.command import plan_main
 status = plan_main(sys.argv[1:])
 print(json.dumps({"cpu": time.process_time(), "status": status, "torch": "torch" in sys.modules}))
 """
-    arguments = [
-        "--model",
-        "llama-3-70b",
-        "--gpus",
-        "1024",
-        "--sequence-length",
-        "8192",
-        "--global-batch",
-        "1024",
-    ]
-    run = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=PROGRAM_LIMIT,
-        check=False,
-    )
+    flags = "--model llama-3-70b --gpus 1024 --sequence-length 8192 --global-batch 1024"
+    run = run_python(["-c", program, *shlex.split(flags)])
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["status"] == 0
