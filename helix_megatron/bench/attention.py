@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             f"Self-attention layer, forward and backward, {args.dtype}, sequence {args.sequence_length}, "
             f"micro-batch {args.micro_batch_size}; {args.repeats} turns, medians [quartiles].\n"
         )
-    texts = {"summary": summary, "describe": describe, "legend": LEGEND}
+    texts: dict[str, Any] = {"summary": summary, "describe": describe, "legend": LEGEND}
     return run_cases(args, cases, _measure, args.repeats, **texts)
 
 

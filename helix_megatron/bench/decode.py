@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise HelixError(f"--turns {args.turns} must be at least 1.")
     settings = values_of(DecodeCase, vars(args))
     cases = [DecodeCase(**settings | {"context": context}) for context in args.context]
-    texts = {"summary": summary, "describe": describe, "legend": LEGEND}
+    texts: dict[str, Any] = {"summary": summary, "describe": describe, "legend": LEGEND}
     return run_cases(args, cases, _measure, args.turns, **texts)
 
 

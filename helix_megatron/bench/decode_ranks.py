@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,20 +51,6 @@ class Whole(NamedTuple):
     k: Tensor
     turned: Tensor
     v: Tensor
-
-
-class Contestant(Protocol):
-    """One way to decode, with a cache of its own."""
-
-    @property
-    def cache_bytes(self) -> int:
-        """Of keys and values on this rank."""
-
-    def fill(self, layer: int, sequence: int, whole: Whole) -> None:
-        """Keep this rank's part of the keys and values before the new token."""
-
-    def step(self) -> Tensor | None:
-        """Logits [sequences, vocabulary] after the new token, on rank 0 at least."""
 
 
 def measure_decode(case: DecodeCase, turns: int) -> Measured:
@@ -136,7 +122,11 @@ def check_equal(contestants: Mapping[str, Contestant], case: DecodeCase) -> dict
 
 
 class Paged:
-    """This package's engine with one of its cache layouts, or with stock's gathered QKV and whole heads."""
+    """This package's engine with one of its cache layouts, or with stock's gathered QKV and whole heads.
+
+    As of `StockStatic`, `cache_bytes` are of keys and values on this rank, `fill` keeps its part of those
+    before the new token, and `step` gives the logits [sequences, vocabulary] after it, on rank 0 at least.
+    """
 
     def __init__(self, case: DecodeCase, name: str) -> None:
         self.case, self.gathers = case, name == STOCK_PAGED
@@ -147,7 +137,11 @@ class Paged:
             # Each rank's copy of a key-value head, as if there were one head for every rank.
             self.layout = HeadLayout(case.heads, case.ranks, case.head_dim, case.ranks)
         cache = WHOLE_HEADS if self.gathers else name
-        sizes = {"page_size": PAGE_SIZE, "max_context": case.context, "vocab_size": VOCABULARY}
+        sizes: dict[str, Any] = {
+            "page_size": PAGE_SIZE,
+            "max_context": case.context,
+            "vocab_size": VOCABULARY,
+        }
         pages = _pages_needed(case, cache, self.layout.segments)
         self.runner = Runner(model, self.layout, cache=cache, pages=pages, **sizes)
         self.book = self.runner.book
@@ -221,6 +215,9 @@ class StockStatic:
         how = {"inference_context": self.context, "runtime_gather_output": True}
         logits = self.model(self.tokens, self.positions, None, **how)
         return logits[:, -1, :VOCABULARY]
+
+
+Contestant = Paged | StockStatic
 
 
 def build_model(case: DecodeCase, segments: int) -> Any:

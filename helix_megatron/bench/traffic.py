@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from helix_megatron.bench.result_file import write_json
 from helix_megatron.bench.spawn import hide_gpus
@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensor-model-parallel-size": 32,
         "--sequence-length": 10000,
     }
-    add, number = parser.add_argument, {"type": int, "metavar": "N"}
+    add = parser.add_argument
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
     for flag, default in sizes.items():
         add(flag, default=default, help="(default: %(default)s)", **number)
     add("--num-query-groups", help="key-value heads (default: all heads)", **number)

@@ -151,7 +151,8 @@ def _half(graph: Graph, layer: int, wanted: str) -> dict[str, Node]:
     What the layer itself runs, residual additions, belongs to the half that it follows.
     """
     path = f"decoder.layers.{layer}"
-    found, now = {}, {}
+    found: dict[str, Node] = {}
+    now: dict[tuple[int, str, int], str] = {}
     for node in graph.nodes:
         if node.phase not in (FORWARD, BACKWARD) or not f"{node.module}.".startswith(f"{path}."):
             continue

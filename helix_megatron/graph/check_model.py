@@ -281,7 +281,8 @@ def _problems_of(
             f"rank {weight.rank} holds {list(weight.spec.shape)} of {tensor.name} instead of "
             f"{list(part.shape(tensor.shape))}"
         )
-    axis, runs = None, ()
+    axis: int | None = None
+    runs: tuple[tuple[int, int], ...] = ()
     if part.index is not None and len(part.index) != tensor.shape[part.axis or 0]:
         axis, runs = part.axis, tuple(contiguous_runs(part.index))
     if (weight.axis, _joined(weight.runs)) != (axis, runs):

@@ -15,14 +15,9 @@ from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS
 _aten = torch.ops.aten
 ATTENTION = torch.ops.helix.attention.default
 ATTENTION_BACKWARD = torch.ops.helix.attention_backward.default
-# The place of the left matrix of every product; torch 2.6 has no `mm.dtype`.
-PRODUCTS = {
-    _aten.mm.default: 0,
-    _aten.bmm.default: 0,
-    _aten.addmm.default: 1,
-    _aten.baddbmm.default: 1,
-}
-PRODUCTS[getattr(_aten.mm, "dtype", None)] = 0
+# Products, whose matrices are the last two of their tensors; torch 2.6 has no `mm.dtype`.
+PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
+PRODUCTS |= {getattr(_aten.mm, "dtype", _aten.mm.default)}
 
 DTYPES = {
     torch.bfloat16: "bf16",
@@ -60,7 +55,7 @@ def spec_of(tensor: Tensor) -> Spec:
 def flops_of(func: Any, args: Sequence[Any], inputs: Sequence[Spec]) -> int:
     """FLOPs of a matrix product (2·m·k·n) or of attention; 0 for any other operator."""
     if func in PRODUCTS:
-        left, right = inputs[PRODUCTS[func] :][:2]
+        left, right = inputs[-2:]
         return 2 * left.numel * right.shape[-1]
     if func is ATTENTION:
         return attention_flops(inputs[0], inputs[2], args[4])

@@ -9,23 +9,10 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from helix_megatron.graph.model import COLLECTIVE, INPUT, SOURCES, Graph, Node
-
-# What nodes of ranks of equal structure have in common.
-SIGNATURE = (
-    "kind",
-    "op",
-    "module",
-    "phase",
-    "inputs",
-    "outputs",
-    "group",
-    "purpose",
-    "micro_batch",
-)
 
 
 @dataclass
@@ -76,7 +63,8 @@ def rank_classes(graph: Graph) -> list[RankClass]:
         rank = graph.node[edge.target].rank
         edges[rank].append((place[edge.source], edge.output, place[edge.target], edge.input))
     classes: dict[tuple, RankClass] = {}
-    signature = operator.attrgetter(*SIGNATURE)
+    run = ("kind", "op", "module", "phase", "micro_batch")
+    signature = operator.attrgetter(*run, "inputs", "outputs", "group", "purpose")
     for rank, nodes in sorted(programs.items()):
         key = (tuple(map(signature, nodes)), tuple(edges[rank]))
         classes.setdefault(key, RankClass([], nodes, edges[rank])).ranks.append(rank)
@@ -125,32 +113,29 @@ def items(
         apart: every operator is an item of its own.
     """
     found: list[Item] = []
-
-    def visit(block: Block, depth: int) -> None:
-        if expanded(block, depth):
-            for child in block.children:
-                if isinstance(child, Block):
-                    visit(child, depth + 1)
-                else:
-                    add(child, block)
-        else:
-            for place in block.places():
-                add(place, block, together=True)
-
-    def add(place: int, block: Block, *, together: bool = False) -> None:
-        node = nodes[place]
+    for place, block in _shown(root, expanded):
+        node, last = nodes[place], found[-1] if found else None
         if node.kind in (COLLECTIVE, INPUT):
             found.append(Item(node.kind, node.op, [place]))
-            return
-        last = found[-1] if found else None
-        label = block.path
-        if not apart and last is not None and last.kind == "block" and last.label == label:
+        elif not apart and last is not None and (last.kind, last.label) == ("block", block.path):
             last.places.append(place)
         else:
-            found.append(Item("block", label, [place]))
-
-    visit(root, 0)
+            found.append(Item("block", block.path, [place]))
     return found
+
+
+def _shown(
+    block: Block, expanded: Callable[[Block, int], bool], depth: int = 0
+) -> Iterator[tuple[int, Block]]:
+    """(place, the block in which it is drawn) of the operators below a block, in order."""
+    opened = expanded(block, depth)
+    for child in block.children:
+        if not isinstance(child, Block):
+            yield child, block
+        elif opened:
+            yield from _shown(child, expanded, depth + 1)
+        else:
+            yield from ((place, block) for place in child.places())
 
 
 def item_edges(

@@ -86,7 +86,7 @@ def trace(
 
 def _world(run: RunConfig, rank: int) -> AbstractContextManager[None]:
     """A rank of the groups that the flags describe."""
-    parallel = run.parallel
+    parallel: Any = run.parallel
     return fake_world(
         rank,
         run.world_size,

@@ -149,14 +149,14 @@ def read_cluster(path: Path) -> Cluster:
             raise HelixError(f"{path}: {key} is {value!r}. A valid file: {EXAMPLE}.")
         if FIELDS[key] is int and value < 1:
             raise HelixError(f"{path}: {key} is {value}. It must be a whole number of at least 1.")
-    names = {"name": path.stem, "domain_link": "domain link", "network_link": "network"}
-    texts = {key: content.get(key, default) for key, default in names.items()}
-    rates = ("domain_bandwidth", "network_bandwidth")
     return Cluster(
-        **texts,
-        **{key: _positive(path, key, content[key]) for key in rates},
+        name=content.get("name", path.stem),
         chip=_chip(path, content["chip"]),
         domain=content["gpus_per_domain"],
+        domain_link=content.get("domain_link", "domain link"),
+        domain_bandwidth=_positive(path, "domain_bandwidth", content["domain_bandwidth"]),
+        network_link=content.get("network_link", "network"),
+        network_bandwidth=_positive(path, "network_bandwidth", content["network_bandwidth"]),
         source=str(path),
         gpus=content.get("gpus"),
     )

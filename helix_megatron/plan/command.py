@@ -74,8 +74,8 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     add("--precision", choices=PRECISIONS, help="(default: bf16, fp32 where the chip has no bf16)")
     fixed = parser.add_argument_group("fix a part of the layout")
     for size in SIZES:
-        row = {"dest": size.field, "metavar": size.metavar, "help": size.help}
-        fixed.add_argument(size.flag, type=int, **row)
+        words = {"metavar": size.metavar, "help": size.help}
+        fixed.add_argument(size.flag, dest=size.field, type=int, **words)  # type: ignore[arg-type]
     on_off = ("on", "off")
     for flag, field, choices, text in (
         ("--sequence-parallel", "sequence_parallel", on_off, "sequence parallelism of norms"),
@@ -212,7 +212,7 @@ def _show(plan: Plan, args: argparse.Namespace) -> int:
         plot(plan, args.plot)
         print(f"\nwritten: {args.plot}")
     if args.write is not None:
-        from helix_megatron.plan.write import write
+        from helix_megatron.plan.deployment import write
 
         for path in write(plan, row, args.write):
             print(f"written: {path}")

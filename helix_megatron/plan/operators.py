@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 from helix_megatron.core.exchanges import COSTS, NO_EXCHANGE, AttentionShape
 from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS
-from helix_megatron.plan.layer_recorder import LayerRecorder
 from helix_megatron.plan.layouts import Layout, attention_shape, strip
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.roofline import AttentionWork, attention_seconds
 from helix_megatron.plan.settings import Scenario, Software
-from helix_megatron.plan.steps import BACKWARD, FORWARD, Step
+from helix_megatron.plan.steps import BACKWARD, FORWARD, LayerRecorder, Step
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,7 +98,7 @@ def _core_attention(record: LayerRecorder, sequence: int, window: int | None) ->
     cost = COSTS[layout.exchange]
     assert not cost.supports(shape), f"{cost.name}: {cost.supports(shape)}"
     work = attention_work(model, layout, shape)
-    how = {"widest": software.widest, "precision": software.unquantised}
+    how: dict[str, Any] = {"widest": software.widest, "precision": software.unquantised}
     seconds = attention_seconds(record.chip, work, dropout=software.dropout, **how)
     sent = cost.bytes(shape)
     size = sent * layout.segments / max(1, layout.segments - 1)

@@ -21,8 +21,8 @@ from helix_megatron.graph.dot import ranks_text, render, summary, to_dot
 from helix_megatron.graph.flags import parse
 from helix_megatron.graph.fold import items, tree
 from helix_megatron.graph.html import to_html
-from helix_megatron.graph.layout import GAP, Cell, heights
 from helix_megatron.graph.model import Edge, Node, Spec
+from helix_megatron.graph.picture import GAP, Cell, heights
 
 needs_dot = pytest.mark.skipif(
     shutil.which("dot") is None, reason="graphviz (dot) is not installed"
@@ -296,7 +296,7 @@ def test_help_answers_without_torch():
     """Asking for help must not take the seconds of importing torch."""
     program = (
         "import sys\n"
-        "from helix_megatron.graph import command, checks, dot, fold, html, model, layout\n"
+        "from helix_megatron.graph import command, checks, dot, fold, html, model, picture\n"
         "try:\n    command.main(['--help'])\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'megatron'} & set(sys.modules)\n"
     )

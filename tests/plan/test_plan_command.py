@@ -219,7 +219,7 @@ OTHERS = (
 
 
 def test_every_flag_that_the_planner_names_exists():
-    """Advice, errors and commands alike: some program that they speak of must have the flag."""
+    """Advice and errors: some program that they speak of must have the flag. Commands are parsed above."""
     from helix_megatron.plan.command import build_parser
     from helix_megatron.serving import command as serve
     from helix_megatron.training import arguments as training
@@ -232,7 +232,7 @@ def test_every_flag_that_the_planner_names_exists():
     text = "\n".join(path.read_text() for path in sources)
     known |= set(re.findall(r'(?:add|add_argument)\(\s*"(--[a-z-]+)"', text))  # of the two commands
     named = set(re.findall(r"--[a-z][a-z0-9-]+", text))
-    assert len(named) > 50
+    assert len(named) > 40
     assert named <= known, sorted(named - known)
 
 
