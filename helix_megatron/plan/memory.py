@@ -82,6 +82,12 @@ def training_states(
     model: ModelSpec, layout: Layout, software: Software, stage: int | None = None
 ) -> Memory:
     """Weights, gradients and Adam's states in mixed precision, without activations."""
+    degrees = Layout(*layout[:6])  # those of parallelism: the rest decides nothing here
+    return _states(model, degrees, software, stage)
+
+
+@functools.lru_cache(maxsize=16384)
+def _states(model: ModelSpec, layout: Layout, software: Software, stage: int | None) -> Memory:
     dense, experts = rank_weights(model, layout, stage), expert_weights(model, layout)
     held = dense + experts
     states = held
