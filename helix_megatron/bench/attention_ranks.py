@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from helix_megatron.bench.attention_case import FREE, HELIX, STOCK, STOCK_SDPA, Case, Measured
-from helix_megatron.bench.contest import helix_ranks
+from helix_megatron.bench.contest import helix_ranks, layer_settings
 from helix_megatron.bench.timing import interleaved
 from helix_megatron.core.exchanges.segments import heads_first, sequence_first
 from helix_megatron.core.kernels.sdpa import sdpa
@@ -170,22 +170,9 @@ def canonical_part(case: Case, rank: int, *, stock: bool) -> tuple[Tensor, Tenso
 
 
 def _build(name: str, case: Case) -> Any:
-    settings: dict[str, Any] = {
-        "num_layers": 1,
-        "hidden_size": case.hidden_size,
-        "num_attention_heads": case.heads,
-        "num_query_groups": case.kv_heads,
-        "kv_channels": case.head_dim,
-        "tensor_model_parallel_size": case.ranks,
-        "params_dtype": DTYPES[case.dtype],
-        "bf16": case.dtype == "bf16",
-        "use_cpu_initialization": True,
-        "perform_initialization": False,
-        "attention_dropout": 0.0,
-        "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "add_bias_linear": False,
-    }
+    dtype = {"params_dtype": DTYPES[case.dtype], "bf16": case.dtype == "bf16"}
+    sizes = (case.heads, case.kv_heads, case.head_dim, case.ranks)
+    settings = layer_settings(*sizes, hidden_size=case.hidden_size, **dtype)
     spec = get_gpt_layer_local_spec()
     if name in (HELIX, FREE):
         config = HelixTransformerConfig(**settings, helix=case.helix)

@@ -64,6 +64,23 @@ def milliseconds(found: dict[str, Any]) -> tuple[str, str]:
     return text, f"{found['cpu_seconds'] * 1e3:.0f}"
 
 
+def layer_settings(heads: int, kv_heads: int, head_dim: int, ranks: int, **others: Any) -> Any:
+    """What one layer of megatron-core is told on a CPU: no biases, no dropout, weights that are set later."""
+    off = ("perform_initialization", "masked_softmax_fusion", "gradient_accumulation_fusion")
+    return {
+        "num_layers": 1,
+        "num_attention_heads": heads,
+        "num_query_groups": kv_heads,
+        "kv_channels": head_dim,
+        "tensor_model_parallel_size": ranks,
+        "use_cpu_initialization": True,
+        "attention_dropout": 0.0,
+        "add_bias_linear": False,
+        **dict.fromkeys(off, False),
+        **others,
+    }
+
+
 @contextlib.contextmanager
 def helix_ranks(ranks: int, segments: int) -> Iterator[None]:
     """megatron-core on CPUs: its process groups, and those of Helix, on a world of so many ranks."""

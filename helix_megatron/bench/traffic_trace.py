@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helix_megatron.bench.contest import layer_settings
 from helix_megatron.bench.traffic_layer import Layer
 from helix_megatron.core.meter import EXCHANGE, measure
 from helix_megatron.megatron.fake_world import fake_world
@@ -45,28 +46,19 @@ def _trace(layer: Layer, exchange: str, batch: int) -> tuple[int, int]:
 
 
 def _build(layer: Layer, exchange: str) -> Any:
-    config = HelixTransformerConfig(
-        num_layers=1,
+    sizes = (layer.heads, layer.kv_heads, layer.head_dim, layer.ranks)
+    settings = layer_settings(
+        *sizes,
         hidden_size=layer.hidden_size,
-        num_attention_heads=layer.heads,
-        num_query_groups=layer.kv_heads,
-        kv_channels=layer.head_dim,
         ffn_hidden_size=layer.ffn_hidden_size,
-        tensor_model_parallel_size=layer.ranks,
         sequence_parallel=layer.sequence_parallel,
         params_dtype=torch.bfloat16,
         bf16=True,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        attention_dropout=0.0,
         hidden_dropout=0.0,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
-        add_bias_linear=False,
         rotary_percent=0.0,
-        helix=layer.helix(exchange),
     )
+    config = HelixTransformerConfig(**settings, helix=layer.helix(exchange))
     spec = use_available_norms(get_gpt_layer_local_spec())
     spec = helix_spec(spec, config.helix, kernel=_unmasked)
     return build_module(spec, config=config, layer_number=1).train()

@@ -9,17 +9,11 @@ from helix_megatron.training.presets import EXPERTS, PAPER
 Flags = dict[str, Any]
 
 
-def _gpt(layers: int, hidden: int, heads: int, ffn: int, vocab: int, **others: Any) -> Flags:
-    flags = {
-        "num_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "ffn_hidden_size": ffn,
-        "vocab_size": vocab,
-        "untie_embeddings_and_output_weights": True,
-        "disable_bias_linear": True,
-    }
-    return flags | others
+def _gpt(*sizes: int, **others: Any) -> Flags:
+    """A GPT of so many layers, hidden size, heads, FFN hidden size and vocabulary."""
+    names = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size")
+    usual = {"untie_embeddings_and_output_weights": True, "disable_bias_linear": True}
+    return dict(zip(names, sizes, strict=True)) | usual | others
 
 
 def _gqa(heads: int) -> Flags:
@@ -33,13 +27,10 @@ def _experts(number: int, topk: int, ffn: int, **others: Any) -> Flags:
 LLAMA = {"swiglu": True, "normalization": "RMSNorm", "norm_epsilon": 1e-5}
 LLAMA2 = LLAMA | {"rotary_base": 10000}
 LLAMA3 = LLAMA | {"rotary_base": 500000}
-MIXTRAL = LLAMA | {"rotary_base": 1000000}
-QWEN3 = LLAMA | {
-    "kv_channels": 128,
-    "qk_layernorm": True,
-    "norm_epsilon": 1e-6,
-    "rotary_base": 1000000,
-}
+LONG = LLAMA | {"rotary_base": 1000000}
+MIXTRAL = LONG | _gqa(8)
+QWEN3 = LONG | {"kv_channels": 128, "qk_layernorm": True, "norm_epsilon": 1e-6}
+QWEN3_MOE = QWEN3 | _gqa(4)
 GPT3 = {
     "disable_bias_linear": False,
     "untie_embeddings_and_output_weights": False,
@@ -51,10 +42,8 @@ NEMO = "NVIDIA/NeMo-Framework-Launcher, launcher_scripts/conf/training"
 NEMOTRON = f"{NEMO}; widths only: its activation, squared ReLU, is not here"
 
 # The paper names no vocabulary; GPT-2's, padded. It is that of no claim: the layers are what is compared.
-_PAPER = {k: PAPER[k] for k in ("num_layers", "hidden_size", "ffn_hidden_size")} | {
-    "num_attention_heads": PAPER["num_attention_heads"],
-    "vocab_size": 51200,
-}
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+_PAPER = {name: PAPER[name] for name in _SIZES} | {"vocab_size": 51200}
 
 PRESETS: dict[str, tuple[Flags, str]] = {
     "paper-dense": (_PAPER, "the paper's 4 layers; its vocabulary is not given: 51200"),
@@ -70,12 +59,9 @@ PRESETS: dict[str, tuple[Flags, str]] = {
     ),
     "qwen3-8b": (_gpt(36, 4096, 32, 12288, 151936, **QWEN3, **_gqa(8)), HF),
     "qwen3-32b": (_gpt(64, 5120, 64, 25600, 151936, **QWEN3, **_gqa(8)), HF),
-    "qwen3-30b-a3b": (
-        _gpt(48, 2048, 32, 6144, 151936, **QWEN3, **_gqa(4), **_experts(128, 8, 768)),
-        HF,
-    ),
+    "qwen3-30b-a3b": (_gpt(48, 2048, 32, 6144, 151936, **QWEN3_MOE, **_experts(128, 8, 768)), HF),
     "qwen3-235b-a22b": (
-        _gpt(94, 4096, 64, 12288, 151936, **QWEN3, **_gqa(4), **_experts(128, 8, 1536)),
+        _gpt(94, 4096, 64, 12288, 151936, **QWEN3_MOE, **_experts(128, 8, 1536)),
         HF,
     ),
     "gemma-head-512": (
@@ -83,14 +69,8 @@ PRESETS: dict[str, tuple[Flags, str]] = {
         | {"normalization": "RMSNorm", "untie_embeddings_and_output_weights": False},
         "Gemma 7B's widths with 8 heads of 512 dimensions on 4 key-value heads: no published model",
     ),
-    "mixtral-8x7b": (
-        _gpt(32, 4096, 32, 14336, 32000, **MIXTRAL, **_gqa(8), **_experts(8, 2, 14336)),
-        HF,
-    ),
-    "mixtral-8x22b": (
-        _gpt(56, 6144, 48, 16384, 32768, **MIXTRAL, **_gqa(8), **_experts(8, 2, 16384)),
-        HF,
-    ),
+    "mixtral-8x7b": (_gpt(32, 4096, 32, 14336, 32000, **MIXTRAL, **_experts(8, 2, 14336)), HF),
+    "mixtral-8x22b": (_gpt(56, 6144, 48, 16384, 32768, **MIXTRAL, **_experts(8, 2, 16384)), HF),
     "deepseek-like": (
         _gpt(60, 7168, 128, 18432, 129280, kv_channels=128, **LLAMA, **_gqa(8))
         | _experts(256, 8, 2048, moe_shared_expert_intermediate_size=2048)
