@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helix_megatron.graph import attention_kernel, values  # noqa: F401 (the first defines operators)
-from helix_megatron.graph.model import Spec
+from helix_megatron.graph.model import BITS, Spec
 from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS
 
 _aten = torch.ops.aten
@@ -19,19 +19,9 @@ ATTENTION_BACKWARD = torch.ops.helix.attention_backward.default
 PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
 PRODUCTS |= {getattr(_aten.mm, "dtype", _aten.mm.default)}
 
-DTYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "f16",
-    torch.float32: "f32",
-    torch.float64: "f64",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "bool",
-}
-
+KINDS = {"bfloat": "bf", "float": "f", "int": "i", "uint": "u"}
+DTYPES = {torch.bool: "bool"}
+DTYPES |= {getattr(torch, f"{k}{n}"): f"{kind}{n}" for k, kind in KINDS.items() for n in BITS[kind]}
 
 # The same tensor under another name: no operator of their own.
 TRANSPARENT = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}

@@ -30,18 +30,8 @@ KINDS = (OPERATOR, COLLECTIVE, *SOURCES)
 
 FORWARD, BACKWARD, GRADIENTS = "forward", "backward", "gradients"
 
-DTYPES = {  # short name → bytes of an element
-    "bf16": 2,
-    "f16": 2,
-    "f32": 4,
-    "f64": 8,
-    "i64": 8,
-    "i32": 4,
-    "i16": 2,
-    "i8": 1,
-    "u8": 1,
-    "bool": 1,
-}
+BITS = {"bf": (16,), "f": (16, 32, 64), "i": (8, 16, 32, 64), "u": (8,)}  # of elements, by kind
+DTYPES = {f"{kind}{n}": n // 8 for kind, bits in BITS.items() for n in bits} | {"bool": 1}  # bytes
 
 
 @dataclass(frozen=True, slots=True)
