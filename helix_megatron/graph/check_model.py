@@ -17,7 +17,7 @@ from helix_megatron.graph.model import FORWARD, Graph, Node, Weight
 from helix_megatron.training.units import count
 
 Outcome = tuple[str, tuple[str, ...]]  # figure, problems
-ADDITIONS = ("aten.add.Tensor",)
+ADDITION = "aten.add.Tensor"
 NORMS = {"self_attention": "input_layernorm", "mlp": "pre_mlp_layernorm"}  # module → its norm
 MATRIX_PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.mm.dtype")
 
@@ -27,17 +27,15 @@ MATRIX_PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.mm
 
 def residuals(graph: Graph) -> Outcome:
     """Each layer adds attention's and the MLP's output to what went into their norms, in every forward pass."""
-    problems = []
-    found = 0
-    for (rank, layer, _, module), additions in _residual_additions(graph).items():
-        found += len(additions)
-        if len(additions) != 1:
-            problems.append(
-                f"rank {rank}, layer {layer}: {len(additions)} additions of {module}'s output to what "
-                f"{NORMS[module]} reads, instead of 1"
-            )
-    passes = len(_layers_of_ranks(graph))
-    return f"{found:,} additions, 2 in each of {passes} layers of ranks", tuple(problems)
+    found, passes = _residual_additions(graph), len(_layers_of_ranks(graph))
+    problems = (
+        f"rank {rank}, layer {layer}: {len(additions)} additions of {module}'s output to what {NORMS[module]} "
+        "reads, instead of 1"
+        for (rank, layer, _, module), additions in found.items()
+        if len(additions) != 1
+    )
+    total = sum(map(len, found.values()))
+    return f"{total:,} additions, 2 in each of {passes} layers of ranks", tuple(problems)
 
 
 def _residual_additions(graph: Graph) -> dict[tuple[int, int, int, str], list[Node]]:
@@ -47,7 +45,7 @@ def _residual_additions(graph: Graph) -> dict[tuple[int, int, int, str], list[No
     """
     made: dict[tuple[int, str, int], list[Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op in ADDITIONS and node.phase == FORWARD:
+        if node.op == ADDITION and node.phase == FORWARD:
             made[node.rank, node.module, node.micro_batch].append(node)
     found = {}
     for rank, layer, micro_batch in _layers_of_ranks(graph):
@@ -79,11 +77,8 @@ def _is_residual(graph: Graph, addition: Node, norm: str, module: str) -> bool:
     if len(edges) != 2:
         return False
     for skip, branch in (edges, edges[::-1]):
-        readers = graph.consumers.get(skip.source, [])
-        skipped = any(
-            edge.output == skip.output and graph.node[edge.target].module == norm
-            for edge in readers
-        )
+        readers = (e for e in graph.consumers[skip.source] if e.output == skip.output)
+        skipped = any(graph.node[edge.target].module == norm for edge in readers)
         if skipped and _comes_from(graph, branch.source, module, addition.module):
             return True
     return False
@@ -123,7 +118,8 @@ def dimensions(graph: Graph) -> Outcome:
         if product is None:
             problems.append(f"rank {weight.rank} multiplies by no {weight.name}")
             continue
-        local = product.outputs[0].shape[-1] if weight.axis == 0 else _left(product)
+        # The columns that it makes, or those of its left matrix.
+        local = (product.outputs[0] if weight.axis == 0 else product.inputs[-2]).shape[-1]
         entry = graph.place[weight.rank]
         inside = "expert_tensor" if ".experts." in weight.name else "tensor"
         copy = _copy_of(graph, weight, entry)
@@ -133,12 +129,11 @@ def dimensions(graph: Graph) -> Outcome:
     for (name, _), parts in sums.items():
         total = sum(parts.values())
         if total != wholes[name]:
-            problems.append(
-                f"{name}: {listed(parts.values())} sum to {total}, and the whole is {wholes[name]}"
-            )
+            sums_to = f"{listed(parts.values())} sum to {total}"
+            problems.append(f"{name}: {sums_to}, and the whole is {wholes[name]}")
         kind = name.removesuffix(".weight").rpartition(".")[2]
-        sizes = sorted(set(parts.values()))
-        figures[f"{kind} {len(parts)} × {'/'.join(map(str, sizes))} = {wholes[name]}"] += 1
+        sizes = "/".join(map(str, sorted(set(parts.values()))))
+        figures[f"{kind} {len(parts)} × {sizes} = {wholes[name]}"] += 1
     figure, unequal = _sequence(graph)
     return ", ".join([*figures, figure]), (*problems, *unequal)
 
@@ -158,12 +153,6 @@ def _products(graph: Graph) -> dict[str, Node]:
                 elif node.view:
                     pending.append(node.id)
     return found
-
-
-def _left(product: Node) -> int:
-    """Columns of a product's left matrix."""
-    first = 1 if product.op in ("aten.addmm", "aten.baddbmm") else 0
-    return product.inputs[first].shape[-1]
 
 
 def _copy_of(graph: Graph, weight: Weight, entry: dict[str, Any]) -> tuple[int, ...]:
@@ -230,18 +219,16 @@ def weights(graph: Graph) -> Outcome:
             expected = layout.holds(tensor, place)
             places += expected
             if len(parts) != expected:
-                problems.append(
-                    f"rank {entry['rank']} holds {len(parts)} parts of {tensor.name} instead of {int(expected)}"
-                )
+                held_here = f"rank {entry['rank']} holds {len(parts)} parts of {tensor.name}"
+                problems.append(f"{held_here} instead of {int(expected)}")
             for weight in parts if expected else []:
                 problems += _problems_of(layout, tensor, place, weight)
                 elements += weight.spec.numel
         cut = _ranks_of_a_cut(graph, tensor)
         copies[places // cut] += 1
         if places % cut or not places:
-            problems.append(
-                f"{tensor.name} has parts on {places} ranks, which is no multiple of {cut}"
-            )
+            on = f"{tensor.name} has parts on {places} ranks"
+            problems.append(f"{on}, which is no multiple of {cut}")
     problems += [f"rank {rank} holds {name}, which the model has not" for rank, name in held]
     whole = sum(tensor.numel for tensor in tensors)
     parts_of = ", ".join(

@@ -298,26 +298,16 @@ def markdown(plan: Plan, p: Prediction, content: dict[str, Any]) -> str:
     """The plan to read: `deployment.md.jinja`, filled in."""
     import jinja2
 
-    environment = jinja2.Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **blocks)
     environment.globals = {f.__name__: f for f in (duration, layers, members, runs, span)}
     page = resources.files("helix_megatron.plan").joinpath("deployment.md.jinja").read_text()
     config, reason = deepspeed_config(plan, p.layout)
     tables = {"terms": terms_table(p), "memory": memory_table(plan, p), "traffic": traffic_table(p)}
     return environment.from_string(page).render(
         plan=plan,
-        model=plan.model,
-        cluster=plan.cluster,
-        job=plan.job,
-        layout=p.layout,
         p=p,
         content=content,
-        batch=content["batch"],
-        train=plan.job.task == "train",
         speed=speed_text(plan, p),
         memory=memory_text(plan, p),
         tables={name: markdown_table(*table) for name, table in tables.items()},

@@ -41,27 +41,21 @@ def of_whole_heads(model: ModelSpec, tp: int) -> Refusal:
         )
         return INDIVISIBLE, reason + nearest(heads, tp)
     if kv_heads % tp and tp % kv_heads:
-        return INDIVISIBLE, (
-            f"Megatron needs {tp} to divide the {kv_heads} key-value heads or be a multiple of them; nearest: "
-            f"{nearest(kv_heads, tp)}"
-        )
+        reason = f"Megatron needs {tp} to divide the {kv_heads} key-value heads or be a multiple of them"
+        return INDIVISIBLE, f"{reason}; nearest: {nearest(kv_heads, tp)}"
     return None
 
 
 def of_context_parallel(job: Job, cp: int, *, asked: bool) -> Refusal:
     """A sequence that a ring of ranks shares; `asked` lets its parts be as small as they come."""
     if job.task == "decode":
-        return "not modelled", (
-            "a token's cache dealt to context parallel ranks; cache sequence of Helix is the nearest"
-        )
+        what = "a token's cache dealt to context parallel ranks"
+        return "not modelled", f"{what}; cache sequence of Helix is the nearest"
     if job.sequence % (2 * cp):
         return INDIVISIBLE, f"sequence length {job.sequence} is not divisible by 2·{cp} chunks"
-    if job.sequence // cp < LEAST_CHUNK and not asked:
-        tokens = job.sequence // cp
-        return (
-            "too small",
-            f"leaves {tokens} tokens of a sequence to a rank, under {LEAST_CHUNK}",
-        )
+    tokens = job.sequence // cp
+    if tokens < LEAST_CHUNK and not asked:
+        return "too small", f"leaves {tokens} tokens of a sequence to a rank, under {LEAST_CHUNK}"
     return None
 
 
@@ -78,7 +72,5 @@ def of_batch(batch: int, dp: int, micro_batch: int) -> Refusal:
     unit = dp * micro_batch
     if batch % unit == 0:
         return None
-    return INDIVISIBLE, (
-        f"global batch {batch} is not divisible by {dp} × {micro_batch}; nearest that is: "
-        f"{-(-batch // unit) * unit}"
-    )
+    reason = f"global batch {batch} is not divisible by {dp} × {micro_batch}; nearest that is: "
+    return INDIVISIBLE, reason + str(-(-batch // unit) * unit)

@@ -30,10 +30,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise HelixError(f"--task {self.task} is unknown. Valid: {listed(TASKS)}.")
-        for flag, value in (
-            ("--sequence-length", self.sequence),
-            ("--global-batch", self.global_batch),
-        ):
+        sizes = {"--sequence-length": self.sequence, "--global-batch": self.global_batch}
+        for flag, value in sizes.items():
             if value < 1:
                 raise HelixError(f"{flag} {value} must be at least 1.")
 

@@ -77,26 +77,21 @@ def verdict(plan: Plan) -> tuple[bool, str]:
 
 
 def _why(plan: Plan, helix: Row, stock: Row) -> str:
-    heads = plan.model.num_query_groups
-    if stock.layout.tp > heads:
+    heads, whole, cut = plan.model.num_query_groups, stock.layout, helix.layout
+    if whole.tp > heads:
         return (
-            f" With TP {stock.layout.tp} above the {heads} key-value heads, stock Megatron gathers the whole "
-            "QKV projection in every layer."
+            f" With TP {whole.tp} above the {heads} key-value heads, stock Megatron gathers the whole QKV "
+            "projection in every layer."
         )
-    if stock.layout.recompute != helix.layout.recompute:
-        return f" It fits with less recomputation ({helix.layout.recompute}, not {stock.layout.recompute})."
-    if stock.layout.pp > helix.layout.pp:
-        return " It needs fewer pipeline stages, hence a smaller bubble."
-    return ""
+    if whole.recompute != cut.recompute:
+        return f" It fits with less recomputation ({cut.recompute}, not {whole.recompute})."
+    return " It needs fewer pipeline stages, hence a smaller bubble." if whole.pp > cut.pp else ""
 
 
 def _why_not(plan: Plan, stock: Row) -> str:
-    if stock.layout.tp <= plan.model.num_query_groups:
-        return (
-            f" Its TP {stock.layout.tp} does not exceed the {plan.model.num_query_groups} key-value heads, so "
-            "every rank has whole ones and attention exchanges nothing."
-        )
-    return ""
+    tp, heads = stock.layout.tp, plan.model.num_query_groups
+    why = f" Its TP {tp} does not exceed the {heads} key-value heads, so every rank has whole ones"
+    return f"{why} and attention exchanges nothing." if tp <= heads else ""
 
 
 def missing_rival(plan: Plan) -> str:
@@ -151,10 +146,8 @@ def _smaller_batch(plan: Plan) -> str:
     model, job = plan.model, plan.job
     width = 2 * model.num_query_groups * model.head_dim * model.num_layers * plan.software.element
     cache = width * job.sequence
-    room = (
-        0.9 * plan.cluster.chip.memory * plan.gpus - model.parameters * plan.software.weight_bytes
-    )
-    room -= plan.gpus * FRAMEWORK_BYTES
+    room = plan.gpus * (0.9 * plan.cluster.chip.memory - FRAMEWORK_BYTES)
+    room -= model.parameters * plan.software.weight_bytes
     fitting = [size for size in divisors(job.global_batch) if size * cache <= room]
     text = f"The key-value cache of a sequence is {cache / 1e9:.2f} GB, {job.global_batch} of them "
     text += f"{job.global_batch * cache / 1e9:,.0f} GB: try "
