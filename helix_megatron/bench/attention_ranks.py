@@ -199,14 +199,8 @@ class SdpaCore(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """[S, B, heads, d] each → [S, B, heads·d]."""
-        o_BHSD = sdpa(
-            heads_first(query),
-            heads_first(key),
-            heads_first(value),
-            mask=AttentionMask(causal=True),
-            scale=query.size(-1) ** -0.5,
-            dropout=0.0,
-        )
+        parts, scale = map(heads_first, (query, key, value)), query.size(-1) ** -0.5
+        o_BHSD = sdpa(*parts, mask=AttentionMask(causal=True), scale=scale, dropout=0.0)
         return sequence_first(o_BHSD).flatten(2)
 
 

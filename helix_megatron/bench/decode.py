@@ -101,9 +101,8 @@ def describe(result: dict[str, Any]) -> str:
             for rival, ratio in found["times_as_long"].items()
         ]
         sent, cache = f"{found['sent_bytes_per_token']:,.0f}", f"{found['cache_bytes']:,}"
-        rows.append(
-            (name, *milliseconds(found), *ratios, sent, cache, f"{found['cache_copies']:.2f}")
-        )
+        copies = f"{found['cache_copies']:.2f}"
+        rows.append((name, *milliseconds(found), *ratios, sent, cache, copies))
     largest = max(found["difference_of_logits"] for found in contestants.values())
     header = ("", "ms", "CPU ms", *(f"vs {rival}" for rival in RIVALS), "sent", "cache", "copies")
     return (

@@ -116,10 +116,8 @@ def losses_text(results: Sequence[Result]) -> str:
     gap, layout = max((abs(r.loss - own[0].loss), r.layout) for own in groups for r in own)
     if gap == 0:
         return "The layouts reach equal losses."
-    return (
-        f"The layouts' losses after the last iteration differ by at most {gap:.1e} nats per token "
-        f"({layout})."
-    )
+    differ = f"differ by at most {gap:.1e} nats per token ({layout})"
+    return f"The layouts' losses after the last iteration {differ}."
 
 
 def scaling_text(results: Sequence[Result], kind: str) -> str:

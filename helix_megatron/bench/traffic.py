@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import warnings
 from typing import Any, NamedTuple
 
@@ -132,11 +133,8 @@ def measure_rows(
 ) -> tuple[list[Row], list[tuple[int, str, str]]]:
     """What fits, traced; and (micro-batch size, exchange, reason) of what does not."""
     chosen = {b: choose(layer.shape(asked, b), asked, GPU).name for b in batches}
-    reasons = {
-        (batch, exchange.name): exchange.supports(layer.shape(exchange.name, batch))
-        for batch in batches
-        for exchange in EXACT
-    }
+    pairs = itertools.product(batches, EXACT)
+    reasons = {(batch, e.name): e.supports(layer.shape(e.name, batch)) for batch, e in pairs}
     fitting = [(exchange, batch) for (batch, exchange), reason in reasons.items() if not reason]
     with warnings.catch_warnings(record=True):  # megatron-core's, of packages and GPU settings
         from helix_megatron.bench.traffic_trace import trace

@@ -184,10 +184,8 @@ def _sequence(graph: Graph) -> Outcome:
     for (layer, module, *_), tokens in parts.items():
         total = sum(tokens)
         if total != whole:
-            problems.append(
-                f"tokens after layer {layer}'s {module}: {listed(tokens)} sum to {total}, and the sequence has "
-                f"{whole}"
-            )
+            sums_to = f"tokens after layer {layer}'s {module}: {listed(tokens)} sum to {total}"
+            problems.append(f"{sums_to}, and the sequence has {whole}")
         sizes = "/".join(map(str, sorted(set(tokens))))
         figures[f"sequence {len(tokens)} × {sizes} = {total}"] += 1
     return ", ".join(figures), tuple(problems)
@@ -235,10 +233,8 @@ def weights(graph: Graph) -> Outcome:
         f"{number} tensor{'s' * (number > 1)} on {k} rank{'s' * (k > 1)} per element"
         for k, number in sorted(copies.items())
     )
-    figure = (
-        f"{count(whole)} elements of {len(tensors)} tensors, {count(elements)} held: {parts_of}"
-    )
-    return figure, tuple(problems)
+    sizes = f"{count(whole)} elements of {len(tensors)} tensors, {count(elements)} held"
+    return f"{sizes}: {parts_of}", tuple(problems)
 
 
 def rank_layout(settings: dict[str, Any]) -> RankLayout:

@@ -139,10 +139,8 @@ def shapes_agree(graph: Graph) -> Result:
         if missing:
             problems.append(f"{_name(node)}: nothing makes its inputs {listed(sorted(missing))}")
     tensors = sum(len(node.outputs) for node in graph.nodes)
-    figure = (
-        f"{compared:,} of {len(graph.edges):,} edges, {size(moved)}; they read {len(read_tensors):,} of "
-        f"{tensors:,} tensors"
-    )
+    figure = f"{compared:,} of {len(graph.edges):,} edges, {size(moved)}"
+    figure += f"; they read {len(read_tensors):,} of {tensors:,} tensors"
     return Result("shapes agree along every edge", figure, tuple(problems))
 
 

@@ -40,11 +40,8 @@ def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> R
         )
     if run.helix.active and run.helix.attention == "exact":
         chosen = choose(run.attention_shape, run.helix.exchange, GPU)
-        helix = HelixConfig(
-            run.helix.intra_head_parallel_size,
-            exchange=chosen.name,
-            query_layout=run.layout.query_layout,
-        )
+        m, queries = run.helix.intra_head_parallel_size, run.layout.query_layout
+        helix = HelixConfig(m, exchange=chosen.name, query_layout=queries)
         run = dataclasses.replace(run, helix=helix)
     return run
 

@@ -92,7 +92,6 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     low = int(tensor.storage_offset()) * tensor.element_size()
     if tensor.numel() == 0:
         return low, low
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in sizes)
     return low, low + (int(last) + 1) * tensor.element_size()

@@ -190,9 +190,8 @@ def _build(run: RunConfig, config: Any) -> tuple[Any, Any]:
         # Its weights have the dtype already, and torch cannot convert modules of fake tensors in place.
         model.bfloat16 = model.half = lambda: model
         inner = Float16Module(config, model)
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=run.parallel.use_distributed_optimizer
-    )
+    dealt = run.parallel.use_distributed_optimizer
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=dealt)
     return model, Replicas(config, ddp, inner)
 
 

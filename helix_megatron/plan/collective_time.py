@@ -66,10 +66,8 @@ def collective_seconds(cluster: Cluster, kind: str, size: float, group: Group) -
     if domains == 1:
         return _domain_seconds(kind, size, inside, cluster.domain_bandwidth)
     if kind == "all-reduce":
-        return sum(
-            collective_seconds(cluster, half, size, group)
-            for half in ("reduce-scatter", "all-gather")
-        )
+        halves = ("reduce-scatter", "all-gather")
+        return sum(collective_seconds(cluster, half, size, group) for half in halves)
     rate = cluster.network_bandwidth * hw.NETWORK_EFFICIENCY
     if kind == "all-to-all":
         outside = size * (group.ranks - inside) / group.ranks

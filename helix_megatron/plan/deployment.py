@@ -267,9 +267,7 @@ def checks(plan: Plan, p: Prediction, heads: HeadLayout) -> list[dict[str, Any]]
             f"TP {layout.tp}, domain of {domain}, else every layer crosses {plan.cluster.network_link}",
         ),
     }
-    return [
-        {"check": name, "passed": bool(ok), "figure": text} for name, (ok, text) in found.items()
-    ]
+    return [{"check": n, "passed": bool(ok), "figure": text} for n, (ok, text) in found.items()]
 
 
 SHOWN_RANKS = 64  # of the table in Markdown; JSON has all

@@ -194,13 +194,8 @@ def layer_activations(
     core, scores = _core_attention(model, layout, job, software, tokens)
     if model.norms_queries:
         wide = 10 if software.local_modules and model.norm_tensors == 1 else element
-        norms += (
-            tokens
-            * (model.num_attention_heads + model.num_query_groups)
-            * model.head_dim
-            / layout.tp
-            * wide
-        )
+        heads = model.num_attention_heads + model.num_query_groups
+        norms += tokens * heads * model.head_dim / layout.tp * wide
     width = tokens * model.width / layout.tp
     inner = tokens * model.ffn / layout.tp * (model.fc1_factor * element + product)
     if software.local_modules and model.is_gated:
@@ -278,7 +273,6 @@ def output_work(model: ModelSpec, layout: Layout, job: Job, software: Software) 
     own = gathered / (layout.tp if layout.sequence_parallel else 1)
     forward = buffer + logits * (software.element + 4)
     backward = buffer + gathered + own + logits * software.element + weight
-    norm = (
-        20 * own / software.element if software.local_modules and model.norm_tensors == 1 else 0.0
-    )
+    unfused = software.local_modules and model.norm_tensors == 1
+    norm = 20 * own / software.element if unfused else 0.0
     return max(forward, backward, norm)  # the backward of an unfused RMSNorm: five tensors in fp32

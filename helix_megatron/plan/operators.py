@@ -33,10 +33,8 @@ def layer_steps(
     scenario: Scenario, layout: Layout, experts: bool = False, windowed: bool = False
 ) -> tuple[Step, ...]:
     """One layer, forward and backward, without recomputation."""
-    return (
-        *attention_steps(scenario, attention_part(layout), windowed),
-        *mlp_steps(scenario, mlp_part(layout), experts),
-    )
+    attention = attention_steps(scenario, attention_part(layout), windowed)
+    return attention + mlp_steps(scenario, mlp_part(layout), experts)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -54,9 +54,8 @@ def plot(plan: Plan, path: Path) -> None:
     _bars(plan, bars, tokens)
     for axes in (cloud, bars):
         axes.spines[["top", "right"]].set_visible(False)
-    title = (
-        f"{plan.model.name} on {plan.gpus} GPUs, {plan.cluster.name}, {plan.job.task}: simulated"
-    )
+    where = f"{plan.gpus} GPUs, {plan.cluster.name}"
+    title = f"{plan.model.name} on {where}, {plan.job.task}: simulated"
     figure.suptitle(title, x=0.01, ha="left")
     figure.tight_layout()
     try:

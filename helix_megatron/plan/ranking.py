@@ -153,9 +153,8 @@ def plan_json(plan: Plan, count: int) -> dict[str, Any]:
         return prediction_json(plan, plan.predict(row.layout))
 
     helps, text = verdict(plan)
-    model = {
-        n: getattr(plan.model, n) for n in ("name", "parameters", "active_parameters", "source")
-    }
+    facts = ("name", "parameters", "active_parameters", "source")
+    model = {fact: getattr(plan.model, fact) for fact in facts}
     return {
         "simulated": True,
         "model": model,

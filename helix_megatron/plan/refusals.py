@@ -41,7 +41,9 @@ def of_whole_heads(model: ModelSpec, tp: int) -> Refusal:
         )
         return INDIVISIBLE, reason + nearest(heads, tp)
     if kv_heads % tp and tp % kv_heads:
-        reason = f"Megatron needs {tp} to divide the {kv_heads} key-value heads or be a multiple of them"
+        reason = (
+            f"Megatron needs {tp} to divide the {kv_heads} key-value heads or be a multiple of them"
+        )
         return INDIVISIBLE, f"{reason}; nearest: {nearest(kv_heads, tp)}"
     return None
 

@@ -146,17 +146,14 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     per_stage[-1] += last.forward + last.backward
     pipeline = pipeline_seconds(per_stage, batches, layout.vp, hop)
     room = hw.OVERLAP_ROOM * layout.vp if software.dp_overlap else 0.0
-    reduced, gathered = _data_parallel(
-        model, layout._replace(recompute="none", vp=1, micro_batch=1), cluster, software
-    )
+    plain = layout._replace(recompute="none", vp=1, micro_batch=1)
+    reduced, gathered = _data_parallel(model, plain, cluster, software)
     exposed_reduced = max(0.0, reduced[1] - room * (backward + recomputed))
     exposed_gathered = max(0.0, gathered[1] - room * forward)
     optimizer = _optimizer_seconds(model, layout, cluster, software)
     exposed = exposed_reduced + exposed_gathered
-    final = sum(
-        collective_seconds(cluster, "all-reduce", size, group)
-        for _, size, group in final_reductions(model, layout)
-    )
+    summed = final_reductions(model, layout)
+    final = sum(collective_seconds(cluster, "all-reduce", size, group) for _, size, group in summed)
     return Iteration(
         seconds=pipeline + exposed + final + optimizer + hw.ITERATION_OVERHEAD,
         pipeline=pipeline,

@@ -151,9 +151,8 @@ class _Search:
             why = f"sequence length {sequence} is not divisible by TP {tp}; nearest that is: "
             why += str(-(-sequence // (tp * cp)) * tp * cp)
             if self.model.experts and self.training:
-                self.reject(
-                    what, refusals.INDIVISIBLE, f"{why} (Megatron's MoE needs it)", tp=tp, cp=cp
-                )
+                why += " (Megatron's MoE needs it)"
+                self.reject(what, refusals.INDIVISIBLE, why, tp=tp, cp=cp)
                 return
             self.reject(f"{what}, sequence parallel", "sequence parallel", why, tp=tp, cp=cp)
         sizes: tuple[int, ...] = MICRO_BATCHES
@@ -234,10 +233,9 @@ class _Search:
         if pp == 1 or not self.training:
             return
         if batches % pp:
+            what = f"PP {pp} interleaved, {batches} micro-batches"
             why = f"the interleaved schedule needs micro-batches in multiples of {pp}"
-            self.reject(
-                f"PP {pp} interleaved, {batches} micro-batches", refusals.INDIVISIBLE, why, pp=pp
-            )
+            self.reject(what, refusals.INDIVISIBLE, why, pp=pp)
             return
         yield from divisors(per_stage)[1:]
 

@@ -59,9 +59,8 @@ def layer_traffic(
         for step in layer_steps(scenario, stripped, experts, windowed):
             if not step.axis or step.phase not in phases:
                 continue
-            again = layout.recompute == "full" or (
-                layout.recompute == "selective" and step.axis in ("exchange", "cp")
-            )
+            core = step.axis in ("exchange", "cp")
+            again = layout.recompute == "full" or (layout.recompute == "selective" and core)
             times = 2 if again and step.phase == FORWARD else 1
             yield Traffic.of(step, times * batches * count / layout.pp)
 
