@@ -78,11 +78,8 @@ def reordered(run: str, rank: int, first: tuple[str, str], second: tuple[str, st
 
 
 def _place(nodes: list[Node], module: str, kind: str) -> int:
-    (found,) = [
-        place
-        for place, node in enumerate(nodes)
-        if (node.module, node.op, node.phase) == (module, kind, "backward")
-    ]
+    wanted = (module, kind, "backward")
+    (found,) = [i for i, node in enumerate(nodes) if (node.module, node.op, node.phase) == wanted]
     return found
 
 
@@ -93,8 +90,5 @@ def of_rank(graph: Graph, rank: int) -> list[Node]:
 
 def forward(graph: Graph, rank: int, op: str, module: str = "") -> list[Node]:
     """A rank's forward nodes with that operator, below a module."""
-    return [
-        node
-        for node in of_rank(graph, rank)
-        if node.op == op and node.module.startswith(module) and node.phase == "forward"
-    ]
+    nodes = [node for node in of_rank(graph, rank) if (node.op, node.phase) == (op, "forward")]
+    return [node for node in nodes if node.module.startswith(module)]

@@ -79,9 +79,8 @@ def test_missing_parts_are_said(capsys, monkeypatch):
     fake = types.ModuleType("fake_host")
     fake.check = lambda: ["torch has no such_thing, which Other replaces."]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_host", fake)
-    code, text = examine(
-        capsys, Host("Other", ("torch",), (), "fake_host:check", ""), monkeypatch=monkeypatch
-    )
+    host = Host("Other", ("torch",), (), "fake_host:check", "")
+    code, text = examine(capsys, host, monkeypatch=monkeypatch)
     assert code == 1
     assert text.endswith("what to do\n  torch has no such_thing, which Other replaces.\n")
 

@@ -6,14 +6,13 @@ No time is asserted: the machine of a test is busy.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import re
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 from refusals import as_launched, refusal
 from tiers import sized
+from waiting import run_python
 
 from helix_megatron.bench import attention, traffic
 from helix_megatron.bench.__main__ import _parser, main
@@ -25,7 +24,6 @@ from helix_megatron.bench.traffic_layer import Layer
 from helix_megatron.errors import HelixError
 from helix_megatron.tables import text_table
 
-ROOT = Path(__file__).parents[2]
 STOCK, STOCK_SDPA, HELIX, FREE = LAYERS
 TINY = {"sequence_length": 16, "micro_batch_size": 2}
 SMALL = (
@@ -311,14 +309,8 @@ def test_traffic_refuses_with_the_way_out(capsys, argv, text):
 
 def test_help_lists_the_measurements_without_importing_torch():
     """--help must answer at once."""
-    code = (
-        "import sys\n"
-        "from helix_megatron.bench.__main__ import main\n"
-        "try:\n    main(['--help'])\n"
-        "except SystemExit:\n    assert 'torch' not in sys.modules\n"
-        "else:\n    raise AssertionError\n"
-    )
-    run = [sys.executable, "-c", code]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_python(["-X", "importtime", "-m", "helix_megatron.bench", "--help"])
+    assert done.returncode == 0
+    assert not re.search(r"\| +torch\n", done.stderr)
     lines = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")]
     assert {attention.NAME, traffic.NAME} <= set(lines)

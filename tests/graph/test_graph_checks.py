@@ -158,15 +158,10 @@ changed(RANKS, "is on ranks [none]", first_product, ranks=())
 changed(RANKS, "occurs twice", lambda graph: graph.nodes[5], id="r0.4")
 changed(COLLECTIVES, "it has no group", collective(), group="")
 changed(COLLECTIVES, "and it says 0", collective(), sent_bytes=0)
-changed(
-    COLLECTIVES,
-    "its nodes are on [0, 1]",
-    collective(),
-    ranks=lambda ranks: tuple(rank + 1 for rank in ranks),
-)
-changed(
-    COLLECTIVES, "its nodes are on [0, 1, 2]", collective(ranks=4), members=lambda them: them[:-1]
-)
+later = {"ranks": lambda ranks: tuple(rank + 1 for rank in ranks)}
+changed(COLLECTIVES, "its nodes are on [0, 1]", collective(), **later)
+fewer = {"members": lambda members: members[:-1]}
+changed(COLLECTIVES, "its nodes are on [0, 1, 2]", collective(ranks=4), **fewer)
 changed(COLLECTIVES, "op is all-gather on rank 0", member(0), op="all-gather")
 # The collective says another kind than all of its ranks.
 changed(COLLECTIVES, "runs all-to-all in", collective(), kind="broadcast")
@@ -175,14 +170,10 @@ changed(COLLECTIVES, "phase is forward on rank 0", member(1), phase="gradients")
 changed(COLLECTIVES, "micro-batch is 0 on rank 0", member(1), micro_batch=1)
 lost = (Spec((3, 2, 64), "bf16"),)
 changed(COLLECTIVES, "elements, and its ranks get", member(0, "reduce-scatter"), outputs=lost)
-narrow = (Spec((32, 47), "bf16"),)
-changed(DIMENSIONS, "sum to 191, and the whole is 192", product(3, QKV), outputs=narrow)
-changed(
-    DIMENSIONS,
-    "sum to 255, and the whole is 256",
-    product(3, FC2),
-    inputs=lambda inputs: (Spec((32, 63), "bf16"), *inputs[1:]),
-)
+columns = (Spec((32, 47), "bf16"),)
+changed(DIMENSIONS, "sum to 191, and the whole is 192", product(3, QKV), outputs=columns)
+narrow = {"inputs": lambda inputs: (Spec((32, 63), "bf16"), *inputs[1:])}
+changed(DIMENSIONS, "sum to 255, and the whole is 256", product(3, FC2), **narrow)
 changed(DIMENSIONS, "4, 4, 4, 3 sum to 15", additions(3, 0), outputs=lost)
 # Additions of another name: nothing shows how many tokens there are, nor do three ranks of four.
 changed(
@@ -330,15 +321,13 @@ def test_a_message_of_another_shape_fails():
 def test_balance_has_a_limit():
     """The figure is the ratio; the limit says where balance ends."""
     nodes = [
-        Node("r0.0", "operator", "aten.mm", "m", (0,), flops=100, bytes=10),
-        Node("r1.0", "operator", "aten.mm", "m", (1,), flops=120, bytes=10),
+        Node(f"r{rank}.0", "operator", "aten.mm", "m", (rank,), flops=flops, bytes=10)
+        for rank, flops in enumerate((100, 120))
     ]
     graph = Graph("small", {"ranks": 2}, nodes=nodes)
     figure, problems = balanced(graph, 1.25)
     assert "FLOPs 1.200 (100 to 120)" in figure
     assert problems == ()
     _, (problem,) = balanced(graph, 1.1)
-    assert (
-        problem
-        == "flops: rank 1 has 120, rank 0 has 100, 1.200 times as many; at most 1.1 is balanced"
-    )
+    ratio = "rank 1 has 120, rank 0 has 100, 1.200 times as many"
+    assert problem == f"flops: {ratio}; at most 1.1 is balanced"

@@ -97,9 +97,8 @@ def browse(page: Path, profile: Path, *arguments: str) -> tuple[str, list[str]]:
 def test_everything_can_be_clicked_without_an_error(tmp_path, run):
     """A page that throws shows nothing; clicking through all views, ranks and details must throw nowhere."""
     graph = traced(run, backward=False)
-    checks = run_checks(
-        graph, balance=2
-    )  # so small a model's last stage has more to do: its output layer
+    # So small a model's last stage has more to do: its output layer.
+    checks = run_checks(graph, balance=2)
     page = to_html([graph, attention_view(graph), mlp_view(graph)], checks)
     file = tmp_path / "graph.html"
     file.write_text(page.replace("</body>", CLICK_THROUGH + "</body>"))
@@ -133,10 +132,8 @@ def test_the_page_can_be_seen(tmp_path):
     assert console == []
     pixels = (matplotlib.image.imread(picture)[..., :3] * 255).round().astype(int)
     assert pixels.shape[:2] == (900, 1400)
-    for name, color in {
-        "attention": (0xD8, 0xE6, 0xF7),
-        "collective": (0xFF, 0xE2, 0xA8),
-        "exchange": (0xF6, 0xC7, 0xB0),
-    }.items():
+    attention, collective, exchange = (0xD8, 0xE6, 0xF7), (0xFF, 0xE2, 0xA8), (0xF6, 0xC7, 0xB0)
+    colors = {"attention": attention, "collective": collective, "exchange": exchange}
+    for name, color in colors.items():
         share = (np.abs(pixels - color).max(axis=-1) <= 2).mean()
         assert share > 0.004, f"{name}: {share:.4f} of the picture"

@@ -14,7 +14,7 @@ from helix_megatron.plan.clusters import CLUSTERS, Cluster, cluster_of
 from helix_megatron.plan.collective_time import Group
 from helix_megatron.plan.inference import inference_memory
 from helix_megatron.plan.layouts import Layout
-from helix_megatron.plan.models import ModelSpec, model_of, spec_of_flags
+from helix_megatron.plan.models import ModelSpec, model_of
 from helix_megatron.plan.operators import attention_steps
 from helix_megatron.plan.ranking import header, plan_json
 from helix_megatron.plan.results import Limits, Plan
@@ -44,16 +44,10 @@ def plan_of(
 
 def small(kv_heads: int, heads: int = 8) -> ModelSpec:
     """Few key-value heads, wide MLP: where TP beyond them is interesting."""
-    flags = {
-        "num_layers": 8,
-        "hidden_size": 1024,
-        "num_attention_heads": heads,
-        "group_query_attention": True,
-        "num_query_groups": kv_heads,
-        "kv_channels": 128,
-        "vocab_size": 32000,
-    }
-    return spec_of_flags("small", flags, "test")
+    return model_of(
+        f"--num-layers 8 --hidden-size 1024 --num-attention-heads {heads} --group-query-attention "
+        f"--num-query-groups {kv_heads} --kv-channels 128 --vocab-size 32000"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +191,9 @@ def test_selective_recomputation_repeats_core_attention_only(preset, layout, nam
     scenario = Scenario(model, Job("train", 4096, 1), DGX, Software())
     steps = attention_steps(scenario, layout, False)
     assert [step.axis for step in steps if step.name == name] == ["qkv", "qkv"]
-    repeated = sum(
-        step.exposed
-        for step in steps
-        if step.phase == "forward" and (step.kind == "attention" or step.axis == "exchange")
-    )
+    forward = [step for step in steps if step.phase == "forward"]
+    core = [step for step in forward if step.kind == "attention" or step.axis == "exchange"]
+    repeated = sum(step.exposed for step in core)
     cost = layers_cost(scenario, layout)
     assert cost.attention == pytest.approx(model.num_layers * repeated)
     rows = {

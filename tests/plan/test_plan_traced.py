@@ -29,18 +29,11 @@ TRACED = Software(local_modules=True, fused_head_dim=1 << 30, distributed_optimi
 
 
 def one_layer(kv_heads: int):
-    flags = {
-        "num_layers": 1,
-        "hidden_size": 8192,
-        "ffn_hidden_size": 32768,
-        "num_attention_heads": 16,
-        "group_query_attention": True,
-        "num_query_groups": kv_heads,
-        "position_embedding_type": "none",
-        "disable_bias_linear": True,
-        "vocab_size": 51200,
-    }
-    return spec_of_flags("layer", flags, "test")
+    return model_of(
+        "--num-layers 1 --hidden-size 8192 --ffn-hidden-size 32768 --num-attention-heads 16 --vocab-size 51200 "
+        f"--group-query-attention --num-query-groups {kv_heads} --position-embedding-type none "
+        "--disable-bias-linear"
+    )
 
 
 def layer_cases(segments: int, kv_heads: int, sequence_parallel: bool):
@@ -74,14 +67,9 @@ def test_predicted_bytes_equal_traced_ones(segments, kv_heads, sequence_parallel
     assert len(cases) >= 2
     scenario = Scenario(one_layer(kv_heads), Job("train", TOKENS, 1), CLUSTER, Software())
     for (exchange, batch), traced in zip(cases, trace(layer, cases, 0), strict=True):
-        layout = Layout(
-            tp=RANKS,
-            segments=segments,
-            query_layout=layer.shape(exchange, batch).layout.query_layout,
-            exchange=exchange,
-            micro_batch=batch,
-            sequence_parallel=sequence_parallel,
-        )
+        queries = layer.shape(exchange, batch).layout.query_layout
+        layout = Layout(tp=RANKS, segments=segments, query_layout=queries, exchange=exchange)
+        layout = layout._replace(micro_batch=batch, sequence_parallel=sequence_parallel)
         rows = added(layer_traffic(scenario, layout, 1))
         exchanged = sum(row.bytes for row in rows if row.axis == "exchange")
         others = sum(row.bytes for row in rows if row.axis == "tp")
@@ -145,9 +133,8 @@ def check_step(
     assert predicted.weights == memory["parameters"]
     assert predicted.gradients == memory["gradients"]
     peak = predicted.weights + predicted.gradients + predicted.activations
-    assert peak == pytest.approx(
-        memory["traced_peak"], rel=0.05 if layout.recompute == "selective" else 0.03
-    )
+    apart = 0.05 if layout.recompute == "selective" else 0.03
+    assert peak == pytest.approx(memory["traced_peak"], rel=apart)
 
 
 def cut(layout: Layout) -> Layout:
