@@ -170,7 +170,7 @@ def canonical_part(case: Case, rank: int, *, stock: bool) -> tuple[Tensor, Tenso
 
 
 def _build(name: str, case: Case) -> Any:
-    dtype = {"params_dtype": DTYPES[case.dtype], "bf16": case.dtype == "bf16"}
+    dtype: dict[str, Any] = {"params_dtype": DTYPES[case.dtype], "bf16": case.dtype == "bf16"}
     sizes = (case.heads, case.kv_heads, case.head_dim, case.ranks)
     settings = layer_settings(*sizes, hidden_size=case.hidden_size, **dtype)
     spec = get_gpt_layer_local_spec()

@@ -124,8 +124,8 @@ def check_equal(contestants: Mapping[str, Contestant], case: DecodeCase) -> dict
 class Paged:
     """This package's engine with one of its cache layouts, or with stock's gathered QKV and whole heads.
 
-    As of `StockStatic`, `cache_bytes` are of keys and values on this rank, `fill` keeps its part of those
-    before the new token, and `step` gives the logits [sequences, vocabulary] after it, on rank 0 at least.
+    Like `StockStatic` it has `cache_bytes`, of keys and values on this rank; `fill`, which keeps its part of
+    those before the new token; and `step`, the logits [sequences, vocabulary] after it, on rank 0 at least.
     """
 
     def __init__(self, case: DecodeCase, name: str) -> None:

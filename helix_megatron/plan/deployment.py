@@ -296,7 +296,11 @@ def markdown(plan: Plan, p: Prediction, content: dict[str, Any]) -> str:
     """The plan to read: `deployment.md.jinja`, filled in."""
     import jinja2
 
-    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    blocks: dict[str, Any] = {
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "keep_trailing_newline": True,
+    }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **blocks)
     environment.globals = {f.__name__: f for f in (duration, layers, members, runs, span)}
     page = resources.files("helix_megatron.plan").joinpath("deployment.md.jinja").read_text()

@@ -54,8 +54,8 @@ def plot(plan: Plan, path: Path) -> None:
     _bars(plan, bars, tokens)
     for axes in (cloud, bars):
         axes.spines[["top", "right"]].set_visible(False)
-    where = f"{plan.gpus} GPUs, {plan.cluster.name}"
-    title = f"{plan.model.name} on {where}, {plan.job.task}: simulated"
+    place = f"{plan.gpus} GPUs, {plan.cluster.name}"
+    title = f"{plan.model.name} on {place}, {plan.job.task}: simulated"
     figure.suptitle(title, x=0.01, ha="left")
     figure.tight_layout()
     try:
