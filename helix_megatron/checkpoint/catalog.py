@@ -86,20 +86,20 @@ def catalog(flags: Mapping[str, Any]) -> list[CanonicalTensor]:
         raise HelixError(
             "the model flags have no padded_vocab_size, the rows of the word embedding."
         )
-    shape: tuple[int, ...]
     vocabulary = (model.padded_vocab_size, model.hidden_size)
     tensors = [_alone("embedding.word_embeddings.weight", vocabulary, Cut.VOCABULARY)]
     if model.position_embedding_type == "learned_absolute":
         assert model.max_position_embeddings is not None
-        shape = (model.max_position_embeddings, model.hidden_size)
-        tensors.append(_alone("embedding.position_embeddings.weight", shape, Cut.REPLICATED))
+        positions = (model.max_position_embeddings, model.hidden_size)
+        tensors.append(_alone("embedding.position_embeddings.weight", positions, Cut.REPLICATED))
     for layer, moe in enumerate(model.moe_layers):
-        for suffix, shape, cut in layer_tensors(model, moe):
-            tensors.append(_of_layer(model, layer, suffix, shape, cut))
-        if moe:
-            tensors += _experts(model, layer)
-    for suffix, shape in _norm(model, "weight", "bias", model.hidden_size):
-        tensors.append(_alone(f"decoder.final_layernorm.{suffix}", shape, Cut.REPLICATED))
+        tensors += [_of_layer(model, layer, *entry) for entry in layer_tensors(model, moe)]
+        for expert in range(model.num_experts or 0) if moe else ():
+            own = mlp_tensors(model, model.moe_ffn_hidden_size or 0)
+            tensors += [_of_layer(model, layer, *entry, expert) for entry in own]
+    for suffix in ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",):
+        name = f"decoder.final_layernorm.{suffix}"
+        tensors.append(_alone(name, (model.hidden_size,), Cut.REPLICATED))
     if model.untie_embeddings_and_output_weights:
         tensors.append(_alone("output_layer.weight", vocabulary, Cut.VOCABULARY))
     return tensors
@@ -113,80 +113,63 @@ def _alone(name: str, shape: tuple[int, ...], cut: Cut) -> CanonicalTensor:
 
 
 def _of_layer(
-    model: ModelConfig, layer: int, suffix: str, shape: tuple[int, ...], cut: Cut
+    model: ModelConfig,
+    layer: int,
+    suffix: str,
+    shape: tuple[int, ...],
+    cut: Cut,
+    expert: int | None = None,
 ) -> CanonicalTensor:
-    name = f"decoder.layers.{layer}.{suffix}"
-    if not layers_are_stacked(model):
-        return CanonicalTensor(name, name, shape, cut, layer=layer)
-    stacked = (model.num_layers,)
-    return CanonicalTensor(
-        name, f"decoder.layers.{suffix}", shape, cut, (layer,), stacked, layer=layer
-    )
+    """Stacked layers are a leading axis of the key's tensor, and experts one below it."""
+    name = key = f"decoder.layers.{layer}."
+    leading: list[tuple[int, int]] = []
+    if layers_are_stacked(model):
+        key = "decoder.layers."
+        leading.append((layer, model.num_layers))
+    if expert is not None:
+        assert model.num_experts is not None
+        name, key = f"{name}mlp.experts.{expert}.", f"{key}mlp.experts.experts."
+        leading.append((expert, model.num_experts))
+    places, sizes = (tuple(axis[part] for axis in leading) for part in (0, 1))
+    return CanonicalTensor(name + suffix, key + suffix, shape, cut, places, sizes, layer, expert)
 
 
-def _experts(model: ModelConfig, layer: int) -> Iterator[CanonicalTensor]:
-    """Experts are a leading axis of their own, below that of stacked layers."""
-    assert model.num_experts is not None and model.moe_ffn_hidden_size is not None
-    stacked = layers_are_stacked(model)
-    number = "" if stacked else f"{layer}."
-    above = (layer,) if stacked else ()
-    above_shape = (model.num_layers,) if stacked else ()
-    for expert in range(model.num_experts):
-        for suffix, shape, cut in mlp_tensors(model, model.moe_ffn_hidden_size):
-            yield CanonicalTensor(
-                name=f"decoder.layers.{layer}.mlp.experts.{expert}.{suffix}",
-                key=f"decoder.layers.{number}mlp.experts.experts.{suffix}",
-                shape=shape,
-                cut=cut,
-                leading=(*above, expert),
-                leading_shape=(*above_shape, model.num_experts),
-                layer=layer,
-                expert=expert,
-            )
-
-
-def layer_tensors(model: ModelConfig, moe: bool) -> Iterator[Entry]:
+def layer_tensors(model: ModelConfig, moe: bool) -> list[Entry]:
     """Everything of a layer but its experts."""
-    hidden = model.hidden_size
-    attention = "self_attention."
-    for suffix, shape in _norm(model, "layer_norm_weight", "layer_norm_bias", hidden):
-        yield f"{attention}linear_qkv.{suffix}", shape, Cut.REPLICATED
-    yield f"{attention}linear_qkv.weight", (model.qkv_rows, hidden), Cut.QKV_ROWS
-    if model.has_qkv_bias:
-        yield f"{attention}linear_qkv.bias", (model.qkv_rows,), Cut.QKV_ROWS
-    if model.has_qk_norm_weights:
-        for name in ("q_layernorm", "k_layernorm"):
-            for suffix, shape in _norm(model, "weight", "bias", model.head_dim):
-                yield f"{attention}{name}.{suffix}", shape, Cut.REPLICATED
-    columns = model.num_attention_heads * model.head_dim
-    yield f"{attention}linear_proj.weight", (hidden, columns), Cut.PROJ_COLUMNS
-    if not model.disable_bias_linear:
-        yield f"{attention}linear_proj.bias", (hidden,), Cut.REPLICATED
-    for suffix, shape in _norm(model, "layer_norm_weight", "layer_norm_bias", hidden):
-        yield f"mlp.linear_fc1.{suffix}", shape, Cut.REPLICATED
-    if not moe:
-        for suffix, shape, cut in mlp_tensors(model, model.ffn_hidden_size or 0):
-            yield f"mlp.{suffix}", shape, cut
-        return
-    yield from _shared(model)
-
-
-def _shared(model: ModelConfig) -> Iterator[Entry]:
-    """What the experts of a layer share: the router, and experts of all tokens."""
-    hidden = model.hidden_size
-    assert model.num_experts is not None
-    yield "mlp.router.weight", (model.num_experts, hidden), Cut.REPLICATED
-    if not model.disable_bias_linear:
-        yield "mlp.router.bias", (model.num_experts,), Cut.REPLICATED
-    shared = model.moe_shared_expert_intermediate_size
-    if shared is not None:
-        for suffix, shape, cut in mlp_tensors(model, shared):
-            yield f"mlp.shared_experts.{suffix}", shape, cut
-        if model.moe_shared_expert_gate:
-            yield "mlp.shared_experts.gate_weight", (1, hidden), Cut.REPLICATED
+    hidden, head = model.hidden_size, model.head_dim
+    columns, experts = model.num_attention_heads * head, model.num_experts or 0
+    whole, attention = Cut.REPLICATED, "self_attention."
+    always, bias = True, not model.disable_bias_linear
+    layer_norm, head_norm = model.normalization == "LayerNorm", model.has_qk_norm_weights
+    shared = model.moe_shared_expert_intermediate_size if moe else None
+    rows: list[tuple[bool, str, tuple[int, ...], Cut]] = [
+        (always, f"{attention}linear_qkv.layer_norm_weight", (hidden,), whole),
+        (layer_norm, f"{attention}linear_qkv.layer_norm_bias", (hidden,), whole),
+        (always, f"{attention}linear_qkv.weight", (model.qkv_rows, hidden), Cut.QKV_ROWS),
+        (model.has_qkv_bias, f"{attention}linear_qkv.bias", (model.qkv_rows,), Cut.QKV_ROWS),
+        (head_norm, f"{attention}q_layernorm.weight", (head,), whole),
+        (head_norm and layer_norm, f"{attention}q_layernorm.bias", (head,), whole),
+        (head_norm, f"{attention}k_layernorm.weight", (head,), whole),
+        (head_norm and layer_norm, f"{attention}k_layernorm.bias", (head,), whole),
+        (always, f"{attention}linear_proj.weight", (hidden, columns), Cut.PROJ_COLUMNS),
+        (bias, f"{attention}linear_proj.bias", (hidden,), whole),
+        (always, "mlp.linear_fc1.layer_norm_weight", (hidden,), whole),
+        (layer_norm, "mlp.linear_fc1.layer_norm_bias", (hidden,), whole),
+        (moe, "mlp.router.weight", (experts, hidden), whole),
+        (moe and bias, "mlp.router.bias", (experts,), whole),
+    ]
+    entries: list[Entry] = [(suffix, shape, cut) for there, suffix, shape, cut in rows if there]
+    if not moe or shared is not None:  # what all tokens pass through
+        block = "mlp.shared_experts." if moe else "mlp."
+        for suffix, shape, cut in mlp_tensors(model, shared or model.ffn_hidden_size or 0):
+            entries.append((block + suffix, shape, cut))
+    if shared is not None and model.moe_shared_expert_gate:
+        entries.append(("mlp.shared_experts.gate_weight", (1, hidden), whole))
+    return entries
 
 
 def mlp_tensors(model: ModelConfig, ffn: int) -> Iterator[Entry]:
+    """An MLP of so many columns."""
     rows = 2 * ffn if model.is_gated else ffn
     cut = Cut.GATED_ROWS if model.is_gated else Cut.ROWS
     yield "linear_fc1.weight", (rows, model.hidden_size), cut
@@ -195,14 +178,6 @@ def mlp_tensors(model: ModelConfig, ffn: int) -> Iterator[Entry]:
     yield "linear_fc2.weight", (model.hidden_size, ffn), Cut.COLUMNS
     if not model.disable_bias_linear:
         yield "linear_fc2.bias", (model.hidden_size,), Cut.REPLICATED
-
-
-def _norm(
-    model: ModelConfig, weight: str, bias: str, width: int
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield weight, (width,)
-    if model.normalization == "LayerNorm":
-        yield bias, (width,)
 
 
 # ------------------------------------------------------------------------ byte entries

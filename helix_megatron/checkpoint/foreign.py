@@ -30,13 +30,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_json(content: bytes, path: Path | str, *, unique: bool = False) -> Any:
+def parse_json(
+    content: bytes, path: Path | str, *, unique: bool = False, remedy: str = AGAIN
+) -> Any:
     """What JSON holds; `path` is the file that errors speak of.
 
     Args:
         content: the bytes of the file.
         path: of it.
         unique: refuse an object with one key twice, of which readers see different values.
+        remedy: what to try where it is damaged.
 
     Raises:
         HelixError: it is no JSON, or nested too deeply to be used.
@@ -44,30 +47,24 @@ def parse_json(content: bytes, path: Path | str, *, unique: bool = False) -> Any
     try:
         found = json.loads(content.decode(), object_pairs_hook=_unique if unique else None)
     except HelixError as error:
-        raise HelixError(damaged(path, str(error))) from None
+        raise HelixError(damaged(path, str(error), remedy)) from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise HelixError(damaged(path, f"no valid JSON ({error})")) from error
-    check_depth(found, path)
+        raise HelixError(damaged(path, f"no valid JSON ({error})", remedy)) from error
+    if _is_too_deep(found):
+        reason = f"no valid JSON (it is nested more than {DEEPEST} deep)"
+        raise HelixError(damaged(path, reason, remedy))
     return found
 
 
-def check_depth(content: Any, path: Path | str) -> None:
-    """Refuse JSON values that are nested deeper than any program nests them: what walks them would fail.
-
-    Raises:
-        HelixError: they are.
-    """
-    level = [content]
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for value in level
-            if isinstance(value, dict | list)
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
+def _is_too_deep(content: Any) -> bool:
+    """Whether values are nested deeper than any program nests them: what walks them would fail."""
+    level: list[Any] = [[content]]
+    for _ in range(DEEPEST + 1):
+        lists = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [inner for values in lists for inner in values if isinstance(inner, dict | list)]
         if not level:
-            return
-    raise HelixError(damaged(path, f"no valid JSON (it is nested more than {DEEPEST} deep)"))
+            return False
+    return True
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,9 +140,9 @@ def resolved(path: Path | str) -> Path:
     return found
 
 
-def damaged(path: Path | str, reason: str) -> str:
+def damaged(path: Path | str, reason: str, remedy: str = AGAIN) -> str:
     """The text of an error about a damaged file."""
-    return f"{path} is damaged: {reason}. {AGAIN}"
+    return f"{path} is damaged: {reason}. {remedy}"
 
 
 def _reason(error: Exception) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 from blake3 import blake3
 
 from helix_megatron.checkpoint.durable import sync_directory, write_durably
-from helix_megatron.checkpoint.foreign import MOST_JSON, MOST_TEXT, check_depth, read_bytes
+from helix_megatron.checkpoint.foreign import MOST_JSON, MOST_TEXT, parse_json, read_bytes
 from helix_megatron.errors import HelixError, listed
 
 MANIFEST_NAME = "helix.json"
@@ -113,13 +113,7 @@ class Manifest:
             HelixError: no JSON, another format version, a missing, unknown, duplicate or mistyped field, a
                 file outside the directory. The text names file and field.
         """
-        try:
-            content = json.loads(text, object_pairs_hook=_without_duplicates)
-        except HelixError as error:
-            raise HelixError(f"{name}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise HelixError(f"{name} is damaged: no valid JSON ({error}). {TRY}") from error
-        check_depth(content, name)
+        content = parse_json(text.encode(), name, unique=True, remedy=TRY)
         files = _checked(content, name)
         fields = {key: value for key, value in content.items() if key != "format"}
         return cls(**{**fields, "files": files})
@@ -206,15 +200,6 @@ def _entry(path: str, entry: Any, name: str) -> FileEntry:
         raise HelixError(
             f"{name}: files[{path!r}] is {entry!r:.120}, not a size and a hash ({listed(HASHES)})."
         )
-    return found
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise HelixError(f"{key!r} is there twice. {TRY}")
-        found[key] = value
     return found
 
 
