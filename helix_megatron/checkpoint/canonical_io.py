@@ -10,9 +10,10 @@ import contextlib
 import mmap
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
+from helix_megatron.checkpoint.catalog import CanonicalTensor
+from helix_megatron.checkpoint.manifest import TRY, FileEntry, problem
 from helix_megatron.checkpoint.safe import METADATA_NAME, load_metadata
+from helix_megatron.checkpoint.source import Source
 from helix_megatron.errors import HelixError, listed
 
 # What torch and zipfile raise for a damaged file.
@@ -39,25 +42,29 @@ UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
+DATA = ".distcp"  # ending of files with tensors
 PREFIX = "module."  # megatron-core's distributed data parallel puts it before every key
 # Transformer Engine's MoE layers have a norm of their own where its dense layers fuse it into linear_fc1.
 ALIASES = (("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),)
 
 
-class CanonicalReader:
-    """The tensors of a distributed checkpoint, by canonical name.
+class CanonicalReader(Source):
+    """The tensors of a distributed checkpoint, of this package or of stock megatron-core.
 
     Args:
         directory: with `.metadata` in it.
         flags: model flags, which tell the tensors. Others in the checkpoint (optimizer, random states) are
             not looked at.
         trust: read `.metadata` as a plain pickle.
-        before_reading: called with the name of a file before anything is read from it; may raise.
+        unverified: files to be compared with their entries just before anything is read from them, so that
+            each comes from the disk once.
 
     Raises:
         HelixError: a tensor is missing or has another shape than the flags say, or a file is damaged or
             refused.
     """
+
+    kind = "canonical"
 
     def __init__(
         self,
@@ -65,10 +72,10 @@ class CanonicalReader:
         flags: Mapping[str, Any],
         *,
         trust: bool = False,
-        before_reading: Callable[[str], None] | None = None,
+        unverified: Mapping[str, FileEntry] = MappingProxyType({}),
     ) -> None:
-        self.directory = Path(directory)
-        self._before_reading = before_reading or (lambda name: None)
+        super().__init__(directory, flags)
+        self._unverified = dict(unverified)
         metadata = load_metadata(self.directory / METADATA_NAME, trust=trust)
         self._storage = metadata.storage_data
         self._stored: dict[str, TensorStorageMetadata] = {
@@ -79,33 +86,16 @@ class CanonicalReader:
         self._prefix = (
             PREFIX if any(k.startswith(PREFIX) for k in metadata.state_dict_metadata) else ""
         )
-        self._tensors = {tensor.name: tensor for tensor in catalog(flags)}
-        self._keys = {name: self._key(tensor) for name, tensor in self._tensors.items()}
+        self._keys = {name: self._key(tensor) for name, tensor in self.tensors.items()}
         self._by_place: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._check_files(metadata)
 
-    @property
-    def names(self) -> list[str]:
-        """Canonical names, in the order of the layers."""
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
-        return self._tensors[name].shape
-
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
         return self._stored[self._keys[name]].properties.dtype
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor; not to be written to.
-
-        It is mapped from its file where it lies there in one piece.
-
-        Raises:
-            HelixError: the file is damaged, or the checkpoint lacks a piece of the tensor.
-        """
-        tensor = self._tensors[name]
+        """As in `Source`. It is mapped from its file where it lies there in one piece."""
+        tensor = self.tensors[name]
         depth, chunks = len(tensor.leading), self._chunks(tensor)
         with self._reading(name):
             if [tuple(chunk.sizes[depth:]) for chunk in chunks] == [tensor.shape]:
@@ -125,6 +115,16 @@ class CanonicalReader:
             )
         return result
 
+    def finish(self) -> None:
+        for name in list(self._unverified):
+            self._verify(name)
+
+    def _verify(self, name: str) -> None:
+        entry = self._unverified.get(name)
+        if entry is not None and (text := problem(self.directory / name, entry)):
+            raise HelixError(f"{self.directory / name} {text}. {TRY}")
+        self._unverified.pop(name, None)
+
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[None]:
         try:
@@ -143,7 +143,7 @@ class CanonicalReader:
         place = self._place(tensor, chunk)
         if getattr(place, "transform_descriptors", None):
             raise ValueError("it is compressed, which megatron-core does not do")
-        self._before_reading(place.relative_path)
+        self._verify(place.relative_path)
         with open(self.directory / place.relative_path, "rb") as file:
             view: Any = _create_file_view(file, place.offset, place.length)
             found = torch.load(view, map_location="meta", weights_only=True)  # reads no bytes
@@ -209,7 +209,5 @@ class CanonicalReader:
             path = self.directory / name
             actual = path.stat().st_size if path.is_file() else None
             if actual is None or actual < size:
-                problem = (
-                    "is missing" if actual is None else f"is truncated: {actual} of {size} bytes"
-                )
-                raise HelixError(f"{path} {problem}. Copy the checkpoint again from where it came.")
+                what = "is missing" if actual is None else f"is truncated: {actual} of {size} bytes"
+                raise HelixError(f"{path} {what}. Copy the checkpoint again from where it came.")

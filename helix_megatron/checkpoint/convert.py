@@ -25,12 +25,8 @@ from helix_megatron.checkpoint.huggingface_io import same_bits
 from helix_megatron.checkpoint.huggingface_target import HuggingFaceTarget
 from helix_megatron.checkpoint.manifest import FileEntry
 from helix_megatron.checkpoint.partition import RankLayout
-from helix_megatron.checkpoint.sources import (
-    SegmentLocalSource,
-    Source,
-    UnpaddedSource,
-    open_source,
-)
+from helix_megatron.checkpoint.source import SegmentLocalSource, Source, UnpaddedSource
+from helix_megatron.checkpoint.sources import open_source
 from helix_megatron.checkpoint.staging import Staging, check_target
 from helix_megatron.checkpoint.targets import CanonicalTarget, RankTarget, Row, Target, Tensors
 from helix_megatron.config import HelixConfig
@@ -175,8 +171,8 @@ def make_target(source: Source, to: str, options: Options) -> Target:
         return CanonicalTarget(tensors, options.shard_size or CANONICAL_SHARD_SIZE)
     if to == "huggingface":
         return HuggingFaceTarget(tensors, options.shard_size, SHARD_SIZE)
-    ranks = options.ranks
-    helix = ranks.helix
+    sizes = dict(vars(options.ranks))
+    tag, helix = sizes.pop("tag"), sizes.pop("helix")
     if source.attention == "segment-local":
         m = helix.intra_head_parallel_size
         if m not in (1, source.segments):
@@ -185,18 +181,8 @@ def make_target(source: Source, to: str, options: Options) -> Target:
                 f"become {m}. Give --intra-head-parallel-size {source.segments}."
             )
         helix = HelixConfig(source.segments, "segment-local")
-    layout = RankLayout(
-        source.flags,
-        ranks.tensor,
-        ranks.pipeline,
-        ranks.expert,
-        ranks.expert_tensor,
-        helix,
-        ranks.vocabulary_multiple,
-    )
-    if source.attention == "segment-local":
-        helix.head_groups(ranks.tensor)  # raises where m does not divide the ranks
-    return RankTarget(tensors, layout, ranks.tag)
+        helix.head_groups(sizes["tensor"])  # raises where m does not divide the ranks
+    return RankTarget(tensors, RankLayout(source.flags, helix=helix, **sizes), tag)
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -30,6 +30,16 @@ AXES = {
 }
 
 
+# What the layout of a manifest calls the fields of `RankLayout`.
+MANIFEST_KEYS = {
+    "tp": "tensor",
+    "pp": "pipeline",
+    "ep": "expert",
+    "etp": "expert_tensor",
+    "vocabulary_multiple": "vocabulary_multiple",
+}
+
+
 @dataclass(frozen=True)
 class Place:
     """Coordinates of a rank."""

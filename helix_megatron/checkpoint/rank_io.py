@@ -22,6 +22,7 @@ from helix_megatron.checkpoint.foreign import is_plain_name, read_name
 from helix_megatron.checkpoint.huggingface_io import REOPEN_BYTES, same_bits, tensor_bytes
 from helix_megatron.checkpoint.output import WRITE_BYTES
 from helix_megatron.checkpoint.partition import Part, RankLayout
+from helix_megatron.checkpoint.source import Source
 from helix_megatron.checkpoint.torch_files import load_pt
 from helix_megatron.errors import HelixError
 
@@ -173,7 +174,7 @@ def _write_at(file: int, content: memoryview, offset: int) -> None:
 # --------------------------------------------------------------------------- read
 
 
-class RankReader:
+class RankReader(Source):
     """The canonical tensors of a directory with one file per rank.
 
     Args:
@@ -185,47 +186,36 @@ class RankReader:
         HelixError: a file is missing, damaged or refused, or of another layout.
     """
 
+    kind = "ranks"
+
     def __init__(self, directory: Path | str, layout: RankLayout, *, trust: bool = False) -> None:
+        super().__init__(directory, layout.flags)
         self.layout, self._trust = layout, trust
-        self.directory = rank_directory(Path(directory))
-        found = sorted(path.name for path in self.directory.glob("mp_rank_*_model_states.pt"))
+        self._folder = rank_directory(self.directory)
+        found = sorted(path.name for path in self._folder.glob("mp_rank_*_model_states.pt"))
         expected = [file_name(rank) for rank in range(layout.num_ranks)]
         missing = [name for name in expected if name not in found]
         if missing or len(found) > len(expected):
             problem = f"lacks {missing[0]}" if missing else f"has {len(found)} rank files"
             raise HelixError(
-                f"{self.directory} {problem}, and a layout of {layout.tensor} tensor × {layout.pipeline} "
+                f"{self._folder} {problem}, and a layout of {layout.tensor} tensor × {layout.pipeline} "
                 f"pipeline parallel ranks has {layout.num_ranks} files. Copy what is missing, or "
                 "correct the layout."
             )
-        self._tensors = {tensor.name: tensor for tensor in catalog(layout.flags)}
         self._modules: dict[int, dict[str, Any]] = {}
         self._served = 0
 
-    @property
-    def names(self) -> list[str]:
-        """Canonical names, in the order of the layers."""
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a canonical tensor."""
-        return self._tensors[name].shape
-
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor, as the first rank with it has it."""
-        tensor = self._tensors[name]
+        """As the first rank with the tensor has it."""
+        tensor = self.tensors[name]
         for rank in range(self.layout.num_ranks):
             if self.layout.holds(tensor, self.layout.place(rank)):
                 return self._own(rank, tensor)[1].dtype
         raise AssertionError(f"no rank holds {name}")
 
     def read(self, name: str) -> Tensor:
-        """A canonical tensor, put together from all ranks.
-
-        Raises:
-            HelixError: ranks that should hold the same part do not.
-        """
-        tensor = self._tensors[name]
+        """As in `Source`, put together from all ranks; those that should hold the same part must do so."""
+        tensor = self.tensors[name]
         if self._served > REOPEN_BYTES:
             self._modules.clear()  # unmaps the files, whose pages count as memory in use
             self._served = 0
@@ -248,7 +238,7 @@ class RankReader:
                 if not same_bits(value, other):
                     raise HelixError(
                         f"{name} must be equal in {file_name(first)} and {file_name(rank)} of "
-                        f"{self.directory}, and is not. The files are of different checkpoints, or a rank went "
+                        f"{self._folder}, and is not. The files are of different checkpoints, or a rank went "
                         "astray in training."
                     )
                 continue
@@ -267,7 +257,7 @@ class RankReader:
         assert local is not None
         module = self._module(rank)
         value = module.get(local)
-        path = self.directory / file_name(rank)
+        path = self._folder / file_name(rank)
         if not isinstance(value, Tensor):
             raise HelixError(
                 f"{path} lacks {local}. It is of another model or layout than its manifest says."
@@ -282,7 +272,7 @@ class RankReader:
 
     def _module(self, rank: int) -> dict[str, Any]:
         if rank not in self._modules:
-            path = self.directory / file_name(rank)
+            path = self._folder / file_name(rank)
             state = load_pt(path, mmap=True, trust=self._trust)
             module = state.get(MODULE) if isinstance(state, dict) else None
             if not isinstance(module, dict):

@@ -1,10 +1,9 @@
-"""What a conversion reads: any kind of checkpoint as canonical tensors, one at a time."""
+"""What a conversion reads: a checkpoint is looked at, checked and opened as a `Source`."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,7 @@ import torch
 from torch import Tensor
 
 from helix_megatron.checkpoint import manifest as manifests
-from helix_megatron.checkpoint.canonical_io import METADATA_NAME, CanonicalReader
-from helix_megatron.checkpoint.catalog import (
-    Cut,
-    catalog,
-    segment_local_flags,
-    segment_local_permutation,
-)
+from helix_megatron.checkpoint.canonical_io import DATA, METADATA_NAME, CanonicalReader
 from helix_megatron.checkpoint.foreign import read_json, resolved
 from helix_megatron.checkpoint.huggingface_io import (
     INDEX,
@@ -28,20 +21,19 @@ from helix_megatron.checkpoint.huggingface_io import (
     snapshot_of,
 )
 from helix_megatron.checkpoint.manifest import Manifest
-from helix_megatron.checkpoint.partition import RankLayout
+from helix_megatron.checkpoint.partition import MANIFEST_KEYS, RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, RankReader, rank_directory
 from helix_megatron.checkpoint.safe import load_common
 from helix_megatron.checkpoint.side_files import side_files
+from helix_megatron.checkpoint.source import Source
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
-from helix_megatron.model.description import FUNCTION_FLAGS, ModelConfig, complete
+from helix_megatron.model.description import FUNCTION_FLAGS, complete
 from helix_megatron.model.families import family_of
 from helix_megatron.model.families.rules import Rule
 
 MOST_RANKS = 10**6  # in each direction
-DATA = ".distcp"  # ending of files with tensors
-SIDECARS = "huggingface"  # folder of the other kinds of checkpoints, for what came with a Hugging Face model
 OTHER_FLAGS = (
     "group_query_attention",
     "vocab_size",
@@ -51,114 +43,32 @@ OTHER_FLAGS = (
 )
 
 
-class Source:
-    """A checkpoint as canonical tensors, one at a time.
-
-    Attributes:
-        kind: `canonical`, `huggingface` or `ranks`.
-        directory: of the files.
-        flags: model flags of the tensors.
-        attention, segments, iteration: as in a manifest.
-        names: canonical names, in the order of the layers.
-    """
-
-    kind = ""
-    names: list[str]
-
-    def __init__(
-        self, directory: Path, flags: Mapping[str, Any], manifest: Manifest | None
-    ) -> None:
-        self.directory = directory
-        self.flags = dict(flags)
-        self.attention = manifest.attention if manifest else "exact"
-        self.segments = manifest.segments if manifest else 1
-        self.iteration = manifest.iteration if manifest else None
-        self._reader: Any = None  # of canonical tensors, where the files hold such
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
-        return self._reader.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
-        return self._reader.dtype(name)
-
-    def read(self, name: str) -> Tensor:
-        """A tensor; not to be written to."""
-        return self._reader.read(name)
-
-    def mixed(self, name: str) -> str | None:
-        """How the dtypes of a tensor's pieces differ, for people; None where they are one."""
-        return (
-            None
-            if self._reader is None or not isinstance(self._reader, Source)
-            else self._reader.mixed(name)
-        )
-
-    def origin(self, name: str) -> str:
-        """What a tensor is made of, for people."""
-        return name
-
-    def finish(self) -> None:
-        """Verify what has not been verified yet. Raises HelixError that names a damaged file."""
-
-    def sidecars(self) -> dict[str, bytes | Path]:
-        """What a Hugging Face model has beside its weights, by file name: content, or the file that has it.
-
-        Configuration, tokenizer, texts; and the index, which tells what each file of weights held.
-        """
-        return side_files(self.directory / SIDECARS)
-
-
-class CanonicalSource(Source):
-    """A distributed checkpoint, of this package or of stock megatron-core."""
-
-    kind = "canonical"
-
-    def __init__(
-        self, directory: Path, manifest: Manifest | None, *, trust: bool, verify: bool
-    ) -> None:
-        flags = manifest.model if manifest is not None else stock_flags(directory, trust=trust)
-        super().__init__(directory, flags, manifest)
-        self._reader = CanonicalReader(directory, flags, trust=trust, before_reading=self._verify)
-        self.names = self._reader.names
-        # A file is verified just before it is read: so it comes from the disk once.
-        entries = manifest.files if verify and manifest is not None else {}
-        self._unverified = {name: entries[name] for name in entries if name.endswith(DATA)}
-
-    def finish(self) -> None:
-        for name in list(self._unverified):
-            self._verify(name)
-
-    def _verify(self, name: str) -> None:
-        entry = self._unverified.get(name)
-        if entry is not None:
-            if text := manifests.problem(self.directory / name, entry):
-                raise HelixError(f"{self.directory / name} {text}. {manifests.TRY}")
-            del self._unverified[name]
-
-
 class HuggingFaceSource(Source):
-    """A directory as transformers' `save_pretrained` writes it."""
+    """A directory as transformers' `save_pretrained` writes it.
+
+    Raises:
+        HelixError: no such directory, or weights that are not those of its config.json: this is told before the
+            first tensor is converted, not hours later.
+    """
 
     kind = "huggingface"
 
-    def __init__(self, directory: Path, manifest: Manifest | None) -> None:
+    def __init__(self, directory: Path) -> None:
         config = read_json(directory / "config.json")
         self._files = HuggingFaceReader(directory)
-        self.family = family_of(config)
-        super().__init__(directory, self.family.model_flags(config), manifest)
-        rules = self.family.rules(self.flags, self._files.names)
+        family = family_of(config)
+        super().__init__(directory, family.model_flags(config))
+        rules = family.rules(self.flags, self._files.names)
         self._rules: dict[str, Rule] = {rule.name: rule for rule in rules}
-        self.names = [tensor.name for tensor in catalog(self.flags)]
-        assert set(self.names) == set(self._rules), (
-            "the family's rules are not the catalog's tensors"
-        )
+        assert self.tensors.keys() == self._rules.keys(), "the family's rules are the catalog's"
         for rule in rules:
-            self._check(rule)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._rules[name].shape
+            for name, shape in zip(rule.sources, rule.shapes, strict=True):
+                actual = self._files.entry(name).shape
+                if actual != tuple(shape):
+                    raise HelixError(
+                        f"tensor {name} of {directory / self._files.file(name)} has shape {list(actual)}, and "
+                        f"config.json makes it {list(shape)}. Check that config.json is this model's."
+                    )
 
     def dtype(self, name: str) -> torch.dtype:
         dtypes = {self._files.entry(source).dtype for source in self._rules[name].sources}
@@ -180,75 +90,6 @@ class HuggingFaceSource(Source):
 
     def sidecars(self) -> dict[str, bytes | Path]:
         return {INDEX: make_index(self._files.files)} | side_files(self.directory)
-
-    def _check(self, rule: Rule) -> None:
-        """Wrong shapes are told before the first tensor is converted, not hours later."""
-        for source, shape in zip(rule.sources, rule.shapes, strict=True):
-            actual = self._files.entry(source).shape
-            if actual != tuple(shape):
-                raise HelixError(
-                    f"tensor {source} of {self.directory / self._files.file(source)} has shape "
-                    f"{list(actual)}, and config.json makes it {list(shape)}. Check that config.json is "
-                    "this model's."
-                )
-
-
-class RankSource(Source):
-    """A directory with one file per rank."""
-
-    kind = "ranks"
-
-    def __init__(self, directory: Path, manifest: Manifest, *, trust: bool) -> None:
-        super().__init__(directory, manifest.model, manifest)
-        self._reader = RankReader(directory, layout_of(manifest), trust=trust)
-        self.names = self._reader.names
-
-
-class SegmentLocalSource(Source):
-    """An ordinary model as one with `segment-local` attention: its attention's rows and columns permuted."""
-
-    def __init__(self, source: Source, segments: int) -> None:
-        super().__init__(source.directory, segment_local_flags(source.flags, segments), None)
-        self._reader, self.kind, self.iteration = source, source.kind, source.iteration
-        self.attention, self.segments = "segment-local", segments
-        self.names, self.finish, self.sidecars = source.names, source.finish, source.sidecars  # type: ignore[method-assign]
-        rows, columns = segment_local_permutation(ModelConfig.from_flags(source.flags), segments)
-        self._order = {
-            Cut.QKV_ROWS: (0, torch.from_numpy(rows)),
-            Cut.PROJ_COLUMNS: (1, torch.from_numpy(columns)),
-        }
-        self._cuts = {tensor.name: tensor.cut for tensor in catalog(source.flags)}
-
-    def read(self, name: str) -> Tensor:
-        value, order = self._reader.read(name), self._order.get(self._cuts[name])
-        return value if order is None else value.index_select(*order)
-
-    def origin(self, name: str) -> str:
-        permuted = " (permuted)" if self._cuts[name] in self._order else ""
-        return self._reader.origin(name) + permuted
-
-
-class UnpaddedSource(Source):
-    """A model without the rows that pad its vocabulary for tensor parallel ranks: no token has them."""
-
-    def __init__(self, source: Source) -> None:
-        model = ModelConfig.from_flags(source.flags).unpadded()
-        super().__init__(
-            source.directory, source.flags | {"padded_vocab_size": model.padded_vocab_size}, None
-        )
-        self._reader, self.kind, self.iteration = source, source.kind, source.iteration
-        self.attention, self.segments = source.attention, source.segments
-        self.names, self.finish, self.sidecars = source.names, source.finish, source.sidecars  # type: ignore[method-assign]
-        self._shapes = {tensor.name: tensor.shape for tensor in catalog(self.flags)}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str) -> Tensor:
-        return self._reader.read(name)[: self.shape(name)[0]]
-
-    def origin(self, name: str) -> str:
-        return self._reader.origin(name)
 
 
 # ------------------------------------------------------------------------- opening
@@ -288,20 +129,29 @@ def open_source(
             # Canonical files of tensors are verified just before they are read.
             later = DATA if kind == "canonical" else ()
             manifests.verify(directory, only=lambda name: not name.endswith(later))
+    source: Source
     if kind == "canonical":
-        return CanonicalSource(directory, manifest, trust=trust, verify=verify)
-    if kind == "huggingface":
-        return HuggingFaceSource(directory, manifest)
-    if manifest is None:
-        if like is None:
-            raise HelixError(
-                f"{directory} has one file per rank and no manifest ({manifests.MANIFEST_NAME}), so its model "
-                "and layout are not known. Give --like DIR, a directory that this converter wrote for the same "
-                "layout."
-            )
-        resolved(like)
-        manifest = manifests.read_manifest(like)
-    return RankSource(directory, manifest, trust=trust)
+        flags = stock_flags(directory, trust=trust) if manifest is None else manifest.model
+        entries = manifest.files if verify and manifest is not None else {}
+        unverified = {name: entry for name, entry in entries.items() if name.endswith(DATA)}
+        source = CanonicalReader(directory, flags, trust=trust, unverified=unverified)
+    elif kind == "huggingface":
+        source = HuggingFaceSource(directory)
+    else:
+        if manifest is None:
+            if like is None:
+                raise HelixError(
+                    f"{directory} has one file per rank and no manifest ({manifests.MANIFEST_NAME}), so its "
+                    "model and layout are not known. Give --like DIR, a directory that this converter wrote "
+                    "for the same layout."
+                )
+            resolved(like)
+            manifest = manifests.read_manifest(like)
+        source = RankReader(directory, layout_of(manifest), trust=trust)
+    if manifest is not None:
+        source.attention, source.segments = manifest.attention, manifest.segments
+        source.iteration = manifest.iteration
+    return source
 
 
 def kind_of(directory: Path) -> str:
@@ -339,7 +189,7 @@ def layout_of(manifest: Manifest) -> RankLayout:
     layout = manifest.layout
     if manifest.kind != "ranks":
         raise HelixError(f"the manifest is of a {manifest.kind} checkpoint, not of files per rank.")
-    for key in ("tp", "pp", "ep", "etp", "m", "vocabulary_multiple"):
+    for key in (*MANIFEST_KEYS, "m"):
         value = layout.get(key)
         if type(value) is not int or not 1 <= value <= MOST_RANKS:
             raise HelixError(
@@ -349,15 +199,8 @@ def layout_of(manifest: Manifest) -> RankLayout:
     helix = HelixConfig(
         layout["m"], manifest.attention, query_layout=layout.get("query_layout", "auto")
     )
-    return RankLayout(
-        manifest.model,
-        layout["tp"],
-        layout["pp"],
-        layout["ep"],
-        layout["etp"],
-        helix,
-        layout["vocabulary_multiple"],
-    )
+    sizes = {name: layout[key] for key, name in MANIFEST_KEYS.items()}
+    return RankLayout(manifest.model, helix=helix, **sizes)
 
 
 def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:

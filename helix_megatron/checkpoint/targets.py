@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,10 +24,10 @@ from helix_megatron.checkpoint.canonical_files import (
 from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
 from helix_megatron.checkpoint.foreign import is_plain_name
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest, digest
-from helix_megatron.checkpoint.partition import RankLayout
+from helix_megatron.checkpoint.partition import MANIFEST_KEYS, RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, StageFiles, file_name
 from helix_megatron.checkpoint.side_files import write_side_files
-from helix_megatron.checkpoint.sources import SIDECARS, Source
+from helix_megatron.checkpoint.source import SIDECARS, Source
 from helix_megatron.checkpoint.store import POINTER
 from helix_megatron.errors import HelixError
 
@@ -240,15 +240,7 @@ class RankTarget:
         (content / LATEST).write_text(self.tag)
         layout, heads = self.layout, self.layout.heads
         m = layout.helix.intra_head_parallel_size
-        facts = {
-            "tp": layout.tensor,
-            "pp": layout.pipeline,
-            "ep": layout.expert,
-            "etp": layout.expert_tensor,
-            "m": m,
-            "n": layout.tensor // m,
-            "query_layout": heads.query_layout if heads else "auto",
-            "vocabulary_multiple": layout.vocabulary_multiple,
-            "tag": self.tag,
-        }
-        return replace(manifest_of(self.source, self.kind), layout=facts)
+        facts = {key: getattr(layout, name) for key, name in MANIFEST_KEYS.items()}
+        facts |= {"m": m, "n": layout.tensor // m, "tag": self.tag}
+        facts["query_layout"] = heads.query_layout if heads else "auto"
+        return manifest_of(self.source, self.kind, layout=facts)

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from helix_megatron.checkpoint.sources import Source, open_source
+from helix_megatron.checkpoint.source import Source
+from helix_megatron.checkpoint.sources import open_source
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.inference.arguments import InferenceConfig
 from helix_megatron.megatron import cpu_runtime

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.checkpoint.foreign import read_json
-from helix_megatron.checkpoint.sources import SIDECARS
+from helix_megatron.checkpoint.source import SIDECARS
 from helix_megatron.data.text import EOD_NAMES, read_tokenizer_file
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.inference.arguments import InferenceConfig

@@ -27,7 +27,8 @@ from helix_megatron.checkpoint.convert import (
     make_target,
 )
 from helix_megatron.checkpoint.manifest import read_manifest
-from helix_megatron.checkpoint.sources import Source, open_source
+from helix_megatron.checkpoint.source import Source
+from helix_megatron.checkpoint.sources import open_source
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
