@@ -275,7 +275,6 @@ def data(args: argparse.Namespace, engine: Any, consumed: int) -> Iterator[Any]:
     return micro_batches(
         ByteDataset(text, args.seq_length, args.seed),
         engine.train_micro_batch_size_per_gpu(),
-        engine.train_batch_size(),
         dist.get_rank(engine.data_parallel_group),
         dist.get_world_size(engine.data_parallel_group),
         consumed_samples=consumed,

@@ -9,7 +9,6 @@ the end of a document with a token of its own.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 from collections import OrderedDict
@@ -149,7 +148,6 @@ class ByteDataset:
         text: the bytes; their values are the token ids, below `VOCAB_SIZE`.
         sequence_length: tokens in a sample.
         seed: of the order, in [0, 2³²).
-        num_samples: the length of the dataset. None: one epoch, but any index can be read.
         name: what to call the text in errors.
 
     Raises:
@@ -161,12 +159,9 @@ class ByteDataset:
         text: bytes,
         sequence_length: int,
         seed: int,
-        num_samples: int | None = None,
         name: str = "the text",
     ) -> None:
         check_order(sequence_length, seed)
-        if num_samples is not None and num_samples < 1:
-            raise HelixError(f"{num_samples} samples of {name} were asked for. Ask for at least 1.")
         self.windows = (len(text) - 1) // sequence_length
         if self.windows < 1:
             shorter = f", or a sequence length of at most {len(text) - 1}" if len(text) > 1 else ""
@@ -177,22 +172,21 @@ class ByteDataset:
             )
         self.sequence_length = sequence_length
         self.seed = seed
-        self.num_samples = num_samples
         self._bytes = np.frombuffer(text, dtype=np.uint8)
 
     def __len__(self) -> int:
-        return self.windows if self.num_samples is None else self.num_samples
+        return self.windows
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """`tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each [sequence_length].
 
         Raises:
-            IndexError: a negative index, or one beyond `num_samples`.
+            IndexError: a negative index.
         """
         import torch  # not above: preprocessing and its workers need this module without torch
 
-        if index < 0 or (self.num_samples is not None and index >= self.num_samples):
-            raise IndexError(f"sample {index} of {len(self)}")
+        if index < 0:
+            raise IndexError(f"sample {index}")
         epoch, position = divmod(index, self.windows)
         start = int(_epoch_order(self.seed, epoch, self.windows)[position]) * self.sequence_length
         window = torch.from_numpy(
@@ -215,23 +209,14 @@ def _epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
 
 
 class Tokenizer(Protocol):
-    """What preprocessing, `GPTDatasetConfig` and a user who looks at samples need."""
+    """What preprocessing and `GPTDatasetConfig` need."""
 
     vocab_size: int
     eod: int
     unique_identifiers: OrderedDict[str, Any]
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, without an end-of-document token."""
-        ...
-
     def tokenize_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Token ids of each text, [tokens] of an integer dtype. Raises UnicodeDecodeError."""
-        ...
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids; special tokens appear by name."""
-        ...
 
 
 class ByteTokenizer:
@@ -244,18 +229,8 @@ class ByteTokenizer:
         # GPTDataset describes its tokenizer by these in the names of cached indices.
         self.unique_identifiers = OrderedDict([("class", "byte"), ("tokenizer_path", [])])
 
-    def tokenize(self, text: str) -> list[int]:
-        return list(text.encode())
-
     def tokenize_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         return [np.frombuffer(text, dtype=np.uint8) for text in texts]
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        runs = itertools.groupby((int(token) for token in ids), key=lambda token: token == self.eod)
-        return "".join(
-            EOD_TEXT * len(list(run)) if ends else bytes(run).decode(errors="replace")
-            for ends, run in runs
-        )
 
 
 def read_tokenizer_file(path: str, otherwise: str) -> tuple[Any, dict[str, int]]:
@@ -330,21 +305,10 @@ class HuggingFaceTokenizer:
             f"Name one of its tokens with --eod-token; its special tokens are: {listed(added[:20])}."
         )
 
-    @property
-    def inv_vocab(self) -> dict[int, str]:
-        """Token text by id."""
-        return {token_id: token for token, token_id in self.vocab.items()}
-
-    def tokenize(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
-
     def tokenize_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         decoded = [text.decode() for text in texts]
         encodings = self._backend.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
 
 
 def build_tokenizer(

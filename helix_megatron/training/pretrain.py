@@ -271,7 +271,6 @@ def _data(
         return micro_batches(
             dataset,
             run.training.micro_batch_size,
-            run.global_batch_size,
             megatron_state.get_data_parallel_rank(),
             megatron_state.get_data_parallel_world_size(),
             consumed_samples=consumed,

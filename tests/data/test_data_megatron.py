@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets import utils as megatron_utils
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from test_preprocess import train_bpe
+from test_preprocess import text_of, train_bpe
 
 from helix_megatron.data.batches import KEYS, micro_batches
 from helix_megatron.data.indexed_files import (
@@ -74,14 +74,14 @@ def test_text_survives_the_way_through_files_and_samples(tmp_path, kind):
     prefix = write(tmp_path / "corpus", DOCUMENTS, tokenizer)
     indexed = IndexedDataset(prefix)
     texts = [document.decode() + "<|endoftext|>" for document in DOCUMENTS]
-    assert [tokenizer.detokenize(indexed[k]) for k in range(len(indexed))] == texts
+    assert [text_of(indexed[k], tokenizer) for k in range(len(indexed))] == texts
 
     train, valid, test = build([prefix], (None, 0, 0), tokenizer, split="1")
     assert valid is None
     assert test is None
     text = "".join(texts[k] for k in train.document_index)
     stream = stream_of(train)
-    assert text.startswith(tokenizer.detokenize(stream))
+    assert text.startswith(text_of(stream, tokenizer))
     assert 0 <= sum(train.dataset.sequence_lengths) - len(stream) < SEQUENCE
 
 
@@ -132,7 +132,7 @@ def test_prefixes_without_weights_are_one_epoch_of_all(tmp_path):
     (train, *_) = build([*prefixes, prefixes[0]], (10_000, 0, 0), split="1")
     assert len(train) == sum(n * 51 // SEQUENCE for n in (30, 10, 30))
     with pytest.raises(HelixError, match=r"exhausted.*with weights"):
-        list(micro_batches(train, 8, 8, 0, 1))
+        list(micro_batches(train, 8, 0, 1))
 
 
 def test_a_dataset_made_anew_is_not_read_through_old_indices(tmp_path):
@@ -143,7 +143,7 @@ def test_a_dataset_made_anew_is_not_read_through_old_indices(tmp_path):
             file.unlink()
         prefix = write(tmp_path / "corpus", documents)
         (train, *_) = build([prefix], (None, 0, 0), split="1", data_cache_path=cache)
-        text = ByteTokenizer().detokenize(stream_of(train))
+        text = text_of(stream_of(train))
         expected = "".join(documents[k].decode() + "<|endoftext|>" for k in train.document_index)
         assert expected.startswith(text)
         assert len(expected) - len(text) < 14 * SEQUENCE

@@ -47,6 +47,14 @@ def train_bpe(path: Path, *special_tokens: str) -> Path:
     return path
 
 
+def text_of(ids, tokenizer=None) -> str:
+    """The text of token ids; special tokens appear by name."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer._backend.decode(list(map(int, ids)), skip_special_tokens=False)
+    text = b"".join(b"<|endoftext|>" if token == 256 else bytes([token]) for token in map(int, ids))
+    return text.decode(errors="replace")
+
+
 @pytest.fixture(autouse=True)
 def in_directory(tmp_path, monkeypatch):
     """Every test has an empty working directory, whose listing tells what was left behind."""
@@ -74,7 +82,7 @@ def run(*flags: str, status: int = 0) -> None:
 def documents_of(prefix: str, tokenizer=None) -> list[str]:
     """The texts that megatron-core reads."""
     indexed = IndexedDataset(prefix)
-    return [(tokenizer or ByteTokenizer()).detokenize(indexed[k]) for k in range(len(indexed))]
+    return [text_of(indexed[k], tokenizer) for k in range(len(indexed))]
 
 
 def listing() -> set[str]:
