@@ -38,6 +38,7 @@ setup(
         "helix_megatron": ["py.typed"],
         "helix_megatron.graph.page": ["*.html", "*.css", "*.js"],
         "helix_megatron.plan": ["*.jinja"],
+        "helix_megatron.training": ["*.jinja"],
     },
     python_requires=">=3.11",
     install_requires=[

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from helix_megatron.tables import text_table
 from helix_megatron.training import units
 from helix_megatron.training.report_runs import Comparison, Difference, Run
 
 NOTHING = "–"
+# Heading, metric, what it is over the iterations of a run, format.
+MEASURED: tuple[tuple[str, str, Callable[[Run, str], float | None], Any], ...] = (
+    ("tokens/s", "tokens_per_second", Run.typical, units.count),
+    ("communication, ms/token", "comm_ms_per_token", Run.typical, ".3g"),
+    ("sent in attention, bytes/token", "attention_bytes_per_token", Run.typical, ",.0f"),
+    ("sent elsewhere, bytes/token", "other_bytes_per_token", Run.typical, ",.0f"),
+    ("memory of a rank", "memory_bytes", Run.largest, units.size),
+)
 
 
 def table_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
@@ -32,20 +41,10 @@ def table_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     return [
         *rows,
         ("largest |loss difference|", [_difference_text(comparison, run) for run in runs]),
-        ("tokens/s", [_text(run.typical("tokens_per_second"), units.count) for run in runs]),
-        (
-            "communication, ms/token",
-            [_text(run.typical("comm_ms_per_token"), ".3g") for run in runs],
+        *(
+            (heading, [_text(value_of(run, metric), form) for run in runs])
+            for heading, metric, value_of, form in MEASURED
         ),
-        (
-            "sent in attention, bytes/token",
-            [_text(run.typical("attention_bytes_per_token"), ",.0f") for run in runs],
-        ),
-        (
-            "sent elsewhere, bytes/token",
-            [_text(run.typical("other_bytes_per_token"), ",.0f") for run in runs],
-        ),
-        ("memory of a rank", [_text(run.largest("memory_bytes"), units.size) for run in runs]),
     ]
 
 
@@ -64,18 +63,10 @@ def settings_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 def table_text(comparison: Comparison) -> str:
     """The table for a terminal: headings on the left, numbers on the right of their column."""
-    rows = [("", [run.label for run in comparison.runs]), *table_rows(comparison)]
-    lines = [[heading, *cells] for heading, cells in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        )
-        for line in lines
-    ]
-    text.insert(1, "─" * len(text[0]))
-    return "\n".join(text)
+    labels = ["", *(run.label for run in comparison.runs)]
+    rows = [[heading, *cells] for heading, cells in table_rows(comparison)]
+    head, *lines = text_table(labels, rows, indent="").splitlines()
+    return "\n".join([head, "─" * len(head), *lines])
 
 
 def table_numbers(comparison: Comparison) -> list[dict[str, Any]]:
@@ -90,12 +81,8 @@ def table_numbers(comparison: Comparison) -> list[dict[str, Any]]:
             "losses": {str(i): run.losses.get(i) for i in comparison.milestones},
             "last_validation_loss": run.last("validation_loss"),
             "loss_difference": _difference_numbers(comparison.differences.get(run.label)),
-            "tokens_per_second": run.typical("tokens_per_second"),
-            "comm_ms_per_token": run.typical("comm_ms_per_token"),
-            "attention_bytes_per_token": run.typical("attention_bytes_per_token"),
-            "other_bytes_per_token": run.typical("other_bytes_per_token"),
-            "memory_bytes": run.largest("memory_bytes"),
         }
+        | {metric: value_of(run, metric) for _, metric, value_of, _ in MEASURED}
         for run in comparison.runs
     ]
 
