@@ -71,17 +71,29 @@ def value_of(tensor: CanonicalTensor) -> np.ndarray:
     return values.astype(np.float32).reshape(tensor.shape)
 
 
+def run_of(flags: dict[str, Any], *, world_size: int | None = None, **values: Any) -> Any:
+    """A run with the model of model flags, on as many ranks as hold it."""
+    from helix_megatron.model.description import ModelConfig
+    from helix_megatron.training.run import RunConfig
+
+    rows = flags.get("vocab_size") or flags["padded_vocab_size"]
+    model = ModelConfig.from_flags(flags | {"vocab_size": rows, "padded_vocab_size": None})
+    ranks = values.get("tensor_model_parallel_size", 1)
+    ranks *= values.get("pipeline_model_parallel_size", 1)
+    run = RunConfig.from_values(model.to_flags() | values, world_size or ranks)
+    return run.with_padded_vocabulary()
+
+
 def build(flags: dict[str, Any], sizes: tuple[int, ...], query_layout: str, world_size: int) -> Any:
     """This rank's GPTModel."""
     from helix_megatron import parallel_state
     from helix_megatron.megatron import cpu_runtime
     from helix_megatron.megatron.random import seed_model_parallel
     from helix_megatron.training.model import build_chunk, transformer_config
-    from helix_megatron.training.run import RunConfig
 
     cpu_runtime.install()
     tp, pp, ep, etp, m = sizes
-    run = RunConfig.of_model(
+    run = run_of(
         flags,
         world_size=world_size,
         tensor_model_parallel_size=tp,

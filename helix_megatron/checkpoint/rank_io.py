@@ -9,6 +9,7 @@ experts it is Megatron's model parallel rank, which DeepSpeed's engine asks its 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def file_name(rank: int) -> str:
 # -------------------------------------------------------------------------- write
 
 
-class StageFiles:
+class StageFiles(contextlib.AbstractContextManager["StageFiles"]):
     """The files of all ranks of a pipeline stage, written tensor by tensor.
 
     All files have their final size from the beginning; a tensor's parts are written to their places in them. So
@@ -101,9 +102,6 @@ class StageFiles:
         """Close the files."""
         while self._files:
             os.close(self._files.popitem()[1])
-
-    def __enter__(self) -> StageFiles:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

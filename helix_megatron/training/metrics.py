@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron import __version__
+from helix_megatron.checkpoint.durable import write_durably
 from helix_megatron.errors import HelixError
 
 METRICS_FILE = "metrics.jsonl"
@@ -134,7 +135,7 @@ class GpuUtilization:
             return None
 
 
-class MetricsWriters:
+class MetricsWriters(contextlib.AbstractContextManager["MetricsWriters"]):
     """Writes every iteration to the destinations asked for; a context manager.
 
     Open it with destinations on one rank only. Without any it does nothing.
@@ -184,9 +185,6 @@ class MetricsWriters:
         self._sinks.clear()
         self._opened.close()
 
-    def __enter__(self) -> MetricsWriters:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -205,11 +203,7 @@ def _json_lines(
             f"cannot write metrics to {path}: {error.strerror}. Give --metrics-jsonl a file in a "
             "directory that you may write to, such as runs/mine/metrics.jsonl."
         ) from error
-    return lambda record: _write_line(file, record)
-
-
-def _write_line(file: Any, record: dict[str, Any]) -> None:
-    file.write(json.dumps(json_safe(record), allow_nan=False) + "\n")
+    return lambda record: print(json.dumps(json_safe(record), allow_nan=False), file=file)
 
 
 def _keep_until(path: Path, iteration: int) -> None:
@@ -292,16 +286,10 @@ def write_run_description(path: str | os.PathLike[str], description: Mapping[str
     assert not wrong, f"the run's description lacks {wrong}, or they have the wrong type"
     text = json.dumps(json_safe(description), indent=2, allow_nan=False, default=str)
     path = Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        write_durably(path, f"{text}\n".encode())
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise HelixError(
             f"cannot write the run's description to {path}: {error.strerror}. Choose a directory that "
             "you may write to."

@@ -8,6 +8,7 @@ On a terminal the line is rewritten in place; in a file or a pipe a line is prin
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import statistics
 import sys
@@ -22,7 +23,7 @@ ERASE_LINE = "\r\x1b[K"
 LEAST_IMPORTANT = ("grad norm", "extra", "eta", "label", "memory", "comm", "speed")
 
 
-class ProgressLine:
+class ProgressLine(contextlib.AbstractContextManager["ProgressLine"]):
     """Shows `IterationMetrics` as they come; a context manager. Open it on one rank.
 
     Args:
@@ -84,9 +85,6 @@ class ProgressLine:
     def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
-
-    def __enter__(self) -> ProgressLine:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -46,51 +46,16 @@ class RunConfig:
     logging: Logging = field(default_factory=Logging)
 
     @classmethod
-    def from_values(
-        cls, values: Mapping[str, Any], world_size: int, model: ModelConfig | None = None
-    ) -> RunConfig:
-        """From the destination names of the training script's flags; what is missing has its default.
-
-        Args:
-            values: as of a namespace.
-            world_size: number of ranks.
-            model: takes the place of the model flags among the values.
-        """
+    def from_values(cls, values: Mapping[str, Any], world_size: int) -> RunConfig:
+        """From the destination names of the training script's flags; what is missing has its default."""
         helix = {
             own: values[name]
             for own, flag in FLAGS.items()
             if (name := flag.removeprefix("--").replace("-", "_")) in values
         }
         groups = {name: kind(**values_of(kind, values)) for name, kind in SETTINGS.items()}
-        if model is None:
-            model = ModelConfig(**values_of(ModelConfig, values))
+        model = ModelConfig(**values_of(ModelConfig, values))
         return cls(model, world_size, HelixConfig(**helix), **groups)
-
-    @classmethod
-    def of_model(
-        cls, flags: Mapping[str, Any], *, world_size: int | None = None, **values: Any
-    ) -> RunConfig:
-        """A run with the model of model flags; reads no data.
-
-        Args:
-            flags: model flags, as in a checkpoint's manifest. The vocabulary is padded anew, for the tensor
-                parallel size.
-            world_size: number of ranks; tensor times pipeline parallel size when not given.
-            **values: other settings by the destination names of their flags.
-
-        Raises:
-            HelixError: an unknown flag, or flags that do not fit.
-        """
-        given = dict(flags)
-        rows = given.pop("padded_vocab_size", None)
-        if given.get("vocab_size") is None:
-            given["vocab_size"] = rows
-        if given["vocab_size"] is None:
-            raise HelixError("model flags without vocab_size or padded_vocab_size: give either.")
-        model = ModelConfig.from_flags(given | values_of(ModelConfig, values))
-        ranks = values.get("tensor_model_parallel_size", 1)
-        ranks *= values.get("pipeline_model_parallel_size", 1)
-        return cls.from_values(values, world_size or ranks, model).with_padded_vocabulary()
 
     def __post_init__(self) -> None:
         self._check_ranks()

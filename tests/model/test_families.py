@@ -14,6 +14,7 @@ import pytest
 import torch
 from hf_models import MODELS, read_config, save, tokens
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import run_of
 
 from helix_megatron.errors import HelixError
 from helix_megatron.model.description import ModelConfig
@@ -63,14 +64,13 @@ def logits_of_rank(
     from helix_megatron.megatron.initialize import weights_not_drawn
     from helix_megatron.megatron.random import seed_model_parallel
     from helix_megatron.training.model import build_chunk, transformer_config
-    from helix_megatron.training.run import RunConfig
 
     cpu_runtime.install()
     flags, tensors = canonical(Path(directory), changed)
     size = parallel.get("tensor_model_parallel_size", 1)
     sequence_parallel = flags["num_experts"] is not None and size > 1
     settings = {"seq_length": 24, "sequence_parallel": sequence_parallel} | parallel
-    run = RunConfig.of_model(flags, world_size=dist.get_world_size(), **settings)
+    run = run_of(flags, world_size=dist.get_world_size(), **settings)
     parallel_state.initialize_model_parallel(
         size,
         run.parallel.pipeline_model_parallel_size,

@@ -6,6 +6,7 @@ import argparse
 
 import pytest
 import torch
+from tiny_checkpoints import run_of
 
 from helix_megatron.arguments import as_flag
 from helix_megatron.errors import HelixError
@@ -17,7 +18,6 @@ from helix_megatron.training.model_options import (
     can_fuse_activation,
     tanh_gelu,
 )
-from helix_megatron.training.run import RunConfig
 from helix_megatron.training.validate import validate
 
 SIZE = (
@@ -147,24 +147,10 @@ def test_activations():
         assert activation(model) is function and can_fuse_activation(model) is fused
 
 
-def test_flags_of_a_model_become_a_run():
-    """A checkpoint's model is built from its flags, with no data at hand."""
-    run = RunConfig.of_model(FLAGS, tensor_model_parallel_size=2, intra_head_parallel_size=2)
-    model = run.model
-    assert (run.world_size, run.data_parallel_size, model.seq_length) == (2, 1, 16)
-    assert (model.kv_channels, model.num_query_groups, model.padded_vocab_size) == (16, 4, 92)
-    assert run.layout.segments == 2
-    assert RunConfig.of_model(FLAGS, seq_length=8).model.seq_length == 8
-    assert RunConfig.of_model(FLAGS, world_size=4).data_parallel_size == 4
-    only_padded = {name: value for name, value in FLAGS.items() if name != "vocab_size"}
-    assert RunConfig.of_model(only_padded).model.padded_vocab_size == 91
-
-
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
         ({"num_layer": 2}, "no flag 'num_layer'. Did you mean num_layers?"),
-        ({"vocab_size": None, "padded_vocab_size": None}, "give either"),
         ({"num_attention_heads": 5}, "--hidden-size 64 does not divide into"),
         ({"swiglu": True, "geglu": True}, "exclude each other"),
     ],
@@ -172,7 +158,7 @@ def test_flags_of_a_model_become_a_run():
 def test_flags_that_do_not_fit_are_refused(changed, text):
     """A manifest of a newer version, or a hand-written one, must not half work."""
     with pytest.raises(HelixError) as error:
-        RunConfig.of_model(FLAGS | changed)
+        ModelConfig.from_flags(FLAGS | changed)
     assert text in error.value.worded(as_flag)
 
 
@@ -185,7 +171,7 @@ def fill_wrongly() -> list[str]:
     from helix_megatron.training.model import build_chunk, transformer_config
 
     cpu_runtime.install()
-    run = RunConfig.of_model(FLAGS)
+    run = run_of(FLAGS)
     parallel_state.initialize_model_parallel(1, distributed_timeout_minutes=10)
     seed_model_parallel(1)
     model = build_chunk(run, transformer_config(run))
