@@ -66,7 +66,6 @@ class CanonicalTensor:
 
     @property
     def numel(self) -> int:
-        """Elements of the tensor itself."""
         return int(np.prod(self.shape, dtype=np.int64))
 
 
@@ -169,7 +168,6 @@ def layer_tensors(model: ModelConfig, moe: bool) -> list[Entry]:
 
 
 def mlp_tensors(model: ModelConfig, ffn: int) -> Iterator[Entry]:
-    """An MLP of so many columns."""
     rows = 2 * ffn if model.is_gated else ffn
     cut = Cut.GATED_ROWS if model.is_gated else Cut.ROWS
     yield "linear_fc1.weight", (rows, model.hidden_size), cut

@@ -51,7 +51,6 @@ UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
 def build_parser(program: str) -> argparse.ArgumentParser:
-    """The parser of `helix convert`."""
     parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="directory of checkpoints, one checkpoint, or a model")

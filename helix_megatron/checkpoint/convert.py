@@ -284,7 +284,6 @@ def _write(target: Target, staging: Staging, out: TextIO) -> None:
 
 
 def _complete(target: Target, content: Path, records: Mapping[str, dict[str, Any]]) -> None:
-    """Small files, then the manifest."""
     manifest = target.finish(content, records)
     main = content / target.main
     known: dict[str, Any] = {

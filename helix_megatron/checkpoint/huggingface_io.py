@@ -51,7 +51,6 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Size in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -95,7 +94,6 @@ class HuggingFaceReader:
         return self._entries[name][1]
 
     def file(self, name: str) -> str:
-        """The file that a tensor is in."""
         return self._entries[name][0]
 
     def open(self, file: str) -> Any:

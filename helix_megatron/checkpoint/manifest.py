@@ -49,7 +49,6 @@ class FileEntry:
     algorithm: str = "blake3"
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest."""
         return {"size": self.size, self.algorithm: self.hash}
 
     @classmethod

@@ -53,7 +53,6 @@ class OutputFile:
         return FileEntry(self.written, self._hash.hexdigest())
 
     def close(self) -> None:
-        """Close the file, finished or not."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

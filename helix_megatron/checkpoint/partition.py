@@ -65,7 +65,6 @@ class Part:
     padding: int = 0
 
     def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
-        """Of the part, given the canonical shape."""
         shape = list(whole)
         if self.axis is not None:
             assert self.index is not None
@@ -141,7 +140,6 @@ class RankLayout:
         return self.local_name(tensor, place) is not None
 
     def part(self, tensor: CanonicalTensor, place: Place) -> Part:
-        """The part of `tensor` that a rank with it holds."""
         if tensor.cut is Cut.REPLICATED:
             return Part()
         assert self.expert_tensor is not None

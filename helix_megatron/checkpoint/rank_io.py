@@ -99,7 +99,6 @@ class StageFiles(contextlib.AbstractContextManager["StageFiles"]):
         return written
 
     def close(self) -> None:
-        """Close the files."""
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -108,7 +107,6 @@ class StageFiles(contextlib.AbstractContextManager["StageFiles"]):
 
 
 def take(value: Tensor, part: Part) -> Tensor:
-    """A rank's part of a canonical tensor."""
     if part.axis is None:
         return value
     assert part.index is not None

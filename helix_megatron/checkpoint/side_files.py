@@ -31,7 +31,6 @@ def side_files(folder: Path) -> dict[str, bytes | Path]:
 
 
 def write_side_files(files: Mapping[str, bytes | Path], folder: Path) -> None:
-    """Write what came with a Hugging Face model into a folder."""
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         if isinstance(content, bytes):

@@ -47,7 +47,6 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        """Size of its elements."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -94,7 +93,6 @@ class Tensors:
             )
 
     def read(self, name: str) -> Tensor:
-        """One of them."""
         return self.source.read(name).to(self.dtypes[name])
 
     def _wanted(self, own: torch.dtype) -> torch.dtype:
@@ -102,7 +100,6 @@ class Tensors:
 
 
 def as_json(files: Mapping[str, FileEntry]) -> dict[str, Any]:
-    """File entries as JSON values."""
     return {name: entry.to_json() for name, entry in files.items()}
 
 

@@ -121,7 +121,6 @@ def open_input(path: str) -> Iterator[BinaryIO]:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether a file holds more text than it has bytes."""
     with open(path, "rb") as stream:
         return any(_begins(stream, magic) for magic in COMPRESSED)
 

@@ -157,6 +157,5 @@ def zero_stage(settings: Mapping[str, Any]) -> int:
 
 
 def enabled(settings: Mapping[str, Any], *names: str) -> bool:
-    """Whether one of these blocks is on."""
     blocks = (settings.get(name) for name in names)
     return any(isinstance(block, Mapping) and bool(block.get("enabled")) for block in blocks)

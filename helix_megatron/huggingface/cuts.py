@@ -31,7 +31,6 @@ class Cut:
 
     @property
     def size(self) -> int:
-        """Length of the dimension before it is cut."""
         return sum(index.size for index in self.indices)
 
     @property
@@ -45,7 +44,6 @@ class Cut:
         return tuple(shape)
 
     def local_shape(self, whole_shape: Sequence[int], rank: int) -> tuple[int, ...]:
-        """Shape of a rank's part of a parameter."""
         shape = list(whole_shape)
         shape[self.dim] = self.indices[rank].size
         return tuple(shape)

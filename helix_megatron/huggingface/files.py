@@ -40,7 +40,6 @@ def float_dtype(files: HuggingFaceReader) -> torch.dtype:
 
 
 def read_part(files: HuggingFaceReader, name: str, part: Part) -> Tensor:
-    """A rank's part of the tensor called `name`."""
     out = part.empty()
     _read_into(out, files, name, part.whole_shape, part.cut, part.rank)
     return out

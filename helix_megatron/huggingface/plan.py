@@ -42,11 +42,9 @@ class Plan:
 
     @property
     def num_ranks(self) -> int:
-        """p, the ranks that hold a model together."""
         return self.layout.num_ranks
 
     def split(self, state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-        """A rank's part of a whole model's state dictionary."""
         return {
             name: self.cuts[name].take(whole, rank) if name in self.cuts else whole
             for name, whole in state.items()

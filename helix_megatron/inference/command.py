@@ -72,7 +72,6 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 
 
 def command_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """With the flags of checkpoint, ranks, cache and batching."""
     from helix_megatron.inference.arguments import add_checkpoint_arguments
     from helix_megatron.inference.batching_flags import add_engine_arguments
 
@@ -166,7 +165,6 @@ def opened(config: InferenceConfig) -> Tokens:
 
 
 def say(text: str) -> None:
-    """A line for people."""
     print(text, file=sys.stderr, flush=True)
 
 

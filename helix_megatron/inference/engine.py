@@ -70,7 +70,6 @@ class Engine:
     # ------------------------------------------------------------- from any thread
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """See `helix_megatron.inference.request.Engine`."""
         for request in requests:
             self._check(request)
         with self._lock:
@@ -92,13 +91,11 @@ class Engine:
             self._lock.notify()
 
     def cancel(self, request: Request) -> None:
-        """See `helix_megatron.inference.request.Engine`."""
         with self._lock:
             self._cancelled.append(request)
             self._lock.notify()
 
     def stats(self) -> Stats:
-        """See `helix_megatron.inference.request.Engine`."""
         scheduler = self._scheduler
         used = scheduler.book.used
         return dataclasses.replace(
@@ -121,7 +118,6 @@ class Engine:
 
     @property
     def failure(self) -> str:
-        """See `helix_megatron.inference.request.Engine`."""
         return self._failure
 
     def fail(self, reason: str) -> int:

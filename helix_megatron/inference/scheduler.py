@@ -61,11 +61,9 @@ class Scheduler:
         self._drops: list[int] = []
 
     def add(self, sequence: Running) -> None:
-        """Queue a sequence."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: Running) -> None:
-        """End a sequence, wherever it is."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)

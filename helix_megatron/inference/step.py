@@ -54,7 +54,6 @@ class StepPlan:
 
 
 def tell(plan: StepPlan, group: ProcessGroup, device: device) -> None:
-    """Rank 0 of the group: send a plan to the others."""
     numbers = plan.encode()
     first = np.zeros(1 + INLINE, dtype=np.int64)
     first[0] = len(numbers)
@@ -65,7 +64,6 @@ def tell(plan: StepPlan, group: ProcessGroup, device: device) -> None:
 
 
 def hear(group: ProcessGroup, device: device) -> StepPlan:
-    """The other ranks: wait for a plan."""
     first = _broadcast(np.zeros(1 + INLINE, dtype=np.int64), group, device)
     length, numbers = int(first[0]), first[1:]
     if length > INLINE:

@@ -119,11 +119,9 @@ class TokenStream:
         self._given = 0  # characters of what `_new` adds to `_start`
 
     def add(self, tokens: Sequence[int]) -> str:
-        """The text that these tokens add, as far as it is certain."""
         return "".join(self._add(token) for token in tokens if token not in self._hidden)
 
     def finish(self) -> str:
-        """What was held back."""
         rest = self._added()[self._given :] if self._new else ""
         self._given += len(rest)
         return rest
@@ -150,11 +148,9 @@ class ByteStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, tokens: Sequence[int]) -> str:
-        """The text that these tokens add, as far as it is certain."""
         return self._decoder.decode(bytes(token for token in tokens if 0 <= token < BYTES))
 
     def finish(self) -> str:
-        """What was held back."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -173,12 +169,10 @@ class _Tokens:
     _template: ChatTemplate | None = None
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
-        """Token ids of a text, after those that the model wants in front."""
         _utf8(text)
         return [*(self._front if begin else ()), *self._encode(text, False)]
 
     def chat_text(self, messages: Sequence[dict[str, Any]]) -> str:
-        """A conversation by the chat template, up to where the assistant's answer begins."""
         if self._template is None:
             raise HelixError(
                 f"{self.owner} has no chat template, so a conversation cannot be turned into tokens. Send a "
@@ -188,12 +182,10 @@ class _Tokens:
         return self._template.render(messages)
 
     def close(self) -> None:
-        """End the process of the chat template."""
         if self._template is not None:
             self._template.close()
 
     def decoder(self, after: Sequence[int] = ()) -> TextStream:
-        """A decoder of one sequence's output, which follows the tokens `after`."""
         return TokenStream(self._decode, after, self.stop_tokens)
 
 
@@ -218,12 +210,10 @@ class ByteTokens(_Tokens):
         self.stop_tokens = frozenset(range(BYTES, self.vocab_size))
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
-        """The bytes of a text."""
         # What a shell could not decode comes as lone surrogates, which stand for the bytes themselves.
         return list(_utf8(text, "surrogateescape"))
 
     def decoder(self, after: Sequence[int] = ()) -> TextStream:
-        """A decoder of one sequence's output."""
         return ByteStream()
 
 

@@ -31,7 +31,6 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put everything back that `install` replaced."""
     from helix_megatron.megatron_lm import cpu, hooks
 
     hooks.TABLE.uninstall()

@@ -65,7 +65,6 @@ def install() -> bool:
 
 
 def uninstall() -> None:
-    """Put everything back; idempotent."""
     from helix_megatron.megatron import cpu_runtime
 
     if not TABLE.installed:

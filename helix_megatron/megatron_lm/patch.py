@@ -27,7 +27,6 @@ def patch_text(line: int) -> str:
 
 
 def patch_name(version: Version) -> str:
-    """File of a version's patch in the folder patches/."""
     return f"core_v{version[0]}.{version[1]}.patch"
 
 

@@ -78,7 +78,6 @@ _recorded: list[Settings] = []
 
 
 def record(settings: Settings) -> None:
-    """Make these the settings of the process."""
     _recorded[:] = [settings]
 
 

@@ -60,7 +60,6 @@ def find(checkout: Path, target: str) -> Place | None:
 
 
 def entry_point(script: Path) -> int | None:
-    """The line of a script's `if __name__ == "__main__":`."""
     tree = _tree(script)
     for node in tree.body if tree else []:
         if isinstance(node, ast.If) and "__name__" in ast.dump(node.test):
@@ -135,7 +134,6 @@ def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def _defined(node: ast.stmt) -> set[str]:
-    """Names that a statement binds."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):

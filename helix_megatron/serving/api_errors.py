@@ -72,7 +72,6 @@ class ApiError(Exception):
         return "server_error" if server else "invalid_request_error"
 
     def reply(self) -> ErrorReply:
-        """The body of the response."""
         return ErrorReply(
             error=ErrorDetail(
                 message=self.message, type=self.type, param=self.param, code=self.code
@@ -80,7 +79,6 @@ class ApiError(Exception):
         )
 
     def response(self) -> Response:
-        """The whole response."""
         return Response(
             encoded(self.reply()), self.status, self.headers, media_type="application/json"
         )

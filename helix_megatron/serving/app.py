@@ -65,8 +65,6 @@ class PlainPaths:
 
 
 def _key(service: Service) -> list[Any]:
-    """The dependencies of a route that asks for a key."""
-
     def authorised(
         request: Request, _: Annotated[object, Security(HTTPBearer(auto_error=False))]
     ) -> None:

@@ -121,7 +121,6 @@ class Generation:
 
     @property
     def open(self) -> bool:
-        """Whether there is more to come."""
         return any(choice.reason is None for choice in self.choices)
 
     async def pieces(self) -> list[tuple[Choice, str]]:

@@ -70,7 +70,6 @@ class Metrics:
         registry.register(EngineCollector(engine))
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

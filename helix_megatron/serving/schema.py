@@ -198,7 +198,6 @@ class GenerationRequest(_Strict):
 
     @property
     def stops(self) -> list[str]:
-        """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @property

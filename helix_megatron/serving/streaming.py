@@ -95,5 +95,4 @@ class EventStream(Response):
 
 
 def event(chunk: BaseModel) -> bytes:
-    """One server-sent event."""
     return b"data: " + encoded(chunk) + b"\n\n"

@@ -175,7 +175,6 @@ class MetricsWriters(contextlib.AbstractContextManager["MetricsWriters"]):
             self._opened = opened.pop_all()
 
     def write(self, metrics: IterationMetrics) -> None:
-        """Write one iteration everywhere."""
         record = metrics.record()
         for sink in self._sinks:
             sink(record)

@@ -27,7 +27,6 @@ from helix_megatron.training.settings import Training
 
 
 def transformer_config(run: RunConfig) -> HelixTransformerConfig:
-    """Megatron's configuration of a run."""
     model, training = run.model, run.training
     settings = same_named(run.parallel, "megatron") | same_named(training, "megatron")
     if training.recompute_granularity == "full":
@@ -55,7 +54,6 @@ def transformer_config(run: RunConfig) -> HelixTransformerConfig:
 
 
 def parameter_dtype(training: Training) -> torch.dtype:
-    """dtype of the weights that forward and backward use."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return dtypes[training.precision]
 

@@ -51,7 +51,6 @@ class ProgressLine(contextlib.AbstractContextManager["ProgressLine"]):
         self._recent_ms: collections.deque[float] = collections.deque(maxlen=25)
 
     def update(self, metrics: IterationMetrics) -> None:
-        """Show one more iteration."""
         self._recent_ms.append(metrics.iteration_ms)
         remaining = self._total - metrics.iteration
         fields = progress_fields(

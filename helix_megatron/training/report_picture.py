@@ -102,7 +102,6 @@ def _draw_gaps(axes: Any, gaps: dict[str, Any], colours: dict[str, str], text: s
 
 
 def style(theme: dict[str, str]) -> Any:
-    """matplotlib's settings for a theme."""
     text = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
     background = ("figure.facecolor", "savefig.facecolor", "axes.facecolor")
     return {

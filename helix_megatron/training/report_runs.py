@@ -43,7 +43,6 @@ class Run:
         return {i: _number(record["lm_loss"]) for i, record in self.records.items()}
 
     def same_model(self, other: Run) -> bool:
-        """Whether both train the same model."""
         return self.description["model"] == other.description["model"]
 
     def typical(self, metric: str) -> float | None:
@@ -116,7 +115,6 @@ class Comparison:
         }
 
     def is_reference(self, run: Run) -> bool:
-        """Whether another run is compared with this one."""
         return run.label in self.references.values()
 
     @property
