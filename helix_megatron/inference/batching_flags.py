@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 from helix_megatron.core.caches import NAMES
-from helix_megatron.flags import add_flags, check_values, setting, values_of
+from helix_megatron.flags import check_values, setting
 
 MOST_NUMBER = 2**31 - 1
 
@@ -50,14 +49,3 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         check_values(self)
-
-
-def add_engine_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the group `cache and batching` to a parser and return the parser."""
-    add_flags(parser.add_argument_group("cache and batching"), EngineOptions)
-    return parser
-
-
-def engine_options(namespace: argparse.Namespace) -> EngineOptions:
-    """From a parser with `add_engine_arguments`."""
-    return EngineOptions(**values_of(EngineOptions, vars(namespace)))

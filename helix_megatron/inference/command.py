@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import add_flags, values_of
+from helix_megatron.inference.batching_flags import EngineOptions
 from helix_megatron.inference.request import Output, Request, Sampling, TextStream, Tokens
 from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.run.local_ranks import end_with_parent, start_ranks
@@ -73,10 +75,11 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 
 def command_parser(program: str, description: str) -> argparse.ArgumentParser:
     from helix_megatron.inference.arguments import add_checkpoint_arguments
-    from helix_megatron.inference.batching_flags import add_engine_arguments
 
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
-    return add_engine_arguments(add_checkpoint_arguments(parser))
+    add_checkpoint_arguments(parser)
+    add_flags(parser.add_argument_group("cache and batching"), EngineOptions)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -107,7 +110,7 @@ def run_command(
     name: str,
     options: argparse.Namespace,
     arguments: Sequence[str],
-    run: Callable[[InferenceConfig, argparse.Namespace], int],
+    run: Callable[[InferenceConfig, EngineOptions, argparse.Namespace], int],
 ) -> int:
     """Check the flags, start ranks if asked for, and run on this one.
 
@@ -115,19 +118,18 @@ def run_command(
         name: of the subcommand.
         options: parsed flags.
         arguments: as they were given.
-        run: of (`inference_config`, options), its exit status.
+        run: of (`inference_config`, options of the engine, options), its exit status.
     """
     from helix_megatron.inference.arguments import inference_config
-    from helix_megatron.inference.batching_flags import engine_options
 
-    engine_options(options)  # numbers that cannot be are found before the checkpoint is read
+    engine = EngineOptions(**values_of(EngineOptions, vars(options)))
     ranks = number_of_ranks(options.nproc_per_node)
     config = inference_config(vars(options), ranks)
     if ranks > 1 and "RANK" not in os.environ:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than it saves
         command = [sys.executable, "-m", "helix_megatron.cli", name]
         return start_ranks(ranks, [*command, *arguments], drains=name == "serve")
-    return run(config, options)
+    return run(config, engine, options)
 
 
 @contextlib.contextmanager
@@ -168,8 +170,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _generate(config: InferenceConfig, options: argparse.Namespace) -> int:
-    from helix_megatron.inference.batching_flags import engine_options
+def _generate(
+    config: InferenceConfig, engine_options: EngineOptions, options: argparse.Namespace
+) -> int:
     from helix_megatron.inference.engine import follow
     from helix_megatron.inference.start import start
 
@@ -180,16 +183,15 @@ def _generate(config: InferenceConfig, options: argparse.Namespace) -> int:
         tuple(_encode(tokens, prompt, options.chat) if prompt or options.chat else [])
         for prompt in prompts
     ]
-    engine_settings = engine_options(options)
-    most = min(engine_settings.max_sequences, len(prompts))
-    engine_settings = dataclasses.replace(engine_settings, max_sequences=most)
+    most = min(engine_options.max_sequences, len(prompts))
+    engine_options = dataclasses.replace(engine_options, max_sequences=most)
     longest = max(map(len, asked)) + options.max_tokens
     sampling = [
         _sampling(options, tokens.stop_tokens, options.seed + index)
         for index in range(len(prompts))
     ]
     with ranks_together(config):
-        runner, engine = start(config, engine_settings, max_waiting=len(prompts), longest=longest)
+        runner, engine = start(config, engine_options, max_waiting=len(prompts), longest=longest)
         if engine is None:
             follow(runner)
         else:

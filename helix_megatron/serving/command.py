@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.errors import HelixError
-from helix_megatron.flags import add_flags, names_with
+from helix_megatron.flags import add_flags, values_of
+from helix_megatron.inference.batching_flags import EngineOptions
 from helix_megatron.inference.command import (
     command_parser,
     ignore_megatron_warnings,
@@ -24,7 +25,7 @@ from helix_megatron.inference.command import (
     say,
 )
 from helix_megatron.run.local_ranks import end_with_parent
-from helix_megatron.serving.settings import MOST_SECONDS, ServerSettings
+from helix_megatron.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from helix_megatron.inference.arguments import InferenceConfig
@@ -37,9 +38,6 @@ FAREWELL_SECONDS = 1.0  # for clients to be told, where there is no more to wait
 GRACE_SECONDS = 5.0  # for the end of what was drained
 GONE = "a process of the server is gone; its log says which."
 UNANSWERED = "the server is stopping, and a process of it does not answer."
-MOST_NUMBER = 2**31 - 1
-# Fields of ServerSettings that are flags of the same name.
-SETTINGS = names_with(ServerSettings, is_flag=True)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -48,15 +46,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         program, "Serve a checkpoint of Helix, Megatron or Hugging Face over HTTP as OpenAI does."
     )
     group = parser.add_argument_group("server")
-    group.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)"
-    )
-    group.add_argument(
-        "--port",
-        type=int,
-        default=8000,
-        help="the port to listen at; 0 takes a free one (default: %(default)s)",
-    )
+    add_flags(group, ServerSettings)
     group.add_argument(
         "--model-name",
         help="the name that clients ask for (default: that of the checkpoint's directory)",
@@ -67,19 +57,6 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         help="a file of keys, one a line, of which a request needs one; more are taken from the variable "
         f"{KEY_VARIABLE}, separated by commas (default: no key is asked for)",
     )
-    group.add_argument(
-        "--max-waiting",
-        type=int,
-        default=256,
-        help="how many sequences may wait for their turn; one more is refused with 429 (default: %(default)s)",
-    )
-    group.add_argument(
-        "--drain-seconds",
-        type=float,
-        default=30.0,
-        help="the time that open requests have to finish after SIGTERM or Ctrl-C (default: %(default)s)",
-    )
-    add_flags(group, ServerSettings, SETTINGS)
     return parser
 
 
@@ -90,8 +67,12 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     with exit_on_error(program):
         _check_installed()
         options = build_parser(program).parse_args(arguments)
-        options.settings = _settings(options)
-        return run_command("serve", options, arguments, _serve)
+        settings = _settings(options)
+
+        def serve(config: InferenceConfig, engine: EngineOptions, _: argparse.Namespace) -> int:
+            return _serve(config, engine, settings)
+
+        return run_command("serve", options, arguments, serve)
 
 
 class _Asked(threading.Event):
@@ -134,18 +115,17 @@ class _Asked(threading.Event):
         return self._deadline - time.monotonic()
 
 
-def _serve(config: InferenceConfig, options: argparse.Namespace) -> int:
-    from helix_megatron.inference.batching_flags import engine_options
+def _serve(config: InferenceConfig, engine_options: EngineOptions, settings: ServerSettings) -> int:
     from helix_megatron.inference.engine import follow
     from helix_megatron.inference.start import start
     from helix_megatron.serving.app import make_app
     from helix_megatron.serving.server import Server, allow_many_connections, listen
 
-    asked = _Asked(options.drain_seconds)
+    asked = _Asked(settings.drain_seconds)
     listener = None
     if os.environ.get("RANK", "0") == "0":
         allow_many_connections()
-        listener = listen(options.host, options.port)  # before the model is loaded
+        listener = listen(settings.host, settings.port)  # before the model is loaded
     tokens = opened(config)
     # Ctrl-C in a terminal, where this process was started without ranks of its own.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -158,14 +138,14 @@ def _serve(config: InferenceConfig, options: argparse.Namespace) -> int:
 
     end_with_parent(farewell)
     with ranks_together(config, asked, farewell):
-        runner, engine = start(config, engine_options(options), max_waiting=options.max_waiting)
+        runner, engine = start(config, engine_options, max_waiting=settings.max_waiting)
         if engine is None:
             follow(runner)
         else:
             assert listener is not None
-            app = make_app(engine, tokens, options.settings)
-            server = Server(app, listener, max_connections=2 * options.max_open_requests)
-            _answer(engine, server, asked, config, options)
+            app = make_app(engine, tokens, settings)
+            server = Server(app, listener, max_connections=2 * settings.max_open_requests)
+            _answer(engine, server, asked, config.run.world_size, settings)
     return 0
 
 
@@ -173,8 +153,8 @@ def _answer(
     engine: Engine,
     server: Server,
     asked: _Asked,
-    config: InferenceConfig,
-    options: argparse.Namespace,
+    ranks: int,
+    settings: ServerSettings,
 ) -> None:
     """Serve until asked to end. The other ranks follow, whatever happens here."""
     try:
@@ -184,12 +164,12 @@ def _answer(
         engine.run()
         raise
     asked.server, asked.engine = server, engine
-    if options.host not in LOOPBACK and not options.settings.api_keys:
-        say(f"Anybody who reaches {options.host} may ask: there is no API key ({KEY_VARIABLE}).")
-    host = f"[{options.host}]" if ":" in options.host else options.host
+    if settings.host not in LOOPBACK and not settings.api_keys:
+        say(f"Anybody who reaches {settings.host} may ask: there is no API key ({KEY_VARIABLE}).")
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     say(
-        f"{options.settings.model_name}: http://{host}:{port}/v1, {config.run.world_size} "
-        f"rank{'s' * (config.run.world_size != 1)}, contexts of up to {engine.capacity.max_context:,} tokens"
+        f"{settings.model_name}: http://{host}:{port}/v1, {ranks} "
+        f"rank{'s' * (ranks != 1)}, contexts of up to {engine.capacity.max_context:,} tokens"
     )
     try:
         engine.run()
@@ -212,15 +192,9 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
                 f"cannot read the key file {options.api_key_file}: {reason}. Give one key a line."
             ) from error
         keys += _keys(text.splitlines(), f"the key file {options.api_key_file}")
-    for name, most in (("max_waiting", MOST_NUMBER), ("drain_seconds", MOST_SECONDS)):
-        value = getattr(options, name)
-        if not 0 <= value <= most:
-            raise HelixError(f"--{name.replace('_', '-')} is {value}. Valid: 0 to {most}.")
-    return ServerSettings(
-        model_name=options.model_name or Path(options.load).resolve().name,
-        api_keys=tuple(keys),
-        **{name: getattr(options, name) for name in SETTINGS},
-    )
+    given = values_of(ServerSettings, vars(options))
+    given["model_name"] = options.model_name or Path(options.load).resolve().name
+    return ServerSettings(**given, api_keys=tuple(keys))
 
 
 def _keys(texts: Sequence[str], source: str) -> list[str]:

@@ -191,8 +191,6 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         HelixError: the port is taken or not permitted, or the host is not of this machine.
     """
-    if not 0 <= port < 2**16:
-        raise HelixError(f"The port is {port}. Valid: 1 to 65535, or 0 for a free one.")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:

@@ -29,6 +29,21 @@ class ServerSettings:
 
     model_name: str
     api_keys: tuple[str, ...] = ()
+    host: str = setting("127.0.0.1", "the address to listen at")
+    port: int = setting(
+        8000, "the port to listen at; 0 takes a free one", at_least=0, at_most=65535
+    )
+    max_waiting: int = setting(
+        256,
+        "how many sequences may wait for their turn; one more is refused with 429",
+        at_least=0,
+        at_most=2**31 - 1,
+    )
+    drain_seconds: float = setting(
+        30.0,
+        "the time that open requests have to finish after SIGTERM or Ctrl-C",
+        at_most=MOST_SECONDS,
+    )
     protect_metrics: bool = setting(
         False, "ask for a key at /metrics, too; /health never asks for one"
     )

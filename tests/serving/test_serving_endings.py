@@ -345,8 +345,6 @@ def test_port_taken():
             listen("127.0.0.1", port)
         text = f"Cannot listen on 127.0.0.1 port {port}: Address already in use. Try another port, or 0"
         assert str(error.value).startswith(text)
-        with pytest.raises(HelixError, match=r"The port is 70000\. Valid: 1 to 65535"):
-            listen("127.0.0.1", 70000)
         with pytest.raises(HelixError, match=r"The host 'no such host' is not known: .* Try 127"):
             listen("no such host", 0)
         with pytest.raises(HelixError, match=r"the host must be an address of this machine"):

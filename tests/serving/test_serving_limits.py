@@ -240,9 +240,22 @@ def test_keys_of_both_sources(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--drain-seconds", "nan", "--drain-seconds is nan. Valid: 0 to 10000000."),
-        ("--drain-seconds", "inf", "--drain-seconds is inf. Valid: 0 to 10000000."),
-        ("--max-waiting", "-1", "--max-waiting is -1. Valid: 0 to"),
+        (
+            "--drain-seconds",
+            "nan",
+            "--drain-seconds is nan. It must be a finite number of at least 0 and at most",
+        ),
+        (
+            "--drain-seconds",
+            "inf",
+            "--drain-seconds is inf. It must be a finite number of at least 0 and at most",
+        ),
+        ("--max-waiting", "-1", "--max-waiting is -1. It must be a whole number of at least 0"),
+        (
+            "--port",
+            "70000",
+            "--port is 70000. It must be a whole number of at least 0 and at most 65535",
+        ),
         (
             "--body-seconds",
             "1e300",
