@@ -75,11 +75,7 @@ def layers_are_stacked(model: ModelConfig) -> bool:
 
 
 def catalog(flags: Mapping[str, Any]) -> list[CanonicalTensor]:
-    """Every tensor of a stock GPTModel with these model flags, in the order of its layers.
-
-    Raises:
-        HelixError: a flag is missing or makes no model.
-    """
+    """Every tensor of a stock GPTModel with these model flags, in the order of its layers."""
     model = ModelConfig.from_flags(flags)
     if model.padded_vocab_size is None:
         raise HelixError(
@@ -215,9 +211,6 @@ def segment_local_permutation(model: ModelConfig, segments: int) -> tuple[np.nda
     Returns:
         Canonical rows of the ordinary `linear_qkv` and columns of its `linear_proj`, int64, in the order in
         which the segment-local model has them.
-
-    Raises:
-        HelixError: m segments do not fit.
     """
     helix = HelixConfig(segments, query_layout="segments")
     layout = model.layout(helix, model.num_query_groups * segments)

@@ -133,11 +133,7 @@ def main(argv: Sequence[str] | None = None, program: str = "helix convert") -> i
 
 
 def parse_size(text: str) -> int:
-    """Bytes: `5GB` is 5·10⁹, `5GiB` 5·2³⁰.
-
-    Raises:
-        HelixError: neither.
-    """
+    """Bytes: `5GB` is 5·10⁹, `5GiB` 5·2³⁰."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in UNITS:
         raise HelixError(

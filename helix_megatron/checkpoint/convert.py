@@ -157,11 +157,7 @@ def convert(
 
 
 def make_target(source: Source, to: str, options: Options) -> Target:
-    """What `convert` writes to, before anything is written.
-
-    Raises:
-        HelixError: settings that do not fit the model.
-    """
+    """What `convert` writes to, before anything is written."""
     if to == "huggingface":
         source = UnpaddedSource(source)
     tensors = Tensors(source, _dtype(options.dtype))
@@ -304,11 +300,7 @@ def _complete(target: Target, content: Path, records: Mapping[str, dict[str, Any
 
 
 def _verify(target: Any, content: Path, out: TextIO) -> None:
-    """Read the result back and compare it with the source.
-
-    Raises:
-        HelixError: a tensor differs; it is named.
-    """
+    """Read the result back and compare it with the source."""
     written, tensors = open_source(content, verify=True), target.tensors
     if set(written.names) != set(tensors.dtypes):
         raise HelixError(

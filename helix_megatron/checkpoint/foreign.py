@@ -19,11 +19,7 @@ LONGEST_NAME = 255  # bytes: what file systems allow
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        HelixError: the file is missing or damaged, by name.
-    """
+    """A JSON object."""
     content = parse_json(read_bytes(path, MOST_JSON), path)
     if not isinstance(content, dict):
         raise HelixError(damaged(path, "no JSON object"))
@@ -77,11 +73,7 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, limit: int, remedy: str = AGAIN) -> bytes:
-    """A whole file of at most `limit` bytes; a pipe or a device, which may never end, is not read.
-
-    Raises:
-        HelixError: it is missing, cannot be read, is no file, or is longer.
-    """
+    """A whole file of at most `limit` bytes; a pipe or a device, which may never end, is not read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -103,11 +95,7 @@ def read_bytes(path: Path, limit: int, remedy: str = AGAIN) -> bytes:
 
 
 def read_name(path: Path, remedy: str = AGAIN) -> str:
-    """What a file of one line holds, such as a tag or a commit.
-
-    Raises:
-        HelixError: see `read_bytes`.
-    """
+    """What a file of one line holds, such as a tag or a commit."""
     return read_bytes(path, MOST_TEXT, remedy).decode(errors="replace").strip()
 
 

@@ -97,11 +97,7 @@ class HuggingFaceReader:
         return self._entries[name][0]
 
     def open(self, file: str) -> Any:
-        """A file's own mapping, as the safetensors package has it.
-
-        Raises:
-            HelixError: the file is missing or damaged.
-        """
+        """A file's own mapping, as the safetensors package has it."""
         try:
             return safetensors.safe_open(self.directory / file, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:

@@ -206,11 +206,7 @@ def _entry(path: str, entry: Any, name: str) -> FileEntry:
 
 
 def digest(path: Path | str) -> FileEntry:
-    """Size and hash of a file whose content is on the disk when this returns.
-
-    Raises:
-        OSError: it cannot be read or synced.
-    """
+    """Size and hash of a file whose content is on the disk when this returns."""
     with open(path, "rb", buffering=0) as file:
         os.fsync(file.fileno())
         return _hash(file)
@@ -255,11 +251,7 @@ def has_manifest(directory: Path | str) -> bool:
 
 
 def read_manifest(directory: Path | str) -> Manifest:
-    """The manifest of a checkpoint directory. The files that it names are not looked at: see `verify`.
-
-    Raises:
-        HelixError: it is missing, damaged or of another format.
-    """
+    """The manifest of a checkpoint directory. The files that it names are not looked at: see `verify`."""
     path = Path(directory) / MANIFEST_NAME
     checksum_path = path.with_name(CHECKSUM_NAME)
     if not has_manifest(directory):
@@ -291,9 +283,6 @@ def verify(
         workers: threads that hash.
         only: of a relative path, whether to look into this file. Several processes share the work by it:
             they all look for missing and added files.
-
-    Raises:
-        HelixError: names a file and says what is wrong with it.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)

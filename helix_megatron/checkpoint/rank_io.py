@@ -278,11 +278,7 @@ class RankReader(Source):
 
 
 def rank_directory(directory: Path) -> Path:
-    """Where the rank files are: the directory itself, or the tag that `latest` names.
-
-    Raises:
-        HelixError: `latest` names something else than a directory there.
-    """
+    """Where the rank files are: the directory itself, or the tag that `latest` names."""
     latest = directory / LATEST
     if not latest.is_file():
         return directory

@@ -155,11 +155,7 @@ def open_source(
 
 
 def kind_of(directory: Path) -> str:
-    """`canonical`, `huggingface` or `ranks`, by the names of the files.
-
-    Raises:
-        HelixError: neither.
-    """
+    """`canonical`, `huggingface` or `ranks`, by the names of the files."""
     if any((directory / name).exists() for name in (METADATA_NAME, "common.pt")):
         return "canonical"
     if any(directory.glob("iter_*")) or (directory / "release").is_dir():
@@ -181,11 +177,7 @@ def kind_of(directory: Path) -> str:
 
 
 def layout_of(manifest: Manifest) -> RankLayout:
-    """The layout of rank files.
-
-    Raises:
-        HelixError: the manifest is of another kind of checkpoint, or has no such layout.
-    """
+    """The layout of rank files."""
     layout = manifest.layout
     if manifest.kind != "ranks":
         raise HelixError(f"the manifest is of a {manifest.kind} checkpoint, not of files per rank.")
@@ -204,11 +196,7 @@ def layout_of(manifest: Manifest) -> RankLayout:
 
 
 def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
-    """Model flags of a checkpoint that Megatron-LM wrote, from the arguments that it keeps.
-
-    Raises:
-        HelixError: there are none.
-    """
+    """Model flags of a checkpoint that Megatron-LM wrote, from the arguments that it keeps."""
     common = load_common(directory, trust=trust)
     kept = common.get("args") if isinstance(common, dict) else None
     arguments = vars(kept) if isinstance(kept, argparse.Namespace) else {}

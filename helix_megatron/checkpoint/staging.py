@@ -173,11 +173,7 @@ class Staging:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, unless it may be replaced: an empty directory, or one that we made.
-
-    Raises:
-        HelixError: names it.
-    """
+    """Refuse a target that exists, unless it may be replaced: an empty directory, or one that we made."""
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():

@@ -114,11 +114,7 @@ class Store:
         return staging
 
     def check_writable(self) -> None:
-        """Tell early what `begin` would run into; changes nothing.
-
-        Raises:
-            HelixError: the directory, or the one to make it in, cannot be written to, or is no directory.
-        """
+        """Tell early what `begin` would run into; changes nothing."""
         existing = next(
             path for path in (self.root, *self.root.absolute().parents) if path.exists()
         )

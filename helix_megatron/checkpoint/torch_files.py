@@ -196,11 +196,7 @@ CLASSES = {"megatron.core.optimizer.optimizer_config.OptimizerConfig"}
 
 
 def _allowed(full_name: str, file: str) -> Any:
-    """What a name in a pickle stands for.
-
-    Raises:
-        HelixError: it is not allowed.
-    """
+    """What a name in a pickle stands for."""
     if full_name in ALLOWED:
         return ALLOWED[full_name]
     if full_name in CLASSES or ENUMERATIONS.fullmatch(full_name):

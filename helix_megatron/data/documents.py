@@ -53,11 +53,7 @@ class Input(NamedTuple):
 
 
 def recognise(paths: Sequence[str], input_format: str) -> list[Input]:
-    """What each file holds.
-
-    Raises:
-        HelixError: a file is not text, or the library that decompresses it is not installed.
-    """
+    """What each file holds."""
     return [Input(path, _is_json_lines(path, input_format)) for path in paths]
 
 

@@ -134,9 +134,6 @@ def check_data_path(
     """Check all that `build_megatron_datasets` will read: a summary per prefix, and which splits are wanted.
 
     Reads headers and sizes only, so that it can run before any rank starts.
-
-    Raises:
-        HelixError: any file or setting that cannot work.
     """
     prefixes, weights = parse_data_path(data_path)
     if weights is not None and None in num_samples:

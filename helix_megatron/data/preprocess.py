@@ -227,9 +227,6 @@ def preprocess(
         split_documents: for plain text, one of `DOCUMENT_RULES`; None is `file`.
         workers: processes that encode; 1 encodes in this process.
         overwrite: replace output that exists.
-
-    Raises:
-        HelixError: wrong input or settings. Nothing is left behind.
     """
     files = _check(inputs, encoding, input_format, split_documents, workers)
     prefixes = [f"{output_prefix}_{key}_document" for key in encoding.json_keys]

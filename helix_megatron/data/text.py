@@ -120,11 +120,7 @@ def split_bounds(split: str, size: int) -> tuple[int, int, int, int]:
 
 
 def split_text(text: bytes, split: str) -> tuple[bytes, bytes, bytes]:
-    """The train, valid and test part of the text, consecutive; a part of weight 0 is empty.
-
-    Raises:
-        HelixError: the split is not one (`parse_split`).
-    """
+    """The train, valid and test part of the text, consecutive; a part of weight 0 is empty."""
     b0, b1, b2, b3 = split_bounds(split, len(text))
     return text[b0:b1], text[b1:b2], text[b2:b3]
 

@@ -120,11 +120,7 @@ def find_checkpoint(
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        HelixError: there is none, or it is not one.
-    """
+    """The manifest of a checkpoint."""
     path = directory / FILE
     if not path.is_file():
         raise HelixError(

@@ -137,9 +137,6 @@ def read_block(config: Mapping[str, Any]) -> HelixBlock | None:
     """The block of a DeepSpeed configuration; None where there is none.
 
     A key that only looks like `helix` is DeepSpeed's or nobody's: it gets a warning.
-
-    Raises:
-        HelixError: the block is wrong.
     """
     for key in config:
         near = difflib.SequenceMatcher(None, str(key).lower(), KEY).ratio() >= _NEAR

@@ -130,9 +130,6 @@ def _cut_model(
 
     Returns:
         The block with its sizes filled in, the `mpu` for DeepSpeed, and what was cut.
-
-    Raises:
-        HelixError: the model is none that can be cut, or something does not fit.
     """
     found = _transformers_models(model)
     if found:

@@ -72,11 +72,7 @@ def megatron_config(model: nn.Module) -> Any:
 
 
 def tensor_group_of(mpu: Any) -> ProcessGroup:
-    """The tensor parallel group of a caller's `mpu`.
-
-    Raises:
-        HelixError: it has none.
-    """
+    """The tensor parallel group of a caller's `mpu`."""
     for name in ("get_tensor_model_parallel_group", "get_model_parallel_group"):
         if hasattr(mpu, name):
             return getattr(mpu, name)()
@@ -87,11 +83,7 @@ def tensor_group_of(mpu: Any) -> ProcessGroup:
 
 
 def unit_of(mpu: Any) -> ModelParallelUnit:
-    """The groups of a caller's `mpu` in the shape that DeepSpeed takes.
-
-    Raises:
-        HelixError: it lacks one.
-    """
+    """The groups of a caller's `mpu` in the shape that DeepSpeed takes."""
     if isinstance(mpu, ModelParallelUnit):
         return mpu
     tensor = tensor_group_of(mpu)
@@ -110,11 +102,7 @@ def unit_beside(tensor_group: ProcessGroup) -> ModelParallelUnit:
 
 
 def with_size(block: HelixBlock, size: int, whose: str) -> HelixBlock:
-    """The block with the tensor parallel size that `whose` groups have.
-
-    Raises:
-        HelixError: it says another, or m does not divide it.
-    """
+    """The block with the tensor parallel size that `whose` groups have."""
     m = block.helix.intra_head_parallel_size
     if block.tensor_parallel_size not in (None, size):
         raise HelixError(

@@ -47,11 +47,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse what DeepSpeed's own settings would do to a model that is cut.
-
-    Raises:
-        HelixError: a setting that does not go together with the block.
-    """
+    """Refuse what DeepSpeed's own settings would do to a model that is cut."""
     for name, why, instead in REFUSED:
         value: Any = settings
         for part in name.split("."):
@@ -64,11 +60,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def check_call(call: Mapping[str, Any]) -> None:
-    """Refuse arguments of `initialize` with which the model cannot be cut.
-
-    Raises:
-        HelixError: such an argument.
-    """
+    """Refuse arguments of `initialize` with which the model cannot be cut."""
     from deepspeed.runtime.pipe.module import PipelineModule
 
     model, optimizer = call.get("model"), call.get("optimizer")

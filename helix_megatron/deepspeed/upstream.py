@@ -120,11 +120,7 @@ MENDS = tuple(
 
 
 def require() -> None:
-    """Raise what the installed DeepSpeed lacks for cutting a model.
-
-    Raises:
-        HelixError: something is missing; the text says what it breaks.
-    """
+    """Raise what the installed DeepSpeed lacks for cutting a model."""
     if problems := unmet("deepspeed", NEEDS):
         raise HelixError(problems[0])
 

@@ -57,11 +57,7 @@ class Cut:
         return torch.cat(parts, self.dim) if len(parts) > 1 else parts[0].clone()
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The whole tensor from the parts of all ranks, in order of rank.
-
-        Raises:
-            HelixError: the parts have not the shapes of this cut.
-        """
+        """The whole tensor from the parts of all ranks, in order of rank."""
         if len(parts) != len(self.indices):
             raise HelixError(
                 f"{len(parts)} parts were given of a parameter that {len(self.indices)} ranks hold. Give "
@@ -73,11 +69,7 @@ class Cut:
         return whole
 
     def put(self, whole: Tensor, part: Tensor, rank: int) -> None:
-        """Write a rank's part to its place in a whole tensor.
-
-        Raises:
-            HelixError: the part has not the shape of this cut.
-        """
+        """Write a rank's part to its place in a whole tensor."""
         wanted = self.local_shape(whole.shape, rank)
         if tuple(part.shape) != wanted:
             raise HelixError(

@@ -97,21 +97,13 @@ _TINY = {
 
 
 def require() -> None:
-    """Raise what the installed `transformers` lacks for sharding a model.
-
-    Raises:
-        HelixError: something is missing; the text says what it breaks.
-    """
+    """Raise what the installed `transformers` lacks for sharding a model."""
     if problems := unmet("transformers", NEEDS):
         raise HelixError(problems[0])
 
 
 def require_trainer() -> None:
-    """Raise what the installed `transformers` and accelerate lack for `ShardedTrainer`.
-
-    Raises:
-        HelixError: something is missing; the text says what it breaks.
-    """
+    """Raise what the installed `transformers` and accelerate lack for `ShardedTrainer`."""
     problems = unmet("transformers", TRAINER_NEEDS)
     if problems := problems or unmet("accelerate", ACCELERATE_NEEDS):
         raise HelixError(problems[0])

@@ -50,9 +50,6 @@ def open_description(
         path: as for `checkpoint.sources.open_source`.
         step: iteration of a store; the newest when None.
         trust: read pickles that could run code.
-
-    Raises:
-        HelixError: no checkpoint, or one that cannot be read.
     """
     import torch
 
@@ -89,11 +86,7 @@ def open_description(
 
 
 def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note) -> ModelConfig:
-    """The checkpoint's model with the flags of the command line.
-
-    Raises:
-        HelixError: the checkpoint says otherwise, and it knows.
-    """
+    """The checkpoint's model with the flags of the command line."""
     flags = dict(checkpoint.flags)
     learned = flags.get("position_embedding_type") == "learned_absolute"
     fixed = {"vocab_size", "padded_vocab_size"} | (
@@ -167,11 +160,7 @@ def cut_heads(
 
 
 def smallest_m(model: ModelConfig, ranks: int, query_layout: str = "auto") -> int:
-    """The fewest segments of a head with which each rank holds key-value heads, or parts, of its own.
-
-    Raises:
-        HelixError: there is no such number.
-    """
+    """The fewest segments of a head with which each rank holds key-value heads, or parts, of its own."""
     fitting = model.segments_that_fit(ranks, query_layout)
     if fitting:
         return fitting[0]

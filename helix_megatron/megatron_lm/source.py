@@ -23,11 +23,7 @@ class Place:
 
 
 def core_version(checkout: Path) -> tuple[int, ...]:
-    """(major, minor, patch) of a checkout's megatron.core.
-
-    Raises:
-        HelixError: there is no checkout of Megatron-LM at the path.
-    """
+    """(major, minor, patch) of a checkout's megatron.core."""
     tree = _tree(checkout / "megatron" / "core" / "package_info.py")
     if tree is None:
         raise HelixError(

@@ -24,11 +24,7 @@ KNOWN = f"{dotted(OLDEST)} to {dotted(NEWEST)}"
 
 
 def found_version() -> Version:
-    """(major, minor, patch) of the megatron.core that Python finds first, be it installed or a checkout.
-
-    Raises:
-        HelixError: there is none.
-    """
+    """(major, minor, patch) of the megatron.core that Python finds first, be it installed or a checkout."""
     try:
         package = importlib.import_module("megatron.core.package_info")
         return package.MAJOR, package.MINOR, package.PATCH

@@ -91,9 +91,6 @@ async def unless_disconnected(work: Coroutine[Any, Any, Result], receive: Receiv
 
     Args:
         receive: of a request whose body has been read.
-
-    Raises:
-        ClientDisconnect: it went away first.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnection(receive))

@@ -22,11 +22,7 @@ QUALITY = (
 
 
 def find_checkpoint(checkpoints: Checkpoints) -> Path | None:
-    """The directory that `--load` means; None where a run starts anew: no `--load`, or a `--save` never used.
-
-    Raises:
-        HelixError: there is no complete checkpoint.
-    """
+    """The directory that `--load` means; None where a run starts anew: without it, or with a fresh `--save`."""
     if not checkpoints.load:
         return None
     store, save, step = Store(checkpoints.load), checkpoints.save, checkpoints.ckpt_step
@@ -87,9 +83,6 @@ def check_checkpoint(run: RunConfig, path: Path) -> int:
 
     Returns:
         The iteration at which the run goes on, as far as the manifest tells.
-
-    Raises:
-        HelixError: names the flag, both values and what to try.
     """
     manifest = read_manifest(path) if has_manifest(path) else None
     checkpoints = run.checkpoints

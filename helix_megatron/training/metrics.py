@@ -277,9 +277,6 @@ def write_run_description(path: str | os.PathLike[str], description: Mapping[str
                     that the sizes belong here, and segment-local attention, which is another architecture
 
     and shows any other (`precision`, `versions`, ...) as a setting; `command` is how to run it again.
-
-    Raises:
-        HelixError: the file cannot be written.
     """
     wrong = [k for k, kind in REQUIRED_ENTRIES.items() if not isinstance(description.get(k), kind)]
     assert not wrong, f"the run's description lacks {wrong}, or they have the wrong type"

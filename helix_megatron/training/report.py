@@ -38,9 +38,6 @@ def write_report(comparison: Comparison, out: Path, command: str) -> list[Path]:
 
     Returns:
         The three files.
-
-    Raises:
-        HelixError: a file cannot be written.
     """
     picture = draw_losses(comparison)
     numbers = json_safe({"command": command, "runs": table_numbers(comparison)})

@@ -168,11 +168,7 @@ def loss_difference(run: Run, reference: Run) -> Difference:
 
 
 def read_run(directory: Path) -> Run:
-    """Read `metrics.jsonl` and `run.json` of one run.
-
-    Raises:
-        HelixError: a file is missing or broken; the text names the file and the line.
-    """
+    """Read `metrics.jsonl` and `run.json` of one run."""
     if not directory.is_dir():
         raise HelixError(
             f"{directory} is not a directory. Give the directories of finished runs, each with "

@@ -37,9 +37,6 @@ def check_schedule(
     Args:
         theirs, ours: states of the scheduler.
         their_batch, our_batch: samples of an iteration; None where the checkpoint does not tell.
-
-    Raises:
-        HelixError: names each flag that differs, with both values.
     """
     differences = {}
     for name, (flag, older) in SCHEDULE.items():
@@ -69,11 +66,7 @@ def _short(value: Any) -> str:
 
 
 def data_facts(run: RunConfig) -> dict[str, Any]:
-    """What decides which samples a run sees, by flags; JSON values, as a manifest keeps them.
-
-    Raises:
-        HelixError: a text cannot be read.
-    """
+    """What decides which samples a run sees, by flags; JSON values, as a manifest keeps them."""
     return {
         "--seed": run.training.seed,
         BATCH: run.global_batch_size,
