@@ -20,7 +20,7 @@ from helix_megatron.checkpoint.huggingface_io import (
     write_safetensors,
 )
 from helix_megatron.checkpoint.manifest import Manifest
-from helix_megatron.checkpoint.side_files import write_side_files
+from helix_megatron.checkpoint.source import write_side_files
 from helix_megatron.checkpoint.targets import Report, Row, Tensors, as_json, manifest_of
 from helix_megatron.model.families import Family, family_for_flags, family_of
 

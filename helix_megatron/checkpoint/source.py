@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helix_megatron.checkpoint import manifest as manifests
 from helix_megatron.checkpoint.catalog import (
     Cut,
     catalog,
     segment_local_flags,
     segment_local_permutation,
 )
-from helix_megatron.checkpoint.side_files import side_files
 from helix_megatron.model.description import ModelConfig
 
 SIDECARS = "huggingface"  # folder of the other kinds of checkpoints, for what came with a Hugging Face model
+
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
+
+
+def side_files(folder: Path) -> dict[str, bytes | Path]:
+    """The files of a Hugging Face model beside its weights, by name; none that a link brings in from elsewhere.
+
+    In a snapshot of the Hub's cache every file is a link to one of the cache's blobs.
+    """
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    found: dict[str, bytes | Path] = {}
+    for path in sorted(path for pattern in COPIED for path in folder.glob(pattern)):
+        if path.is_file() and path.name not in (manifests.MANIFEST_NAME, manifests.CHECKSUM_NAME):
+            if path.resolve().parent in inside:
+                found[path.name] = path
+            else:
+                warnings.warn(f"{path} is a link to another folder, and is left out.", stacklevel=2)
+    return found
+
+
+def write_side_files(files: Mapping[str, bytes | Path], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, folder / name)
 
 
 class Source:

@@ -24,8 +24,7 @@ from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.partition import MANIFEST_KEYS, RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, RankReader, rank_directory
 from helix_megatron.checkpoint.safe import load_common
-from helix_megatron.checkpoint.side_files import side_files
-from helix_megatron.checkpoint.source import Source
+from helix_megatron.checkpoint.source import Source, side_files
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError

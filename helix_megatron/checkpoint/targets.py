@@ -26,8 +26,7 @@ from helix_megatron.checkpoint.foreign import is_plain_name
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest, digest
 from helix_megatron.checkpoint.partition import MANIFEST_KEYS, RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, StageFiles, file_name
-from helix_megatron.checkpoint.side_files import write_side_files
-from helix_megatron.checkpoint.source import SIDECARS, Source
+from helix_megatron.checkpoint.source import SIDECARS, Source, write_side_files
 from helix_megatron.checkpoint.store import POINTER
 from helix_megatron.errors import HelixError
 

@@ -12,8 +12,13 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.deepspeed.batches import check_first_batch
 from helix_megatron.deepspeed.config import KEY, HelixBlock
-from helix_megatron.deepspeed.models import CutModel, unit_beside, unit_of, with_size
-from helix_megatron.deepspeed.mpu import ModelParallelUnit
+from helix_megatron.deepspeed.models import (
+    CutModel,
+    ModelParallelUnit,
+    unit_beside,
+    unit_of,
+    with_size,
+)
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface import make_groups, shard, sharding_of
 

@@ -13,8 +13,13 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.core.collectives import all_reduce
 from helix_megatron.deepspeed.batches import check_first_batch
 from helix_megatron.deepspeed.config import KEY, HelixBlock
-from helix_megatron.deepspeed.models import CutModel, megatron_config, unit_of, with_size
-from helix_megatron.deepspeed.mpu import ModelParallelUnit
+from helix_megatron.deepspeed.models import (
+    CutModel,
+    ModelParallelUnit,
+    megatron_config,
+    unit_of,
+    with_size,
+)
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron.transformer_config import attention_layout
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.deepspeed.config import KEY, HelixBlock
-from helix_megatron.deepspeed.mpu import ModelParallelUnit
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.parallel_state import all_ranks_of, own_group
 
@@ -69,6 +69,53 @@ def megatron_config(model: nn.Module) -> Any:
 
 
 # ----------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True)
+class ModelParallelUnit:
+    """DeepSpeed's `mpu`: who shares one model (tensor), and who holds the same part of others (data).
+
+    It has the methods that DeepSpeed 0.19 calls and no others. Above all not `initialize_sequence_parallel`:
+    an `mpu` with that name is taken for one of sequence parallelism, and ZeRO then forgets the tensor
+    parallel group when it sums gradient norms (utils/groups.py:774, :854).
+    """
+
+    tensor_group: ProcessGroup
+    data_group: ProcessGroup
+
+    # Whatever holds one model: DeepSpeed sums norms and looks for overflow over it.
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tensor_group.rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tensor_group.size()
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        return self.tensor_group
+
+    # The same by Megatron's newer names: the MoE layer and checkpoints ask by these.
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return dist.get_process_group_ranks(self.tensor_group)[0]
+
+    # Replicas: gradients are averaged and ZeRO's states are dealt among them.
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_group.rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data_group.size()
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self.data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.data_group)
 
 
 def tensor_group_of(mpu: Any) -> ProcessGroup:

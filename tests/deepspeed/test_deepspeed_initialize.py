@@ -26,7 +26,7 @@ from deepspeed_runs import (
 )
 
 from helix_megatron.deepspeed import initialize
-from helix_megatron.deepspeed.mpu import ModelParallelUnit
+from helix_megatron.deepspeed.models import ModelParallelUnit
 
 
 def test_the_signature_is_deepspeeds():
