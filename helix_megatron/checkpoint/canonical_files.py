@@ -129,8 +129,6 @@ def write_metadata(
     """Write `.metadata`, the table of all files.
 
     Args:
-        directory: of the checkpoint.
-        flags: model flags.
         tensors: canonical name → file and place in it.
         objects: `object_key` → file and place in it.
         dtypes: canonical name → dtype.

@@ -32,8 +32,6 @@ def parse_json(
     """What JSON holds; `path` is the file that errors speak of.
 
     Args:
-        content: the bytes of the file.
-        path: of it.
         unique: refuse an object with one key twice, of which readers see different values.
         remedy: what to try where it is damaged.
 

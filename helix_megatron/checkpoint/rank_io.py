@@ -55,12 +55,6 @@ class StageFiles(contextlib.AbstractContextManager["StageFiles"]):
 
     All files have their final size from the beginning; a tensor's parts are written to their places in them. So
     each canonical tensor is read once, whatever the number of ranks.
-
-    Args:
-        directory: that the files go to.
-        layout: which rank holds what.
-        stage: pipeline stage.
-        dtypes: canonical name → dtype.
     """
 
     def __init__(

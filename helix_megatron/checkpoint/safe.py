@@ -147,7 +147,6 @@ def load_metadata(path: Path | str, *, trust: bool = False) -> Any:
     """The `.metadata` of a distributed checkpoint, as `pickle.load` gives it, without executing anything.
 
     Args:
-        path: of the file.
         trust: read it with pickle itself.
 
     Raises:
@@ -215,7 +214,6 @@ def inspect(directory: Path | str, *, trust: bool = False) -> None:
     process does it for all.
 
     Args:
-        directory: of the checkpoint.
         trust: do nothing: the user vouches for it.
 
     Raises:

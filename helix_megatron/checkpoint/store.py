@@ -269,9 +269,6 @@ class Store:
 
         The root itself may be a checkpoint, too: `DIR/iter_0000010`, or any directory with a manifest.
 
-        Args:
-            iteration: which one; None for `latest`.
-
         Raises:
             HelixError: there is none. The text lists those that there are.
         """

@@ -223,10 +223,8 @@ def preprocess(
     """Write `PREFIX_{key}_document.bin` and `.idx` for every key (`text` for plain text).
 
     Args:
-        input_format: one of `INPUT_FORMATS`.
         split_documents: for plain text, one of `DOCUMENT_RULES`; None is `file`.
         workers: processes that encode; 1 encodes in this process.
-        overwrite: replace output that exists.
     """
     files = _check(inputs, encoding, input_format, split_documents, workers)
     prefixes = [f"{output_prefix}_{key}_document" for key in encoding.json_keys]

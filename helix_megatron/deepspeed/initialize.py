@@ -124,10 +124,6 @@ def _cut_model(
 ) -> tuple[HelixBlock, Any, CutModel]:
     """Cut a model in place.
 
-    Args:
-        mpu: the caller's, or None to make groups.
-        ranks: of the world.
-
     Returns:
         The block with its sizes filled in, the `mpu` for DeepSpeed, and what was cut.
     """

@@ -115,8 +115,6 @@ def run_command(
     """Check the flags, start ranks if asked for, and run on this one.
 
     Args:
-        name: of the subcommand.
-        options: parsed flags.
         arguments: as they were given.
         run: of (`inference_config`, options of the engine, options), its exit status.
     """

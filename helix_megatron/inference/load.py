@@ -37,11 +37,7 @@ TORCH_DTYPES = {
 
 
 def inference_groups(config: InferenceConfig) -> None:
-    """Megatron's and Helix's process groups, and random states. Collective.
-
-    Args:
-        config: of `inference_config`. torch.distributed is initialised.
-    """
+    """Megatron's and Helix's process groups, and random states. Collective."""
     cpu_runtime.install()
     available_backends().check()
     initialize_groups(config.run)

@@ -127,14 +127,6 @@ def cut_heads(
 ) -> tuple[ModelConfig, int]:
     """The model as a run with this attention has it, and m.
 
-    Args:
-        checkpoint: that is to be loaded.
-        model: what is to be loaded.
-        ranks: tensor parallel size p = m·n.
-        asked: m, or `auto`.
-        attention, query_layout: as in `HelixConfig`.
-        note: told what was chosen.
-
     Raises:
         HelixError: no m fits, or segment-local attention for weights that are not.
     """
@@ -201,12 +193,6 @@ def deal_experts(
 
     What is None is chosen: whole experts on every rank where their number divides by the ranks, else all
     experts cut for all ranks.
-
-    Args:
-        model: the model.
-        ranks: tensor parallel size.
-        expert, expert_tensor: asked for.
-        note: told what was chosen.
 
     Returns:
         (EP, ETP); (1, None) of a dense model, unless something else was asked for.

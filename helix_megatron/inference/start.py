@@ -42,8 +42,6 @@ def start(
     """Groups, model, cache and engine of this rank. Collective.
 
     Args:
-        config: of `inference_config`. torch.distributed is initialised.
-        options: of cache and batching.
         max_waiting: sequences that may wait.
         longest: tokens of the longest sequence, where that is known; bounds the cache.
 

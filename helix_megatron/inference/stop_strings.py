@@ -10,9 +10,6 @@ class StopStrings:
 
     The match that ends first wins, among those the longest: so the result does not depend on where the pieces
     are cut.
-
-    Args:
-        strings: the stop strings, none of them empty.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:

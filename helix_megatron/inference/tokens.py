@@ -43,7 +43,6 @@ def open_tokens(config: InferenceConfig, note: Callable[[str], None] = lambda te
     """The tokenizer that `--tokenizer` names, else the one that lies with the checkpoint.
 
     Args:
-        config: of `inference_config`.
         note: told what was chosen where the flag does not say it.
 
     Raises:
@@ -101,7 +100,6 @@ class TokenStream:
     Tokens are looked at one by one, so the text does not depend on how they come in parts.
 
     Args:
-        decode: gives the text of a list of tokens.
         after: the tokens in front, whose text is not given; they tell whether a space belongs to what follows.
         hidden: the tokens that add no text.
     """
@@ -221,7 +219,6 @@ class FileTokens(_Tokens):
     """A `tokenizer.json` of the `tokenizers` library, with the special tokens in front that it asks for.
 
     Args:
-        path: where the file is.
         stop_tokens: the tokens that end a text; without any, one that is known by a usual name.
 
     Raises:
@@ -247,7 +244,6 @@ class HuggingFaceTokens(_Tokens):
     """A tokenizer that `transformers.AutoTokenizer` reads.
 
     Args:
-        directory: where the tokenizer's files are.
         stop_tokens: the tokens that end a text, besides the tokenizer's own.
 
     Raises:
@@ -302,11 +298,7 @@ class HuggingFaceTokens(_Tokens):
 
 
 def front(encode: Callable[[str, bool], list[int]]) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text; not those at the end, which would end it.
-
-    Args:
-        encode: gives the tokens of a text, without special tokens or with them.
-    """
+    """The special tokens that a tokenizer puts in front of a text; not those at the end, which would end it."""
     plain, whole = encode("a", False), encode("a", True)
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:

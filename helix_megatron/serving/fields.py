@@ -71,13 +71,7 @@ def complaint(
     neutral: Mapping[str, tuple[object, ...]],
     ignored: frozenset[str] = frozenset(),
 ) -> tuple[str, str] | None:
-    """The first field of `values` that cannot be served, and why; None if all can.
-
-    Args:
-        names: of the fields that are implemented.
-        neutral: as `NEUTRAL`.
-        ignored: as `IGNORED`.
-    """
+    """The first field of `values` that cannot be served, and why; None if all can."""
     names = set(names)
     for name, value in values.items():
         if name in names or name in ignored:

@@ -69,10 +69,6 @@ def plan(
 ) -> Plan:
     """What the engine is asked for these prompts.
 
-    Args:
-        prompts: the token ids of each.
-        stop_tokens: of the model.
-
     Raises:
         ApiError: 400.
     """

@@ -89,11 +89,7 @@ class Server:
         self._service.announce_stop()
 
     def stop(self, drain_seconds: float = 0.0) -> None:
-        """Take no more connections, let open responses finish, then end them with an error.
-
-        Args:
-            drain_seconds: for responses to finish, at most.
-        """
+        """Take no more connections, let open responses finish, then end them with an error."""
         self._service.announce_stop()
         if not self._thread.is_alive():
             return

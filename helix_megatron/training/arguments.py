@@ -45,10 +45,6 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> dict[s
 
     A preset, or the checkpoint with `--use-checkpoint-args`, gives other defaults; flags given beside it win.
 
-    Args:
-        argv: the flags; those of the command line when not given.
-        prog: the program that usage and errors name.
-
     Raises:
         HelixError: `--use-checkpoint-args` and no checkpoint that can be read.
     """

@@ -133,11 +133,7 @@ def training(
 
 
 def build(run: RunConfig) -> tuple[Any, list[Any]]:
-    """Groups, random states and the model of this rank: its configuration and its chunks, in DDP.
-
-    Args:
-        run: validated. torch.distributed is initialised.
-    """
+    """Groups, random states and the model of this rank: its configuration and its chunks, in DDP."""
     from helix_megatron.megatron.optional import available_backends, describe
     from helix_megatron.megatron.random import seed_model_parallel
     from helix_megatron.training.model import build_model, transformer_config

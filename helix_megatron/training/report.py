@@ -36,14 +36,7 @@ PROGRAM = "helix_megatron.training.report"
 
 
 def html_report(comparison: Comparison, light_png: bytes, dark_png: bytes, command: str) -> str:
-    """The report as one page that needs nothing else, no network and no script: `report.html.jinja`, filled in.
-
-    Args:
-        comparison: what to show.
-        light_png: the picture on a light background.
-        dark_png: the same on a dark one.
-        command: the command line that made the report.
-    """
+    """The report as one page without network and script: `report.html.jinja`, filled in."""
     import jinja2
 
     commands = {run.label: run.description.get("command") for run in comparison.runs}
@@ -69,11 +62,6 @@ def html_report(comparison: Comparison, light_png: bytes, dark_png: bytes, comma
 
 def write_report(comparison: Comparison, out: Path, command: str) -> list[Path]:
     """Write `losses.png`, `report.json` and `report.html` into a directory.
-
-    Args:
-        comparison: the runs.
-        out: the directory; made when it does not exist.
-        command: the command line that makes the report, for its reader.
 
     Returns:
         The three files.

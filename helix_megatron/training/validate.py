@@ -29,7 +29,6 @@ def validate(values: Mapping[str, Any], world_size: int) -> RunConfig:
 
     Args:
         values: by the destination names of the training script's flags, as of `arguments.parse_args`.
-        world_size: number of ranks.
 
     Raises:
         HelixError: with the values, the valid values and what to try.
