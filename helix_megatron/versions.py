@@ -7,15 +7,18 @@ are resolved at both ends, and a host calls `require` before it imports anything
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helix_megatron import __version__
 from helix_megatron.errors import HelixError
 
 Version = tuple[int, ...]
@@ -78,6 +81,15 @@ TESTED = {
         VersionRange("uvicorn", "0.32.0", "0.54.0"),
     )
 }
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The versions of this package, of Python, and of those of the packages that are installed."""
+    versions = {"helix_megatron": __version__, "python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def numbers(version: str) -> Version:

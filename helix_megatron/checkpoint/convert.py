@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from helix_megatron.checkpoint import manifest as manifests
+from helix_megatron.checkpoint.catalog import QUALITY
 from helix_megatron.checkpoint.durable import sync_directories, writing_errors
 from helix_megatron.checkpoint.foreign import resolved
 from helix_megatron.checkpoint.huggingface_io import same_bits
@@ -37,11 +38,6 @@ SHARD_SIZE = 5 * 10**9
 CANONICAL_SHARD_SIZE = 250 * 10**6  # smaller: they are hashed in parallel before they are read
 FORMAT = 2  # of the conversion's own output; work that another version began starts afresh
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-QUALITY = (
-    "segment-local attention is another architecture: h·m heads of d/m dimensions. Ordinary weights lose "
-    "quality in it, and how much is not known for your model. The nearest published method lost this: "
-    "DeepSeek-V2-Lite, perplexity 6.31 → 7.24 without alignment (TPLA, arXiv 2508.15881)"
-)
 
 
 @dataclass(frozen=True)

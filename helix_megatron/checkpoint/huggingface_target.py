@@ -68,7 +68,7 @@ class HuggingFaceTarget:
         for file in self.units:
             for entry in self._files[file]:
                 origin = self.source.origin(self._rule_of[entry.name].name)
-                yield Row(entry.name, entry.shape, entry.dtype, origin, file)
+                yield Row(**vars(entry), origin=origin, file=file)
 
     def write(self, unit: str, content: Path, report: Report) -> dict[str, Any]:
         def reported(name: str) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from helix_megatron import __version__
 from helix_megatron.checkpoint.canonical_files import (
     CanonicalFile,
     all_objects,
@@ -23,30 +20,25 @@ from helix_megatron.checkpoint.canonical_files import (
 )
 from helix_megatron.checkpoint.catalog import CanonicalTensor, catalog
 from helix_megatron.checkpoint.foreign import is_plain_name
+from helix_megatron.checkpoint.huggingface_io import Entry
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest, digest
 from helix_megatron.checkpoint.partition import MANIFEST_KEYS, RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, StageFiles, file_name
 from helix_megatron.checkpoint.source import SIDECARS, Source, write_side_files
 from helix_megatron.checkpoint.store import POINTER
 from helix_megatron.errors import HelixError
+from helix_megatron.versions import installed
 
 Report = Callable[[int], None]
 """Called with the number of bytes that have just been written."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Entry):
     """One tensor of the result, for a table: `origin` says what it is made of."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
     origin: str
     file: str
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class Target(Protocol):
@@ -110,16 +102,10 @@ def manifest_of(source: Source, kind: str, **others: Any) -> Manifest:
         "attention": source.attention,
         "segments": source.segments,
         "iteration": None,  # weights only: training begins anew
-        "versions": versions(),
+        "versions": installed("torch", "safetensors"),
         "extra": {"converted_from": source.kind, "source_iteration": source.iteration},
     }
     return Manifest(**(facts | others))
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that decide what is written."""
-    found = {"helix_megatron": __version__, "python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in ("torch", "safetensors")}
 
 
 # --------------------------------------------------------------------- canonical
@@ -153,7 +139,7 @@ class CanonicalTarget:
             for tensor in part:
                 origin = self.source.origin(tensor.name)
                 dtype = self.tensors.dtypes[tensor.name]
-                yield Row(tensor.name, tensor.shape, dtype, origin, f"{self.main}/{unit}")
+                yield Row(tensor.name, dtype, tensor.shape, origin, f"{self.main}/{unit}")
 
     def write(self, unit: str, content: Path, report: Report) -> dict[str, Any]:
         folder = content / self.main
@@ -215,7 +201,7 @@ class RankTarget:
                     shape = self.layout.part(tensor, place).shape(tensor.shape)
                     dtype = self.tensors.dtypes[tensor.name]
                     origin = self.source.origin(tensor.name)
-                    yield Row(name, shape, dtype, origin, f"{self.tag}/{file_name(rank)}")
+                    yield Row(name, dtype, shape, origin, f"{self.tag}/{file_name(rank)}")
 
     def write(self, unit: str, content: Path, report: Report) -> dict[str, Any]:
         folder = content / self.tag

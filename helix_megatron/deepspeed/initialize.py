@@ -55,23 +55,12 @@ def initialize(
         HelixError: the block is wrong, does not fit the model or the world, or does not go together with
             another DeepSpeed setting.
     """
+    given = dict(locals())
     import deepspeed
 
-    given = {
-        "args": args,
-        "model": model,
-        "optimizer": optimizer,
-        "model_parameters": model_parameters,
-        "training_data": training_data,
-        "lr_scheduler": lr_scheduler,
-        "mpu": mpu,
-        "dist_init_required": dist_init_required,
-        "collate_fn": collate_fn,
-        "config": config,
-        "mesh_param": mesh_param,
-        "config_params": config_params,
-        "distributed_port": None if distributed_port == DISTRIBUTED_PORT else distributed_port,
-    }
+    if distributed_port == DISTRIBUTED_PORT:
+        del given["distributed_port"]
+    del given["others"]
     # Only what the caller gave: a release may have dropped an argument, and then nobody gives it.
     call = {name: value for name, value in given.items() if value is not None} | others
     settings = _settings(args, config, config_params)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helix_megatron.checkpoint.catalog import QUALITY
 from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import FREE_FLAGS, ModelConfig
-from helix_megatron.training.checkpoint_flags import QUALITY
 
 Note = Callable[[str], None]
 WORDS = "embedding.word_embeddings.weight"

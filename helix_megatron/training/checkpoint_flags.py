@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from helix_megatron.checkpoint import catalog
 from helix_megatron.checkpoint.manifest import Manifest, has_manifest, read_manifest
 from helix_megatron.checkpoint.store import Store, is_same_directory
 from helix_megatron.errors import HelixError
@@ -14,10 +15,7 @@ from helix_megatron.training.run import RunConfig
 from helix_megatron.training.settings import Checkpoints
 
 QUALITY = (
-    "segment-local attention is another architecture: h·m heads of d/m dimensions. Ordinary weights loaded "
-    "into it lose quality, and how much is not known for your model. The nearest published method lost this: "
-    "DeepSeek-V2-Lite, perplexity 6.31 → 7.24 without alignment (TPLA, arXiv 2508.15881). Expect to train "
-    "on, or take --helix-attention exact, which loses nothing"
+    f"{catalog.QUALITY}. Expect to train on, or take --helix-attention exact, which loses nothing"
 )
 
 

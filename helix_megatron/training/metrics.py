@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -24,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helix_megatron import __version__
 from helix_megatron.checkpoint.durable import write_durably
 from helix_megatron.errors import HelixError
+from helix_megatron.versions import installed
 
 METRICS_FILE = "metrics.jsonl"
 DESCRIPTION_FILE = "run.json"
@@ -305,11 +303,7 @@ def json_safe(value: Any) -> Any:
 
 def software_versions() -> dict[str, str]:
     """Versions that decide a run's numbers, of those packages that are installed."""
-    versions = {"helix_megatron": __version__, "python": platform.python_version()}
-    for package in ("torch", "megatron-core", "deepspeed"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+    return installed("torch", "megatron-core", "deepspeed")
 
 
 def command_line() -> str:
