@@ -113,7 +113,7 @@ class Source:
         return side_files(self.directory / SIDECARS)
 
 
-class _Derived(Source):
+class Derived(Source):
     """The checkpoint of another source as another model's."""
 
     def __init__(self, source: Source, flags: Mapping[str, Any]) -> None:
@@ -124,7 +124,7 @@ class _Derived(Source):
             setattr(self, name, getattr(source, name))
 
 
-class SegmentLocalSource(_Derived):
+class SegmentLocalSource(Derived):
     """An ordinary model as one with `segment-local` attention: its attention's rows and columns permuted."""
 
     def __init__(self, source: Source, segments: int) -> None:
@@ -147,7 +147,7 @@ class SegmentLocalSource(_Derived):
         return self._source.origin(name) + (" (permuted)" if name in self._orders else "")
 
 
-class UnpaddedSource(_Derived):
+class UnpaddedSource(Derived):
     """A model without the rows that pad its vocabulary for tensor parallel ranks: no token has them."""
 
     def __init__(self, source: Source) -> None:

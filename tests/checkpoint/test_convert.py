@@ -27,7 +27,7 @@ from helix_megatron.checkpoint.convert import (
     make_target,
 )
 from helix_megatron.checkpoint.manifest import read_manifest
-from helix_megatron.checkpoint.source import Source
+from helix_megatron.checkpoint.source import Derived, Source
 from helix_megatron.checkpoint.sources import open_source
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.config import HelixConfig
@@ -177,19 +177,17 @@ def test_rows_that_pad_the_vocabulary_never_leave(tmp_path):
     assert read_manifest(tmp_path / "made").model["padded_vocab_size"] == 61
 
 
-class _Padded(Source):
+class _Padded(Derived):
     """A source as a training run leaves it: with rows that no token has."""
 
     def __init__(self, source: Source, rows: int) -> None:
-        super().__init__(source.directory, source.flags | {"padded_vocab_size": rows}, None)
-        self._reader, self.names, self.sidecars = source, source.names, source.sidecars  # type: ignore[method-assign]
-        self._rows = rows
+        super().__init__(source, source.flags | {"padded_vocab_size": rows})
 
     def read(self, name: str) -> torch.Tensor:
-        value = self._reader.read(name)
+        value = self._source.read(name)
         if value.shape[0] != 61:
             return value
-        return torch.cat([value, torch.ones(self._rows - 61, value.shape[1])])
+        return torch.cat([value, torch.ones(self.shape(name)[0] - 61, value.shape[1])])
 
 
 def test_rank_files_of_a_run_need_something_like_them(tmp_path):

@@ -261,7 +261,7 @@ def test_a_tensor_is_read_only_after_its_file_is_verified(tmp_path, monkeypatch)
         assert self._place(tensor, chunk).relative_path in verified, tensor.name
         return value
 
-    monkeypatch.setattr(manifest, "problem", checked)
+    monkeypatch.setattr(canonical_io, "problem", checked)
     monkeypatch.setattr(canonical_io.CanonicalReader, "_piece", reading)
     convert(tmp_path / "store", tmp_path / "back", "huggingface", out=io.StringIO())
     assert len(set(verified)) > 3
