@@ -240,6 +240,6 @@ def train(folder: str, *flags: str) -> dict[str, Any]:
                 "intra_head": parallel_state.intra_head_parallel_is_initialized(),
             }
         finally:
-            settings.forget()
+            settings._recorded.clear()
             megatron_lm.uninstall()
             parallel_state.destroy_model_parallel()

@@ -107,8 +107,9 @@ class _Unpickler(pickle.Unpickler):
         changed = None
         for item, before in self._before.items():
             now = dict(vars(item))
-            names = {name for name in now.keys() | before.keys() if _differ(now, before, name)}
-            for name in names:
+            for name in now.keys() | before.keys():
+                if now.get(name, _ABSENT) is before.get(name, _ABSENT):
+                    continue
                 changed = f"{getattr(item, '__name__', item)}.{name}"
                 if name in before:
                     setattr(item, name, before[name])
@@ -122,10 +123,6 @@ class _Refused(Exception):
 
 
 _ABSENT = object()
-
-
-def _differ(now: dict[str, Any], before: dict[str, Any], name: str) -> bool:
-    return now.get(name, _ABSENT) is not before.get(name, _ABSENT)
 
 
 def _unpickled(content: bytes, name: str) -> Any:

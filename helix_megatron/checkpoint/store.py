@@ -135,9 +135,7 @@ class Store:
         try:
             with writing_errors(self.root):
                 _make_durable_directory(self.root)
-        except (
-            FileNotFoundError
-        ) as error:  # a file system, such as /proc, that makes no directories
+        except FileNotFoundError as error:  # /proc, for one, makes no directories
             raise HelixError(
                 f"{self.root} cannot be made. Save to a directory of an ordinary file system."
             ) from error
@@ -220,9 +218,7 @@ class Store:
     def _sweep(self, only: int | None = None) -> None:
         """Delete directories that killed processes left, unless a live process writes to them."""
         for entry, iteration in self._matching(LEFTOVER):
-            ours = (
-                entry.is_dir() and not entry.is_symlink()
-            )  # rmtree waits for the writer of a pipe
+            ours = entry.is_dir() and not entry.is_symlink()  # rmtree waits for a pipe's writer
             if ours and only in (None, iteration) and not in_use(entry):
                 shutil.rmtree(entry)
 
@@ -246,9 +242,8 @@ class Store:
         Complete is one with a manifest, or one without that stock megatron-core finished. The files are not
         looked into: `manifest.verify` does that.
         """
-        found = {i for entry, i in self._matching(CHECKPOINT) if is_complete(entry)}
-        found |= {i for entry, i in self._matching(REPLACED) if is_complete(entry)}
-        return sorted(found)
+        entries = self._matching(CHECKPOINT) + self._matching(REPLACED)
+        return sorted({iteration for entry, iteration in entries if is_complete(entry)})
 
     def latest(self) -> int | None:
         """The iteration to load: the one that the pointer names if it is complete, else the newest complete."""

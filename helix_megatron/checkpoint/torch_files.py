@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import functools
 import importlib
 import io
 import os
@@ -19,7 +20,7 @@ import pickle
 import re
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,18 +211,11 @@ def _allowed(full_name: str, file: str) -> Any:
         if full_name in CLASSES:
             return found
         if isinstance(found, type) and issubclass(found, enum.Enum):
-            return _member_of(found)
+            return functools.partial(found)  # gives members, and is not the class
     raise HelixError(
         f"{file} is refused: it holds {full_name}, which a checkpoint needs not and which could execute code. "
         f"{TRUST}"
     )
-
-
-def _member_of(enumeration: type[enum.Enum]) -> Callable[[Any], enum.Enum]:
-    def member(value: Any) -> enum.Enum:
-        return enumeration(value)
-
-    return member
 
 
 def _with_arrays(value: Any, memo: dict[int, tuple[Any, Any]]) -> Any:

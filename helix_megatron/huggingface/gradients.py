@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from helix_megatron.core.observe import purpose
+from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.sharding import sharding_of
 
 
@@ -65,8 +66,6 @@ def _listed(parameters: Any) -> list[nn.Parameter]:
 
 
 def _group_of(parameters: Any) -> ProcessGroup | None:
-    from helix_megatron.errors import HelixError
-
     if not isinstance(parameters, nn.Module):
         raise HelixError(
             "the norm of a list of parameters needs tensor_group. Pass it, or the sharded model."
@@ -79,9 +78,6 @@ def _squares(grads: list[Tensor], device: torch.device) -> Tensor:
     """Sum of squares of all elements, in fp32 at least."""
     total = torch.zeros((), device=device)
     for grad in grads:
-        total = total + torch.linalg.vector_norm(grad, dtype=_wide(grad)).square()
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = total + torch.linalg.vector_norm(grad, dtype=wide).square()
     return total
-
-
-def _wide(grad: Tensor) -> torch.dtype:
-    return torch.promote_types(grad.dtype, torch.float32)

@@ -81,11 +81,6 @@ def record(settings: Settings) -> None:
     _recorded[:] = [settings]
 
 
-def forget() -> None:
-    """As before the first `record`."""
-    _recorded.clear()
-
-
 def current() -> Settings:
     """The settings of the process; stock ones where no arguments were validated.
 

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import Engine, Output, Request, Sampling, TextStream, Tokens
@@ -111,7 +110,7 @@ class Mailbox:
 
 
 class Generation:
-    """The sequences of one response. Leaving its context cancels those that are not finished.
+    """The sequences of one response.
 
     Args:
         plan: what to generate; the engine gets all of it, or none.
@@ -206,15 +205,8 @@ class Generation:
             between = (now - choice.first_token_at) / (choice.tokens - 1)
             self._metrics.output_token_seconds.observe(between)
 
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Cancel the sequences that are not finished."""
         for choice in self.choices:
             if choice.reason is None:
                 self._engine.cancel(choice.request)

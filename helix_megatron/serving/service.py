@@ -180,12 +180,13 @@ class Service:
         if self._mailbox is None or self._mailbox.loop is not loop:
             self._mailbox = Mailbox(loop)
         arguments = self.engine, self.tokens, self._mailbox, self.metrics, wanted, started
-        with Generation(*arguments) as generation:
-            self._generations.add(generation)
-            try:
-                yield generation
-            finally:
-                self._generations.discard(generation)
+        generation = Generation(*arguments)
+        self._generations.add(generation)
+        try:
+            yield generation
+        finally:
+            self._generations.discard(generation)
+            generation.close()
 
 
 async def _in_thread(executor: Executor, work: Callable[..., Result], *arguments: Any) -> Result:

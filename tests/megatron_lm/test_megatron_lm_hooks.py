@@ -36,7 +36,7 @@ def host(tmp_path: Path) -> Iterator[types.SimpleNamespace]:
             )
         finally:
             hooks.TABLE.uninstall()
-            settings.forget()
+            settings._recorded.clear()
 
 
 def arguments(**given: object) -> argparse.Namespace:
@@ -212,7 +212,7 @@ def test_what_does_not_work_is_refused_by_name(given, message) -> None:
 
 def test_without_arguments_everything_is_stock(monkeypatch) -> None:
     """A library that builds a configuration without the script's arguments must not be touched."""
-    settings.forget()
+    settings._recorded.clear()
     assert not settings.current().helix.active
     for argument in ("--intra-head-parallel-size", "--intra-head-parallel-size=2"):
         monkeypatch.setattr(sys, "argv", ["script", argument])
@@ -237,7 +237,7 @@ def test_flags_and_validation_meet_their_callers(host, monkeypatch) -> None:
     by_name = getattr(host.initialize, "validate_args", None)
     assert (by_name is None) == (found_version() >= (0, 18))
     for validate in filter(None, (host.arguments.validate_args, by_name)):
-        settings.forget()
+        settings._recorded.clear()
         assert validate(args).validated
         assert settings.current().helix == HelixConfig(2)
     args.num_attention_heads = 3
@@ -264,7 +264,7 @@ def test_the_configuration_is_as_upstream_makes_it(host) -> None:
         "tensor_model_parallel_size",
         "expert_tensor_parallel_size",
     }
-    settings.forget()
+    settings._recorded.clear()
     with pytest.raises(ValueError, match="num_attention_heads"):  # upstream's own
         host.arguments.core_transformer_config_from_args(
             arguments(num_layers=1, hidden_size=32, tensor_model_parallel_size=8)
