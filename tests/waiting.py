@@ -35,7 +35,21 @@ def run_python(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "120"},
         timeout=PROGRAM_LIMIT,
         check=False,
     )
+
+
+HEAVY = {"torch", "megatron", "deepspeed", "transformers", "accelerate"}
+
+
+def printed_afresh(program: str) -> list[str]:
+    """The lines that a program prints in an interpreter of its own; the last lists the heavy packages in it."""
+    run = run_python(
+        ["-c", f"{program}
+import sys
+print(sorted({HEAVY} & set(sys.modules)))"]
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
