@@ -60,12 +60,8 @@ class HelixBlock:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise HelixError(f'"{name}" in the block "{KEY}" is {value!r}. Valid: true, false.')
-        if p is not None and p % m:
-            raise HelixError(
-                f'"intra_head_parallel_size" {m} in the block "{KEY}" does not divide '
-                f'"tensor_parallel_size" {p}. Valid with {p}: {listed(divisors(p))}. Or make '
-                f'"tensor_parallel_size" a multiple of {m}.'
-            )
+        if p is not None:
+            check_divides(m, p, f'"tensor_parallel_size" {p}')
 
     @property
     def active(self) -> bool:
@@ -82,20 +78,13 @@ class HelixBlock:
         p = self.tensor_parallel_size or ranks
         if ranks % p:
             valid = [size for size in divisors(ranks) if size % m == 0]
-            advice = (
-                f"Valid: {listed(valid)}."
-                if valid
-                else (f"No size fits: start a multiple of {m} ranks.")
-            )
+            none = f"No size fits: start a multiple of {m} ranks."
+            advice = f"Valid: {listed(valid)}." if valid else none
             raise HelixError(
                 f'"tensor_parallel_size" {p} in the block "{KEY}" does not divide the {ranks} ranks of '
                 f"the world. {advice}"
             )
-        if p % m:
-            raise HelixError(
-                f'"intra_head_parallel_size" {m} in the block "{KEY}" does not divide the {ranks} ranks that '
-                f"hold the model together. Valid: {listed(divisors(ranks))}."
-            )
+        check_divides(m, p, f"the {p} ranks that hold the model together")
         return dataclasses.replace(self, tensor_parallel_size=p)
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +120,15 @@ class HelixBlock:
 
 
 _OWN_KEYS = tuple(setting.name for setting in dataclasses.fields(HelixBlock)[1:])
+
+
+def check_divides(m: int, ranks: int, called: str) -> None:
+    """Refuse segments that do not make head groups of so many ranks, which the text calls `called`."""
+    if ranks % m:
+        raise HelixError(
+            f'"intra_head_parallel_size" {m} in the block "{KEY}" does not divide {called}. Valid '
+            f"with {ranks}: {listed(divisors(ranks))}. Or take a multiple of {m} ranks."
+        )
 
 
 def read_block(config: Mapping[str, Any]) -> HelixBlock | None:

@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from helix_megatron.core.layout import HeadLayout
-from helix_megatron.deepspeed.config import KEY, HelixBlock
-from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.deepspeed.config import KEY, HelixBlock, check_divides
+from helix_megatron.errors import HelixError
 from helix_megatron.parallel_state import all_ranks_of, own_group
 
 
@@ -150,15 +150,12 @@ def unit_beside(tensor_group: ProcessGroup) -> ModelParallelUnit:
 
 def with_size(block: HelixBlock, size: int, whose: str) -> HelixBlock:
     """The block with the tensor parallel size that `whose` groups have."""
-    m = block.helix.intra_head_parallel_size
     if block.tensor_parallel_size not in (None, size):
         raise HelixError(
             f'"tensor_parallel_size" {block.tensor_parallel_size} in the block "{KEY}" is not that of '
             f"{whose}, {size}. Leave it out, or make them equal."
         )
-    if size % m:
-        raise HelixError(
-            f'"intra_head_parallel_size" {m} in the block "{KEY}" does not divide the tensor parallel size '
-            f"{size} of {whose}. Valid: {listed(divisors(size))}."
-        )
+    check_divides(
+        block.helix.intra_head_parallel_size, size, f"the tensor parallel size {size} of {whose}"
+    )
     return dataclasses.replace(block, tensor_parallel_size=size)

@@ -72,15 +72,14 @@ def open_description(
             "layout are not known. Convert it first: helix convert, with --like."
         )
     source = open_source(directory, trust=trust, verify=False)
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    dtype = source.dtype(WORDS)
+    names = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
     return Description(
         source.directory,
         source.kind,
         dict(source.flags),
         source.attention,
         source.segments,
-        "fp64" if dtype == torch.float64 else names.get(dtype, "fp32"),
+        names.get(source.dtype(WORDS), "fp32"),
         source.kind != "canonical" or manifests.has_manifest(source.directory),
     )
 

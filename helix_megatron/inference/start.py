@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import socket
 import sys
 from typing import Any
@@ -171,8 +172,5 @@ def _memory() -> float:
 
 def _longest_that_fits(book: Any, context: int) -> int:
     """Tokens of the longest sequence that has room in an empty cache."""
-    low, high = 1, context
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if book.fits(middle) else (low, middle - 1)
-    return low
+    lengths = range(1, context)
+    return 1 + bisect.bisect_left(lengths, True, key=lambda length: not book.fits(length + 1))
