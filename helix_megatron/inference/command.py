@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -94,7 +95,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
                 "--stop is an empty text, which every output begins with. Leave it out."
             )
         _sampling(options, frozenset(), options.seed)
-        return run_command("generate", options, arguments, _generate)
+        generate = functools.partial(_generate, options)
+        return run_command("generate", options, arguments, generate)
 
 
 def ignore_megatron_warnings() -> None:
@@ -110,13 +112,13 @@ def run_command(
     name: str,
     options: argparse.Namespace,
     arguments: Sequence[str],
-    run: Callable[[InferenceConfig, EngineOptions, argparse.Namespace], int],
+    run: Callable[[InferenceConfig, EngineOptions], int],
 ) -> int:
     """Check the flags, start ranks if asked for, and run on this one.
 
     Args:
         arguments: as they were given.
-        run: of (`inference_config`, options of the engine, options), its exit status.
+        run: of (`inference_config`, options of the engine), its exit status.
     """
     from helix_megatron.inference.arguments import inference_config
 
@@ -127,7 +129,7 @@ def run_command(
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than it saves
         command = [sys.executable, "-m", "helix_megatron.cli", name]
         return start_ranks(ranks, [*command, *arguments], drains=name == "serve")
-    return run(config, engine, options)
+    return run(config, engine)
 
 
 @contextlib.contextmanager
@@ -169,7 +171,7 @@ def say(text: str) -> None:
 
 
 def _generate(
-    config: InferenceConfig, engine_options: EngineOptions, options: argparse.Namespace
+    options: argparse.Namespace, config: InferenceConfig, engine_options: EngineOptions
 ) -> int:
     from helix_megatron.inference.engine import follow
     from helix_megatron.inference.start import start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import signal
 import sys
@@ -67,11 +68,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     with exit_on_error(program):
         _check_installed()
         options = build_parser(program).parse_args(arguments)
-        settings = _settings(options)
-
-        def serve(config: InferenceConfig, engine: EngineOptions, _: argparse.Namespace) -> int:
-            return _serve(config, engine, settings)
-
+        serve = functools.partial(_serve, _settings(options))
         return run_command("serve", options, arguments, serve)
 
 
@@ -115,7 +112,7 @@ class _Asked(threading.Event):
         return self._deadline - time.monotonic()
 
 
-def _serve(config: InferenceConfig, engine_options: EngineOptions, settings: ServerSettings) -> int:
+def _serve(settings: ServerSettings, config: InferenceConfig, engine_options: EngineOptions) -> int:
     from helix_megatron.inference.engine import follow
     from helix_megatron.inference.start import start
     from helix_megatron.serving.app import make_app
