@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
 from helix_megatron.core.layout import contiguous_runs
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface.cuts import Cut, block_cut
 from helix_megatron.model.families.modules import ExpertFiles
 
@@ -39,6 +40,7 @@ def float_dtype(files: HuggingFaceReader) -> torch.dtype:
 
 
 def read_part(files: HuggingFaceReader, name: str, part: Part) -> Tensor:
+    """A rank's part of the tensor called `name`."""
     out = part.empty()
     _read_into(out, files, name, part.whole_shape, part.cut, part.rank)
     return out
@@ -118,3 +120,12 @@ def expert_names(name: str, experts: ExpertFiles | None) -> ExpertNames | None:
         return None
     matrices = {"gate_up_proj": (experts.gate, experts.up), "down_proj": (experts.down,)}
     return ExpertNames(tuple(f"{path}.{{}}.{matrix}.weight" for matrix in matrices[last]))
+
+
+def missing_names(missing: list[str], directory: Path) -> HelixError:
+    """The error of weights that a model needs and files do not have."""
+    more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+    return HelixError(
+        f"{directory} lacks {listed(missing[:4])}{more}, which its config.json asks for. Take config.json and "
+        "weights of one model."
+    )

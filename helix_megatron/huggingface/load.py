@@ -16,12 +16,13 @@ from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader, snapshot
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.kernels import AttentionKernel
 from helix_megatron.core.kernels.sdpa import sdpa
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.files import (
     Part,
     expert_names,
     file_name,
     float_dtype,
+    missing_names,
     read_experts,
     read_part,
 )
@@ -63,7 +64,7 @@ def from_pretrained(
     Raises:
         HelixError: the directory has no such model, files and configuration disagree, or see `shard`.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     resolved(directory)
     directory = snapshot_of(Path(directory))
@@ -86,8 +87,7 @@ def from_pretrained(
     _fill_parameters(
         model, files, cuttable_modules(config.model_type).experts, torch.device(device or "cpu")
     )
-    if (directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    _load_generation_config(model, directory)
     model.config.name_or_path = str(directory)
     return model.eval()
 
@@ -141,11 +141,7 @@ def _fill_parameters(
     }
     missing = [n for names in names_of.values() for n in names if n not in stored]
     if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise HelixError(
-            f"{files.directory} lacks {listed(missing[:4])}{more}, which its config.json asks for. Take "
-            "config.json and weights of one model."
-        )
+        raise missing_names(missing, files.directory)
     _warn_of_unused(model, files, {n for names in names_of.values() for n in names})
 
     for name, empty in wanted.items():
@@ -200,3 +196,10 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
     with torch.device(device):
         model.initialize_weights()
+
+
+def _load_generation_config(model: Any, directory: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)

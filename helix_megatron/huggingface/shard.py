@@ -15,6 +15,7 @@ from helix_megatron.core.kernels import AttentionKernel
 from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface import attention, layers, upstream
+from helix_megatron.huggingface.cuts import Cut
 from helix_megatron.huggingface.groups import intra_head_group_of
 from helix_megatron.huggingface.plan import Plan, as_config, modules_of, plan
 from helix_megatron.huggingface.sharding import Sharding
@@ -219,13 +220,17 @@ def _cut_parameters(model: Any, sharding: Sharding) -> None:
         if cut is None or id(parameter) in done:  # tied parameters have two names
             continue
         done.add(id(parameter))
-        parameter.data = cut.take(parameter.data, sharding.rank)
-        parameter.grad = None
-        parameter.tensor_model_parallel = True
-        parameter.partition_dim = cut.dim
-        parameter.partition_stride = 1
+        _cut(parameter, cut, sharding.rank)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.Embedding):
             module.num_embeddings = module.weight.size(0)
+
+
+def _cut(parameter: nn.Parameter, cut: Cut, rank: int) -> None:
+    parameter.data = cut.take(parameter.data, rank)
+    parameter.grad = None
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.partition_dim = cut.dim  # type: ignore[attr-defined]
+    parameter.partition_stride = 1  # type: ignore[attr-defined]

@@ -15,7 +15,8 @@ from starlette.requests import Request
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import Engine, TemplateLimitError, Tokens
 from helix_megatron.serving.api_errors import ApiError, too_many, unavailable
-from helix_megatron.serving.generation import Generation, Mailbox, Plan
+from helix_megatron.serving.generation import Generation, Plan
+from helix_megatron.serving.mailbox import Mailbox
 from helix_megatron.serving.metrics import Metrics
 from helix_megatron.serving.planning import check, check_size, plan
 from helix_megatron.serving.schema import (

@@ -21,7 +21,7 @@ from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.serving.api_errors import ApiError, encoded, shown
 from helix_megatron.serving.app import make_app
 from helix_megatron.serving.body import DISCARD_FACTOR, read_body
-from helix_megatron.serving.generation import Mailbox
+from helix_megatron.serving.mailbox import Mailbox
 from helix_megatron.serving.replies import ChatDelta, ErrorDetail
 from helix_megatron.serving.schema import ChatRequest, CompletionRequest, parse
 from helix_megatron.serving.settings import ServerSettings
