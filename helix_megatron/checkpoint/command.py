@@ -51,6 +51,7 @@ UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
 def build_parser(program: str) -> argparse.ArgumentParser:
+    """The parser of `helix convert`."""
     parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="directory of checkpoints, one checkpoint, or a model")
@@ -133,7 +134,11 @@ def main(argv: Sequence[str] | None = None, program: str = "helix convert") -> i
 
 
 def parse_size(text: str) -> int:
-    """Bytes: `5GB` is 5·10⁹, `5GiB` 5·2³⁰."""
+    """Bytes: `5GB` is 5·10⁹, `5GiB` 5·2³⁰.
+
+    Raises:
+        HelixError: neither.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in UNITS:
         raise HelixError(

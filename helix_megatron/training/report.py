@@ -9,62 +9,38 @@ report is written all the same). 2: a file or a flag is wrong.
 from __future__ import annotations
 
 import argparse
-import base64
 import io
 import json
 import math
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.errors import HelixError
 from helix_megatron.training.metrics import json_safe
+from helix_megatron.training.report_html import html_report
 from helix_megatron.training.report_picture import DARK, draw_losses
 from helix_megatron.training.report_runs import Comparison, compare, read_run
-from helix_megatron.training.report_table import (
-    difference_sentence,
-    settings_rows,
-    table_numbers,
-    table_rows,
-    table_text,
-)
+from helix_megatron.training.report_table import difference_sentence, table_numbers, table_text
 
 PROGRAM = "helix_megatron.training.report"
-
-
-def html_report(comparison: Comparison, light_png: bytes, dark_png: bytes, command: str) -> str:
-    """The report as one page without network and script: `report.html.jinja`, filled in."""
-    import jinja2
-
-    commands = {run.label: run.description.get("command") for run in comparison.runs}
-    commands["this report"] = command
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = resources.files("helix_megatron.training").joinpath("report.html.jinja").read_text()
-    return environment.from_string(page).render(
-        labels=[run.label for run in comparison.runs],
-        findings=[difference_sentence(*found) for found in comparison.differences.items()],
-        numbers=table_rows(comparison),
-        settings=settings_rows(comparison),
-        light_png=base64.b64encode(light_png).decode(),
-        dark_png=base64.b64encode(dark_png).decode(),
-        commands="\n\n".join(f"# {label}\n{text}" for label, text in commands.items() if text),
-    )
 
 
 def write_report(comparison: Comparison, out: Path, command: str) -> list[Path]:
     """Write `losses.png`, `report.json` and `report.html` into a directory.
 
+    Args:
+        comparison: the runs.
+        out: the directory; made when it does not exist.
+        command: the command line that makes the report, for its reader.
+
     Returns:
         The three files.
+
+    Raises:
+        HelixError: a file cannot be written.
     """
     picture = draw_losses(comparison)
     numbers = json_safe({"command": command, "runs": table_numbers(comparison)})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from synthetic_runs import curve, read, write_run, write_three
 
-from helix_megatron.training.report import html_report
+from helix_megatron.training.report_html import html_report
 from helix_megatron.training.report_picture import DARK, LIGHT, draw_losses
 from helix_megatron.training.report_runs import Comparison
 from helix_megatron.training.report_table import settings_rows, table_rows
