@@ -66,12 +66,12 @@ def guard_checkpoints(engine: Any, cut: CutModel) -> None:
 
 def describe(cut: CutModel) -> dict[str, Any]:
     """The manifest: how the model is cut, and where each part of each weight belongs."""
-    numbers: dict[int, int] = {}
-    cuts: list[dict[str, Any]] = []
-    for one in cut.parameters.values():  # a few kinds of cuts, each shared by many weights
-        if id(one) not in numbers:
-            numbers[id(one)] = len(cuts)
-            cuts.append({"dim": one.dim, "runs": [contiguous_runs(index) for index in one.indices]})
+    kinds = {id(one): one for one in cut.parameters.values()}  # each shared by many weights
+    numbers = {kind: number for number, kind in enumerate(kinds)}
+    cuts = [
+        {"dim": one.dim, "runs": [contiguous_runs(index) for index in one.indices]}
+        for one in kinds.values()
+    ]
     return {
         "format": FORMAT,
         **cut.description,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from helix_megatron.checkpoint import manifest as manifests
 from helix_megatron.checkpoint.catalog import QUALITY
 from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.config import HelixConfig
@@ -15,35 +15,14 @@ from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import FREE_FLAGS, ModelConfig
 
+if TYPE_CHECKING:
+    from helix_megatron.checkpoint.source import Source
+
 Note = Callable[[str], None]
 WORDS = "embedding.word_embeddings.weight"
 
 
-@dataclass(frozen=True)
-class Description:
-    """A checkpoint without its tensors.
-
-    Args:
-        directory: of the files; in a store that of one checkpoint.
-        kind: `canonical`, `huggingface` or `ranks`.
-        flags: model flags of the tensors.
-        attention: `exact` or `segment-local`, that the model was trained with; `segments` of the latter.
-        dtype: of the weights, one of `arguments.DTYPES`.
-        complete: whether the flags say all about the model; those of stock Megatron may not.
-    """
-
-    directory: Path
-    kind: str
-    flags: dict[str, Any]
-    attention: str
-    segments: int
-    dtype: str
-    complete: bool
-
-
-def open_description(
-    path: Path | str, step: int | None = None, *, trust: bool = False
-) -> Description:
+def open_description(path: Path | str, step: int | None = None, *, trust: bool = False) -> Source:
     """Look at a checkpoint of any kind; its files are not verified yet.
 
     Args:
@@ -51,9 +30,6 @@ def open_description(
         step: iteration of a store; the newest when None.
         trust: read pickles that could run code.
     """
-    import torch
-
-    from helix_megatron.checkpoint import manifest as manifests
     from helix_megatron.checkpoint.sources import kind_of, open_source
     from helix_megatron.checkpoint.store import Store
 
@@ -71,22 +47,14 @@ def open_description(
             f"{directory} has one file per rank and no manifest ({manifests.MANIFEST_NAME}), so its model and "
             "layout are not known. Convert it first: helix convert, with --like."
         )
-    source = open_source(directory, trust=trust, verify=False)
-    names = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return Description(
-        source.directory,
-        source.kind,
-        dict(source.flags),
-        source.attention,
-        source.segments,
-        names.get(source.dtype(WORDS), "fp32"),
-        source.kind != "canonical" or manifests.has_manifest(source.directory),
-    )
+    return open_source(directory, trust=trust, verify=False)
 
 
-def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note) -> ModelConfig:
+def with_overrides(checkpoint: Source, given: Mapping[str, Any], note: Note) -> ModelConfig:
     """The checkpoint's model with the flags of the command line."""
     flags = dict(checkpoint.flags)
+    # The arguments of stock Megatron may not say all about the model.
+    complete = checkpoint.kind != "canonical" or manifests.has_manifest(checkpoint.directory)
     learned = flags.get("position_embedding_type") == "learned_absolute"
     fixed = {"vocab_size", "padded_vocab_size"} | (
         {"max_position_embeddings"} if learned else set()
@@ -94,9 +62,7 @@ def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note
     for name, given_value in given.items():
         flag, own = flag_of(name), flags.get(name)
         value = list(given_value) if isinstance(given_value, tuple) else given_value
-        known = (
-            checkpoint.complete and own is not None and (name not in FREE_FLAGS or name in fixed)
-        )
+        known = complete and own is not None and (name not in FREE_FLAGS or name in fixed)
         if known and own != value:
             raise HelixError(
                 f"{flag} {value}: {checkpoint.directory} holds a model with {own}. Leave the flag out."
@@ -116,7 +82,7 @@ def with_overrides(checkpoint: Description, given: Mapping[str, Any], note: Note
 
 
 def cut_heads(
-    checkpoint: Description,
+    checkpoint: Source,
     model: ModelConfig,
     ranks: int,
     asked: int | str,
@@ -165,7 +131,7 @@ def smallest_m(model: ModelConfig, ranks: int, query_layout: str = "auto") -> in
 
 
 def _segment_local(
-    checkpoint: Description, model: ModelConfig, asked: int | str
+    checkpoint: Source, model: ModelConfig, asked: int | str
 ) -> tuple[ModelConfig, int]:
     if checkpoint.attention != "segment-local":
         raise HelixError(
@@ -262,10 +228,12 @@ def sequence_length(model: ModelConfig, ranks: int) -> int:
     return max(longest // ranks * ranks, min(longest, ranks))
 
 
-def precision(checkpoint: Description, asked: str) -> str:
+def precision(checkpoint: Source, asked: str) -> str:
     """The dtype to compute in, one of `arguments.DTYPES`."""
     import torch
 
     if asked != "auto":
         return asked
-    return checkpoint.dtype if torch.cuda.is_available() else "fp32"
+    names = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    own = names.get(checkpoint.dtype(WORDS), "fp32")
+    return own if torch.cuda.is_available() else "fp32"
