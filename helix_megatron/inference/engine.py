@@ -26,7 +26,6 @@ from helix_megatron.inference.request import (
     Request,
     Stats,
     StoppingError,
-    replaced_seed,
 )
 from helix_megatron.inference.runner import Runner
 from helix_megatron.inference.sampler import sample
@@ -84,7 +83,10 @@ class Engine:
                     f"{max(0, room)} more, not {len(requests)}. Try again later."
                 )
             for request in requests:
-                sampling = replaced_seed(request.sampling, secrets.randbelow(MAX_SEED + 1))
+                sampling = request.sampling
+                if sampling.seed is None:
+                    seed = secrets.randbelow(MAX_SEED + 1)
+                    sampling = dataclasses.replace(sampling, seed=seed)
                 running = Running(request, sampling, request.number, list(request.prompt))
                 self._sequences[request.number] = running
                 self._arrived.append(running)

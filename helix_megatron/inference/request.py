@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import check_values, setting
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_SEED = 2**63 - 1
@@ -17,41 +16,23 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of one sequence are chosen.
-
-    Args:
-        max_tokens: the most tokens that are generated, at least 1.
-        temperature: what the logits are divided by; 0 takes the most likely token (greedy).
-        top_k: how many of the most likely tokens may be chosen; 0 does not limit.
-        top_p: the probability, in (0, 1], that the most likely tokens have together which may be chosen.
-        seed: the seed of this sequence's random numbers; None draws one.
-        stop_tokens: the tokens that end the sequence, each the last of its output.
+    """How the tokens of one sequence are chosen. Those of `stop_tokens` end it, each the last of its output.
 
     Raises:
         HelixError: a value out of range, with the valid ones.
     """
 
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
+    max_tokens: int = setting(16, "the most tokens that are generated")
+    temperature: float = setting(1.0, "what the logits are divided by; 0 is greedy")
+    top_k: int = setting(0, "how many of the likeliest tokens may be chosen; 0: all", at_least=0)
+    top_p: float = setting(
+        1.0, "the probability of those that may be chosen, together", above=0, at_most=1
+    )
+    seed: int | None = setting(None, "of the random numbers; drawn when not given", at_least=0)
     stop_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        def refuse(name: str, valid: str) -> HelixError:
-            return HelixError(f"{name} is {getattr(self, name)!r}. Valid: {valid}.")
-
-        if self.max_tokens < 1:
-            raise refuse("max_tokens", "at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise refuse("temperature", "0 (greedy) or more")
-        if self.top_k < 0:
-            raise refuse("top_k", "0 (no limit) or more")
-        if not 0 < self.top_p <= 1:
-            raise refuse("top_p", "more than 0, up to 1")
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
-            raise refuse("seed", f"0 to {MAX_SEED}")
+        check_values(self)
 
     @property
     def greedy(self) -> bool:
@@ -211,8 +192,3 @@ class TextStream(Protocol):
 
     def finish(self) -> str:
         """What was held back."""
-
-
-def replaced_seed(sampling: Sampling, seed: int) -> Sampling:
-    """The same with a seed, unless it has one."""
-    return sampling if sampling.seed is not None else dataclasses.replace(sampling, seed=seed)

@@ -68,12 +68,12 @@ def test_logits_that_are_no_numbers_harm_their_own_row_only(temperature):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0. Valid: at least 1."),
-        ({"temperature": -1.0}, "temperature is -1.0. Valid: 0 .greedy. or more."),
+        ({"max_tokens": 0}, "max_tokens is 0. It must be a whole number of at least 1."),
+        ({"temperature": -1.0}, "temperature is -1.0. It must be a finite number of at least 0."),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": -1}, "top_k is -1. Valid: 0 .no limit. or more."),
-        ({"top_p": 1.5}, "top_p is 1.5. Valid: more than 0, up to 1."),
-        ({"seed": -1}, "seed is -1. Valid: 0 to"),
+        ({"top_k": -1}, "top_k is -1. It must be a whole number of at least 0."),
+        ({"top_p": 1.5}, "top_p is 1.5. It must be a finite number above 0 and at most 1."),
+        ({"seed": -1}, "seed is -1. It must be a whole number of at least 0."),
     ],
 )
 def test_wrong_sampling_is_refused(wrong, message):

@@ -353,8 +353,14 @@ def test_generate_streams_to_the_terminal(checkpoint, expected):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prompt", "x", "--max-tokens", "0"], "max_tokens is 0. Valid: at least 1."),
-        (["--prompt", "x", "--top-p", "0"], "top_p is 0.0. Valid: more than 0, up to 1."),
+        (
+            ["--prompt", "x", "--max-tokens", "0"],
+            "--max-tokens is 0. It must be a whole number of at least 1.",
+        ),
+        (
+            ["--prompt", "x", "--top-p", "0"],
+            "--top-p is 0.0. It must be a finite number above 0 and at most 1.",
+        ),
         ([], "there is no prompt. Give --prompt TEXT or --prompt-file FILE."),
         (["--prompt-file", "/nowhere"], "cannot read the prompt file /nowhere"),
         (["--prompt", "x", "--nproc-per-node", "3"], "cannot be dealt to 3 tensor parallel ranks"),
