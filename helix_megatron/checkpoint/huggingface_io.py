@@ -71,7 +71,9 @@ class HuggingFaceReader:
         self.directory = Path(directory)
         self.files: dict[str, list[Entry]] = {}
         self._entries: dict[str, tuple[str, Entry]] = {}
-        for file in self._file_names():
+        index = self.directory / INDEX
+        table = weight_map(read_json(index), index) if index.is_file() else {}
+        for file in self._file_names(table):
             self.files[file] = self._entries_of(file)
             for entry in self.files[file]:
                 if entry.name in self._entries:
@@ -80,7 +82,11 @@ class HuggingFaceReader:
                         f"{self.directory}. Remove the file that does not belong to the model."
                     )
                 self._entries[entry.name] = file, entry
-        self._check_index()
+        for name, file in table.items():
+            if name not in self._entries or self._entries[name][0] != file:
+                raise HelixError(
+                    f"{index} says that {name} is in {file}, and it is not. Copy the model again."
+                )
         self._open: tuple[str, Any] | None = None
         self._served = 0
 
@@ -129,10 +135,9 @@ class HuggingFaceReader:
                 found.append(Entry(name, DTYPES[facts.get_dtype()], tuple(facts.get_shape())))
         return found
 
-    def _file_names(self) -> list[str]:
-        index = self.directory / INDEX
-        if index.is_file():
-            files = sorted(set(self._index().values()))
+    def _file_names(self, table: Mapping[str, str]) -> list[str]:
+        if table or (self.directory / INDEX).is_file():
+            files = sorted(set(table.values()))
         elif (self.directory / WEIGHTS).is_file():
             files = [WEIGHTS]
         else:
@@ -161,20 +166,6 @@ class HuggingFaceReader:
         return (
             f"{self.directory} has neither {WEIGHTS} nor {INDEX}: it is no Hugging Face checkpoint."
         )
-
-    def _index(self) -> dict[str, str]:
-        path = self.directory / INDEX
-        return weight_map(read_json(path), path)
-
-    def _check_index(self) -> None:
-        if not (self.directory / INDEX).is_file():
-            return
-        for name, file in self._index().items():
-            if name not in self._entries or self._entries[name][0] != file:
-                raise HelixError(
-                    f"{self.directory / INDEX} says that {name} is in {file}, and it is not. Copy the model "
-                    "again."
-                )
 
 
 def weight_map(content: Mapping[str, Any], path: Path) -> dict[str, str]:

@@ -111,7 +111,7 @@ def take(value: Tensor, part: Part) -> Tensor:
     return torch.cat([taken, torch.zeros(rows, dtype=value.dtype)])
 
 
-def _local_shapes(
+def local_shapes(
     layout: RankLayout, rank: int, tensors: Sequence[CanonicalTensor]
 ) -> dict[str, tuple[CanonicalTensor, tuple[int, ...]]]:
     """Local name → tensor and the shape of its part, in the order of the file."""
@@ -137,7 +137,7 @@ def _write_skeleton(
     with FakeTensorMode():
         module: dict[str, Any] = {
             name: torch.empty(shape, dtype=dtypes[tensor.name])
-            for name, (tensor, shape) in _local_shapes(layout, rank, tensors).items()
+            for name, (tensor, shape) in local_shapes(layout, rank, tensors).items()
         }
     for name in layout.local_extra_states(tensors, layout.place(rank)):
         module[name] = None
@@ -151,7 +151,7 @@ def _storage_offsets(
 ) -> dict[str, int]:
     """Local name → where its bytes are in the file: `torch.save` numbers tensors in the order of the pickle."""
     reader: Any = torch._C.PyTorchFileReader(str(path))
-    names = enumerate(_local_shapes(layout, rank, tensors))
+    names = enumerate(local_shapes(layout, rank, tensors))
     return {name: reader.get_record_offset(f"data/{number}") for number, name in names}
 
 

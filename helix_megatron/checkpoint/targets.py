@@ -23,7 +23,7 @@ from helix_megatron.checkpoint.foreign import is_plain_name
 from helix_megatron.checkpoint.huggingface_io import Entry
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest, digest
 from helix_megatron.checkpoint.partition import MANIFEST_KEYS, RankLayout
-from helix_megatron.checkpoint.rank_io import LATEST, StageFiles, file_name
+from helix_megatron.checkpoint.rank_io import LATEST, StageFiles, file_name, local_shapes
 from helix_megatron.checkpoint.source import SIDECARS, Source, write_side_files
 from helix_megatron.checkpoint.store import POINTER
 from helix_megatron.errors import HelixError
@@ -194,14 +194,10 @@ class RankTarget:
     def rows(self) -> Iterator[Row]:
         tensors = catalog(self.layout.flags)
         for rank in range(self.layout.num_ranks):
-            place = self.layout.place(rank)
-            for tensor in tensors:
-                name = self.layout.local_name(tensor, place)
-                if name is not None:
-                    shape = self.layout.part(tensor, place).shape(tensor.shape)
-                    dtype = self.tensors.dtypes[tensor.name]
-                    origin = self.source.origin(tensor.name)
-                    yield Row(name, dtype, shape, origin, f"{self.tag}/{file_name(rank)}")
+            file = f"{self.tag}/{file_name(rank)}"
+            for name, (tensor, shape) in local_shapes(self.layout, rank, tensors).items():
+                origin = self.source.origin(tensor.name)
+                yield Row(name, self.tensors.dtypes[tensor.name], shape, origin, file)
 
     def write(self, unit: str, content: Path, report: Report) -> dict[str, Any]:
         folder = content / self.tag
