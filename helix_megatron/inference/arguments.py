@@ -93,6 +93,7 @@ def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceCo
     Raises:
         HelixError: no checkpoint, or flags that do not fit it or the ranks; with what to try.
     """
+    from helix_megatron.checkpoint.partition import RankLayout
     from helix_megatron.inference import model_flags as describe
 
     tensor = _tensor_parallel_size(options["tensor_model_parallel_size"], world_size)
@@ -122,7 +123,8 @@ def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceCo
         notes.append,
     )
     stock = model if segments == 1 or helix.attention == "exact" else model.cut_heads(segments)
-    describe.check_cuts(stock, tensor, expert, expert_tensor, helix)
+    # Whether every tensor can be cut for the ranks is known before one starts.
+    RankLayout(stock.to_flags(), tensor, 1, expert, expert_tensor, helix)
     dtype = describe.precision(checkpoint, options["dtype"])
     run = RunConfig(
         dataclasses.replace(

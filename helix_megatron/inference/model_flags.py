@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from helix_megatron.checkpoint import manifest as manifests
 from helix_megatron.checkpoint.catalog import QUALITY
-from helix_megatron.checkpoint.partition import RankLayout
-from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import FREE_FLAGS, ModelConfig
@@ -208,17 +206,6 @@ def _can_cut_experts(model: ModelConfig, ranks: int) -> bool:
 
 
 # ------------------------------------------------------------------------ the rest
-
-
-def check_cuts(
-    stock: ModelConfig, ranks: int, expert: int, expert_tensor: int | None, helix: HelixConfig
-) -> None:
-    """Every tensor of a stock model can be cut for the ranks: known before a rank starts.
-
-    Raises:
-        HelixError: one cannot.
-    """
-    RankLayout(stock.to_flags(), ranks, 1, expert, expert_tensor, helix)
 
 
 def sequence_length(model: ModelConfig, ranks: int) -> int:

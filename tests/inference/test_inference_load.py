@@ -19,14 +19,13 @@ from torch.overrides import TorchFunctionMode
 from waiting import printed_afresh
 
 from helix_megatron import cli
-from helix_megatron.config import HelixConfig
+from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.arguments import (
     InferenceConfig,
     add_checkpoint_arguments,
     inference_config,
 )
-from helix_megatron.inference.model_flags import check_cuts
 from helix_megatron.inference.tokens import ByteTokens, open_tokens
 from helix_megatron.model.description import ModelConfig
 
@@ -441,7 +440,7 @@ def test_what_does_not_fit_is_told_before_a_rank_starts(models, name, ranks, com
         }
         odd = ModelConfig.from_flags(flags | {"ffn_hidden_size": 47})
         with pytest.raises(HelixError, match=text):
-            check_cuts(odd, ranks, 1, None, HelixConfig())
+            RankLayout(odd.to_flags(), ranks)
         return
     with pytest.raises(HelixError, match=text):
         config_of(command, models(name)[0], ranks)
