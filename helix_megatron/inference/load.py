@@ -53,33 +53,30 @@ def _transformer_config(config: InferenceConfig) -> HelixTransformerConfig:
     return settings
 
 
-def load_model(config: InferenceConfig, source_path: Path | str | None = None) -> GPTModel:
+def load_model(config: InferenceConfig) -> GPTModel:
     """This rank's part of the model, with the weights of a checkpoint; in eval mode, without gradients.
 
     Collective. Weights have the dtype `config.dtype`, all of them: Megatron's own half-precision models keep
     none in fp32. Rows that pad the vocabulary are zero: logits from `config.vocab_size` on mean nothing.
 
-    Args:
-        config: of `inference_config`; the groups exist (`inference_groups`).
-        source_path: of the checkpoint; `config.load_path` when not given.
+    The groups exist already (`inference_groups`).
 
     Raises:
         HelixError: a damaged checkpoint, or one that lacks tensors or has too many, by name. On all ranks
             alike.
     """
-    path = Path(source_path or config.load_path)
     model = build_chunk(config.run, _transformer_config(config))
     # Megatron makes learned positions in fp32 whatever it is told.
     model.to(TORCH_DTYPES[config.dtype])
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
-    _fill(model, config, path)
+    _fill(model, config)
     model.requires_grad_(False)
     return model.eval()
 
 
-def _fill(model: GPTModel, config: InferenceConfig, path: Path) -> None:
-    model_config = config.run.model
+def _fill(model: GPTModel, config: InferenceConfig) -> None:
+    path, model_config = Path(config.load_path), config.run.model
     vocabulary, rows = model_config.vocab_size, model_config.padded_vocab_size
     assert vocabulary is not None and rows is not None
 

@@ -20,6 +20,7 @@ from helix_megatron.serving.service import Service
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 300.0  # only ends a hang
+KEEP_ALIVE_SECONDS = 30  # for a connection without requests
 HEADER_SECONDS = 60.0  # as long as a body may take
 # After the responses that are open were told to end: to send that, before connections are cut.
 FAREWELL_SECONDS = 3.0
@@ -31,18 +32,9 @@ class Server:
     Args:
         listener: of `listen`.
         max_connections: open at the same time; one more gets 503.
-        keep_alive_seconds: after which a connection without requests is closed.
-        access_log: one line for each request, to the logger `uvicorn.access`.
     """
 
-    def __init__(
-        self,
-        app: FastAPI,
-        listener: socket.socket,
-        max_connections: int = 2048,
-        keep_alive_seconds: int = 30,
-        access_log: bool = False,
-    ) -> None:
+    def __init__(self, app: FastAPI, listener: socket.socket, max_connections: int = 2048) -> None:
         self._service: Service = app.state.service
         self._socket = listener
         self._failure: BaseException | None = None
@@ -53,13 +45,13 @@ class Server:
                 app,
                 http=PatientProtocol,  # whose parser, h11, refuses endless headers
                 limit_concurrency=max_connections,
-                access_log=access_log,
+                access_log=False,
                 log_config=None,  # logging is the program's business
                 lifespan="off",
                 ws="none",
                 proxy_headers=False,  # nothing depends on the client's address
                 server_header=False,
-                timeout_keep_alive=keep_alive_seconds,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
             )
         )
 
