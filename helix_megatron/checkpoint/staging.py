@@ -80,7 +80,8 @@ class Staging:
                     f"another process is converting to {self.root}. Wait for it, or give another target."
                 ) from None
             begun, records = self._journal(identity)
-            if not resume or not begun or self._has_links():
+            linked = any(p.is_symlink() for p in (self.content, *self.content.rglob("*")))
+            if not resume or not begun or linked:
                 if resume and (self.root / JOURNAL).exists():
                     say(
                         f"An interrupted conversion to {self.target} was of another source or had other "
@@ -167,9 +168,6 @@ class Staging:
             file.write(f"\n{text} {blake3(text.encode()).hexdigest()}")
             file.flush()
             os.fsync(file.fileno())
-
-    def _has_links(self) -> bool:
-        return any(path.is_symlink() for path in (self.content, *self.content.rglob("*")))
 
 
 def check_target(target: Path, overwrite: bool) -> None:

@@ -102,7 +102,8 @@ def _initialize(
     call |= {"config": {**settings, KEY: block.to_dict()}, "mpu": mpu}
     with _without_config_file(call.get("args")):
         engine, *rest = deepspeed.initialize(**call)
-    cut.attach(engine)
+    for finish in cut.attached:
+        finish(engine)
     guard_checkpoints(engine, cut)
     deepspeed.utils.log_dist(f"Helix: {cut.summary}", ranks=[0])
     return (engine, *rest)

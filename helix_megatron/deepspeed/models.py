@@ -34,11 +34,6 @@ class CutModel:
     parameters: dict[str, Any] = field(default_factory=dict)
     attached: list[Callable[[Any], None]] = field(default_factory=list)
 
-    def attach(self, engine: Any) -> None:
-        """Do what could not be done to the model before there was an engine."""
-        for function in self.attached:
-            function(engine)
-
     @property
     def summary(self) -> str:
         """One sentence for the log: the host, the ranks and how their heads are cut."""

@@ -24,7 +24,6 @@ from helix_megatron.megatron.fill import VOCABULARY, fill_weights
 from helix_megatron.megatron.optional import available_backends
 from helix_megatron.megatron.outcomes import on_every_rank
 from helix_megatron.megatron.random import seed_model_parallel
-from helix_megatron.megatron.transformer_config import HelixTransformerConfig
 from helix_megatron.training.model import build_chunk, transformer_config
 from helix_megatron.training.pretrain import initialize_groups
 
@@ -44,15 +43,6 @@ def inference_groups(config: InferenceConfig) -> None:
     seed_model_parallel(config.run.training.seed)
 
 
-def _transformer_config(config: InferenceConfig) -> HelixTransformerConfig:
-    """Megatron's configuration of the model, in the precision that `config.dtype` names."""
-    settings = transformer_config(config.run)
-    settings.params_dtype = settings.pipeline_dtype = TORCH_DTYPES[config.dtype]
-    # Otherwise every rank makes each weight whole before it keeps its part, and all of them are overwritten.
-    settings.perform_initialization = False
-    return settings
-
-
 def load_model(config: InferenceConfig) -> GPTModel:
     """This rank's part of the model, with the weights of a checkpoint; in eval mode, without gradients.
 
@@ -65,7 +55,11 @@ def load_model(config: InferenceConfig) -> GPTModel:
         HelixError: a damaged checkpoint, or one that lacks tensors or has too many, by name. On all ranks
             alike.
     """
-    model = build_chunk(config.run, _transformer_config(config))
+    settings = transformer_config(config.run)
+    settings.params_dtype = settings.pipeline_dtype = TORCH_DTYPES[config.dtype]
+    # Otherwise every rank makes each weight whole before it keeps its part, and all of them are overwritten.
+    settings.perform_initialization = False
+    model = build_chunk(config.run, settings)
     # Megatron makes learned positions in fp32 whatever it is told.
     model.to(TORCH_DTYPES[config.dtype])
     if torch.cuda.is_available():
@@ -81,7 +75,9 @@ def _fill(model: GPTModel, config: InferenceConfig) -> None:
     assert vocabulary is not None and rows is not None
 
     def fill() -> tuple[list[str], set[str]]:
-        source = open_source(path, trust=config.trust_checkpoint, verify=_verifies())
+        # Hashing is one rank's work on each machine: all of them read the same files.
+        verify = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
+        source = open_source(path, trust=config.trust_checkpoint, verify=verify)
         tensors = _Tensors(source, vocabulary, rows)
         fill_weights(model, tensors)
         source.finish()
@@ -96,11 +92,6 @@ def _fill(model: GPTModel, config: InferenceConfig) -> None:
             f"{path} has {len(unused)} tensors that have no place in the model: {listed(unused[:3])}"
             f"{', …' if len(unused) > 3 else ''}. It holds another model than its flags say."
         )
-
-
-def _verifies() -> bool:
-    """Hashing is one rank's work on each machine: all of them read the same files."""
-    return int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
 
 
 class _Tensors:
