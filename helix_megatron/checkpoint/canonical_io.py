@@ -170,6 +170,8 @@ class CanonicalReader(Source):
 
     def _place(self, tensor: CanonicalTensor, chunk: ChunkStorageMetadata) -> Any:
         index = MetadataIndex(self._prefix + self._keys[tensor.name], chunk.offsets)
+        if index not in self._storage:
+            raise ValueError("a piece of it has no place in a file")
         return self._storage[index]
 
     def _chunks(self, tensor: CanonicalTensor) -> list[ChunkStorageMetadata]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -80,16 +80,36 @@ def read_bytes(path: Path, limit: int, remedy: str = AGAIN) -> bytes:
         raise HelixError(f"{path!s:.200} cannot be read: {_reason(error)}. {remedy}") from error
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise HelixError(f"{path} is no file, but a directory, a pipe or a device. {remedy}")
-        if status.st_size > limit:
-            raise HelixError(f"{path} has {status.st_size:,} bytes, and {limit:,} are the most.")
+        _check_status(path, status, limit, remedy)
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(limit)
+            return file.read(status.st_size)  # of `limit` it would set aside the memory
     except OSError as error:
         raise HelixError(f"{path} cannot be read: {_reason(error)}. {remedy}") from error
     finally:
         os.close(descriptor)
+
+
+def check_files(paths: Iterable[Path], limit: int = MOST_JSON) -> None:
+    """Look at files that another library opens by itself: those that exist must be files, and not too long.
+
+    Raises:
+        HelixError: one is a pipe, a device or a directory, a link to itself, or longer than `limit` bytes.
+    """
+    for path in paths:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise HelixError(f"{path} cannot be read: {_reason(error)}. {AGAIN}") from error
+        _check_status(path, status, limit, AGAIN)
+
+
+def _check_status(path: Path, status: os.stat_result, limit: int, remedy: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise HelixError(f"{path} is no file, but a directory, a pipe or a device. {remedy}")
+    if status.st_size > limit:
+        raise HelixError(f"{path} has {status.st_size:,} bytes, and {limit:,} are the most.")
 
 
 def read_name(path: Path, remedy: str = AGAIN) -> str:

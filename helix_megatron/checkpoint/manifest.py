@@ -9,12 +9,10 @@ Format 1 had the SHA-256 of every file, which took longer than everything else t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -352,13 +350,12 @@ def file_names(directory: Path) -> list[str]:
             name = path.relative_to(directory).as_posix()
             if base in folders and not path.is_symlink():
                 continue
-            # A broken link is reported as a file that cannot be read.
-            with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISREG(path.stat().st_mode):
-                    raise HelixError(
-                        f"{path} is neither a file nor a directory (a link to a directory, a pipe, …). A "
-                        "checkpoint consists of files: replace it by what it stands for, or remove it."
-                    )
+            # A broken link, or one to itself, is reported as a file that cannot be read.
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise HelixError(
+                    f"{path} is neither a file nor a directory (a link to a directory, a pipe, …). A "
+                    "checkpoint consists of files: replace it by what it stands for, or remove it."
+                )
             if name not in own:
                 names.append(name)
     return sorted(names)

@@ -9,8 +9,10 @@ reader does, and refuses what it does not know.
 from __future__ import annotations
 
 import io
+import os
 import pathlib
 import pickle
+import sys
 from collections.abc import Iterator
 from enum import EnumMeta
 from pathlib import Path, PurePosixPath
@@ -26,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from helix_megatron.checkpoint.foreign import read_bytes, read_json
+from helix_megatron.checkpoint.foreign import check_files, read_bytes, read_json
 from helix_megatron.checkpoint.manifest import file_names
 from helix_megatron.checkpoint.torch_files import DAMAGED, TRUST, load_pt
 from helix_megatron.errors import HelixError
@@ -272,14 +274,15 @@ def _objects(
             by_file.setdefault(place.relative_path, []).append(where)
     for relative_path, places in sorted(by_file.items()):
         path = directory / relative_path
+        check_files([path], sys.maxsize)  # it may be a pipe
         try:
             with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
                 for offset, length, key in sorted(places):
-                    file.seek(offset)
-                    content = file.read(length)
-                    if len(content) < length:
+                    if offset + length > size:
                         raise HelixError(f"{path} is truncated: it ends inside {key}. {DAMAGED}")
-                    yield key, f"{path} ({key})", content
+                    file.seek(offset)
+                    yield key, f"{path} ({key})", file.read(length)
         except OSError as error:
             raise HelixError(f"{path} cannot be read: {error.strerror}. {DAMAGED}") from error
 

@@ -34,6 +34,7 @@ from helix_megatron.checkpoint.durable import (
     write_durably,
     writing_errors,
 )
+from helix_megatron.checkpoint.foreign import read_name
 from helix_megatron.checkpoint.manifest import (
     CHECKSUM_NAME,
     MANIFEST_NAME,
@@ -288,10 +289,9 @@ class Store:
         raise HelixError(self._nothing_text(iteration))
 
     def _pointer_text(self) -> str:
-        try:
-            return (self.root / POINTER).read_bytes().decode("ascii", "replace").strip()
-        except OSError:
-            return ""
+        with contextlib.suppress(HelixError):
+            return read_name(self.root / POINTER)
+        return ""
 
     def _pointer(self) -> int | None:
         text = self._pointer_text()
@@ -299,8 +299,8 @@ class Store:
 
     def _warn_of_pointer(self, asked: int | None, chosen: int | None) -> None:
         """A run that goes on from an older checkpoint than it thinks must say so."""
-        text = self._pointer_text()
-        if asked is None and text and self._pointer() != chosen:
+        text, there = self._pointer_text(), os.path.lexists(self.root / POINTER)
+        if asked is None and there and self._pointer() != chosen:
             warnings.warn(
                 f"{self.root / POINTER} names {text[:40]!r}, of which there is no complete checkpoint. "
                 f"Iteration {chosen} is loaded instead.",
@@ -328,11 +328,11 @@ class Store:
                     f"{self.root} holds no distributed checkpoint. {hint}: scripts/convert_checkpoint.py tells "
                     "what it can convert."
                 )
-        if pointer := self._pointer_text():
+        if os.path.lexists(self.root / POINTER):
             return (
-                f"{self.root / POINTER} names {pointer[:40]!r}, and {self.root} holds no complete checkpoint, "
-                "of that iteration or another. Bring it back from a copy; or, to begin anew, save to another "
-                "directory, or remove the pointer."
+                f"{self.root / POINTER} names {self._pointer_text()[:40]!r}, and {self.root} holds no "
+                "complete checkpoint, of that iteration or another. Bring it back from a copy; or, to begin "
+                "anew, save to another directory, or remove the pointer."
             )
         return (
             f"{self.root} holds no complete checkpoint (iter_0000010 or the like with a {MANIFEST_NAME}). "

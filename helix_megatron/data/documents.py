@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,6 +94,10 @@ def open_input(path: str) -> Iterator[BinaryIO]:
     Raises:
         HelixError: it is not text, it is damaged, or the library that decompresses it is not installed.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise HelixError(
+            f"{path} is a pipe or a device, and input is read more than once. Write it to a file first."
+        )
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(open(path, "rb"))
         library = next((name for magic, name in COMPRESSED.items() if _begins(stream, magic)), None)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from helix_megatron.checkpoint.foreign import MOST_JSON, read_bytes
 from helix_megatron.data.documents import open_input
 from helix_megatron.errors import HelixError, listed
 
@@ -248,15 +249,26 @@ def read_tokenizer_file(path: str, otherwise: str) -> tuple[Any, dict[str, int]]
             f"{otherwise}."
         ) from error
     try:
-        backend = Backend.from_file(path)
-    except Exception as error:  # tokenizers raises nothing narrower
+        backend = Backend.from_buffer(read_bytes(Path(path), MOST_JSON))
+        for special in (False, True):  # a template of tokens that are not there fails only here
+            backend.decode(backend.encode("a", add_special_tokens=special).ids)
+    except HelixError:
+        raise
+    except BaseException as error:  # tokenizers raises nothing narrower
+        if not is_fault(error):
+            raise
         raise HelixError(
-            f"{path} is not a tokenizer file of the tokenizers library: {error}. Export one with "
+            f"{path} is not a tokenizer file of the tokenizers library: {error!s:.500}. Export one with "
             f"tokenizer.save('tokenizer.json'), or give {otherwise}."
         ) from error
     backend.no_truncation()
     backend.no_padding()
     return backend, backend.get_vocab(with_added_tokens=True)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an exception is a fault of a tokenizer: the library's panics are no `Exception`s."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 class HuggingFaceTokenizer:

@@ -7,6 +7,7 @@ ranks give parts of the same shapes, so loading one as the other would go unnoti
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from helix_megatron.checkpoint.foreign import is_plain_name, read_name
+from helix_megatron.checkpoint.foreign import damaged, is_plain_name, read_json, read_name
 from helix_megatron.core.layout import contiguous_runs
 from helix_megatron.deepspeed.models import CutModel
 from helix_megatron.errors import HelixError
@@ -22,6 +23,8 @@ from helix_megatron.errors import HelixError
 FILE = "helix_parts.json"
 CONVERTED = "helix.json"  # the manifest of scripts/convert_checkpoint.py
 FORMAT = 1
+ENTRIES = {"host": str, "layout": dict, "block": dict, "cuts": list, "parameters": dict}
+MOST_RANKS = 10**6
 
 
 def guard_checkpoints(engine: Any, cut: CutModel) -> None:
@@ -98,7 +101,7 @@ def find_checkpoint(
     """
     root = Path(directory)
     latest = root / "latest"
-    if tag is None and latest.is_file():
+    if tag is None and os.path.lexists(latest):
         tag = read_name(latest, "Save the checkpoint again.")
         if not is_plain_name(tag):
             raise HelixError(f"{latest} names {tag[:40]!r}, which is no directory in {root}.")
@@ -122,33 +125,64 @@ def find_checkpoint(
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a checkpoint."""
     path = directory / FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise HelixError(
             f"{directory} has no {FILE}: it was not saved by an engine with a helix block, so nothing says "
             "which part of each weight a file holds. Load whole weights into the model before initialize "
             "instead."
         )
-    try:
-        manifest = json.loads(path.read_text())
-        known = manifest["format"] == FORMAT
-    except (ValueError, KeyError, TypeError) as error:
-        raise HelixError(f"{path} is not a helix manifest ({error}). Was it cut short?") from error
-    if not known:
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
         raise HelixError(
-            f"{path} has format {manifest['format']!r}. Valid: {FORMAT}. Use the version that wrote it."
+            f"{path} has format {manifest.get('format')!r:.40}. Valid: {FORMAT}. Use the version that wrote it."
         )
+    if problem := _problem(manifest):
+        raise HelixError(damaged(path, problem))
     return manifest
+
+
+def _problem(manifest: dict[str, Any]) -> str | None:
+    """What readers rely on and a manifest does not give; None if it gives all."""
+    for key, kind in ENTRIES.items():
+        if not isinstance(manifest.get(key), kind):
+            return f"{key} is missing or of the wrong type"
+    ranks, cuts = manifest["block"].get("tensor_parallel_size"), manifest["cuts"]
+    if type(ranks) is not int or not 1 <= ranks <= MOST_RANKS:
+        return f"tensor_parallel_size is {ranks!r:.40}"
+    for number, cut in enumerate(cuts):
+        if not _is_cut(cut, ranks):
+            return f"cut {number} does not deal every position of a dimension once to {ranks} ranks"
+    for name, number in manifest["parameters"].items():
+        if type(number) is not int or not 0 <= number < len(cuts):
+            return f"{name:.80} has the cut {number!r:.40} of {len(cuts)}"
+    return None
+
+
+def _is_cut(cut: Any, ranks: int) -> bool:
+    """Whether this is a dimension, and runs of it, [start, length], for each rank."""
+    if not isinstance(cut, dict) or type(cut.get("dim")) is not int or not 0 <= cut["dim"] < 8:
+        return False
+    by_rank = cut.get("runs")
+    if not isinstance(by_rank, list) or len(by_rank) != ranks:
+        return False
+    if not all(runs and isinstance(runs, list) for runs in by_rank):
+        return False
+    runs = [run for runs in by_rank for run in runs]
+    for run in runs:
+        pair = isinstance(run, list) and len(run) == 2
+        if not pair or not all(type(number) is int and number >= 0 for number in run):
+            return False
+    ends = [0, *itertools.accumulate(length for _, length in sorted(runs))]
+    return [start for start, _ in sorted(runs)] == ends[:-1]
 
 
 def converted_layout(root: Path, directory: Path) -> dict[str, Any] | None:
     """The layout of files that scripts/convert_checkpoint.py wrote for DeepSpeed; None of others."""
     if (directory / FILE).is_file() or not (root / CONVERTED).is_file():
         return None
-    try:
-        manifest = json.loads((root / CONVERTED).read_text())
-        return dict(manifest["layout"]) if manifest["kind"] == "ranks" else None
-    except (ValueError, KeyError, TypeError):
-        return None
+    manifest = read_json(root / CONVERTED)
+    layout = manifest.get("layout")
+    return layout if manifest.get("kind") == "ranks" and isinstance(layout, dict) else None
 
 
 def check_converted(saved: dict[str, Any], cut: CutModel, directory: Path) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.checkpoint.safe import load_pt
-from helix_megatron.deepspeed.checkpoints import find_checkpoint, indices_of, read_manifest
-from helix_megatron.errors import HelixError
+from helix_megatron.deepspeed.checkpoints import FILE, find_checkpoint, indices_of, read_manifest
+from helix_megatron.errors import HelixError, listed
 
 PROGRAM = "helix_megatron.deepspeed.merge"
 
@@ -47,8 +47,6 @@ def merge_checkpoint(
     """
     import torch
 
-    from helix_megatron.huggingface import Cut
-
     checkpoint = find_checkpoint(directory, tag)
     manifest = read_manifest(checkpoint)
     if manifest["host"] != "Hugging Face":
@@ -63,7 +61,6 @@ def merge_checkpoint(
         )
     ranks = manifest["block"]["tensor_parallel_size"]
     states = [_module_state(checkpoint, rank, trust) for rank in range(ranks)]
-    cuts = [Cut(cut["dim"], indices_of(cut)) for cut in manifest["cuts"]]
     whole: dict[str, Any] = {}
     joined: dict[tuple[int, ...], Any] = {}  # tied weights stay one tensor
     for name, first in states[0].items():
@@ -73,14 +70,31 @@ def merge_checkpoint(
         if number is None:
             whole[name.removeprefix(prefix)] = first
             continue
-        parts = [state[name] for state in states]
+        parts = [state.get(name) for state in states]
+        if not all(isinstance(part, torch.Tensor) for part in parts):
+            raise HelixError(f"a file of {checkpoint} lacks {name}: they are of different models.")
         key = (number, *(part.data_ptr() for part in parts))
         if key not in joined:
-            joined[key] = cuts[number].join(parts)
+            joined[key] = _joined(manifest["cuts"][number], parts, f"{name} of {checkpoint}")
         whole[name.removeprefix(prefix)] = joined[key]
     if not whole:
         raise HelixError(f"{checkpoint} has no weight whose name begins with {prefix!r}.")
     return whole
+
+
+def _joined(cut: dict[str, Any], parts: Sequence[Any], name: str) -> Any:
+    """A whole weight; a manifest of larger parts than there are would ask for any amount of memory."""
+    from helix_megatron.huggingface import Cut
+
+    dim, sizes = cut["dim"], [sum(length for _, length in runs) for runs in cut["runs"]]
+    if any(
+        part.dim() <= dim or part.size(dim) != size for part, size in zip(parts, sizes, strict=True)
+    ):
+        raise HelixError(
+            f"the parts of {name} have the shapes {listed(tuple(part.shape) for part in parts)}, and {FILE} "
+            f"deals {listed(sizes)} positions of dimension {dim}. They are of different checkpoints."
+        )
+    return Cut(dim, indices_of(cut)).join(parts)
 
 
 def _module_state(checkpoint: Path, rank: int, trust: bool) -> dict[str, Any]:
@@ -93,7 +107,11 @@ def _module_state(checkpoint: Path, rank: int, trust: bool) -> dict[str, Any]:
                 "deepspeed.zero.GatheredParameters, or save with ZeRO 0, 1 or 2."
             )
         raise HelixError(f"{checkpoint} lacks {path.name}: the checkpoint is incomplete.")
-    return load_pt(path, mmap=True, trust=trust)["module"]
+    state = load_pt(path, mmap=True, trust=trust)
+    module = state.get("module") if isinstance(state, dict) else None
+    if not isinstance(module, dict) or not all(isinstance(name, str) for name in module):
+        raise HelixError(f"{path} has no 'module': DeepSpeed did not write it.")
+    return module
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -114,13 +114,29 @@ def _config(directory: Path) -> Any:
     content = read_json(directory / "config.json")
     cuttable_modules(content.get("model_type"))
     family_of(content).check_values(content)
-    config = AutoConfig.from_pretrained(directory)
+    config = _by_transformers(AutoConfig, directory)
     if getattr(config, "quantization_config", None) is not None:
         raise HelixError(
             f"the weights in {directory} are quantized, and quantized weights cannot be cut. Take the model in "
             "bfloat16, float16 or float32."
         )
     return config
+
+
+def _by_transformers(kind: Any, directory: Path) -> Any:
+    """A configuration, as the library reads it; it checks values by exceptions of many kinds.
+
+    Raises:
+        HelixError: it refuses one.
+    """
+    try:
+        return kind.from_pretrained(directory)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise HelixError(
+            f"transformers cannot read the configuration in {directory}: {reason[:500]}. Correct it, or copy "
+            "the model again from where it came."
+        ) from error
 
 
 def _fill_parameters(
@@ -201,5 +217,7 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
 def _load_generation_config(model: Any, directory: Path) -> None:
     from transformers import GenerationConfig
 
-    if (directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    path = directory / "generation_config.json"
+    if path.exists():
+        read_json(path)
+        model.generation_config = _by_transformers(GenerationConfig, directory)

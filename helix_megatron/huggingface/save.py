@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from helix_megatron.checkpoint.foreign import read_json
 from helix_megatron.checkpoint.huggingface_io import (
     INDEX,
     Entry,
@@ -27,6 +29,7 @@ from helix_megatron.huggingface.files import expert_names, file_name
 from helix_megatron.huggingface.sharding import Sharding, sharding_of
 from helix_megatron.model.families import cuttable_modules
 from helix_megatron.model.families.modules import ExpertFiles
+from helix_megatron.model.families.positions import older_spelling
 
 MAX_FILE_BYTES = 5 * 10**9
 STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -123,6 +126,17 @@ def _collected(part: Tensor, cut: Cut, group: ProcessGroup) -> Tensor | None:
     return whole
 
 
+def _add_older_spellings(path: Path) -> None:
+    """transformers 4 takes base 10000 without scaling where it finds only the newer keys of config.json."""
+    config = read_json(path)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config |= older_spelling(rope)
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 class _Writer:
     """Writes files of safetensors beside those of an earlier model, and puts them in place at the end."""
 
@@ -181,5 +195,6 @@ class _Writer:
         config.dtype = str(self._model.dtype).removeprefix("torch.")
         config.architectures = [type(self._model).__name__]
         config.save_pretrained(self._directory)
+        _add_older_spellings(self._directory / "config.json")
         if self._model.can_generate():
             self._model.generation_config.save_pretrained(self._directory)

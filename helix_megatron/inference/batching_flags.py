@@ -20,29 +20,30 @@ class EngineOptions:
 
     cache_layout: str = setting(
         "auto",
-        "how the ranks of a head group share keys and values: batch, whole heads of some sequences; "
-        "sequence, whole heads of some positions; segment, segments of everything; auto lets the cost model "
-        "decide",
+        "how the ranks of a head group share keys and values: with batch a rank keeps whole heads of some "
+        "sequences, with sequence whole heads of some positions, with segment a segment of each head of "
+        "everything; with auto the cost model decides",
         choices=("auto", *NAMES),
     )
-    page_size: int = setting(16, "positions of a page", at_most=MOST_NUMBER)
+    page_size: int = setting(16, "how many positions a page of the cache has", at_most=MOST_NUMBER)
     cache_memory: float | None = setting(
         None,
-        "memory of a rank for keys and values, in GiB (default: what the longest contexts of all sequences "
-        "need, as far as there is memory)",
+        "how much memory a rank gives to keys and values, in GiB (default: as much as the longest contexts of "
+        "all sequences need, as far as there is memory)",
         above=0,
     )
     max_context: int | None = setting(
         None,
-        "tokens of prompt and output of one sequence (default: what the model was trained for)",
+        "how many tokens prompt and output of one sequence may have together (default: as many as the model "
+        "was trained for)",
         at_most=MOST_NUMBER,
     )
     max_sequences: int = setting(
-        64, "sequences that are generated at the same time", at_most=MOST_NUMBER
+        64, "how many sequences are generated at the same time", at_most=MOST_NUMBER
     )
     prefill_chunk: int = setting(
         512,
-        "tokens of prompts that are computed in one step, beside one token of every other sequence",
+        "how many tokens of prompts are computed in one step, beside one token of every other sequence",
         at_most=MOST_NUMBER,
     )
     explain: bool = setting(False, "print the choice of the cache layout and the size of the cache")

@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.checkpoint.foreign import read_json
+from helix_megatron.checkpoint.foreign import check_files, read_json
 from helix_megatron.checkpoint.source import SIDECARS
-from helix_megatron.data.text import EOD_NAMES, read_tokenizer_file
+from helix_megatron.data.text import EOD_NAMES, is_fault, read_tokenizer_file
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.inference.arguments import InferenceConfig
 from helix_megatron.inference.request import TextStream, Tokens
@@ -33,6 +33,7 @@ FILES = (
     "spiece.model",
 )
 TOKENIZER = "tokenizer.json"
+READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # of what transformers opens
 GIVE = (
     "Give --tokenizer DIR with the files of a Hugging Face tokenizer, or --tokenizer tokenizer.json, or "
     "--tokenizer byte"
@@ -259,19 +260,26 @@ class HuggingFaceTokens(_Tokens):
                 f"{directory} needs the package transformers, which is not installed. Try pip install "
                 "transformers, or give --tokenizer tokenizer.json."
             ) from error
+        check_files(path for path in directory.iterdir() if path.suffix in READ_SUFFIXES)
         try:
             with _offline():
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(
                     directory, local_files_only=True, trust_remote_code=False
                 )
-        except (
-            Exception
-        ) as error:  # of many kinds, from a file that is missing to code that it would run
+            self._take_up(stop_tokens)
+        except HelixError:
+            raise
+        except BaseException as error:  # from a file that is missing to code that it would run
+            if not is_fault(error):
+                raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise HelixError(
-                f"the tokenizer in {directory} cannot be read: {reason[0]}. If it is incomplete, copy it again "
-                f"from where it came. {GIVE}."
+                f"the tokenizer in {directory} cannot be read: {reason[0]:.500}. If it is incomplete, copy it "
+                f"again from where it came. {GIVE}."
             ) from error
+
+    def _take_up(self, stop_tokens: Collection[int]) -> None:
+        """Ask it for all that is needed later, so that a tokenizer of wrong values is found at once."""
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         own = self._tokenizer.eos_token_id

@@ -102,7 +102,8 @@ class ModelConfig(ModelSizes):
         given = dict(flags)
         if given.get("seq_length") is None:
             longest = given.get("max_position_embeddings")
-            given["seq_length"] = min(cls.seq_length, longest) if longest else cls.seq_length
+            usable = type(longest) is int and longest > 0  # others are refused by name
+            given["seq_length"] = min(cls.seq_length, longest) if usable else cls.seq_length
         return cls(**given)
 
     def to_flags(self) -> dict[str, Any]:

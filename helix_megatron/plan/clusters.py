@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helix_megatron.checkpoint.foreign import read_bytes
 from helix_megatron.errors import HelixError, did_you_mean, listed
 from helix_megatron.hardware import (
     CHIPS,
@@ -78,6 +79,7 @@ CLUSTERS = {
     )
 }
 LOCAL = "this-machine"
+MOST_YAML = 1 << 16  # bytes
 # Links of the GPUs that are known by nvidia-smi's name for them.
 LOCAL_LINKS = {
     "a100": NVLINK3,
@@ -135,12 +137,18 @@ def read_cluster(path: Path) -> Cluster:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise HelixError(f"cannot read cluster file {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = read_bytes(path, MOST_YAML, f"A file holds {EXAMPLE}.")
+    except HelixError as error:
+        raise HelixError(f"cannot read cluster file {error}") from error
+    wrong = yaml.YAMLError, ValueError, RecursionError  # ValueError: of a date, of a number
+    try:
+        has_aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        content = None if has_aliases else yaml.safe_load(text)
+    except wrong as error:
         line = " ".join(str(error).split())
-        raise HelixError(f"cluster file {path} is not YAML: {line}.") from error
+        raise HelixError(f"cluster file {path} is not YAML: {line[:500]}.") from error
+    if has_aliases:  # a few, each of the one before, make a value that takes for ever to show
+        raise HelixError(f"cluster file {path} has aliases (*name). Write each value in its place.")
     if not isinstance(content, Mapping):
         raise HelixError(f"cluster file {path} must be a mapping such as {EXAMPLE}.")
     _check_keys(path, content, tuple(FIELDS), OPTIONAL)

@@ -81,8 +81,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     ) -> Response:
         started = time.perf_counter()
         settings = service.settings
-        with service.slot():
-            body = await read_body(request, settings)
+        with service.slot() as room:
+            body = await read_body(request, settings, room)
             wanted, plan = await unless_disconnected(service.planned(body, model), request.receive)
         submit = functools.partial(service.generation, plan, started)
         speaker = shape(wanted.model)

@@ -6,12 +6,13 @@ import asyncio
 import codecs
 import contextlib
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from helix_megatron.serving.api_errors import ApiError
+from helix_megatron.serving.api_errors import ApiError, too_many
 from helix_megatron.serving.settings import ServerSettings
 
 Result = TypeVar("Result")
@@ -22,11 +23,48 @@ DISCARD_FACTOR = 8
 CLOSE = {"Connection": "close"}  # what remains of the body must not be taken for the next request
 
 
-async def read_body(request: Request, settings: ServerSettings) -> bytes:
+@dataclass
+class Bodies:
+    """The bytes of all bodies that have come and are not yet turned into tokens; `limit` are the most."""
+
+    limit: int
+    held: int = 0
+
+
+class Room:
+    """What one request holds of them."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self._held = 0
+
+    def take(self, size: int) -> None:
+        """Hold so many bytes more.
+
+        Raises:
+            ApiError: 429, there is no room for them beside those of all other requests.
+        """
+        if self._bodies.held + size > self._bodies.limit:
+            error = too_many(
+                f"The bodies of all requests together have {self._bodies.limit} bytes, which is the limit. "
+                "Try again later, or send less in a request."
+            )
+            error.headers |= CLOSE
+            raise error
+        self._bodies.held += size
+        self._held += size
+
+    def leave(self) -> None:
+        """Hold nothing any more."""
+        self._bodies.held -= self._held
+        self._held = 0
+
+
+async def read_body(request: Request, settings: ServerSettings, room: Room) -> bytes:
     """The whole body, at most `max_body_bytes`.
 
     Raises:
-        ApiError: 408, 413 or 415.
+        ApiError: 408, 413, 415 or 429.
         ClientDisconnect: the client went away.
     """
     # A page of another origin can make a browser send a body without a type, or with one of a form.
@@ -45,11 +83,13 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
             async for chunk in _chunks(request.receive):
                 size += len(chunk)
                 if size <= limit:
+                    room.take(len(chunk))
                     body += chunk
                 elif size > DISCARD_FACTOR * limit:
                     break
                 else:
                     body.clear()
+                    room.leave()
             if size <= limit:
                 return bytes(body).removeprefix(codecs.BOM_UTF8)
     if size > limit:

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import Engine, TemplateLimitError, Tokens
 from helix_megatron.serving.api_errors import ApiError, too_many, unavailable
+from helix_megatron.serving.body import Bodies, Room
 from helix_megatron.serving.generation import Generation, Plan
 from helix_megatron.serving.mailbox import Mailbox
 from helix_megatron.serving.metrics import Metrics
@@ -50,6 +51,7 @@ class Service:
         self._keys = [key.encode() for key in settings.api_keys]
         self._generations: set[Generation] = set()
         self._reading = 0
+        self._bodies = Bodies(settings.max_bodies_bytes)
         self._mailbox: Mailbox | None = None
         self._planning: set[asyncio.Task[object]] = set()
         self._stopping = self._aborting = False
@@ -94,8 +96,8 @@ class Service:
             )
 
     @contextlib.contextmanager
-    def slot(self) -> Iterator[None]:
-        """A place among the requests that are read or answered.
+    def slot(self) -> Iterator[Room]:
+        """A place among the requests that are read or answered, with room for its body.
 
         Raises:
             ApiError: 429 if there is none, 503 if the server takes no requests.
@@ -106,10 +108,12 @@ class Service:
         if self._reading + len(self._generations) >= limit:
             raise too_many(f"{limit} requests are open, which is the limit. Try again later.")
         self._reading += 1
+        room = Room(self._bodies)
         try:
-            yield
+            yield room
         finally:
             self._reading -= 1
+            room.leave()
 
     async def planned(self, body: bytes, model: type[Body]) -> tuple[Body, Plan]:
         """Parse and tokenise outside of the event loop, text after text: others have their turn in between.

@@ -48,6 +48,11 @@ class ServerSettings:
         False, "ask for a key at /metrics, too; /health never asks for one"
     )
     max_body_bytes: int = setting(8 * 1024 * 1024, "the longest body of a request")
+    max_bodies_bytes: int = setting(
+        256 * 1024 * 1024,
+        "the most bytes of bodies that are read or turned into tokens at the same time; a request beyond it "
+        "must come later",
+    )
     body_seconds: float = _seconds("the time in which a request's body must have come")
     send_seconds: float = _seconds("the time in which a client must take an event of its stream")
     max_choices: int = setting(16, "the largest n of a request")

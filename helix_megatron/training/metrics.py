@@ -208,10 +208,19 @@ def _keep_until(path: Path, iteration: int) -> None:
     with path.open("r+b") as file:
         kept = 0
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["iteration"] > iteration:
+            if not line.endswith(b"\n") or not _is_of_before(line, iteration):
                 break
             kept += len(line)
         file.truncate(kept)
+
+
+def _is_of_before(line: bytes, iteration: int) -> bool:
+    """Whether a line is a record of an iteration up to this one; one that is damaged is of none."""
+    try:
+        found = json.loads(line)["iteration"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return type(found) is int and found <= iteration
 
 
 def _tensorboard(opened: contextlib.ExitStack, directory: str) -> Callable[[dict[str, Any]], None]:

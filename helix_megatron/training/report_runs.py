@@ -9,18 +9,21 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helix_megatron.checkpoint.foreign import check_depth, read_bytes
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.training.metrics import DESCRIPTION_FILE, METRICS_FILE, REQUIRED_ENTRIES
 
 # The first iterations compile, allocate and connect: they say nothing about speed.
 WARMUP_ITERATIONS = 3
 
+MOST_BYTES = 1 << 28  # of a file: a record has about 500
 JSON_NAMES = {str: "text", int: "a whole number", dict: "an object"}
 
 
@@ -184,10 +187,9 @@ def read_run(directory: Path) -> Run:
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise HelixError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}). Repair the line, or train again."
-        ) from error
+        check_depth(description, path)
+    except (ValueError, RecursionError) as error:
+        raise HelixError(f"{path} is not JSON: {error}. Repair it, or train again.") from error
     for entry, kind in REQUIRED_ENTRIES.items():
         if not isinstance(description, dict) or not isinstance(description.get(entry), kind):
             raise HelixError(
@@ -216,9 +218,10 @@ def _parse_record(path: Path, number: int, line: str) -> dict[str, Any]:
     where = f"{path}, line {number}"
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+        check_depth(record, where)
+    except (ValueError, RecursionError) as error:
         raise HelixError(
-            f"{where}: not JSON ({error.msg}): {line[:60]!r}. A last line like this was cut off when the "
+            f"{where}: not JSON ({error}): {line[:60]!r}. A last line like this was cut off when the "
             "run was killed: delete it. Otherwise train again."
         ) from error
     iteration = record.get("iteration") if isinstance(record, dict) else None
@@ -237,18 +240,14 @@ def _parse_record(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         flag = f" with --metrics-jsonl {path}" if path.name == METRICS_FILE else ""
         raise HelixError(
             f"{path} is missing: {path.parent} does not hold a run. Train{flag} first, or give another "
             "directory."
-        ) from error
-    except OSError as error:
-        raise HelixError(
-            f"cannot read {path}: {error.strerror}. Make it readable, or give another run."
-        ) from error
+        )
+    try:
+        return read_bytes(path, MOST_BYTES, "Make it readable, or give another run.").decode()
     except UnicodeDecodeError as error:
         raise HelixError(
             f"{path}: byte {error.start} is not UTF-8 text. The file is damaged; train again."

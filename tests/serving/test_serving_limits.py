@@ -199,6 +199,26 @@ def test_idle_connections_make_room():
         assert busy.recv(64).startswith(b"HTTP/1.1 200 ")
 
 
+def test_bodies_are_bounded_together():
+    """Each may be short enough, and a thousand that never end would fill the memory."""
+    whole = json.dumps({"model": MODEL, "prompt": "x" * 700, "max_tokens": 1}).encode()
+    with serving(max_bodies_bytes=1000) as served, served.connect() as connection:
+        bodies = served.server._service._bodies
+        connection.sendall(head(length=len(whole)) + whole[:600])
+        wait_until(lambda: bodies.held == 600, "the first body has begun")
+        with served.http() as http:
+            headers = {"Content-Type": "application/json"}
+            refused = http.post("/v1/completions", content=whole, headers=headers)
+            assert refused.status_code == 429
+            assert refused.headers["Retry-After"] == "1"
+            assert "together have 1000 bytes, which is the limit" in refused.text
+            connection.sendall(whole[600:])
+            assert connection.recv(64).startswith(b"HTTP/1.1 200 ")
+            assert bodies.held == 0, "what is turned into tokens is held no more"
+            answered = http.post("/v1/completions", content=whole, headers=headers)
+            assert answered.status_code == 200
+
+
 # ------------------------------------------------------------------------------ a safe start
 
 

@@ -20,7 +20,7 @@ from helix_megatron.inference.request import MAX_SEED, Output
 from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.serving.api_errors import ApiError, encoded, shown
 from helix_megatron.serving.app import make_app
-from helix_megatron.serving.body import DISCARD_FACTOR, read_body
+from helix_megatron.serving.body import DISCARD_FACTOR, Bodies, Room, read_body
 from helix_megatron.serving.mailbox import Mailbox
 from helix_megatron.serving.replies import ChatDelta, ErrorDetail
 from helix_megatron.serving.schema import ChatRequest, CompletionRequest, parse
@@ -121,7 +121,7 @@ def test_endless_body():
     headers = [(b"content-type", b"application/json")]
     request = Request({"type": "http", "headers": headers}, receive)
     with pytest.raises(ApiError, match="larger than 1000 bytes"):
-        asyncio.run(read_body(request, limits))
+        asyncio.run(read_body(request, limits, Room(Bodies(10**6))))
     assert chunks == DISCARD_FACTOR * 10 + 1
 
 

@@ -48,7 +48,7 @@ def cuttable_modules(model_type: object) -> Modules:
     """
     if not isinstance(model_type, str) or model_type not in CUTTABLE:
         raise HelixError(
-            f"models of type {model_type!r} cannot be cut. Valid model types: {listed(CUTTABLE)}."
+            f"models of type {model_type!r:.80} cannot be cut. Valid model types: {listed(CUTTABLE)}."
         )
     return CUTTABLE[str(model_type)]
 

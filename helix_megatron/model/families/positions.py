@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -106,12 +107,14 @@ class Rope(Piece):
             }
         elif model.rotary_seq_len_interpolation_factor is not None:
             rope |= {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        return {
-            "rope_parameters": rope,
-            "rope_theta": rope["rope_theta"],
-            "rope_scaling": scaling if len(scaling) > 1 else None,
-        }
+        return {"rope_parameters": rope, **older_spelling(rope)}
+
+
+def older_spelling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` of config.json as transformers 4 reads it."""
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
 
 
 @dataclass(frozen=True)
