@@ -21,6 +21,8 @@ class Setting:
     value: object = None
 
 
+LONGEST_TEXT = 4000  # characters: a value of a damaged file may have any number of them
+
 Words = Callable[[Setting], str]
 Text = str | Iterable[str | Setting]
 
@@ -87,7 +89,10 @@ class HelixError(ValueError):
 
 
 def _text(pieces: Iterable[str | Setting], words: Words) -> str:
-    return "".join(piece if isinstance(piece, str) else words(piece) for piece in pieces)
+    text = "".join(piece if isinstance(piece, str) else words(piece) for piece in pieces)
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[: LONGEST_TEXT // 2]} … {text[-LONGEST_TEXT // 2 :]}"
 
 
 class LaunchError(HelixError):

@@ -163,7 +163,7 @@ def _case(reader: Reader, folder: Path, what: bytes | str, outcome: Outcome) -> 
         outcome.refused += 1
         outcome.refusals[_kind(str(error), folder)] += 1
         if len(str(error)) > 5000:
-            problem = f"a sentence of {len(str(error)):,} characters"
+            problem = f"a sentence of thousands of characters: {_where(error)}"
             text = traceback.format_exc(limit=-3)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):

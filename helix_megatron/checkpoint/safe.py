@@ -177,6 +177,8 @@ def _metadata_problems(metadata: Any) -> Iterator[str]:
         shaped = isinstance(entry, TensorStorageMetadata) and isinstance(entry.size, torch.Size)
         if not isinstance(key, str) or not (shaped or isinstance(entry, BytesStorageMetadata)):
             yield f"{key!r:.120} is neither a tensor with a shape nor an object"
+        elif shaped and not _is_whole(entry):
+            yield f"{key!r:.120} has no dtype, or pieces that do not lie in it"
     for index, place in stored.items():
         if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
             yield f"{index!r:.120} has no place in a file"
@@ -187,6 +189,21 @@ def _metadata_problems(metadata: Any) -> Iterator[str]:
             yield f"{index.fqn} lies in {path!r:.120}, outside the checkpoint"
         elif not all(type(number) is int and number >= 0 for number in numbers):
             yield f"{index.fqn} has the offset and length {numbers}"
+
+
+def _is_whole(entry: TensorStorageMetadata) -> bool:
+    """Whether a tensor has a dtype, and pieces within its shape."""
+    if not isinstance(entry.properties.dtype, torch.dtype) or not isinstance(entry.chunks, list):
+        return False
+    for chunk in entry.chunks:
+        if not isinstance(chunk.offsets, torch.Size) or not isinstance(chunk.sizes, torch.Size):
+            return False
+        if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size):
+            return False
+        places = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+        if any(min(start, size) < 0 or start + size > most for start, size, most in places):
+            return False
+    return True
 
 
 def load_common(directory: Path, *, trust: bool = False) -> dict[str, Any]:

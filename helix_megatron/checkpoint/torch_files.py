@@ -32,6 +32,7 @@ from helix_megatron.errors import HelixError
 TRUST = "If you trust where it comes from, add --trust-checkpoint: it may then run any program."
 DAMAGED = "Copy the checkpoint again from where it came, or load another iteration."
 ZIP_MAGIC = b"PK\x03\x04"
+MOST_REPEATED = 1 << 26  # bytes that a tensor may have beyond those of the file
 
 
 def load_pt(
@@ -225,6 +226,8 @@ def _with_arrays(value: Any, memo: dict[int, tuple[Any, Any]]) -> Any:
     if id(value) in memo:
         return memo[id(value)][1]
     memo[id(value)] = value, value  # keeps the original alive, so that its id stays its own
+    if isinstance(value, torch.Tensor):
+        _check_size(value)
     if isinstance(value, dict):
         for key in value:
             value[key] = _with_arrays(value[key], memo)
@@ -237,6 +240,16 @@ def _with_arrays(value: Any, memo: dict[int, tuple[Any, Any]]) -> Any:
     elif isinstance(value, argparse.Namespace | types.SimpleNamespace):
         vars(value).update({key: _with_arrays(item, memo) for key, item in vars(value).items()})
     return value
+
+
+def _check_size(tensor: torch.Tensor) -> None:
+    """Refuse a few bytes that stand for a tensor of any size, which takes the memory where it is copied."""
+    if tensor.layout is torch.strided and tensor.device.type == "cpu":
+        stored = tensor.untyped_storage().nbytes()
+        if tensor.numel() * tensor.element_size() > max(stored, MOST_REPEATED):
+            raise pickle.UnpicklingError(
+                f"a tensor of shape {tuple(tensor.shape)} repeats {stored:,} bytes"
+            )
 
 
 def _first_line(error: BaseException) -> str:

@@ -154,9 +154,11 @@ def read_cluster(path: Path) -> Cluster:
     _check_keys(path, content, tuple(FIELDS), OPTIONAL)
     for key, value in content.items():
         if not isinstance(value, FIELDS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise HelixError(f"{path}: {key} is {value!r}. A valid file: {EXAMPLE}.")
+            raise HelixError(f"{path}: {key} is {value!r:.120}. A valid file: {EXAMPLE}.")
         if FIELDS[key] is int and value < 1:
-            raise HelixError(f"{path}: {key} is {value}. It must be a whole number of at least 1.")
+            raise HelixError(
+                f"{path}: {key} is {value!s:.120}. It must be a whole number of at least 1."
+            )
     return Cluster(
         name=content.get("name", path.stem),
         chip=_chip(path, content["chip"]),
@@ -174,7 +176,7 @@ def _chip(path: Path, value: Any) -> Chip:
     if isinstance(value, str):
         if value not in CHIPS:
             valid = f"{listed(CHIPS)}, or a mapping of {listed(CHIP_FIELDS)}"
-            problem = f"{path}: chip {value!r} is unknown. Valid: {valid}."
+            problem = f"{path}: chip {value!r:.120} is unknown. Valid: {valid}."
             raise HelixError(problem, remedy=did_you_mean(value, CHIPS))
         return CHIPS[value]
     _check_keys(path, value, CHIP_FIELDS, {"name", "sustained"}, "chip.")
@@ -196,7 +198,7 @@ def _chip(path: Path, value: Any) -> Chip:
 def _rates(path: Path, key: str, value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping) or not value or not set(value) <= {"bf16", "fp8", "fp32"}:
         raise HelixError(
-            f"{path}: {key} is {value!r}. It must be a mapping from bf16, fp8 or fp32 to a number."
+            f"{path}: {key} is {value!r:.120}. It must be a mapping from bf16, fp8 or fp32 to a number."
         )
     return {name: _positive(path, f"{key}.{name}", number) for name, number in value.items()}
 
@@ -207,7 +209,7 @@ def _positive(path: Path, key: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = 0.0
     if not 0 < number < float("inf"):
-        raise HelixError(f"{path}: {key} is {value!r}. It must be a number above 0.")
+        raise HelixError(f"{path}: {key} is {value!r:.120}. It must be a number above 0.")
     return number
 
 
@@ -216,8 +218,8 @@ def _check_keys(
 ) -> None:
     for key in content:
         if key not in valid:
-            problem = f"{path}: unknown entry {at}{key}."
-            raise HelixError(problem, valid=valid, remedy=did_you_mean(key, valid))
+            problem = f"{path}: unknown entry {at}{key!s:.120}."
+            raise HelixError(problem, valid=valid, remedy=did_you_mean(str(key), valid))
     missing = [key for key in valid if key not in optional and key not in content]
     if missing:
         raise HelixError(f"{path}: {at}{missing[0]} is missing. A valid file: {EXAMPLE}.")

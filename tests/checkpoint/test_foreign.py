@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,19 @@ from tiny_checkpoints import CONFIGS, hashes, write_hugging_face
 
 from helix_megatron.checkpoint import foreign
 from helix_megatron.checkpoint.convert import Options, RankOptions, convert
-from helix_megatron.checkpoint.foreign import is_plain_name, read_json, resolved
+from helix_megatron.checkpoint.foreign import (
+    check_files,
+    is_plain_name,
+    read_bytes,
+    read_json,
+    resolved,
+)
 from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
-from helix_megatron.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from helix_megatron.checkpoint.manifest import Manifest, file_names, read_manifest, write_manifest
 from helix_megatron.checkpoint.rank_io import rank_directory
+from helix_megatron.checkpoint.safe import inspect
 from helix_megatron.checkpoint.sources import layout_of, open_source, stock_flags
+from helix_megatron.checkpoint.store import POINTER, Store
 from helix_megatron.checkpoint.torch_files import load_pt
 from helix_megatron.errors import HelixError
 
@@ -233,3 +242,81 @@ def test_a_folder_of_the_hubs_cache_is_a_model(tmp_path):
     (cache / "refs" / "main").unlink()
     with pytest.raises(HelixError, match="main is missing"):
         open_source(cache)
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    """Python sets aside what a read may give at most, and that is gigabytes for the largest models."""
+    path = tmp_path / ".metadata"
+    path.write_bytes(b"x" * 1000)
+    tracemalloc.start()
+    assert read_bytes(path, 1 << 30) == b"x" * 1000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def replace_by(path: Path, kind: str) -> None:
+    """Put a pipe, a device, a link to itself or a directory in the place of a file."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path.name)
+
+
+KINDS = ("pipe", "device", "itself", "directory")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_that_another_library_opens(tmp_path, kind):
+    """It would wait for ever, or read for ever."""
+    check_files([tmp_path / "nothing"])
+    replace_by(tmp_path / "x.json", kind)
+    with pytest.raises(HelixError, match=r"x\.json (is no file|cannot be read)"):
+        check_files([tmp_path / "x.json"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pointer_that_cannot_be_read(tmp_path, kind):
+    """A run that goes on says which checkpoint it takes; one that begins does not take it for a first start."""
+    store = Store(tmp_path)
+    replace_by(tmp_path / POINTER, kind)
+    assert not store.is_unused()
+    with pytest.raises(HelixError, match=rf"{POINTER} names '', and"):
+        store.resolve()
+    (tmp_path / "iter_0000003").mkdir()
+    write_manifest(tmp_path / "iter_0000003", Manifest("canonical", {}))
+    with pytest.warns(UserWarning, match="Iteration 3 is loaded instead"):
+        assert store.resolve() == tmp_path / "iter_0000003"
+
+
+def test_links_to_themselves_among_the_files(tmp_path):
+    """They are named where the files are read, with no traceback where they are listed."""
+    (tmp_path / "common.pt").symlink_to("common.pt")
+    assert file_names(tmp_path) == ["common.pt"]
+    with pytest.raises(HelixError, match=r"common\.pt cannot be read"):
+        inspect(tmp_path)
+
+
+def test_a_few_bytes_that_stand_for_a_large_tensor(tmp_path):
+    """Whoever joins or copies them needs terabytes."""
+    torch.save({"w": torch.ones(1).expand(10**12)}, tmp_path / "x.pt")
+    with pytest.raises(HelixError, match=r"a tensor of shape \(1000000000000,\) repeats 4 bytes"):
+        load_pt(tmp_path / "x.pt")
+    torch.save({"w": torch.ones(1).expand(1000)}, tmp_path / "x.pt")
+    assert load_pt(tmp_path / "x.pt")["w"].shape == (1000,)
+
+
+def test_sentences_are_bounded(tmp_path):
+    """A value of a damaged file may have any length."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x" * 10**6}))
+    with pytest.raises(HelixError) as error:
+        read_model_type(tmp_path / "config.json")
+    assert len(str(error.value)) < 5000
+    assert str(error.value).endswith("x' of a model.")
+
+
+def read_model_type(path: Path) -> None:
+    raise HelixError(f"{path} has the type {read_json(path)['model_type']!r} of a model.")

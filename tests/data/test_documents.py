@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import sys
 import tarfile
 import types
@@ -103,3 +104,10 @@ def test_what_is_no_text_is_refused(tmp_path):
     ):
         with pytest.raises(HelixError, match=f"x is {kind}. Valid: text in UTF-8, or JSON lines"):
             read(tmp_path / "x", content)
+
+
+def test_a_pipe_is_no_input(tmp_path):
+    """It is read twice, and its first bytes would be lost; without a writer it would wait for ever."""
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(HelixError, match="is a pipe or a device, and input is read more than once"):
+        recognise([str(tmp_path / "x")], "auto")

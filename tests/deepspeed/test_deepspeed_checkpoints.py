@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -204,6 +205,66 @@ def test_saving_one_ranks_part_as_the_model_is_refused(pool):
     """DeepSpeed's save_16bit_model would write rank 0's part of every weight."""
     texts = pool.run(deepspeed_runs.error_of_16bit_model, RUN, world_size=2, timeout=TIMEOUT)
     assert all("would write one rank's part of every weight" in text for text in texts)
+
+
+def _changed(*path: Any, to: Any) -> Any:
+    """A change of a manifest."""
+
+    def change(manifest: Any) -> None:
+        for step in path[:-1]:
+            manifest = manifest[step]
+        manifest[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_changed("host", to=["Hugging Face"]), "host is missing or of the wrong type"),
+        (_changed("block", "tensor_parallel_size", to=10**9), "tensor_parallel_size is 1000000000"),
+        (_changed("cuts", 0, "dim", to="0"), "cut 0 does not deal every position"),
+        (
+            _changed("cuts", 0, "runs", to=[[[0, 4]], [[5, 3]]]),
+            "cut 0 does not deal every position",
+        ),
+        (_changed("cuts", 0, "runs", 0, 0, to=[0, 4, 1]), "cut 0 does not deal every position"),
+        (_changed("parameters", "w", to=1), "w has the cut 1 of 1"),
+        (_changed("format", to=[1]), r"has format \[1\]. Valid: 1."),
+        (
+            _changed("cuts", 0, "runs", to=[[[0, 10**12]], [[10**12, 4]]]),
+            r"the parts of w of .* have the shapes \(4, 2\), \(4, 2\), and .* deals 1000000000000, 4 pos",
+        ),
+    ],
+)
+def test_manifests_of_strangers(tmp_path, change, said):
+    """Numbers that lead to another place, or to any amount of memory, are found before they are used."""
+    runs = [[[0, 4]], [[4, 4]]]
+    manifest = {
+        "format": 1,
+        "host": "Hugging Face",
+        "layout": {},
+        "block": {"tensor_parallel_size": 2},
+        "cuts": [{"dim": 0, "runs": runs}],
+        "parameters": {"w": 0},
+    }
+    for rank in range(2):
+        state = {"w": torch.full((4, 2), float(rank))}
+        torch.save({"module": state}, tmp_path / f"mp_rank_{rank:02d}_model_states.pt")
+    (tmp_path / FILE).write_text(json.dumps(manifest))
+    assert merge_checkpoint(tmp_path)["w"][:, 0].tolist() == [0.0] * 4 + [1.0] * 4
+    change(manifest)
+    (tmp_path / FILE).write_text(json.dumps(manifest))
+    with pytest.raises(HelixError, match=said):
+        merge_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", [FILE, "latest"])
+def test_a_pipe_in_a_checkpoint(tmp_path, name):
+    """It would wait for a writer."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(HelixError, match=rf"{name} is no file"):
+        merge_checkpoint(tmp_path)
 
 
 # ------------------------------------------------------------------ megatron-core

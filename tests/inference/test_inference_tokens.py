@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import socket
 import sys
 import time
@@ -318,6 +319,45 @@ def test_what_is_missing_is_told(tmp_path, monkeypatch, make, settings_, text):
     make(tmp_path)
     with pytest.raises(HelixError, match=text):
         open_tokens(config(tmp_path, **settings_))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"],
+)
+def test_a_tokenizer_with_a_pipe_in_it(tmp_path, name):
+    """The library would wait for its writer."""
+    save("Metaspace", tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(HelixError, match=rf"{name} is no file"):
+        HuggingFaceTokens(tmp_path)
+    if name == "tokenizer.json":
+        with pytest.raises(HelixError, match=rf"{name} is no file"):
+            FileTokens(tmp_path / name)
+
+
+def _unknown_token_in_front(path: Path) -> None:
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["post_processor"]["single"][0]["SpecialToken"]["id"] = "<nowhere>"
+    (path / "tokenizer.json").write_text(json.dumps(content))
+
+
+def _no_number_as_length(path: Path) -> None:
+    content = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(content | {"model_max_length": [1]}))
+
+
+@pytest.mark.parametrize("change", [_unknown_token_in_front, _no_number_as_length])
+def test_a_tokenizer_that_fails_when_it_is_used(tmp_path, change):
+    """It is found when it is opened: the library panics, or compares a list with a number."""
+    save("Metaspace", tmp_path)
+    change(tmp_path)
+    with pytest.raises(HelixError, match="cannot be read"):
+        HuggingFaceTokens(tmp_path)
+    if change is _unknown_token_in_front:
+        with pytest.raises(HelixError, match="is not a tokenizer file"):
+            FileTokens(tmp_path / "tokenizer.json")
 
 
 def test_another_models_tokenizer(tmp_path):

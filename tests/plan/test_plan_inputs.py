@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -166,6 +167,28 @@ def test_wrong_clusters_are_named(tmp_path):
     assert "cannot read cluster file" in error(cluster_of, str(tmp_path / "no.yaml"))
     (tmp_path / "list.yaml").write_text("- 1")
     assert "must be a mapping" in error(cluster_of, str(tmp_path / "list.yaml"))
+
+
+def test_cluster_files_of_strangers(tmp_path):
+    """No traceback, no endless reading, no value that multiplies when it is shown."""
+    path = tmp_path / "c.yaml"
+    os.mkfifo(path)
+    assert "c.yaml is no file" in error(cluster_of, str(path))
+    path.unlink()
+    many = "".join(
+        f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 9) if i else 1}]\n" for i in range(30)
+    )
+    for text, expected in (
+        (CLUSTER + many + "gpus: *k29", "has aliases"),
+        ("[" * 50_000, "is not YAML"),
+        ("gpus: 2026-13-40", "is not YAML"),
+        ("gpus: " + "9" * 5000, "is not YAML"),
+        ("x" * 10**6, "has 1,000,000 bytes, and 65,536 are the most"),
+        ("gpus: " + "x" * 60_000, "gpus is 'xxx"),
+    ):
+        path.write_text(text)
+        assert expected in error(cluster_of, str(path))
+        assert len(error(cluster_of, str(path))) < 1000
 
 
 def test_this_machine_is_a_cluster(monkeypatch):

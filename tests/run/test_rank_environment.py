@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from waiting import PROGRAM_LIMIT, wait_until
 
 from helix_megatron.arguments import exit_on_error
+from helix_megatron.checkpoint.manifest import read_manifest
+from helix_megatron.checkpoint.store import Store
 from helix_megatron.errors import LaunchError
 from helix_megatron.run.rank_environment import BATCH_SYSTEMS, launched_ranks, number_of_ranks
 
@@ -145,3 +148,64 @@ def test_ctrl_c_ends_a_run_with_one_line(tmp_path):
     assert not re.search(r"Traceback|rank \d", printed), printed
     _, alive = psutil.wait_procs(ranks, timeout=0)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+SMALL = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --micro-batch-size 1 "
+    "--global-batch-size 4 --train-iters 2 --log-interval 1 --save-interval 2"
+)
+
+
+def tasks(directory: Path, flags: str, variables: dict[str, str]) -> list[tuple[int, str, str]]:
+    """Four tasks as srun starts them: (status, standard output, standard error) of each, by SLURM_PROCID."""
+    common = {k: v for k, v in os.environ.items() if k not in NAMES and "SLURM" not in k}
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        *SMALL.split(),
+        *flags.split(),
+        "--save",
+        str(directory),
+    ]
+    started = [
+        subprocess.Popen(
+            command,
+            env=common | variables | {"SLURM_NTASKS": "4", "SLURM_PROCID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(4)
+    ]
+    try:
+        printed = [task.communicate(timeout=PROGRAM_LIMIT) for task in started]
+    finally:
+        for task in started:
+            task.kill()
+    return [(task.returncode, *texts) for task, texts in zip(started, printed, strict=True)]
+
+
+def test_four_tasks_of_srun_are_one_run(tmp_path):
+    """They were four trainings of one rank that wrote over each other's checkpoints, with exit 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    node = {"SLURM_NNODES": "1", "MASTER_PORT": port}
+    ended = tasks(tmp_path, "--tensor-model-parallel-size 2 --intra-head-parallel-size 2", node)
+    assert [status for status, *_ in ended] == [0] * 4, ended
+    assert not any(printed for _, printed, _ in ended[1:]), "the first rank speaks for all"
+    assert "iteration" in ended[0][1]
+    assert Store(tmp_path).complete() == [2]
+    layout = read_manifest(Store(tmp_path).resolve()).layout
+    assert (layout["tp"], layout["dp"], layout["m"]) == (2, 2, 2)
+
+
+def test_tasks_of_srun_that_cannot_be_one_run_are_refused(tmp_path):
+    """By every rank, since the others may be on other machines, and nothing is written."""
+    ended = tasks(tmp_path / "run", "", {"SLURM_NNODES": "2", "SLURM_LOCALID": "0"})
+    for status, _, printed in ended:
+        assert status == 2
+        assert "MASTER_ADDR is not set" in " ".join(printed.split())
+        assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists()

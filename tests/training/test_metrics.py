@@ -105,6 +105,20 @@ def test_a_new_run_starts_the_file_again_and_a_resumed_one_goes_on(tmp_path):
     assert [record["iteration"] for record in json_lines(path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"\0\0\0\n", b"[1]\n", b'{"x": 1}\n', b'{"iteration": "2"}\n', b"[" * 100_000 + b"\n"],
+)
+def test_a_resumed_run_goes_on_after_what_is_whole(tmp_path, damage):
+    """A machine that lost power leaves anything behind the last records."""
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"iteration": 1}\n'
+    path.write_bytes(whole + damage + b'{"iteration": 2}\n')
+    with MetricsWriters(jsonl=path, resume=2):
+        pass
+    assert path.read_bytes() == whole
+
+
 def test_no_destination_writes_nothing(tmp_path, monkeypatch):
     """All ranks but one open the writers so."""
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from synthetic_runs import (
     write_three,
 )
 
+from helix_megatron.errors import HelixError
 from helix_megatron.training.metrics import (
     DESCRIPTION_FILE,
     METRICS_FILE,
@@ -207,3 +209,21 @@ def test_what_the_writers_write_can_be_read(tmp_path):
 def test_a_layout_in_words(layout, layout_cell, attention_cell):
     """Degrees of 1 would bury the one that matters."""
     assert (layout_text(layout), attention_text(layout)) == (layout_cell, attention_cell)
+
+
+@pytest.mark.parametrize("name", [DESCRIPTION_FILE, METRICS_FILE])
+def test_runs_of_strangers(tmp_path, name):
+    """What is nested without end, too long for a number, or no file at all, is a sentence."""
+    directory = write_run(tmp_path / "run", curve(3))
+    for text in (
+        "[" * 100_000,
+        '{"iteration": ' + "9" * 5000 + "}",
+        '{"a":' + "[" * 200 + "]" * 200 + "}",
+    ):
+        (directory / name).write_text(text)
+        with pytest.raises(HelixError, match=rf"{name}.* (is not JSON|not JSON|nested more than)"):
+            read_run(directory)
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    with pytest.raises(HelixError, match=f"{name} is no file"):
+        read_run(directory)
