@@ -53,6 +53,7 @@ from helix_megatron.data.indexed_files import (
 )
 from helix_megatron.deepspeed.checkpoints import FILE, converted_layout, find_checkpoint
 from helix_megatron.deepspeed.merge import merge_checkpoint
+from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.load import _config
 from helix_megatron.inference.tokens import FileTokens, HuggingFaceTokens, configured_stops
 from helix_megatron.plan.clusters import read_cluster
@@ -75,14 +76,6 @@ def read_everything(folder: Path) -> None:
 # ------------------------------------------------------------------- Hugging Face
 
 
-def make_hugging_face(folder: Path) -> None:
-    write_hugging_face(folder / MODEL, files=2)
-
-
-def make_one_file(folder: Path) -> None:
-    write_hugging_face(folder / MODEL)
-
-
 def read_config(folder: Path) -> None:
     """As a conversion, the planner, the Hugging Face host and the server read it."""
     in_turn(folder / MODEL, [open_source, lambda path: model_of(str(path)), configured_stops])
@@ -95,8 +88,6 @@ def read_cuttable_config(folder: Path) -> None:
 
 def in_turn(path: Path, readers: Sequence[Any]) -> None:
     """Every reader has its turn, also where one before refuses."""
-    from helix_megatron.errors import HelixError
-
     refusal = None
     for read in readers:
         try:
@@ -107,11 +98,12 @@ def in_turn(path: Path, readers: Sequence[Any]) -> None:
         raise refusal
 
 
-def config_reader(model: str, read: Callable[[Path], None] = read_cuttable_config) -> Reader:
-    def make(folder: Path) -> None:
-        write_hugging_face(folder / MODEL, model)
+def model_with(**options: Any) -> Callable[[Path], object]:
+    return lambda folder: write_hugging_face(folder / MODEL, **options)
 
-    return Reader(make, f"{MODEL}/config.json", mutated_json, read)
+
+def config_reader(model: str, read: Callable[[Path], None] = read_cuttable_config) -> Reader:
+    return Reader(model_with(model=model), f"{MODEL}/config.json", mutated_json, read)
 
 
 def read_tensors(folder: Path) -> None:
@@ -171,6 +163,11 @@ def make_ranks(folder: Path) -> None:
     convert(folder / "source", folder / MODEL, "ranks", out=io.StringIO())
 
 
+def read_ranks(folder: Path) -> None:
+    directory = folder / MODEL
+    in_turn(folder, [read_everything, lambda _: converted_layout(directory, directory / "x")])
+
+
 def read_pointer(folder: Path) -> None:
     """All that a training run asks of a store."""
     store = Store(folder / MODEL)
@@ -212,10 +209,6 @@ def read_parts(folder: Path) -> None:
 
 def read_tag(folder: Path) -> None:
     in_turn(folder / MODEL, [find_checkpoint, rank_directory, merge_checkpoint])
-
-
-def read_converted(folder: Path) -> None:
-    converted_layout(folder / MODEL, folder / MODEL / "global_step0")
 
 
 # ---------------------------------------------------------------------------- data
@@ -329,18 +322,10 @@ def read_tokenizer_file(folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> None:
-    use(HuggingFaceTokens(folder / MODEL))
-
-
-def read_both(folder: Path) -> None:
-    in_turn(folder, [read_tokenizer_file, read_tokenizer])
+    in_turn(folder, [read_tokenizer_file, lambda _: use(HuggingFaceTokens(folder / MODEL))])
 
 
 # ------------------------------------------------------------------------- results
-
-
-def make_runs(folder: Path) -> None:
-    write_three(folder)
 
 
 def read_runs(folder: Path) -> None:
@@ -351,9 +336,9 @@ READERS = {
     "config": config_reader("llama"),
     "config of experts": config_reader("mixtral"),
     "config of gpt2": config_reader("gpt2", read_config),
-    "index": Reader(make_hugging_face, f"{MODEL}/{INDEX}", mutated_json, read_everything),
+    "index": Reader(model_with(files=2), f"{MODEL}/{INDEX}", mutated_json, read_everything),
     "safetensors": Reader(
-        make_one_file, f"{MODEL}/model.safetensors", mutated_safetensors, read_tensors
+        model_with(), f"{MODEL}/model.safetensors", mutated_safetensors, read_tensors
     ),
     ".metadata": Reader(make_stock, f"{MODEL}/release/.metadata", mutated_pickle, read_stock),
     "common.pt": Reader(make_stock, f"{MODEL}/release/common.pt", mutated_zip, read_stock),
@@ -368,20 +353,20 @@ READERS = {
         make_ranks,
         f"{MODEL}/{MANIFEST_NAME}",
         mutated_json,
-        lambda folder: in_turn(folder, [read_everything, read_converted]),
+        read_ranks,
         agreeing(MODEL),
     ),
     "idx": Reader(make_index, "data.idx", mutated_index, read_index),
     "cluster": Reader(make_cluster, "cluster.yaml", mutated_yaml, read_and_plan),
-    "tokenizer": Reader(make_tokenizer, f"{MODEL}/tokenizer.json", mutated_json, read_both),
+    "tokenizer": Reader(make_tokenizer, f"{MODEL}/tokenizer.json", mutated_json, read_tokenizer),
     "tokenizer config": Reader(
         make_tokenizer, f"{MODEL}/tokenizer_config.json", mutated_json, read_tokenizer
     ),
     "parts": Reader(make_parts, f"{MODEL}/global_step2/{FILE}", mutated_json, read_parts),
     "pointer": Reader(make_store, f"{MODEL}/{POINTER}", mutated_text, read_pointer),
     "latest": Reader(make_parts, f"{MODEL}/latest", mutated_text, read_tag),
-    "run": Reader(make_runs, "helix/run.json", mutated_json, read_runs),
-    "metrics": Reader(make_runs, "helix/metrics.jsonl", mutated_lines, read_runs),
+    "run": Reader(write_three, "helix/run.json", mutated_json, read_runs),
+    "metrics": Reader(write_three, "helix/metrics.jsonl", mutated_lines, read_runs),
 }
 
 

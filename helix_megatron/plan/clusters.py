@@ -79,7 +79,8 @@ CLUSTERS = {
     )
 }
 LOCAL = "this-machine"
-MOST_YAML = 1 << 16  # bytes
+MOST_YAML = 1 << 14  # bytes
+MOST_BRACKETS = 100  # the time that YAML takes grows with the square of them
 # Links of the GPUs that are known by nvidia-smi's name for them.
 LOCAL_LINKS = {
     "a100": NVLINK3,
@@ -140,6 +141,10 @@ def read_cluster(path: Path) -> Cluster:
         text = read_bytes(path, MOST_YAML, f"A file holds {EXAMPLE}.")
     except HelixError as error:
         raise HelixError(f"cannot read cluster file {error}") from error
+    if text.count(b"[") + text.count(b"{") > MOST_BRACKETS:
+        raise HelixError(
+            f"cluster file {path} has more than {MOST_BRACKETS} brackets, and needs a few."
+        )
     wrong = yaml.YAMLError, ValueError, RecursionError  # ValueError: of a date, of a number
     try:
         has_aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))

@@ -180,11 +180,13 @@ def test_cluster_files_of_strangers(tmp_path):
     )
     for text, expected in (
         (CLUSTER + many + "gpus: *k29", "has aliases"),
-        ("[" * 50_000, "is not YAML"),
+        ("[" * 10_000, "has more than 100 brackets"),
+        ("[" * 50, "is not YAML"),
+        ("- " * 5000, "is not YAML"),
         ("gpus: 2026-13-40", "is not YAML"),
         ("gpus: " + "9" * 5000, "is not YAML"),
-        ("x" * 10**6, "has 1,000,000 bytes, and 65,536 are the most"),
-        ("gpus: " + "x" * 60_000, "gpus is 'xxx"),
+        ("x" * 10**6, "has 1,000,000 bytes, and 16,384 are the most"),
+        ("gpus: " + "x" * 10_000, "gpus is 'xxx"),
     ):
         path.write_text(text)
         assert expected in error(cluster_of, str(path))
