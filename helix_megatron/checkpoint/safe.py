@@ -177,7 +177,7 @@ def _metadata_problems(metadata: Any) -> Iterator[str]:
         shaped = isinstance(entry, TensorStorageMetadata) and isinstance(entry.size, torch.Size)
         if not isinstance(key, str) or not (shaped or isinstance(entry, BytesStorageMetadata)):
             yield f"{key!r:.120} is neither a tensor with a shape nor an object"
-        elif shaped and not _is_whole(entry):
+        elif isinstance(entry, TensorStorageMetadata) and not _is_whole(entry):
             yield f"{key!r:.120} has no dtype, or pieces that do not lie in it"
     for index, place in stored.items():
         if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):

@@ -70,7 +70,7 @@ def merge_checkpoint(
         if number is None:
             whole[name.removeprefix(prefix)] = first
             continue
-        parts = [state.get(name) for state in states]
+        parts: list[Any] = [state.get(name) for state in states]
         if not all(isinstance(part, torch.Tensor) for part in parts):
             raise HelixError(f"a file of {checkpoint} lacks {name}: they are of different models.")
         key = (number, *(part.data_ptr() for part in parts))

@@ -102,8 +102,9 @@ class ModelConfig(ModelSizes):
         given = dict(flags)
         if given.get("seq_length") is None:
             longest = given.get("max_position_embeddings")
-            usable = type(longest) is int and longest > 0  # others are refused by name
-            given["seq_length"] = min(cls.seq_length, longest) if usable else cls.seq_length
+            given["seq_length"] = cls.seq_length
+            if type(longest) is int and longest > 0:  # others are refused by name
+                given["seq_length"] = min(cls.seq_length, longest)
         return cls(**given)
 
     def to_flags(self) -> dict[str, Any]:

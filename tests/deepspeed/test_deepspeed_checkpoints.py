@@ -262,9 +262,10 @@ def test_manifests_of_strangers(tmp_path, change, said):
 @pytest.mark.parametrize("name", [FILE, "latest"])
 def test_a_pipe_in_a_checkpoint(tmp_path, name):
     """It would wait for a writer."""
-    os.mkfifo(tmp_path / name)
+    (tmp_path / "step").mkdir()
+    os.mkfifo(tmp_path / "step" / name)
     with pytest.raises(HelixError, match=rf"{name} is no file"):
-        merge_checkpoint(tmp_path)
+        merge_checkpoint(*((tmp_path, "step") if name == FILE else (tmp_path / "step",)))
 
 
 # ------------------------------------------------------------------ megatron-core
