@@ -186,7 +186,7 @@ def test_cluster_files_of_strangers(tmp_path):
         ("gpus: 2026-13-40", "is not YAML"),
         ("gpus: " + "9" * 5000, "is not YAML"),
         ("x" * 10**6, "has 1,000,000 bytes, and 16,384 are the most"),
-        ("gpus: " + "x" * 10_000, "gpus is 'xxx"),
+        (CLUSTER + "\ngpus: " + "x" * 10_000, "gpus is 'xxx"),
     ):
         path.write_text(text)
         assert expected in error(cluster_of, str(path))
