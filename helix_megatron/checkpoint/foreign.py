@@ -44,21 +44,24 @@ def parse_json(
         raise HelixError(damaged(path, str(error), remedy)) from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise HelixError(damaged(path, f"no valid JSON ({error})", remedy)) from error
-    if _is_too_deep(found):
-        reason = f"no valid JSON (it is nested more than {DEEPEST} deep)"
-        raise HelixError(damaged(path, reason, remedy))
+    check_depth(found, path, remedy)
     return found
 
 
-def _is_too_deep(content: Any) -> bool:
-    """Whether values are nested deeper than any program nests them: what walks them would fail."""
+def check_depth(content: Any, path: Path | str, remedy: str = AGAIN) -> None:
+    """Refuse JSON values that are nested deeper than any program nests them: what walks them would fail.
+
+    Raises:
+        HelixError: they are.
+    """
     level: list[Any] = [[content]]
     for _ in range(DEEPEST + 1):
         lists = (value.values() if isinstance(value, dict) else value for value in level)
         level = [inner for values in lists for inner in values if isinstance(inner, dict | list)]
         if not level:
-            return False
-    return True
+            return
+    reason = f"no valid JSON (it is nested more than {DEEPEST} deep)"
+    raise HelixError(damaged(path, reason, remedy))
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
