@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from helix_megatron.errors import did_you_mean, listed
+from helix_megatron.arguments import exit_on_error
+from helix_megatron.errors import HelixError, did_you_mean
 
 PROGRAM = "helix"
 # Subcommand → the function(argv, program) -> exit status that runs it.
@@ -36,7 +36,12 @@ HELP = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand that `argv` names; its exit status, 2 for what the user can put right."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with exit_on_error(PROGRAM):
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    raise AssertionError("exit_on_error leaves by itself")
+
+
+def _run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -47,16 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = argv[0]
     if name not in FUNCTIONS:
-        problem = f"{PROGRAM}: error: unknown subcommand {name!r}. Valid: {listed(FUNCTIONS)}."
-        print(*(problem, *did_you_mean(name, FUNCTIONS)), file=sys.stderr)
-        return 2
+        remedy = did_you_mean(name, FUNCTIONS)
+        raise HelixError(f"unknown subcommand {name!r}.", valid=FUNCTIONS, remedy=remedy)
     module, _, function = FUNCTIONS[name].partition(":")
     run = getattr(importlib.import_module(f"helix_megatron.{module}"), function)
-    try:
-        return cast(Callable[[Sequence[str], str], int], run)(argv[1:], f"{PROGRAM} {name}")
-    except BrokenPipeError:  # `helix … | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return cast(Callable[[Sequence[str], str], int], run)(argv[1:], f"{PROGRAM} {name}")
 
 
 def usage() -> str:

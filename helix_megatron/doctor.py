@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from helix_megatron import __version__
+from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import INPUT_DIRECTORY
 from helix_megatron.versions import PYTHONS, TESTED, found_version
 
 PROGRAM = "helix doctor"
@@ -69,9 +71,9 @@ HOSTS = (
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     what = "Tell what works in this environment, or whether Helix fits a checkout of Megatron-LM."
-    parser = argparse.ArgumentParser(prog=program, description=what)
+    parser = Parser(prog=program, description=what)
     checkout = "look at this checkout of Megatron-LM instead; nothing of it is imported"
-    parser.add_argument("--megatron", metavar="PATH", help=checkout)
+    parser.add_argument("--megatron", type=INPUT_DIRECTORY, metavar="PATH", help=checkout)
     patch = (
         "with --megatron: print only a patch for its pretrain_gpt.py, for git apply --unidiff-zero"
     )
@@ -81,15 +83,17 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Print the findings; 0 if all that is installed works, 1 if not, 2 for wrong arguments."""
-    parser = build_parser(program)
-    args = parser.parse_args(argv)
-    if args.megatron is not None:
-        from helix_megatron.megatron_lm.doctor import examine_checkout
+    with exit_on_error(program):
+        parser = build_parser(program)
+        args = parser.parse_args(argv)
+        if args.megatron is not None:
+            from helix_megatron.megatron_lm.doctor import examine_checkout
 
-        return examine_checkout(args.megatron, patch_only=args.patch, program=program)
-    if args.patch:
-        parser.error("--patch needs --megatron PATH, the checkout to be patched")
-    return examine_environment(print)
+            return examine_checkout(args.megatron, patch_only=args.patch, program=program)
+        if args.patch:
+            parser.error("--patch needs --megatron PATH, the checkout to be patched")
+        return examine_environment(print)
+    raise AssertionError("exit_on_error leaves by itself")
 
 
 def examine_environment(say: Callable[[str], None]) -> int:

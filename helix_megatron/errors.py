@@ -8,6 +8,7 @@ shows the error words them (`HelixError.worded`). `str(error)` speaks Python.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -107,7 +108,13 @@ class DivergenceError(HelixError):
 
 def divisors(number: int) -> list[int]:
     """All divisors of a positive integer, ascending."""
-    return [k for k in range(1, number + 1) if number % k == 0]
+    low = [k for k in range(1, math.isqrt(number) + 1) if number % k == 0]
+    return sorted({*low, *(number // k for k in low)})
+
+
+def counted(number: int, noun: str, *, plural: str = "") -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def listed(values: Iterable[object]) -> str:

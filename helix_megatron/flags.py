@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import operator
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -24,7 +25,121 @@ WITHIN: dict[str, Callable[[float, float], bool]] = {
     "at most": operator.le,
 }
 
-LARGEST = 2**63 - 1  # what a whole number may be that a field says nothing else of
+# What numbers may be of which nothing else is said: beyond every machine, and far from where arithmetic ends.
+LARGEST, LARGEST_REAL = 10**15, 1e30
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes: what file systems allow
+LONGEST_TEXT = 10_000  # characters of a flag that is a name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by argparse
+class Number:
+    """A number with a range. Called with the text of a flag it is a type of `argparse`."""
+
+    kind: type
+    bounds: Mapping[str, float]
+    largest: float
+
+    def __call__(self, text: str) -> Any:
+        value = self.read(text)
+        problem = self.problem_of(value)
+        if problem:
+            raise argparse.ArgumentTypeError(f"is {value!r:.60}. {problem}")
+        return value
+
+    def read(self, text: str) -> Any:
+        """The number that a text spells, whatever its range."""
+        try:
+            return self.kind(text)
+        except ValueError:
+            wanted = f"It must be {self.wanted}."
+            raise argparse.ArgumentTypeError(f"is {text!r:.60}. {wanted}") from None
+
+    def problem_of(self, value: Any) -> str | None:
+        """What a value must be instead, as a sentence; None of a value that it may have."""
+        is_kind = type(value) is self.kind or (self.kind is float and type(value) is int)
+        if not is_kind or not self._is_within(value):
+            return f"It must be {self.wanted}."
+        if value > self.largest:
+            largest = f"{self.largest:,}" if self.kind is int else f"{self.largest:g}"
+            return f"The largest valid value is {largest}."
+        return None
+
+    def _is_within(self, value: float) -> bool:
+        return abs(value) <= sys.float_info.max and all(
+            WITHIN[words](value, bound) for words, bound in self.bounds.items()
+        )
+
+    @property
+    def wanted(self) -> str:
+        """What it must be, after "It must be"."""
+        number = "a whole number" if self.kind is int else "a finite number"
+        bounds = " and ".join(f"{words} {bound}" for words, bound in self.bounds.items())
+        return f"{number} {'of ' if bounds.startswith('at least') else ''}{bounds}"
+
+
+def whole(at_least: int = 1, largest: int = LARGEST) -> Number:
+    """Whole numbers in a range."""
+    return Number(int, {"at least": at_least}, largest)
+
+
+def real(largest: float = LARGEST_REAL, **bounds: float) -> Number:
+    """Finite numbers in a range: `above=0`, `at_most=1`; at least 0 when not told."""
+    named = {words.replace("_", " "): bound for words, bound in bounds.items()}
+    return Number(float, named or {"at least": 0}, largest)
+
+
+@dataclasses.dataclass(frozen=True)
+class PathText:
+    """The text of a flag that names a file or a directory, as a type of `argparse`.
+
+    Args:
+        to_write: it is written to; then `-`, which means standard output elsewhere, is no name.
+        or_standard_output: then `-` is as good as a name.
+    """
+
+    kind: str = "file"
+    to_write: bool = False
+    or_standard_output: bool = False
+
+    def __call__(self, text: str) -> str:
+        problem = self._problem_of(text)
+        if problem:
+            raise argparse.ArgumentTypeError(f"is {text!r:.60}. {problem}")
+        return text
+
+    def _problem_of(self, text: str) -> str | None:
+        if not text:
+            return f"It must name a {self.kind}."
+        if _has_control_characters(text):
+            return f"The name of a {self.kind} has no line breaks and no other control characters."
+        encoded = os.fsencode(text)
+        if len(encoded) > LONGEST_PATH or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
+            return "It is too long for a name."
+        if text == "-" and self.to_write and not self.or_standard_output:
+            return f"Standard output cannot take what goes there. Name a {self.kind}; ./- is one called so."
+        return None
+
+
+INPUT_FILE, INPUT_DIRECTORY, INPUT = (
+    PathText(),
+    PathText("directory"),
+    PathText("file or directory"),
+)
+OUTPUT_FILE, OUTPUT_DIRECTORY = PathText("file", True), PathText("directory", True)
+OUTPUT_TEXT = PathText("file", True, or_standard_output=True)
+
+
+def one_line(text: str) -> str:
+    """A type of `argparse`: a name, or another text of one line."""
+    if not text.strip() or _has_control_characters(text) or len(text) > LONGEST_TEXT:
+        raise argparse.ArgumentTypeError(
+            f"is {text!r:.60}. It must be a text of one line, not empty, without control characters."
+        )
+    return text
+
+
+def _has_control_characters(text: str) -> bool:
+    return any(ord(character) < 32 or ord(character) == 127 for character in text)
 
 
 def setting(
@@ -48,7 +163,7 @@ def setting(
         help_text: the flag's.
         choices: the valid words.
         at_least, above, below, at_most: the range of a number. Without being told, numbers are finite, whole
-            ones at least 1 and others at least 0.
+            ones at least 1 and others at least 0, and no larger than `LARGEST` and `LARGEST_REAL`.
         parse: reads the flag's text where its type is none of `KINDS`; raises
             `argparse.ArgumentTypeError`.
         several: whether the flag takes several words.
@@ -107,7 +222,8 @@ def add_flags(
         if f.metadata["choices"]:
             row["choices"] = f.metadata["choices"]
         else:
-            row |= {"type": f.metadata["parse"] or kind_of(f)}
+            number = number_of(f)
+            row |= {"type": f.metadata["parse"] or (number.read if number else one_line)}
             row |= {"nargs": "+"} if f.metadata["several"] else {}
         group.add_argument(flag_of(f.name), **row)
 
@@ -144,35 +260,19 @@ def problem_of(f: dataclasses.Field[Any], value: Any) -> str | None:
     kind, choices = kind_of(f), f.metadata["choices"]
     if choices and value not in choices:
         return f"Valid: {listed(choices)}."
-    if kind is None:
-        return None
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        article = {bool: "true or false", str: "a text"}.get(kind) or _wanted(f, kind)
-        return f"It must be {article}."
-    if isinstance(value, int | float) and not _is_within(value, bounds_of(f)):
-        return f"It must be {_wanted(f, kind)}."
-    largest = f.metadata.get("largest", LARGEST)
-    if kind is int and value > largest:
-        return f"The largest valid value is {largest:,}."
+    number = number_of(f)
+    if number is not None:
+        return number.problem_of(value)
+    if kind is not None and type(value) is not kind:
+        return f"It must be {'true or false' if kind is bool else 'a text'}."
     return None
 
 
-def bounds_of(f: dataclasses.Field[Any]) -> dict[str, float]:
-    """The range of a field's numbers; its lower end comes first."""
-    given = f.metadata["bounds"]
-    lowest = (
-        {} if {"at least", "above"} & given.keys() else {"at least": 1 if kind_of(f) is int else 0}
-    )
-    return lowest | given
-
-
-def _is_within(value: float, bounds: Mapping[str, float]) -> bool:
-    return abs(value) <= sys.float_info.max and all(
-        WITHIN[words](value, bound) for words, bound in bounds.items()
-    )
-
-
-def _wanted(f: dataclasses.Field[Any], kind: type) -> str:
-    number = "a whole number" if kind is int else "a finite number"
-    bounds = " and ".join(f"{words} {bound}" for words, bound in bounds_of(f).items())
-    return f"{number} {'of ' if bounds.startswith('at least') else ''}{bounds}"
+def number_of(f: dataclasses.Field[Any]) -> Number | None:
+    """The range of a field's numbers, its lower end first; None where it has none."""
+    kind, given = kind_of(f), f.metadata["bounds"]
+    if kind not in (int, float):
+        return None
+    lowest = {} if {"at least", "above"} & given.keys() else {"at least": int(kind is int)}
+    default = LARGEST if kind is int else LARGEST_REAL
+    return Number(kind, lowest | given, f.metadata.get("largest", default))

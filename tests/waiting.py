@@ -46,8 +46,6 @@ HEAVY = {"torch", "megatron", "deepspeed", "transformers", "accelerate"}
 
 def printed_afresh(program: str) -> list[str]:
     """The lines that a program prints in an interpreter of its own; the last lists the heavy packages in it."""
-    run = run_python(
-        ["-c", f"{program}\nimport sys\nprint(sorted({HEAVY} & set(sys.modules)))"]
-    )
+    run = run_python(["-c", f"{program}\nimport sys\nprint(sorted({HEAVY} & set(sys.modules)))"])
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()

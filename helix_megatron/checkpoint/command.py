@@ -11,9 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.arguments import exit_on_error
+from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import INPUT_DIRECTORY, OUTPUT_DIRECTORY, one_line, whole
 
 DESCRIPTION = """\
 Convert a checkpoint between Hugging Face safetensors, Megatron's distributed checkpoints in canonical order
@@ -46,16 +47,23 @@ LAYOUT = (  # flag, field of `RankOptions` or `HelixConfig`, metavar, default, h
         "pad each rank's rows of the vocabulary to a multiple of this, as in training",
     ),
 )
+MOST_RANKS = 10**6
+MOST_BYTES = 10**18
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
 def build_parser(program: str) -> argparse.ArgumentParser:
     """The parser of `helix convert`."""
-    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog=program, description=DESCRIPTION)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="directory of checkpoints, one checkpoint, or a model")
-    add("target", metavar="TARGET", help="directory to write")
+    add(
+        "source",
+        type=INPUT_DIRECTORY,
+        metavar="SOURCE",
+        help="directory of checkpoints, one checkpoint, or a model",
+    )
+    add("target", type=OUTPUT_DIRECTORY, metavar="TARGET", help="directory to write")
     add("--to", required=True, choices=("canonical", "huggingface", "ranks"), help="kind of TARGET")
     add(
         "--dtype",
@@ -64,6 +72,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     )
     add(
         "--shard-size",
+        type=one_line,
         metavar="SIZE",
         help="largest file, such as 500MB. Not given: the Hugging Face files that the weights came from are "
         "made again, others have 5GB, canonical ones 250MB",
@@ -92,17 +101,29 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     ranks = parser.add_argument_group("files per rank (--to ranks)")
     add = ranks.add_argument
     for flag, field, metavar, default, text in LAYOUT:
-        add(flag, dest=field, type=int, metavar=metavar, default=default, help=text)
+        add(
+            flag,
+            dest=field,
+            type=whole(largest=MOST_RANKS),
+            metavar=metavar,
+            default=default,
+            help=text,
+        )
     add(
         "--helix-query-layout",
         choices=HelixConfig.choices("query_layout"),
         default="auto",
         help="whether query heads are cut, as in training",
     )
-    add("--tag", default="global_step0", help="directory of the rank files, as DeepSpeed calls it")
+    add(
+        "--tag",
+        type=one_line,
+        default="global_step0",
+        help="directory of the rank files, as DeepSpeed calls it",
+    )
     add(
         "--like",
-        type=Path,
+        type=INPUT_DIRECTORY,
         metavar="DIR",
         help="for a SOURCE of rank files without helix.json: converted rank files of the same model and layout",
     )
@@ -114,7 +135,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         help="segment-local: h·m heads of d/m dimensions. Loses quality",
     )
     local.add_argument(
-        "--segments", type=int, metavar="M", help="m, with --attention segment-local"
+        "--segments", type=whole(), metavar="M", help="m, with --attention segment-local"
     )
     local.add_argument(
         "--allow-quality-loss", action="store_true", help="needed with --attention segment-local"
@@ -124,11 +145,10 @@ def build_parser(program: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, program: str = "helix convert") -> int:
     """Convert as `argv` says; exit status, 2 for what the user can put right."""
-    args = build_parser(program).parse_args(argv)
     # Of torch, before its first tensor: the kernel then clears memory in pages of 2 MB, five times as fast.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with exit_on_error(program):
-        _run(args)
+        _run(build_parser(program).parse_args(argv))
         return 0
     raise AssertionError("exit_on_error leaves by itself")
 
@@ -140,11 +160,12 @@ def parse_size(text: str) -> int:
         HelixError: neither.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in UNITS:
+    size = float(match[1]) * UNITS.get(match[2].lower(), 0) if match else 0
+    if not 1 <= size <= MOST_BYTES:
         raise HelixError(
-            f"{text!r} is no size. Give bytes, or a number with kB, MB, GB, MiB or GiB."
+            f"{text!r:.60} is no size. Give bytes, at least one, or a number with kB, MB, GB, MiB or GiB."
         )
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    return int(size)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -153,7 +174,8 @@ def _run(args: argparse.Namespace) -> None:
     helix = HelixConfig(args.intra_head_parallel_size, query_layout=args.helix_query_layout)
     from helix_megatron.checkpoint.convert import Options, RankOptions, convert
 
-    given = vars(args) | {"shard_size": size, "helix": helix}
+    like = None if args.like is None else Path(args.like)
+    given = vars(args) | {"shard_size": size, "helix": helix, "like": like}
     given["ranks"] = RankOptions(**_fields_of(RankOptions, given))
     options = Options(**_fields_of(Options, given))
     written = convert(args.source, args.target, args.to, options, dry_run=args.dry_run)

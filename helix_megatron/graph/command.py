@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -13,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.arguments import exit_on_error
+from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.errors import HelixError
-from helix_megatron.flags import add_flags, check_values, setting
+from helix_megatron.flags import OUTPUT_DIRECTORY, add_flags, check_values, setting
+from helix_megatron.outputs import check_free
 
 DESCRIPTION = """\
 Draw the operator graph of a training run: every operator, tensor and collective of every rank, with shapes,
@@ -27,6 +27,10 @@ All other flags are those of scripts/pretrain_gpt.py: --preset, model and parall
 is that of --preset paper-dense. The baseline of the paper: --preset paper-dense --tensor-model-parallel-size 8
 --pipeline-model-parallel-size 2 --intra-head-parallel-size 1."""
 DEFAULT = ("--preset", "paper-dense")
+# Names of graphs are those of graph.build's views.
+NAMES, PAGE = ("model", "attention", "mlp"), "helix_graph.html"
+FILES = (*(f"{name}.{kind}" for name in NAMES for kind in ("json", "dot", "svg")), PAGE)
+MOST_RANKS, MOST_MICRO_BATCHES = 4096, 4096
 MOST_JOBS = 2  # each traces with up to 1.5 GB
 
 
@@ -34,14 +38,17 @@ MOST_JOBS = 2  # each traces with up to 1.5 GB
 class Options:
     """The flags that are not the training script's."""
 
-    output: str = setting("helix_graph", "the directory that is written")
+    output: str = setting("helix_graph", "the directory that is written", parse=OUTPUT_DIRECTORY)
+    overwrite: bool = setting(False, "replace the files of a graph that are in it")
     backward: bool = setting(False, "trace the backward pass, too")
     check: bool = setting(
         False,
         "check the graph and print each check with its figure; the exit status is 1 if one fails",
     )
     micro_batches: int = setting(
-        1, "micro-batches of the traced step; more than one show how pipeline stages overlap"
+        1,
+        "micro-batches of the traced step; more than one show how pipeline stages overlap",
+        largest=MOST_MICRO_BATCHES,
     )
     balance: float = setting(
         1.1, "what --check allows the busiest rank over the idlest, in FLOPs and bytes", at_least=1
@@ -53,25 +60,29 @@ class Options:
         choices=("modules", "operators"),
     )
     ranks: int | None = setting(
-        None, "ranks of the run; tensor times pipeline parallel size when not given"
+        None,
+        "ranks of the run; tensor times pipeline parallel size when not given",
+        largest=MOST_RANKS,
     )
-    jobs: int | None = setting(None, "processes that trace ranks at the same time")
+    jobs: int | None = setting(
+        None, "processes that trace ranks at the same time", largest=MOST_RANKS
+    )
 
 
 def main(argv: Sequence[str] | None = None, program: str = "helix graph") -> int:
     """Trace, check and write as `argv` says; 1 if a check fails, 2 for what the user can put right."""
-    parser = argparse.ArgumentParser(
-        prog=program, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False
-    )
+    parser = Parser(prog=program, description=DESCRIPTION, epilog=EPILOG)
     add_flags(parser, Options)
-    args, rest = parser.parse_known_args(argv)
     with exit_on_error(program):
+        args, rest = parser.parse_known_args(argv)
         return _run(Options(**vars(args)), rest, program)
     raise AssertionError("exit_on_error leaves by itself")
 
 
 def _run(args: Options, rest: list[str], program: str) -> int:
     check_values(args)
+    output = Path(args.output)
+    check_free([output / name for name in FILES], overwrite=args.overwrite)
     from helix_megatron.bench.spawn import ENVIRONMENT, hide_gpus
     from helix_megatron.run.rank_environment import launched_ranks
 
@@ -88,7 +99,7 @@ def _run(args: Options, rest: list[str], program: str) -> int:
             f"--layer {args.layer}: the model has layers 0 to {run.model.num_layers - 1}. Give one of them."
         )
     try:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HelixError(
             f"--output {args.output} cannot be made: {error.strerror}. Give a directory that can be written to."
@@ -109,7 +120,7 @@ def _run(args: Options, rest: list[str], program: str) -> int:
         results = run_checks(graph, balance=args.balance)
         print("\n".join(map(str, results)))
     try:
-        written = write(views, Path(args.output), results, detail=args.detail)
+        written = write(views, output, results, detail=args.detail)
     except OSError as error:
         raise HelixError(
             f"--output {args.output} cannot be written to: {error.strerror} ({error.filename}). Give another "
@@ -141,7 +152,7 @@ def write(
             written.append(render(dot))
         except HelixError as error:
             missing = str(error)
-    page = directory / "helix_graph.html"
+    page = directory / PAGE
     page.write_text(to_html(views, checks))
     if missing:
         print(missing, file=sys.stderr)

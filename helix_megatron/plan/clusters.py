@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from helix_megatron.checkpoint.foreign import read_bytes
 from helix_megatron.errors import HelixError, did_you_mean, listed
+from helix_megatron.flags import LONGEST_NAME, Number, one_line, real, whole
 from helix_megatron.hardware import (
     CHIPS,
     HDR,
@@ -91,16 +93,23 @@ LOCAL_LINKS = {
     "gb200": NVLINK5,
 }
 
-FIELDS = {
-    "name": str,
-    "chip": (str, dict),
-    "gpus_per_domain": int,
-    "domain_link": str,
-    "domain_bandwidth": (int, float, str),
-    "network_link": str,
-    "network_bandwidth": (int, float, str),
-    "gpus": int,
+# What a number of a file may be, beyond all machines there are: with any of them costs stay finite.
+RATE = real(at_least=1e3, at_most=1e18)  # bytes per second
+BYTES = real(at_least=1e6, at_most=1e18)
+FLOPS = real(at_least=1e6, at_most=1e21)
+SHARE = real(at_least=1e-3, at_most=1)
+FIELDS: dict[str, Callable[[str], Any] | None] = {
+    "name": one_line,
+    "chip": None,  # a name, or a mapping
+    "gpus_per_domain": whole(largest=10**6),
+    "domain_link": one_line,
+    "domain_bandwidth": RATE,
+    "network_link": one_line,
+    "network_bandwidth": RATE,
+    "gpus": whole(largest=10**6),
 }
+CHIP_NUMBERS = {"memory": BYTES, "memory_bandwidth": RATE, "units": whole(largest=10**6)}
+MOST_YAML, DEEPEST = 1 << 16, 4  # bytes, and mappings inside each other, of a file
 CHIP_FIELDS = ("name", "flops", "memory", "memory_bandwidth", "units", "sustained")
 OPTIONAL = {"name", "domain_link", "network_link", "gpus"}
 EXAMPLE = (
@@ -135,87 +144,84 @@ def read_cluster(path: Path) -> Cluster:
     Raises:
         HelixError: it cannot be read, or has an entry that does not fit; names the nearest valid one.
     """
-    import yaml
-
-    try:
-        text = read_bytes(path, MOST_YAML, f"A file holds {EXAMPLE}.")
-    except HelixError as error:
-        raise HelixError(f"cannot read cluster file {error}") from error
-    if text.count(b"[") + text.count(b"{") > MOST_BRACKETS:
-        raise HelixError(
-            f"cluster file {path} has more than {MOST_BRACKETS} brackets, and needs a few."
-        )
-    wrong = yaml.YAMLError, ValueError, RecursionError  # ValueError: of a date, of a number
-    try:
-        has_aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
-        content = None if has_aliases else yaml.safe_load(text)
-    except wrong as error:
-        line = " ".join(str(error).split())
-        raise HelixError(f"cluster file {path} is not YAML: {line[:500]}.") from error
-    if has_aliases:  # a few, each of the one before, make a value that takes for ever to show
-        raise HelixError(f"cluster file {path} has aliases (*name). Write each value in its place.")
+    content = _read_yaml(path)
     if not isinstance(content, Mapping):
         raise HelixError(f"cluster file {path} must be a mapping such as {EXAMPLE}.")
     _check_keys(path, content, tuple(FIELDS), OPTIONAL)
-    for key, value in content.items():
-        if not isinstance(value, FIELDS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise HelixError(f"{path}: {key} is {value!r:.120}. A valid file: {EXAMPLE}.")
-        if FIELDS[key] is int and value < 1:
-            raise HelixError(
-                f"{path}: {key} is {value!s:.120}. It must be a whole number of at least 1."
-            )
+    values = {
+        key: _value(path, key, content[key], read)
+        for key, read in FIELDS.items()
+        if read is not None and key in content
+    }
     return Cluster(
-        name=content.get("name", path.stem),
+        name=values.get("name", path.stem),
         chip=_chip(path, content["chip"]),
-        domain=content["gpus_per_domain"],
-        domain_link=content.get("domain_link", "domain link"),
-        domain_bandwidth=_positive(path, "domain_bandwidth", content["domain_bandwidth"]),
-        network_link=content.get("network_link", "network"),
-        network_bandwidth=_positive(path, "network_bandwidth", content["network_bandwidth"]),
+        domain=values["gpus_per_domain"],
+        domain_link=values.get("domain_link", "domain link"),
+        domain_bandwidth=values["domain_bandwidth"],
+        network_link=values.get("network_link", "network"),
+        network_bandwidth=values["network_bandwidth"],
         source=str(path),
-        gpus=content.get("gpus"),
+        gpus=values.get("gpus"),
     )
+
+
+def _read_yaml(path: Path) -> Any:
+    """Mappings, lists and texts. Types belong to the fields: to YAML 1.1, 450e9 is a text and no is false."""
+    import yaml
+
+    text = read_bytes(path, MOST_YAML, f"A cluster file holds {EXAMPLE}.")
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.BaseLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
+                what = "aliases" if depth <= DEEPEST else f"more than {DEEPEST} levels"
+                raise HelixError(f"cluster file {path} has {what}. A valid file: {EXAMPLE}.")
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise HelixError(f"cluster file {path} is not YAML: {line}.") from error
+
+
+def _value(path: Path, key: str, value: Any, read: Callable[[str], Any]) -> Any:
+    """The value of an entry, which must be a text that `read` takes."""
+    try:
+        if isinstance(value, str):
+            return read(value)
+        problem = "is a list or a mapping. It must be a single value."
+    except argparse.ArgumentTypeError as error:
+        problem = str(error)
+    raise HelixError(f"{path}: {key} {problem} A valid file: {EXAMPLE}.")
 
 
 def _chip(path: Path, value: Any) -> Chip:
-    if isinstance(value, str):
-        if value not in CHIPS:
+    if not isinstance(value, Mapping):
+        if not isinstance(value, str) or value not in CHIPS:
             valid = f"{listed(CHIPS)}, or a mapping of {listed(CHIP_FIELDS)}"
-            problem = f"{path}: chip {value!r:.120} is unknown. Valid: {valid}."
-            raise HelixError(problem, remedy=did_you_mean(value, CHIPS))
+            problem = f"{path}: chip {value!r:.200} is unknown. Valid: {valid}."
+            raise HelixError(problem, remedy=did_you_mean(str(value)[:LONGEST_NAME], CHIPS))
         return CHIPS[value]
     _check_keys(path, value, CHIP_FIELDS, {"name", "sustained"}, "chip.")
-    flops = _rates(path, "chip.flops", value["flops"])
-    sustained = _rates(path, "chip.sustained", value.get("sustained", dict.fromkeys(flops, 0.85)))
-    if max(sustained.values()) > 1:
-        raise HelixError(f"{path}: chip.sustained is a share of the peak, from 0 to 1.")
-    return Chip(
-        name=value.get("name", "custom"),
-        flops=flops,
-        memory=_positive(path, "chip.memory", value["memory"]),
-        memory_bandwidth=_positive(path, "chip.memory_bandwidth", value["memory_bandwidth"]),
-        units=int(_positive(path, "chip.units", value["units"])),
-        source=str(path),
-        sustained={**dict.fromkeys(flops, 0.85), **sustained},
+    flops = _rates(path, "chip.flops", value["flops"], FLOPS)
+    default = dict.fromkeys(flops, 0.85)
+    sustained = (
+        _rates(path, "chip.sustained", value["sustained"], SHARE) if "sustained" in value else {}
     )
+    numbers = {
+        key: _value(path, f"chip.{key}", value[key], read) for key, read in CHIP_NUMBERS.items()
+    }
+    name = _value(path, "chip.name", value.get("name", "custom"), one_line)
+    return Chip(name=name, flops=flops, source=str(path), sustained=default | sustained, **numbers)
 
 
-def _rates(path: Path, key: str, value: Any) -> dict[str, float]:
+def _rates(path: Path, key: str, value: Any, read: Number) -> dict[str, float]:
     if not isinstance(value, Mapping) or not value or not set(value) <= {"bf16", "fp8", "fp32"}:
         raise HelixError(
-            f"{path}: {key} is {value!r:.120}. It must be a mapping from bf16, fp8 or fp32 to a number."
+            f"{path}: {key} is {value!r:.200}. It must be a mapping from bf16, fp8 or fp32 to a number."
         )
-    return {name: _positive(path, f"{key}.{name}", number) for name, number in value.items()}
-
-
-def _positive(path: Path, key: str, value: Any) -> float:
-    try:  # YAML 1.1 reads 450e9 as text
-        number = float(value) if not isinstance(value, bool) else 0.0
-    except (TypeError, ValueError):
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise HelixError(f"{path}: {key} is {value!r:.120}. It must be a number above 0.")
-    return number
+    return {name: _value(path, f"{key}.{name}", number, read) for name, number in value.items()}
 
 
 def _check_keys(
@@ -223,8 +229,8 @@ def _check_keys(
 ) -> None:
     for key in content:
         if key not in valid:
-            problem = f"{path}: unknown entry {at}{key!s:.120}."
-            raise HelixError(problem, valid=valid, remedy=did_you_mean(str(key), valid))
+            problem = f"{path}: unknown entry {at}{key!s:.200}."
+            raise HelixError(problem, valid=valid, remedy=did_you_mean(key[:LONGEST_NAME], valid))
     missing = [key for key in valid if key not in optional and key not in content]
     if missing:
         raise HelixError(f"{path}: {at}{missing[0]} is missing. A valid file: {EXAMPLE}.")

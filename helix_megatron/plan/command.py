@@ -10,23 +10,41 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helix_megatron.arguments import exit_on_error
+from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.caches import NAMES
 from helix_megatron.core.exchanges import EXACT
 from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.flags import OUTPUT_DIRECTORY, OUTPUT_FILE, OUTPUT_TEXT, whole
+from helix_megatron.outputs import (
+    PICTURES,
+    STANDARD_OUTPUT,
+    check_file,
+    check_free,
+    results_alone,
+    write_text,
+)
 from helix_megatron.plan.clusters import CLUSTERS, LOCAL, cluster_of
 from helix_megatron.plan.memory import RECOMPUTE
 from helix_megatron.plan.models import ModelSpec, model_of, model_of_arguments
 from helix_megatron.plan.presets import PRESETS
 from helix_megatron.plan.results import SLOWER, Limits, Plan
 from helix_megatron.plan.search import search
-from helix_megatron.plan.settings import PRECISIONS, TASKS, Job, Software
+from helix_megatron.plan.settings import (
+    MOST_GPUS,
+    MOST_SEQUENCES,
+    MOST_TOKENS,
+    PRECISIONS,
+    TASKS,
+    Job,
+    Software,
+)
 
 DESCRIPTION = """\
 Rank every layout of a model on a cluster by predicted time: tensor parallel m × n, context, pipeline, data and
 expert parallel, exchange, micro-batch, recomputation. All figures are simulated; docs/planner.md says how well.
 A model is a preset, a Hugging Face config.json, or Megatron's model flags given to this command."""
+PLAN_FILES = ("plan.md", "plan.json")  # that --write makes
 SIMULATE = """\
 Print one layout in full, operator by operator, and write a trace of its pipeline for ui.perfetto.dev. The
 layout is the fastest that the flags leave; fix all of it with --tensor-model-parallel-size and the others."""
@@ -59,23 +77,26 @@ EXPLAINED = ("tp", "segments", "pp", "cp", "micro_batch", "exchange")
 
 def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     """The flags that both commands have."""
-    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    parser = Parser(prog=program, description=description)
     add = parser.add_argument
+    gpus = whole(largest=MOST_GPUS)
     model = f"a preset ({listed(PRESETS)}), a config.json, or Megatron flags in one string"
     add("--model", metavar="MODEL", help=model)
-    add("--gpus", type=int, required=True, metavar="N", help="GPUs to use, all of them")
+    add("--gpus", type=gpus, required=True, metavar="N", help="GPUs to use, all of them")
     cluster = f"a preset ({listed([*CLUSTERS, LOCAL])}) or a YAML file (default: %(default)s)"
     add("--cluster", default="dgx-h100", metavar="CLUSTER", help=cluster)
     add("--task", choices=TASKS, default="train", help="what is timed (default: %(default)s)")
     length = "tokens of a sequence; for decode, positions in the cache (default: %(default)s)"
-    add("--sequence-length", type=int, default=4096, metavar="L", help=length)
+    tokens = whole(largest=MOST_TOKENS)
+    add("--sequence-length", type=tokens, default=4096, metavar="L", help=length)
     batch = "sequences of a step over all GPUs (default: 4 for each GPU, 1 in inference)"
-    add("--global-batch", type=int, metavar="B", help=batch)
+    sequences = whole(largest=MOST_SEQUENCES)
+    add("--global-batch", type=sequences, metavar="B", help=batch)
     add("--precision", choices=PRECISIONS, help="(default: bf16, fp32 where the chip has no bf16)")
     fixed = parser.add_argument_group("fix a part of the layout")
     for size in SIZES:
         words = {"metavar": size.metavar, "help": size.help}
-        fixed.add_argument(size.flag, dest=size.field, type=int, **words)  # type: ignore[arg-type]
+        fixed.add_argument(size.flag, dest=size.field, type=gpus, **words)  # type: ignore[arg-type]
     on_off = ("on", "off")
     for flag, field, choices, text in (
         ("--sequence-parallel", "sequence_parallel", on_off, "sequence parallelism of norms"),
@@ -98,7 +119,7 @@ def plan_of(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
     cluster = cluster_of(args.cluster)
     batch = args.global_batch
     if batch is None:
-        batch = max(1, args.gpus) * (4 if args.task == "train" else 1)
+        batch = args.gpus * (4 if args.task == "train" else 1)
     precision = args.precision
     if precision is None:
         precision = next((p for p in ("bf16", "fp32") if p in cluster.chip.flops), "bf16")
@@ -123,14 +144,12 @@ def _check_sizes(args: argparse.Namespace, batch: int) -> None:
     """Sizes that no model could make possible."""
     for size in SIZES:
         value = getattr(args, size.field)
-        if value is not None and value < 1:
-            raise HelixError(f"{size.flag} {value} must be at least 1.")
-        if value is not None and size.divides and args.gpus > 0 and args.gpus % value:
+        if value is not None and size.divides and args.gpus % value:
             raise HelixError(
                 f"{size.flag} {value} does not divide --gpus {args.gpus}. Valid: {listed(divisors(args.gpus))}."
             )
     each = args.micro_batch
-    if each is not None and batch > 0 and batch % each:
+    if each is not None and batch % each:
         raise HelixError(
             f"--micro-batch {each} does not divide --global-batch {batch}. Valid: {listed(divisors(batch))}; "
             f"or try --global-batch {-(-batch // each) * each}."
@@ -155,46 +174,59 @@ def plan_main(argv: Sequence[str] | None = None, program: str = "helix plan") ->
     parser = build_parser(program, DESCRIPTION)
     add = parser.add_argument
     rows = "rows of the table (default: %(default)s)"
-    add("--rows", type=int, default=10, metavar="K", help=rows)
+    add("--rows", type=whole(), default=10, metavar="K", help=rows)
     add("--rejected", action="store_true", help="show every rejected layout with its reason")
-    add("--explain", type=int, metavar="ROW", help="the arithmetic of a row, term by term")
-    add("--json", metavar="PATH", help="write everything there; - for standard output")
-    add("--plot", type=Path, metavar="PATH", help="draw throughput and memory (.png or .svg)")
-    add("--write", type=Path, metavar="DIR", help="write a deployment plan, Markdown and JSON")
+    add("--explain", type=whole(), metavar="ROW", help="the arithmetic of a row, term by term")
+    add(
+        "--json",
+        type=OUTPUT_TEXT,
+        metavar="PATH",
+        help="write everything there; - for standard output",
+    )
+    add(
+        "--plot", type=OUTPUT_FILE, metavar="PATH", help="draw throughput and memory (.png or .svg)"
+    )
+    written = "write a deployment plan, plan.md and plan.json"
+    add("--write", type=OUTPUT_DIRECTORY, metavar="DIR", help=written)
+    replaced = "replace the plan.md and plan.json in that directory"
+    add("--overwrite", action="store_true", help=replaced)
     row = "the row for the command and --write (default: the one that the verdict speaks for)"
-    add("--row", type=int, metavar="ROW", help=row)
-    args, rest = parser.parse_known_args(argv)
+    add("--row", type=whole(), metavar="ROW", help=row)
     with exit_on_error(program):
-        _check_outputs(args)
-        plan = plan_of(args, rest)
-        return _show(plan, args)
+        args, rest = parser.parse_known_args(argv)
+        check_file("plot", args.plot, PICTURES)
+        check_file("json", args.json)
+        if args.write is not None:
+            check_free(_plan_files(args.write), overwrite=args.overwrite)
+        return _show(plan_of(args, rest), args)
     raise AssertionError("exit_on_error leaves by itself")
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
-    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
-        raise HelixError(f"--plot {args.plot}: the name must end in .png or .svg.")
-    for path in (args.plot, None if args.json in (None, "-") else Path(args.json)):
-        _check_output(path)
-
-
-def _check_output(path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise HelixError(f"{path} cannot be written: there is no directory {path.parent}.")
+def _plan_files(directory: str) -> list[Path]:
+    return [Path(directory) / name for name in PLAN_FILES]
 
 
 def _show(plan: Plan, args: argparse.Namespace) -> int:
+    from helix_megatron.plan.ranking import plan_json
+
+    if args.json is not None:
+        write_text(args.json, json.dumps(plan_json(plan, args.rows), indent=1) + "\n")
+        if args.json == STANDARD_OUTPUT and not plan.rows:
+            return 1
+    with results_alone(args.json):
+        return _show_to_people(plan, args)
+
+
+def _show_to_people(plan: Plan, args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from helix_megatron.plan.ranking import plan_json, print_plan
+    from helix_megatron.plan.ranking import print_plan
 
-    if args.json == "-":
-        print(json.dumps(plan_json(plan, args.rows), indent=1))
-        return 0 if plan.rows else 1
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    # Names are texts, whatever they look like.
+    console = Console(
+        width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False
+    )
     print_plan(plan, console, count=args.rows, all_rejected=args.rejected)
-    if args.json:
-        _write(Path(args.json), json.dumps(plan_json(plan, args.rows), indent=1) + "\n")
     if not plan.rows:
         return _nothing(plan, args)
     from helix_megatron.plan.verdict import recommended
@@ -209,13 +241,13 @@ def _show(plan: Plan, args: argparse.Namespace) -> int:
     if args.plot is not None:
         from helix_megatron.plan.plot import plot
 
-        plot(plan, args.plot)
+        plot(plan, Path(args.plot))
         print(f"\nwritten: {args.plot}")
     if args.write is not None:
         from helix_megatron.plan.deployment import write
 
-        for path in write(plan, row, args.write):
-            print(f"written: {path}")
+        write(plan, row, _plan_files(args.write))
+        print("".join(f"written: {path}\n" for path in _plan_files(args.write)), end="")
     print(command_text(plan, row, number))
     return 0
 
@@ -241,13 +273,6 @@ def _row(plan: Plan, number: int, flag: str) -> Any:
     return plan.rows[number - 1].layout
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise HelixError(f"cannot write {path}: {error.strerror}.") from error
-
-
 def command_text(plan: Plan, layout: Any, number: int) -> str:
     """What to paste for a row."""
     from helix_megatron.plan.launch_commands import caveats, deepspeed_config, launch_text
@@ -263,28 +288,39 @@ def command_text(plan: Plan, layout: Any, number: int) -> str:
 def simulate_main(argv: Sequence[str] | None = None, program: str = "helix simulate") -> int:
     """Print one layout in full, and write its trace."""
     parser = build_parser(program, SIMULATE)
-    parser.add_argument("--trace", type=Path, metavar="PATH", help="write a Chrome/Perfetto trace")
-    args, rest = parser.parse_known_args(argv)
+    parser.add_argument(
+        "--trace",
+        type=OUTPUT_TEXT,
+        metavar="PATH",
+        help="write a Chrome/Perfetto trace; - for standard output",
+    )
     with exit_on_error(program):
-        _check_output(args.trace)
+        args, rest = parser.parse_known_args(argv)
+        check_file("trace", args.trace)
         plan = plan_of(args, rest)
-        if not plan.rows:
-            from helix_megatron.plan.verdict import nothing_fits
-
-            _nothing(plan, args)
-            raise HelixError(nothing_fits(plan))
-        from helix_megatron.plan.explain import explain
-        from helix_megatron.plan.perfetto import pipeline_text, trace_json
-        from helix_megatron.plan.ranking import header
-
-        layout = plan.rows[0].layout
-        print(header(plan))
-        print()
-        print(explain(plan, layout))
-        print(pipeline_text(plan, layout))
-        if args.trace is not None:
-            _write(args.trace, json.dumps(trace_json(plan, layout)))
-            print(f"written: {args.trace} (open it at https://ui.perfetto.dev)")
-        print(command_text(plan, layout, 1))
-        return 0
+        with results_alone(args.trace):
+            return _simulate(plan, args)
     raise AssertionError("exit_on_error leaves by itself")
+
+
+def _simulate(plan: Plan, args: argparse.Namespace) -> int:
+    if not plan.rows:
+        from helix_megatron.plan.verdict import nothing_fits
+
+        _nothing(plan, args)
+        raise HelixError(nothing_fits(plan))
+    from helix_megatron.plan.explain import explain
+    from helix_megatron.plan.perfetto import pipeline_text, trace_json
+    from helix_megatron.plan.ranking import header
+
+    layout = plan.rows[0].layout
+    print(header(plan))
+    print()
+    print(explain(plan, layout))
+    print(pipeline_text(plan, layout))
+    if args.trace is not None:
+        write_text(args.trace, json.dumps(trace_json(plan, layout)))
+        if args.trace != STANDARD_OUTPUT:
+            print(f"written: {args.trace} (open it at https://ui.perfetto.dev)")
+    print(command_text(plan, layout, 1))
+    return 0

@@ -16,6 +16,7 @@ from typing import Any
 
 from helix_megatron.core.layout import HeadLayout, contiguous_runs
 from helix_megatron.errors import HelixError, divisors
+from helix_megatron.outputs import write_text
 from helix_megatron.plan.collective_time import Group
 from helix_megatron.plan.explain import (
     duration,
@@ -274,22 +275,21 @@ SHOWN_RANKS = 64  # of the table in Markdown; JSON has all
 SHOWN_GROUPS = 4
 
 
-def write(plan: Plan, layout: Layout, directory: Path) -> list[Path]:
-    """Write `plan.md` and `plan.json`; their paths.
+def write(plan: Plan, layout: Layout, paths: Sequence[Path]) -> None:
+    """Write the plan of a layout as Markdown and as JSON, to two paths in one directory.
 
     Raises:
         HelixError: the directory cannot be made or written.
     """
     prediction = plan.predict(layout)
     content = deployment(plan, prediction)
-    paths = [directory / "plan.md", directory / "plan.json"]
+    directory = paths[0].parent
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        paths[0].write_text(markdown(plan, prediction, content))
-        paths[1].write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise HelixError(f"cannot write {directory}: {error.strerror}.") from error
-    return paths
+        raise HelixError(f"cannot make {directory}: {error.strerror}.") from error
+    write_text(paths[0], markdown(plan, prediction, content))
+    write_text(paths[1], json.dumps(content, indent=1) + "\n")
 
 
 def markdown(plan: Plan, p: Prediction, content: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from helix_megatron.arguments import add_helix_arguments
+from helix_megatron.arguments import Parser, add_helix_arguments
 from helix_megatron.flags import add_flags, values_of
 from helix_megatron.model.fields import add_model_flags
 from helix_megatron.training.checkpoint_flags import checkpoint_defaults, find_checkpoint
@@ -23,10 +23,9 @@ PROGRAM = "pretrain_gpt.py"
 
 def build_parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     """The training script's parser; `prog` is the program that its usage and errors name."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Train a GPT, dense or mixture-of-experts, with attention on m × n ranks.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--preset",

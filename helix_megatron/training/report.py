@@ -9,16 +9,16 @@ report is written all the same). 2: a file or a flag is wrong.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import math
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from helix_megatron.arguments import exit_on_error
+from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import INPUT_DIRECTORY, OUTPUT_DIRECTORY, one_line, real
+from helix_megatron.outputs import check_free
 from helix_megatron.training.metrics import json_safe
 from helix_megatron.training.report_html import html_report
 from helix_megatron.training.report_picture import DARK, draw_losses
@@ -26,6 +26,7 @@ from helix_megatron.training.report_runs import Comparison, compare, read_run
 from helix_megatron.training.report_table import difference_sentence, table_numbers, table_text
 
 PROGRAM = "helix_megatron.training.report"
+FILES = ("losses.png", "report.json", "report.html")
 
 
 def write_report(comparison: Comparison, out: Path, command: str) -> list[Path]:
@@ -44,23 +45,22 @@ def write_report(comparison: Comparison, out: Path, command: str) -> list[Path]:
     """
     picture = draw_losses(comparison)
     numbers = json_safe({"command": command, "runs": table_numbers(comparison)})
-    files = {
-        out / "losses.png": picture,
-        out / "report.json": (json.dumps(numbers, indent=2, allow_nan=False) + "\n").encode(),
-        out / "report.html": html_report(
-            comparison, picture, draw_losses(comparison, DARK), command
-        ).encode(),
-    }
+    contents = (
+        picture,
+        (json.dumps(numbers, indent=2, allow_nan=False) + "\n").encode(),
+        html_report(comparison, picture, draw_losses(comparison, DARK), command).encode(),
+    )
+    files = [out / name for name in FILES]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path, content in files.items():
+        for path, content in zip(files, contents, strict=True):
             path.write_bytes(content)
     except OSError as error:
         raise HelixError(
             f"cannot write the report to {out}: {error.strerror}. Give --out a directory that you may "
             "write to."
         ) from error
-    return list(files)
+    return files
 
 
 def disagreements(comparison: Comparison, limit: float) -> list[str]:
@@ -84,15 +84,12 @@ def disagreements(comparison: Comparison, limit: float) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code; flags and files that are wrong exit with code 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(arguments)
-    # A terminal whose encoding lacks a dash or a line shows a question mark instead of ending in an error.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     with exit_on_error(PROGRAM):
-        comparison = compare([read_run(path) for path in options.runs], options.baseline)
-        files = write_report(
-            comparison, options.out, shlex.join(["python", "-m", PROGRAM, *arguments])
-        )
+        options = _parser().parse_args(arguments)
+        out = Path(options.out)
+        check_free([out / name for name in FILES], overwrite=options.overwrite)
+        comparison = compare([read_run(Path(path)) for path in options.runs], options.baseline)
+        files = write_report(comparison, out, shlex.join(["python", "-m", PROGRAM, *arguments]))
         print(table_text(comparison), end="\n\n")
         for label, difference in comparison.differences.items():
             print(difference_sentence(label, difference))
@@ -113,47 +110,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {PROGRAM}", description="Shows training runs side by side."
-    )
+    parser = Parser(prog=f"python -m {PROGRAM}", description="Shows training runs side by side.")
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=INPUT_DIRECTORY,
         metavar="RUN_DIR",
         help="directory of a run, with metrics.jsonl and run.json",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=OUTPUT_DIRECTORY,
         required=True,
         metavar="DIR",
         help="where losses.png, report.json and report.html go",
     )
     parser.add_argument(
+        "--overwrite", action="store_true", help="replace the report that is in that directory"
+    )
+    parser.add_argument(
         "--baseline",
+        type=one_line,
         metavar="LABEL",
         help="compare runs of its model with this one, instead of with the first",
     )
     parser.add_argument(
         "--max-difference",
-        type=_limit,
+        type=real(),
         metavar="NATS",
         help="exit with code 1 when losses of runs that train the same model differ by more",
     )
     return parser
-
-
-def _limit(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of at least 0. For fp32 try 1e-4."
-        )
-    return value
 
 
 if __name__ == "__main__":

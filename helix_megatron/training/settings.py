@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.flags import check_values, flag_of, setting
+from helix_megatron.flags import (
+    INPUT,
+    INPUT_DIRECTORY,
+    INPUT_FILE,
+    OUTPUT_DIRECTORY,
+    OUTPUT_FILE,
+    check_values,
+    flag_of,
+    setting,
+)
 
 LOSSES = "losses"
 
@@ -182,24 +191,28 @@ class Data(_Checked):
     text: tuple[str, ...] | None = setting(
         None,
         "text files, read as bytes; the Python language reference when neither this nor --data-path is given",
-        parse=str,
+        parse=INPUT_FILE,
         several=True,
         decides=LOSSES,
     )
     data_path: tuple[str, ...] | None = setting(
         None,
         "prefix of Megatron's .bin/.idx, or weights and prefixes",
-        parse=str,
+        parse=INPUT,
         several=True,
         decides=LOSSES,
     )
-    data_cache_path: str | None = setting(None, "directory for the indices of --data-path")
+    data_cache_path: str | None = setting(
+        None, "directory for the indices of --data-path", parse=OUTPUT_DIRECTORY
+    )
     tokenizer_type: str | None = setting(
         None,
         "tokenizer of --data-path; byte without --tokenizer-model",
         choices=("HuggingFaceTokenizer", "byte"),
     )
-    tokenizer_model: str | None = setting(None, "a Hugging Face tokenizers file (tokenizer.json)")
+    tokenizer_model: str | None = setting(
+        None, "a Hugging Face tokenizers file (tokenizer.json)", parse=INPUT_FILE
+    )
     split: str = setting("969,30,1", "shares for training, validation and test", decides=LOSSES)
 
     def __post_init__(self) -> None:
@@ -220,7 +233,9 @@ class Checkpoints(_Checked):
     """
 
     save: str | None = setting(
-        None, "directory for checkpoints; one is also saved after the last iteration"
+        None,
+        "directory for checkpoints; one is also saved after the last iteration",
+        parse=OUTPUT_DIRECTORY,
     )
     save_interval: int | None = setting(None, "save every so many iterations")
     keep: int | None = setting(
@@ -236,6 +251,7 @@ class Checkpoints(_Checked):
         None,
         "directory of checkpoints to go on from: of this script, of stock Megatron, or converted; saved at any "
         "layout. With the directory of --save a first start finds nothing and begins anew",
+        parse=INPUT_DIRECTORY,
     )
     ckpt_step: int | None = setting(
         None, "load the checkpoint of this iteration; the newest when not given", at_least=0
@@ -292,8 +308,12 @@ class Logging(_Checked):
         0, "validate every so many iterations, and after the last; 0 never", at_least=0
     )
     eval_iters: int = setting(5, "batches of a validation", at_least=0)
-    metrics_jsonl: str | None = setting(None, "write one JSON object per iteration to this file")
-    tensorboard_dir: str | None = setting(None, "write TensorBoard events to this directory")
+    metrics_jsonl: str | None = setting(
+        None, "write one JSON object per iteration to this file", parse=OUTPUT_FILE
+    )
+    tensorboard_dir: str | None = setting(
+        None, "write TensorBoard events to this directory", parse=OUTPUT_DIRECTORY
+    )
     wandb_project: str | None = setting(None, "log to this Weights & Biases project")
     run_name: str | None = setting(None, "name of the run in tables and reports")
     log_communication_time: str = setting(

@@ -10,6 +10,7 @@ import pytest
 
 from helix_megatron.arguments import as_flag
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import Number, PathText, one_line
 from helix_megatron.model.description import FREE_FLAGS, FUNCTION_FLAGS, ModelConfig
 from helix_megatron.training.arguments import build_parser, parse_args
 from helix_megatron.training.run import RunConfig, same_named
@@ -20,7 +21,10 @@ BEFORE = json.loads((Path(__file__).parents[1] / "flags_of_version_1.json").read
 
 def row(action) -> list:
     """What a flag is to a command line, except for its help."""
-    kind = action.type and action.type.__name__
+    kind = getattr(action.type, "__self__", action.type)
+    kind = kind.kind if isinstance(kind, Number) else kind
+    kind = str if kind is one_line or isinstance(kind, PathText) else kind
+    kind = kind and kind.__name__
     choices = action.choices and list(action.choices)
     return [str(kind), action.default, choices, action.nargs, action.dest]
 

@@ -353,7 +353,7 @@ def test_a_trace_holds_the_whole_pipeline(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("0", "--gpus 0 must be at least 1"),
+        ("0", "--gpus is 0. It must be a whole number of at least 1."),
         (
             "16 --tensor-model-parallel-size 3",
             "--tensor-model-parallel-size 3 does not divide --gpus 16. Valid: 1, 2, 4, 8, 16.",
@@ -373,7 +373,7 @@ def test_a_trace_holds_the_whole_pipeline(tmp_path, capsys):
         ("8 --plot plan.gif", "must end in .png or .svg"),
         ("8 --row 100000", "--row 100000: there are rows 1 to"),
         ("8 --frobnicate", "'--frobnicate' is no flag of helix plan"),
-        ("8 --json nowhere/plan.json", "there is no directory nowhere"),
+        ("8 --json nowhere/plan.json", "nowhere is no directory to write to"),
     ],
 )
 def test_impossible_wishes_are_named(capsys, flags, expected):

@@ -147,7 +147,7 @@ def test_a_cluster_file_is_read(tmp_path):
         (("chip: h100", "chip: h101"), "Did you mean h100?"),
         (("network_bandwidth: 25.0e9", ""), "network_bandwidth is missing"),
         (("450e9", "-1"), "domain_bandwidth is -1"),
-        (("450e9", "fast"), "must be a number above 0"),
+        (("450e9", "fast"), "is 'fast'. It must be a finite number of at least 1000.0"),
         (("gpus_per_domain: 4", "gpus_per_domain: 0"), "gpus_per_domain is 0"),
         (("gpus_per_domain: 4", "gpus_per_domain: four"), "gpus_per_domain is 'four'"),
         (("chip: h100", "chip: {flops: 3}"), "chip.memory is missing"),
@@ -164,7 +164,7 @@ def test_wrong_cluster_files_are_named(tmp_path, change, expected):
 def test_wrong_clusters_are_named(tmp_path):
     """As for models."""
     assert "Did you mean dgx-h100?" in error(cluster_of, "dgx-h10")
-    assert "cannot read cluster file" in error(cluster_of, str(tmp_path / "no.yaml"))
+    assert "is missing. A cluster file holds chip" in error(cluster_of, str(tmp_path / "no.yaml"))
     (tmp_path / "list.yaml").write_text("- 1")
     assert "must be a mapping" in error(cluster_of, str(tmp_path / "list.yaml"))
 
