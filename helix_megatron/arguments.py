@@ -103,7 +103,7 @@ def _printable(character: str) -> str:
 
 
 @contextlib.contextmanager
-def exit_on_error(program: str) -> Iterator[None]:
+def exit_on_error(program: str, *, foreign: bool = False) -> Iterator[None]:
     """The frame of every command: how it ends where something is wrong, and how it prints.
 
     A `HelixError` becomes one paragraph on standard error and its exit status (2), Ctrl-C a line and 130. A
@@ -111,6 +111,7 @@ def exit_on_error(program: str) -> Iterator[None]:
     last one without; characters that its encoding lacks are replaced.
 
     Under a launcher only the first rank prints, so that eight ranks do not say the same thing eight times.
+    Other errors of the operating system become a line, too, unless the program is a `foreign` one.
     """
     _prepare_streams()
     first = os.environ.get("RANK", "0") == "0"
@@ -131,14 +132,15 @@ def exit_on_error(program: str) -> Iterator[None]:
         _give_up(sys.stdout)
         sys.exit(1)
     except OSError as error:
+        if foreign:
+            raise
         where = error.filename or "an output"
         _give_up(sys.stdout)
-        with contextlib.suppress(OSError):
-            print(
-                paragraph(program, f"{where} cannot be used: {error.strerror or error}."),
-                file=sys.stderr,
-                flush=True,
-            )
+        text = paragraph(program, f"{where} cannot be used: {error.strerror or error}.")
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except OSError:  # the same disk
+            _give_up(sys.stderr)
         sys.exit(1)
 
 

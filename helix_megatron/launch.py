@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         sys.exit(0 if arguments else 2)
-    with exit_on_error(os.path.basename(arguments[0])):
+    with exit_on_error(os.path.basename(arguments[0]), foreign=True):
         launched_ranks()
         script = _checked(arguments[0])
         sys.argv = [script, *arguments[1:]]

@@ -6,12 +6,16 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
+from typing import TextIO
 
 from helix_megatron.errors import HelixError, Setting, listed
 
 STANDARD_OUTPUT = "-"
 PICTURES = (".png", ".svg")
+# Where results go while what is printed for people goes elsewhere.
+_results: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
 
 def check_file(setting: str, path: str | Path | None, endings: Sequence[str] = ()) -> None:
@@ -71,9 +75,7 @@ def write_text(path: str | Path, text: str) -> None:
         HelixError: the file cannot be written.
     """
     if str(path) == STANDARD_OUTPUT:
-        if sys.__stdout__ is not None:
-            sys.__stdout__.write(text)
-            sys.__stdout__.flush()
+        print(text, end="", file=_results.get() or sys.stdout, flush=True)
         return
     try:
         Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -85,5 +87,12 @@ def write_text(path: str | Path, text: str) -> None:
 def results_alone(path: str | Path | None) -> Iterator[None]:
     """While results go to standard output, what is printed for people goes to standard error."""
     alone = path is not None and str(path) == STANDARD_OUTPUT
-    with contextlib.redirect_stdout(sys.stderr) if alone else contextlib.nullcontext():
+    if not alone:
         yield
+        return
+    before = _results.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.reset(before)

@@ -28,5 +28,5 @@ train moe-4-ranks "(c) Mixture of 8 experts, the same way on four processes" \
   "${common[@]}" "${four[@]}" "${experts[@]}"
 
 echo
-python -m helix_megatron.training.report "$out"/{one-process,helix-4-ranks,moe-4-ranks} --out "$out" \
+python -m helix_megatron.training.report "$out"/{one-process,helix-4-ranks,moe-4-ranks} --out "$out" --overwrite \
   --max-difference 1e-4

@@ -21,20 +21,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.arguments import exit_on_error
+from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.deepspeed import HelixBlock, initialize, read_block
 from helix_megatron.deepspeed.config import in_words_of_the_block
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.flags import INPUT_DIRECTORY, INPUT_FILE, OUTPUT_DIRECTORY, OUTPUT_FILE, whole
 from helix_megatron.run.local_ranks import end_with_parent, start_ranks
-from helix_megatron.run.rank_environment import number_of_ranks, rendezvous
+from helix_megatron.run.rank_environment import MOST_RANKS, number_of_ranks, rendezvous
 
 PROGRAM = "train_deepspeed.py"
 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    args = parser().parse_args(arguments)
     with exit_on_error(PROGRAM):
+        args = parser().parse_args(arguments)
         config = read_config(args.config)
         ranks = number_of_ranks(args.nproc_per_node)
         block = check(config, ranks, args)
@@ -46,26 +47,54 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("config", help='JSON file: DeepSpeed\'s keys, "helix" and "model"')
-    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="start N ranks here")
+    parser = Parser(prog=PROGRAM, description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--steps", type=int, default=30, help="optimizer steps (default: %(default)s)"
+        "config", type=INPUT_FILE, help='JSON file: DeepSpeed\'s keys, "helix" and "model"'
     )
-    parser.add_argument("--seq-length", type=int, default=64, help="tokens (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1234, help="of weights and order of samples")
     parser.add_argument(
-        "--text", nargs="+", metavar="FILE", help="default: Python's language reference"
+        "--nproc-per-node", type=whole(largest=MOST_RANKS), metavar="N", help="start N ranks here"
+    )
+    parser.add_argument(
+        "--steps",
+        type=whole(largest=10**9),
+        default=30,
+        help="optimizer steps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seq-length", type=whole(2, 10**6), default=64, help="tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=1234, help="of weights and order of samples"
+    )
+    parser.add_argument(
+        "--text",
+        type=INPUT_FILE,
+        nargs="+",
+        metavar="FILE",
+        help="default: Python's language reference",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--save", metavar="DIR", help="save a DeepSpeed checkpoint at the end")
-    parser.add_argument("--load", metavar="DIR", help="go on from the latest checkpoint in DIR")
     parser.add_argument(
-        "--metrics-jsonl", metavar="FILE", help="one JSON object per step; run.json beside it"
+        "--save",
+        type=OUTPUT_DIRECTORY,
+        metavar="DIR",
+        help="save a DeepSpeed checkpoint at the end",
     )
-    parser.add_argument("--log-interval", type=int, default=10, metavar="K")
     parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
+        "--load",
+        type=INPUT_DIRECTORY,
+        metavar="DIR",
+        help="go on from the latest checkpoint in DIR",
+    )
+    parser.add_argument(
+        "--metrics-jsonl",
+        type=OUTPUT_FILE,
+        metavar="FILE",
+        help="one JSON object per step; run.json beside it",
+    )
+    parser.add_argument("--log-interval", type=whole(), default=10, metavar="K")
+    parser.add_argument(
+        "--local_rank", type=whole(-1, MOST_RANKS), help=argparse.SUPPRESS
     )  # the deepspeed launcher's
     return parser
 
@@ -94,8 +123,6 @@ def read_config(path: str) -> dict[str, Any]:
 
 def check(config: dict[str, Any], ranks: int, args: argparse.Namespace) -> HelixBlock | None:
     """Find what is wrong before anything starts; the block with its sizes, None if nothing is to be cut."""
-    if ranks < 1 or args.steps < 1 or args.seq_length < 2:
-        raise HelixError("give at least 1 rank, 1 step and a sequence length of 2.")
     block = read_block(config)
     if block is not None:
         block = block.for_world(ranks) if block.active else None

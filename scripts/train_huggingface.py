@@ -7,21 +7,31 @@ python scripts/train_huggingface.py            # the same model and losses on on
 
 import argparse
 
-from helix_megatron.arguments import exit_on_error
+from helix_megatron.arguments import Parser, exit_on_error
+from helix_megatron.flags import INPUT, OUTPUT_DIRECTORY, whole
 from helix_megatron.run.rank_environment import number_of_ranks
+
+PROGRAM = "train_huggingface.py"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog=PROGRAM, description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--intra-head-parallel-size", type=int, default=1, help="segments m of a head"
+        "--intra-head-parallel-size",
+        type=whole(largest=4096),
+        default=1,
+        help="segments m of a head",
     )
-    parser.add_argument("--heads", type=int, default=2, help="query heads and key-value heads")
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
-        "--model", help="directory of a model to start from, in place of a random one"
+        "--heads", type=whole(largest=4096), default=2, help="query heads and key-value heads"
     )
-    parser.add_argument("--save", help="directory for the trained weights, whole")
+    parser.add_argument("--steps", type=whole(largest=10**6), default=20)
+    parser.add_argument(
+        "--model", type=INPUT, help="directory of a model to start from, in place of a random one"
+    )
+    parser.add_argument(
+        "--save", type=OUTPUT_DIRECTORY, help="directory for the trained weights, whole"
+    )
     return parser.parse_args()
 
 
@@ -84,5 +94,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error("train_huggingface.py"):
+    with exit_on_error(PROGRAM):
         main(parse_args())

@@ -9,7 +9,6 @@ is the share of its peak that a chip sustains, one for each chip and precision (
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -18,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.arguments import exit_on_error
+from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.flags import INPUT_FILE, OUTPUT_TEXT
+from helix_megatron.outputs import check_file, results_alone, write_text
 from helix_megatron.plan.clusters import Cluster, cluster_of
 from helix_megatron.plan.score import Prediction, predict_training
 from helix_megatron.plan.settings import Scenario
@@ -197,26 +198,31 @@ def describe(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures of a table."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Compare simulated iteration times with a table of measured ones.",
-        allow_abbrev=False,
     )
-    parser.add_argument("table", type=Path, metavar="TABLE.csv")
-    parser.add_argument("--cluster", help="where it ran; the table's kind decides when not given")
+    parser.add_argument("table", type=INPUT_FILE, metavar="TABLE.csv")
+    parser.add_argument(
+        "--cluster", type=INPUT_FILE, help="where it ran; the table's kind decides when not given"
+    )
     parser.add_argument(
         "--hold-out", action="store_true", help="also fit the sustained share without each model"
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--json",
+        type=OUTPUT_TEXT,
+        metavar="PATH",
+        help="write the figures there; - for standard output",
+    )
     with exit_on_error(PROGRAM):
-        result = evaluate(args.table, args.cluster, args.hold_out)
-        if args.json:
-            try:
-                args.json.write_text(json.dumps(result, indent=2) + "\n")
-            except OSError as error:
-                raise HelixError(f"cannot write {args.json}: {error.strerror}.") from error
-        print(describe(result))
+        args = parser.parse_args(argv)
+        check_file("json", args.json)
+        result = evaluate(Path(args.table), args.cluster, args.hold_out)
+        if args.json is not None:
+            write_text(args.json, json.dumps(result, indent=2) + "\n")
+        with results_alone(args.json):
+            print(describe(result))
         return 0
     raise AssertionError("exit_on_error leaves by itself")
 

@@ -1,7 +1,7 @@
 """Dependencies point down: what a module may import, and what it may know about processes.
 
     errors ← versions, hardware, tables
-           ← layout, flags ← config ← arguments ← model
+           ← layout, flags, outputs ← config ← arguments ← model
            ← observe, meter, collectives, masks, replicated, head_norm
            ← kernels, exchanges, caches
            ← attention, parallel_state, patching, needs
@@ -34,7 +34,7 @@ HOST_IMPORTS = {("deepspeed", "huggingface"), ("deepspeed", "megatron")}
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("versions", "hardware", "tables"),
-    ("layout", "flags"),
+    ("layout", "flags", "outputs"),
     ("config",),
     ("arguments",),
     ("model",),

@@ -33,6 +33,21 @@ WRONG = {
         "Megatron cannot cut experts with biases for 4 tensor parallel ranks. Add --disable-bias-linear, or "
         "deal whole experts to ranks: --expert-model-parallel-size 4.",
     ),
+    "copies of experts": (
+        "--nproc-per-node 2 --tensor-model-parallel-size 2 --num-experts 4 --sequence-parallel "
+        "--expert-tensor-parallel-size 1",
+        "--expert-tensor-parallel-size 1 makes copies of every expert on 2 tensor parallel ranks, and Megatron "
+        "does not sum their gradients. Leave it out to cut experts, with --disable-bias-linear, or deal whole "
+        "ones: --expert-model-parallel-size 2.",
+    ),
+    "steps beyond fp32": (
+        "--lr 1e36 --weight-decay 1e4",
+        "--lr 1e+36 with --adam-beta1 0.9 and --weight-decay 10000 makes steps beyond the numbers of fp32.",
+    ),
+    "a learning rate beyond fp32": (
+        "--lr 3e38",
+        "--lr is 3e+38. The largest valid value is 1e+36.",
+    ),
     "warm-up as long as the run": (
         "--train-iters 10 --lr-warmup-iters 10",
         "--lr-warmup-iters 10 must be less than --lr-decay-iters, which is 10",
@@ -45,7 +60,7 @@ WRONG = {
     "n not dividing the key-value heads": (
         f"{FOUR} {HELIX} 1 --num-attention-heads 4 --group-query-attention --num-query-groups 1 "
         "--intra-head-parallel-size 2",
-        "1 key-value heads cannot form 2 head groups: a key-value head would be split among groups. "
+        "1 key-value head cannot form 2 head groups: a key-value head would be split among groups. "
         "Valid numbers of groups: 1. With 4 ranks try --intra-head-parallel-size 4.",
     ),
     "head dim not divisible by m": (
@@ -106,7 +121,7 @@ WRONG = {
     ),
     "batch arithmetic": (
         "--micro-batch-size 4 --global-batch-size 6",
-        "--global-batch-size 6 is not a multiple of --micro-batch-size 4 times 1 data parallel ranks = 4. "
+        "--global-batch-size 6 is not a multiple of --micro-batch-size 4 times 1 data parallel rank = 4. "
         "Try 8.",
     ),
     "sequence parallel alone": (

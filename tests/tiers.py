@@ -13,7 +13,16 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-PARTS = ("attention", "training", "checkpoints", "conversion", "inference", "serving", "graph")
+PARTS = (
+    "attention",
+    "commands",
+    "training",
+    "checkpoints",
+    "conversion",
+    "inference",
+    "serving",
+    "graph",
+)
 _chosen: set[str] = set()
 
 

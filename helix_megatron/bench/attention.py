@@ -21,10 +21,10 @@ from helix_megatron.bench.attention_case import (
     Measured,
 )
 from helix_megatron.bench.contest import milliseconds, run_cases, times
-from helix_megatron.bench.spawn import hide_gpus
+from helix_megatron.bench.spawn import SIZE, hide_gpus
 from helix_megatron.bench.timing import compare
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.flags import add_flags, values_of
+from helix_megatron.flags import add_flags, one_line, values_of
 from helix_megatron.run.rank_environment import launched_ranks
 from helix_megatron.tables import text_table
 
@@ -40,6 +40,7 @@ HELP = "time and bytes of the attention layer, side by side with stock Megatron'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cases",
+        type=one_line,
         nargs="+",
         metavar="H,G,P,D",
         help="query heads, key-value heads, ranks, dimensions of a head "
@@ -47,13 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flags(parser, Case)
     help_text = "timed turns of all layers (default: %(default)s)"
-    parser.add_argument("--repeats", type=int, default=21, metavar="N", help=help_text)
+    parser.add_argument("--repeats", type=SIZE, default=21, metavar="N", help=help_text)
 
 
 def run(args: argparse.Namespace) -> int:
     hide_gpus()
-    if args.repeats < 1:
-        raise HelixError(f"--repeats {args.repeats} must be at least 1.")
     cases = select_cases(args)
     if os.environ.get("RANK", "0") == "0":
         print(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from helix_megatron.bench.spawn import RANKS, SIZE
 from helix_megatron.bench.timing import Samples
 from helix_megatron.config import EXCHANGES, HelixConfig
 from helix_megatron.core.exchanges import AttentionShape, Exchange, choose
@@ -63,13 +65,16 @@ class Case:
     @classmethod
     def parse(cls, text: str, **settings: object) -> Case:
         """From `16,2,4,64`: query heads, key-value heads, ranks, head dimensions."""
-        numbers = text.split(",")
-        if len(numbers) != 4 or not all(n.strip().isdecimal() and int(n) for n in numbers):
-            raise HelixError(
-                f"case {text!r} is not four positive whole numbers: query heads, key-value heads, ranks, "
-                f"dimensions of a head. Example: {DEFAULT_CASES[0]}."
+        try:
+            h, g, p, d = (
+                read(n) for read, n in zip((SIZE, SIZE, RANKS, SIZE), text.split(","), strict=True)
             )
-        return cls(*(int(n) for n in numbers), **settings)  # type: ignore[arg-type]
+        except (argparse.ArgumentTypeError, ValueError):
+            raise HelixError(
+                f"case {text!r:.200} is not four positive whole numbers: query heads, key-value heads, ranks, "
+                f"dimensions of a head. Ranks are at most {RANKS.largest}. Example: {DEFAULT_CASES[0]}."
+            ) from None
+        return cls(h, g, p, d, **settings)  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from helix_megatron.bench.result_file import write_json
 from helix_megatron.checkpoint.command import parse_size
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import INPUT_DIRECTORY, one_line
 from helix_megatron.tables import text_table
 
 NAME = "convert"
@@ -70,9 +71,10 @@ class Row(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="1GB", help="of the model (default: %(default)s)")
+    size = "of the model (default: %(default)s)"
+    parser.add_argument("--size", type=one_line, default="1GB", help=size)
     where = "where to write, some four times the size (default: a temporary one)"
-    parser.add_argument("--directory", help=where)
+    parser.add_argument("--directory", type=INPUT_DIRECTORY, help=where)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from helix_megatron.bench.contest import milliseconds, run_cases, times
 from helix_megatron.bench.decode_case import STOCK, STOCK_PAGED, DecodeCase, Measured
-from helix_megatron.bench.spawn import hide_gpus
+from helix_megatron.bench.spawn import SIZE, hide_gpus
 from helix_megatron.bench.timing import compare
 from helix_megatron.core.caches import SEGMENTS
 from helix_megatron.errors import HelixError
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, DecodeCase)
     parser.add_argument(
         "--context",
-        type=int,
+        type=SIZE,
         nargs="+",
         default=[DecodeCase.context],
         metavar="N",
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {DecodeCase.context})",
     )
     help_text = "timed steps of each, in turns (default: %(default)s)"
-    parser.add_argument("--turns", type=int, default=11, metavar="N", help=help_text)
+    parser.add_argument("--turns", type=SIZE, default=11, metavar="N", help=help_text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,8 +54,6 @@ def run(args: argparse.Namespace) -> int:
     hide_gpus()
     if launched_ranks() is not None:
         raise HelixError("this starts its ranks by itself. Run it without torchrun.")
-    if args.turns < 1:
-        raise HelixError(f"--turns {args.turns} must be at least 1.")
     settings = values_of(DecodeCase, vars(args))
     cases = [DecodeCase(**settings | {"context": context}) for context in args.context]
     texts: dict[str, Any] = {"summary": summary, "describe": describe, "legend": LEGEND}

@@ -28,7 +28,7 @@ FLAGS = {
 }
 SWITCHES = ("sp", "zero1")
 NUMBERS = ("tp", "pp", "vpp", "ep", "etp", "m", "mb")
-EXPRESSION = re.compile(r"(\d+|N)(?:/(\d+))?")
+EXPRESSION = re.compile(r"(\d{1,9}|N)(?:/(\d{1,9}))?")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.bench.layout_spec import LayoutSpec, rivals, validated
-from helix_megatron.bench.result_file import check_output, write_json
+from helix_megatron.bench.result_file import write_json
+from helix_megatron.bench.spawn import SIZE
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import OUTPUT_FILE, one_line, whole
+from helix_megatron.outputs import PICTURES, check_file
+from helix_megatron.run.rank_environment import MOST_RANKS
 from helix_megatron.training.run import RunConfig
 
 NAME = "layouts"
@@ -35,16 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layout = """such as tp=4,m=2 or tp=N/2,pp=2 (N: the ranks); again for another. The first is what
         the others are compared with. Keys: tp, pp, vpp (layers of a virtual stage), m, ep, etp, mb
         (micro-batch), exchange, query, attention, sp and zero1 (on or off)"""
-    add("--layout", action="append", metavar="LAYOUT", help=layout)
+    add("--layout", action="append", type=one_line, metavar="LAYOUT", help=layout)
     ranks = "ranks; with --scaling several: 1,2,4 (default: 4)"
-    add("--ranks", default="4", metavar="N", help=ranks)
+    add("--ranks", type=one_line, default="4", metavar="N", help=ranks)
     scaling = """the layouts at every number of ranks: with the same global batch, or with one that grows with
         the ranks"""
     add("--scaling", choices=("strong", "weak"), help=scaling)
-    add("--rounds", type=int, default=3, metavar="R", help="turns of all layouts (default: 3)")
-    add("--iterations", type=int, default=6, metavar="I", help="timed in each (default: 6)")
-    add("--warm-up", type=int, default=2, metavar="W", help="iterations before (default: 2)")
-    add("--plot", type=Path, metavar="PATH", help="draw the results (.png or .svg)")
+    add("--rounds", type=SIZE, default=3, metavar="R", help="turns of all layouts (default: 3)")
+    add("--iterations", type=SIZE, default=6, metavar="I", help="timed in each (default: 6)")
+    whole_number = whole(0, 10**6)
+    add(
+        "--warm-up",
+        type=whole_number,
+        default=2,
+        metavar="W",
+        help="iterations before (default: 2)",
+    )
+    add("--plot", type=OUTPUT_FILE, metavar="PATH", help="draw the results (.png or .svg)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -70,7 +81,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     print(report.losses_text(results))
     write_json(args.json, args.argv, [asdict(result) for result in results])
     if args.plot is not None:
-        report.draw(results, args.plot, scaling=args.scaling)
+        report.draw(results, Path(args.plot), scaling=args.scaling)
         print(f"written: {args.plot}")
     return 0
 
@@ -81,18 +92,17 @@ def _check(args: argparse.Namespace) -> list[int]:
         numbers = [int(word) for word in args.ranks.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
-        raise HelixError(f"--ranks {args.ranks} must be a number, or several such as 1,2,4.")
+    if (
+        not numbers
+        or len(set(numbers)) < len(numbers)
+        or not 1 <= min(numbers) <= max(numbers) <= MOST_RANKS
+    ):
+        raise HelixError(
+            f"--ranks {args.ranks:.60} must be a number from 1 to {MOST_RANKS}, or several such as 1,2,4."
+        )
     if len(numbers) > 1 and not args.scaling:
         raise HelixError(f"--ranks {args.ranks}: several numbers need --scaling strong or weak.")
-    for name in ("rounds", "iterations"):
-        if getattr(args, name) < 1:
-            raise HelixError(f"--{name} {getattr(args, name)} must be at least 1.")
-    if args.warm_up < 0:
-        raise HelixError(f"--warm-up {args.warm_up} must not be negative.")
-    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
-        raise HelixError(f"--plot {args.plot}: the name must end in .png or .svg.")
-    check_output("--plot", args.plot)
+    check_file("plot", args.plot, PICTURES)
     return sorted(numbers)
 
 

@@ -8,30 +8,13 @@ import os
 import platform
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from helix_megatron import __version__
-from helix_megatron.errors import HelixError
+from helix_megatron.outputs import write_text
 from helix_megatron.versions import found_version
 
 PROGRAM = "python -m helix_megatron.bench"
-
-
-def check_output(flag: str, path: Path | str | None) -> None:
-    """Find out before a long measurement that its result could not be written.
-
-    Raises:
-        HelixError: the directory does not exist or cannot be written to.
-    """
-    if path is None:
-        return
-    directory = Path(path).parent
-    if not directory.is_dir() or not os.access(directory, os.W_OK) or Path(path).is_dir():
-        raise HelixError(
-            f"{flag} {path} cannot be written: {directory} is no directory that can be written to, or the path "
-            "is a directory itself. Give a file in a directory that exists."
-        )
 
 
 def write_json(path: str | None, arguments: Sequence[str], results: Any) -> None:
@@ -54,4 +37,4 @@ def write_json(path: str | None, arguments: Sequence[str], results: Any) -> None
         },
         "results": results,
     }
-    Path(path).write_text(json.dumps(document, indent=2) + "\n")
+    write_text(path, json.dumps(document, indent=2) + "\n")

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import whole
 from helix_megatron.run.local_ranks import USER_ERROR, rank_environment, supervised, wait_for
-from helix_megatron.run.rank_environment import launched_ranks
+from helix_megatron.run.rank_environment import MOST_RANKS, launched_ranks
 
+# Types of flags: sizes of what is measured, and ranks of this machine.
+SIZE, RANKS = whole(largest=10**7), whole(largest=MOST_RANKS)
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # read when torch is imported; `_rank` sets its own number
     "TORCHDYNAMO_DISABLE": "1",  # megatron-core compiles small functions, which takes longer than it saves

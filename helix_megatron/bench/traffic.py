@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import re
 import warnings
 from typing import Any, NamedTuple
 
 from helix_megatron.bench.result_file import write_json
-from helix_megatron.bench.spawn import hide_gpus
+from helix_megatron.bench.spawn import RANKS, SIZE, hide_gpus
 from helix_megatron.bench.traffic_layer import Layer
 from helix_megatron.config import EXCHANGES
 from helix_megatron.core.exchanges import EXACT, choose
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.flags import flag_of
+from helix_megatron.flags import one_line
 from helix_megatron.hardware import GPU
 from helix_megatron.run.rank_environment import launched_ranks
 from helix_megatron.tables import text_table
@@ -62,9 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequence-length": 10000,
     }
     add = parser.add_argument
-    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    number: dict[str, Any] = {"type": SIZE, "metavar": "N"}
     for flag, default in sizes.items():
-        add(flag, default=default, help="(default: %(default)s)", **number)
+        kind = RANKS if "parallel" in flag else SIZE
+        add(flag, type=kind, metavar="N", default=default, help="(default: %(default)s)")
     add("--num-query-groups", help="key-value heads (default: all heads)", **number)
     segments = "segments of a head (default: the ranks for each key-value head)"
     add("--intra-head-parallel-size", help=segments, **number)
@@ -74,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen = "the choice to mark; auto is the fastest by the cost model of a GPU (default: auto)"
     add("--exchange", choices=EXCHANGES, default="auto", help=chosen)
     ranks = "ranks to trace: all, or a list such as 0,31 (default: all)"
-    add("--ranks", default="all", metavar="R", help=ranks)
+    add("--ranks", type=one_line, default="all", metavar="R", help=ranks)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,10 +99,6 @@ def run(args: argparse.Namespace) -> int:
 
 def layer_of(args: argparse.Namespace) -> Layer:
     """The layer that the flags describe."""
-    for name, value in vars(args).items():
-        least = min(value) if type(value) is list and name != "argv" else value
-        if type(least) is int and least < 1:
-            raise HelixError(f"{flag_of(name)} {least} must be at least 1.")
     ranks = args.tensor_model_parallel_size
     kv_heads = args.num_query_groups or args.num_attention_heads
     return Layer(
@@ -120,10 +118,10 @@ def parse_ranks(text: str, ranks: int) -> list[int]:
     if text == "all":
         return list(range(ranks))
     parts = text.split(",")
-    if not all(part.isdecimal() and int(part) < ranks for part in parts):
+    if not all(re.fullmatch(r"\d{1,9}", part) and int(part) < ranks for part in parts):
         raise HelixError(
-            f"--ranks {text} is not a list of ranks. Valid: all, or numbers from 0 to {ranks - 1} separated "
-            "by commas."
+            f"--ranks {text:.200} is not a list of ranks. Valid: all, or numbers from 0 to {ranks - 1} "
+            "separated by commas."
         )
     return [int(part) for part in parts]
 

@@ -25,7 +25,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from helix_megatron.errors import HelixError, Setting, divisors
+from helix_megatron.errors import HelixError, Setting, counted, divisors
 
 QueryLayout = Literal["segments", "heads"]
 RotaryStyle = Literal["none", "half", "interleaved"]
@@ -266,17 +266,17 @@ class HeadLayout:
         self._check_rotary_dim()
         if h % g:
             raise HelixError(
-                f"{h} query heads cannot share {g} key-value heads evenly.",
+                f"{counted(h, 'query head')} cannot share {counted(g, 'key-value head')} evenly.",
                 setting="num_kv_heads",
                 value=g,
                 valid=divisors(h),
                 valid_name="numbers of key-value heads",
             )
         if g % n:
-            heads = f"{h} heads" if g == h or h % n else f"{g} key-value heads"
+            heads = counted(h, "head") if g == h or h % n else counted(g, "key-value head")
             why = ": a key-value head would be split among groups" if not h % n else ""
             raise HelixError(
-                f"{heads} cannot form {n} head groups{why}.",
+                f"{heads} cannot form {counted(n, 'head group')}{why}.",
                 setting="head_groups",
                 value=n,
                 valid=divisors(g),

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from helix_megatron.arguments import exit_on_error
+from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.data.documents import (
     BOM,
     DOCUMENT_RULES,
@@ -45,8 +45,10 @@ from helix_megatron.data.documents import (
 from helix_megatron.data.indexed_files import add_documents, write_indexed_datasets
 from helix_megatron.data.text import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.flags import INPUT_FILE, OUTPUT_FILE, one_line, whole
 
 BATCHES_IN_FLIGHT = 4  # per worker; bounds memory when writing is slower than reading
+MOST_WORKERS = 4096
 
 
 @dataclass(frozen=True)
@@ -299,16 +301,18 @@ def _check(
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags; Megatron's where it has one."""
-    parser = argparse.ArgumentParser(prog="preprocess_data.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--input", dest="inputs", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
+    parser = Parser(prog="preprocess_data.py", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--input", dest="inputs", type=INPUT_FILE, nargs="+", required=True, metavar="FILE"
+    )
+    parser.add_argument("--output-prefix", type=OUTPUT_FILE, required=True, metavar="PREFIX")
     parser.add_argument(
         "--input-format",
         choices=INPUT_FORMATS,
         default="auto",
         help="what the files hold; auto looks at their names and their first lines",
     )
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY")
+    parser.add_argument("--json-keys", type=one_line, nargs="+", default=["text"], metavar="KEY")
     parser.add_argument(
         "--split-documents",
         choices=DOCUMENT_RULES,
@@ -319,14 +323,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=TOKENIZER_TYPES,
         help="how text becomes tokens (default: HuggingFaceTokenizer with --tokenizer-model, else byte)",
     )
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="the file, a tokenizer.json")
     parser.add_argument(
-        "--eod-token", metavar="TEXT", help="the token of that file that ends a document"
+        "--tokenizer-model", type=INPUT_FILE, metavar="FILE", help="the file, a tokenizer.json"
+    )
+    parser.add_argument(
+        "--eod-token",
+        type=one_line,
+        metavar="TEXT",
+        help="the token of that file that ends a document",
     )
     parser.add_argument(
         "--append-eod", action="store_true", help="end every document with that token"
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N")
+    parser.add_argument("--workers", type=whole(largest=MOST_WORKERS), default=1, metavar="N")
     parser.add_argument("--overwrite", action="store_true", help="replace output that exists")
     return parser.parse_args(argv)
 
@@ -347,11 +356,11 @@ def _clean_termination() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `scripts/preprocess_data.py`. Exits with code 2 and one paragraph for wrong input."""
-    settings = vars(parse_arguments(argv))
-    settings["json_keys"] = tuple(settings["json_keys"])
-    names = [field.name for field in dataclasses.fields(Encoding)]
-    encoding = Encoding(**{name: settings.pop(name) for name in names})
     with exit_on_error("preprocess_data.py"), _clean_termination():
+        settings = vars(parse_arguments(argv))
+        settings["json_keys"] = tuple(settings["json_keys"])
+        names = [field.name for field in dataclasses.fields(Encoding)]
+        encoding = Encoding(**{name: settings.pop(name) for name in names})
         try:
             print(preprocess(encoding=encoding, **settings))
         except OSError as error:

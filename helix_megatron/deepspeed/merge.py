@@ -7,7 +7,6 @@ Neither ranks nor the model are needed: `helix_parts.json` in the checkpoint say
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import sys
@@ -15,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.arguments import exit_on_error
+from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.checkpoint.safe import load_pt
 from helix_megatron.deepspeed.checkpoints import FILE, find_checkpoint, indices_of, read_manifest
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.flags import INPUT_DIRECTORY, OUTPUT_FILE, one_line
+from helix_megatron.outputs import check_file, check_free
 
 PROGRAM = "helix_megatron.deepspeed.merge"
 
@@ -116,30 +117,40 @@ def _module_state(checkpoint: Path, rank: int, trust: bool) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Wrong input prints one paragraph and exits with 2."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}",
         description="Whole Hugging Face weights from a DeepSpeed checkpoint of a cut model.",
     )
-    parser.add_argument("directory", help="what was passed to engine.save_checkpoint")
-    parser.add_argument("output", help="the safetensors file to write")
     parser.add_argument(
-        "--tag", help="which checkpoint (default: the one that DIRECTORY/latest names)"
+        "directory", type=INPUT_DIRECTORY, help="what was passed to engine.save_checkpoint"
+    )
+    parser.add_argument("output", type=OUTPUT_FILE, help="the safetensors file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file")
+    parser.add_argument(
+        "--tag",
+        type=one_line,
+        help="which checkpoint (default: the one that DIRECTORY/latest names)",
     )
     parser.add_argument(
-        "--prefix", default="", help="of the model's names inside a module of your own"
+        "--prefix",
+        type=one_line,
+        default="",
+        help="of the model's names inside a module of your own",
     )
     parser.add_argument(
         "--trust-checkpoint",
         action="store_true",
         help="read pickles that could run code of whoever wrote them; only for files that are your own",
     )
-    args = parser.parse_args(argv)
     with exit_on_error(PROGRAM):
+        args = parser.parse_args(argv)
+        check_file("output", args.output)
+        check_free([Path(args.output)], overwrite=args.overwrite)
         whole = merge_checkpoint(
             args.directory, args.tag, prefix=args.prefix, trust=args.trust_checkpoint
         )
         _write(whole, args.output)
-    print(f"{len(whole)} tensors written to {args.output}")
+        print(f"{len(whole)} tensors written to {args.output}")
 
 
 def _write(whole: dict[str, Any], output: str) -> None:

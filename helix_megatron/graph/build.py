@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from helix_megatron.graph.trace import Participation, RankTrace
     from helix_megatron.training.run import RunConfig
 
-COMPLETE = "complete_helix_model"
+COMPLETE, ATTENTION, MLP = (
+    "complete_helix_model",
+    "mha_layer_{}_partitioned",
+    "mlp_layer_{}_tensor_parallel",
+)
 MESSAGE = "send"
 
 
@@ -93,12 +97,12 @@ def _collective(name: str, key: Any, parts: list[tuple[int, Participation]]) -> 
 
 def attention_view(graph: Graph, layer: int = 0) -> Graph:
     """Norm, attention and residual of one layer, on all ranks that have it."""
-    return view(graph, f"mha_layer_{layer}_partitioned", _half(graph, layer, "attention"))
+    return view(graph, ATTENTION.format(layer), _half(graph, layer, "attention"))
 
 
 def mlp_view(graph: Graph, layer: int = 0) -> Graph:
     """Norm, MLP (or experts) and residual of one layer."""
-    return view(graph, f"mlp_layer_{layer}_tensor_parallel", _half(graph, layer, "mlp"))
+    return view(graph, MLP.format(layer), _half(graph, layer, "mlp"))
 
 
 def view(graph: Graph, name: str, kept: dict[str, Node]) -> Graph:

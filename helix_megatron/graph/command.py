@@ -15,6 +15,7 @@ from typing import Any
 from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.errors import HelixError
 from helix_megatron.flags import OUTPUT_DIRECTORY, add_flags, check_values, setting
+from helix_megatron.graph.build import ATTENTION, COMPLETE, MLP
 from helix_megatron.outputs import check_free
 
 DESCRIPTION = """\
@@ -27,9 +28,7 @@ All other flags are those of scripts/pretrain_gpt.py: --preset, model and parall
 is that of --preset paper-dense. The baseline of the paper: --preset paper-dense --tensor-model-parallel-size 8
 --pipeline-model-parallel-size 2 --intra-head-parallel-size 1."""
 DEFAULT = ("--preset", "paper-dense")
-# Names of graphs are those of graph.build's views.
-NAMES, PAGE = ("model", "attention", "mlp"), "helix_graph.html"
-FILES = (*(f"{name}.{kind}" for name in NAMES for kind in ("json", "dot", "svg")), PAGE)
+PAGE = "helix_graph.html"
 MOST_RANKS, MOST_MICRO_BATCHES = 4096, 4096
 MOST_JOBS = 2  # each traces with up to 1.5 GB
 
@@ -82,7 +81,9 @@ def main(argv: Sequence[str] | None = None, program: str = "helix graph") -> int
 def _run(args: Options, rest: list[str], program: str) -> int:
     check_values(args)
     output = Path(args.output)
-    check_free([output / name for name in FILES], overwrite=args.overwrite)
+    names = [name.format(args.layer) for name in (COMPLETE, ATTENTION, MLP)]
+    files = [f"{name}.{kind}" for name in names for kind in ("json", "dot", "svg")]
+    check_free([output / name for name in (*files, PAGE)], overwrite=args.overwrite)
     from helix_megatron.bench.spawn import ENVIRONMENT, hide_gpus
     from helix_megatron.run.rank_environment import launched_ranks
 

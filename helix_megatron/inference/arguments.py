@@ -14,11 +14,12 @@ from typing import Any
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
-from helix_megatron.flags import add_flags
+from helix_megatron.flags import INPUT, INPUT_DIRECTORY, add_flags, whole
 from helix_megatron.model.description import MODEL_FLAGS, ModelConfig
 from helix_megatron.training.run import RunConfig
 from helix_megatron.training.settings import Checkpoints, Parallelism, Training
 
+RANKS = whole(largest=4096)  # of one machine
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
 # Model flags that mean nothing here, or that another flag of ours is for, are left out.
 OVERRIDES = tuple(
@@ -26,7 +27,7 @@ OVERRIDES = tuple(
     for f in dataclasses.fields(ModelConfig)
     if f.name in MODEL_FLAGS and f.metadata.get("inference", True)
 )
-RANKS = ("distributed_backend", "distributed_timeout_minutes", "nproc_per_node")
+RANK_SETTINGS = ("distributed_backend", "distributed_timeout_minutes", "nproc_per_node")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     group = parser.add_argument_group("checkpoint")
     group.add_argument(
         "--load",
+        type=INPUT_DIRECTORY,
         metavar="DIR",
         required=True,
         help="the model: checkpoints of Helix or of Megatron, files per rank, or a Hugging Face model",
@@ -63,6 +65,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     add_flags(group, Checkpoints, ("ckpt_step",))
     group.add_argument(
         "--tokenizer",
+        type=INPUT,
         metavar="PATH",
         help="directory of a Hugging Face tokenizer, a tokenizer.json, or byte: every byte is a token "
         "(default: what lies with the checkpoint; byte for a vocabulary of 256)",
@@ -163,7 +166,7 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ranks")
     group.add_argument(
         "--tensor-model-parallel-size",
-        type=int,
+        type=RANKS,
         help="tensor parallel ranks p = m·n (default: the number of ranks, and no other is possible)",
     )
     group.add_argument(
@@ -187,16 +190,16 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
         )
     group.add_argument(
         "--expert-model-parallel-size",
-        type=int,
+        type=RANKS,
         help="ranks among which experts are dealt (default: all of them where the experts divide by them, "
         "else 1)",
     )
     group.add_argument(
         "--expert-tensor-parallel-size",
-        type=int,
+        type=RANKS,
         help="tensor parallel ranks inside an expert (default: 1 where experts are dealt, else all)",
     )
-    add_flags(group, Parallelism, RANKS)
+    add_flags(group, Parallelism, RANK_SETTINGS)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -209,18 +212,12 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _segments(text: str) -> int | str:
-    if text == "auto":
-        return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a whole number")
-    return int(text)
+    return text if text == "auto" else int(RANKS(text))
 
 
 def _tensor_parallel_size(tensor: int | None, world_size: int) -> int:
     if tensor is None:
         return world_size
-    if tensor < 1:
-        raise HelixError(f"--tensor-model-parallel-size is {tensor}. It must be at least 1.")
     if tensor != world_size:
         raise HelixError(
             f"--tensor-model-parallel-size {tensor} and {world_size} ranks: one copy of the model lies on all "

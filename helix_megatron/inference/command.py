@@ -12,18 +12,18 @@ import statistics
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from helix_megatron.arguments import exit_on_error
-from helix_megatron.errors import HelixError
-from helix_megatron.flags import add_flags, values_of
-from helix_megatron.inference.batching_flags import EngineOptions
+from helix_megatron.arguments import Parser, exit_on_error
+from helix_megatron.errors import HelixError, counted
+from helix_megatron.flags import INPUT_FILE, add_flags, real, values_of, whole
+from helix_megatron.inference.batching_flags import MOST_NUMBER, EngineOptions
 from helix_megatron.inference.request import Output, Request, Sampling, TextStream, Tokens
 from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.run.local_ranks import end_with_parent, start_ranks
+from helix_megatron.run.quiet import ignore_megatron_warnings
 from helix_megatron.run.rank_environment import number_of_ranks
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from helix_megatron.inference.engine import Engine
 
 PROGRAM = "helix generate"
+MOST_TEMPERATURE = 1e6  # any token is then as likely as any other
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
@@ -41,7 +42,12 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", default=[], help="a text; may be given again")
     group.add_argument(
-        "--prompt-file", action="append", default=[], metavar="FILE", help="a file with one prompt"
+        "--prompt-file",
+        type=INPUT_FILE,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file with one prompt",
     )
     group.add_argument(
         "--chat",
@@ -50,17 +56,28 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("tokens")
     group.add_argument(
-        "--max-tokens", type=int, default=128, help="of each output (default: %(default)s)"
+        "--max-tokens",
+        type=whole(largest=MOST_NUMBER),
+        default=128,
+        help="of each output (default: %(default)s)",
     )
     group.add_argument(
         "--temperature",
-        type=float,
+        type=real(at_most=MOST_TEMPERATURE),
         default=0.0,
         help="divides the logits; 0 takes the most likely token (default: %(default)s)",
     )
-    group.add_argument("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all")
     group.add_argument(
-        "--top-p", type=float, default=1.0, help="only the most likely tokens of this probability"
+        "--top-k",
+        type=whole(0, MOST_NUMBER),
+        default=0,
+        help="only the k most likely tokens; 0: all",
+    )
+    group.add_argument(
+        "--top-p",
+        type=real(above=0, at_most=1),
+        default=1.0,
+        help="only the most likely tokens of this probability",
     )
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end an output before this text"
@@ -77,7 +94,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 def command_parser(program: str, description: str) -> argparse.ArgumentParser:
     from helix_megatron.inference.arguments import add_checkpoint_arguments
 
-    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    parser = Parser(prog=program, description=description)
     add_checkpoint_arguments(parser)
     add_flags(parser.add_argument_group("cache and batching"), EngineOptions)
     return parser
@@ -97,15 +114,6 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         _sampling(options, frozenset(), options.seed)
         generate = functools.partial(_generate, options)
         return run_command("generate", options, arguments, generate)
-
-
-def ignore_megatron_warnings() -> None:
-    """Those of packages that it could use, of settings for GPUs, of old names of torch's functions.
-
-    Every rank would print them.
-    """
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
 
 
 def run_command(
@@ -296,7 +304,7 @@ def _summary(answers: Sequence[Answer], seconds: float, begin: float) -> str:
     count = sum(len(answer.tokens) for answer in answers)
     first = statistics.median(answer.times[0] - begin for answer in answers if answer.times)
     text = (
-        f"{count} tokens of {len(answers)} prompt{'s' * (len(answers) != 1)} in {seconds:.2f} s: "
+        f"{counted(count, 'token')} of {counted(len(answers), 'prompt')} in {seconds:.2f} s: "
         f"{count / seconds:,.1f} tokens/s; first token after {first * 1e3:,.0f} ms"
     )
     each = [

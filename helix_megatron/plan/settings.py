@@ -11,7 +11,7 @@ from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.models import ModelSpec
 
 # Beyond every cluster and every job there is; a search stays a matter of seconds.
-MOST_GPUS, MOST_SEQUENCES, MOST_TOKENS = 10**6, 10**8, 10**8
+MOST_GPUS, MOST_SEQUENCES, MOST_TOKENS = 200_000, 10**8, 10**8
 TASKS = ("train", "prefill", "decode")
 PRECISIONS = ("bf16", "fp8", "fp32")
 

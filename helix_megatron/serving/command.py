@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helix_megatron.arguments import exit_on_error
-from helix_megatron.errors import HelixError
-from helix_megatron.flags import add_flags, values_of
+from helix_megatron.errors import HelixError, counted
+from helix_megatron.flags import INPUT_FILE, add_flags, one_line, values_of
 from helix_megatron.inference.batching_flags import EngineOptions
 from helix_megatron.inference.command import (
     command_parser,
-    ignore_megatron_warnings,
     opened,
     ranks_together,
     run_command,
     say,
 )
 from helix_megatron.run.local_ranks import end_with_parent
+from helix_megatron.run.quiet import ignore_megatron_warnings
 from helix_megatron.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -50,10 +50,12 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     add_flags(group, ServerSettings)
     group.add_argument(
         "--model-name",
+        type=one_line,
         help="the name that clients ask for (default: that of the checkpoint's directory)",
     )
     group.add_argument(
         "--api-key-file",
+        type=INPUT_FILE,
         metavar="FILE",
         help="a file of keys, one a line, of which a request needs one; more are taken from the variable "
         f"{KEY_VARIABLE}, separated by commas (default: no key is asked for)",
@@ -165,8 +167,8 @@ def _answer(
         say(f"Anybody who reaches {settings.host} may ask: there is no API key ({KEY_VARIABLE}).")
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     say(
-        f"{settings.model_name}: http://{host}:{port}/v1, {ranks} "
-        f"rank{'s' * (ranks != 1)}, contexts of up to {engine.capacity.max_context:,} tokens"
+        f"{settings.model_name}: http://{host}:{port}/v1, {counted(ranks, 'rank')}, contexts of up to "
+        f"{engine.capacity.max_context:,} tokens"
     )
     try:
         engine.run()

@@ -66,6 +66,7 @@ class Trainer:
             consumed_samples += run.global_batch_size
             began = time.perf_counter()
             self.meter.reset()
+            learning_rate = self.optimizer.param_groups[0]["lr"]  # before the schedule goes on
             loss, norm, updated = self._step(batches, iteration)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -79,7 +80,7 @@ class Trainer:
                 iteration=iteration,
                 lm_loss=loss,
                 grad_norm=norm,
-                learning_rate=self.optimizer.param_groups[0]["lr"],
+                learning_rate=learning_rate,
                 loss_scale=float(self.optimizer.get_loss_scale().item()),
                 skipped=not updated,
                 memory_bytes=memory_bytes(),

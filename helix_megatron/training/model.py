@@ -108,7 +108,23 @@ def build_chunk(
         **run.model.gpt_settings,
     )
     scale_embeddings(model, run.model.embedding_multiplier)
+    leave_communication_to_the_dispatcher(model)
     return model
+
+
+def leave_communication_to_the_dispatcher(model: Any) -> None:
+    """Linear layers of whole experts neither reduce their outputs nor share biases with tensor parallel ranks.
+
+    Megatron's reduction over one rank returns what it is given, and autograd lets nobody add a bias to that in
+    place. And it takes biases of experts for copies: with sequence parallelism it sums gradients of those on
+    other tensor parallel ranks, which are of other experts, and leaves them out of the norm.
+    """
+    for module in model.modules():
+        if getattr(module, "is_expert", False) and hasattr(module, "explicit_expert_comm"):
+            module.explicit_expert_comm = True
+            if module.bias is not None:
+                module.bias.sequence_parallel = False
+                module.bias.tensor_model_parallel = True
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.data.text import build_tokenizer
+from helix_megatron.errors import counted
 from helix_megatron.hardware import MACHINES, Machine
 from helix_megatron.run.local_ranks import end_with_parent, start_ranks
+from helix_megatron.run.quiet import ignore_megatron_warnings
 from helix_megatron.run.rank_environment import number_of_ranks, rendezvous
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.run import RunConfig
@@ -48,15 +50,15 @@ def description_of(run: RunConfig) -> str:
     """What a validated run would be, for people."""
     layout, sizes = run.layout, run.sizes
     lines = [
-        f"{run.world_size} ranks: tensor parallel {sizes['tp']}, pipeline parallel {sizes['pp']}, "
+        f"{counted(run.world_size, 'rank')}: tensor parallel {sizes['tp']}, pipeline parallel {sizes['pp']}, "
         f"data parallel {sizes['dp']}, expert parallel {sizes['ep']}."
     ]
     if not run.helix.active:
         lines.append("Attention: stock Megatron (intra-head parallel size 1).")
         return "\n".join(lines)
     lines.append(
-        f"Attention: {run.helix.attention}, {layout.head_groups} head groups of {layout.segments} segments, "
-        f"query layout {layout.query_layout}."
+        f"Attention: {run.helix.attention}, {counted(layout.head_groups, 'head group')} of "
+        f"{counted(layout.segments, 'segment')}, query layout {layout.query_layout}."
     )
     if run.logging.explain:
         lines += layout.rank_lines()
@@ -205,7 +207,7 @@ def run_description(run: RunConfig) -> dict[str, Any]:
     from helix_megatron.training.metrics import command_line, software_versions
 
     return {
-        "label": run.logging.run_name or f"{run.world_size} ranks",
+        "label": run.logging.run_name or counted(run.world_size, "rank"),
         "ranks": run.world_size,
         "layout": run.sizes
         | {
@@ -317,5 +319,6 @@ def _leave_together(dist: Any) -> None:
 
 
 def _prepare_environment() -> None:
-    """What must be set before torch and Megatron are imported."""
+    """What must be set before torch and Megatron are imported; every rank would print their warnings."""
+    ignore_megatron_warnings()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it with TP

@@ -13,7 +13,7 @@ from helix_megatron.arguments import FLAGS
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.exchanges import AttentionShape
 from helix_megatron.core.layout import HeadLayout
-from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.errors import HelixError, counted, divisors, listed
 from helix_megatron.flags import names_with, values_of
 from helix_megatron.model.description import ModelConfig
 from helix_megatron.training.settings import (
@@ -153,8 +153,9 @@ class RunConfig:
             )
         if groups % tensor and tensor % groups:
             raise HelixError(
-                f"{groups} key-value heads cannot be dealt to {tensor} tensor parallel ranks, nor copied to an "
-                f"equal number of them. Valid --tensor-model-parallel-size for {heads} query heads: "
+                f"{counted(groups, 'key-value head')} cannot be dealt to {tensor} tensor parallel ranks, nor "
+                "copied to an equal number of them. Valid --tensor-model-parallel-size for "
+                f"{heads} query heads: "
                 f"{listed(t for t in divisors(heads) if groups % t == 0 or t % groups == 0)}."
             )
         return HeadLayout(heads, groups, model.head_dim, rotary="none")
@@ -222,8 +223,8 @@ class RunConfig:
         unit = self._tensor * self._pipeline
         if self.world_size % unit:
             raise HelixError(
-                f"{self.world_size} ranks cannot hold tensor parallel size {self._tensor} times pipeline "
-                f"parallel size {self._pipeline}: their number must be a multiple of {unit}. Start "
+                f"{counted(self.world_size, 'rank')} cannot hold tensor parallel size {self._tensor} times "
+                f"pipeline parallel size {self._pipeline}: their number must be a multiple of {unit}. Start "
                 f"{_multiple(self.world_size, unit)} ranks (--nproc-per-node, or torchrun's), or change "
                 "--tensor-model-parallel-size."
             )
@@ -237,8 +238,8 @@ class RunConfig:
         elif batch % unit:
             raise HelixError(
                 f"--global-batch-size {batch} is not a multiple of --micro-batch-size "
-                f"{training.micro_batch_size} times {self.data_parallel_size} data parallel ranks = {unit}. "
-                f"Try {_multiple(batch, unit)}."
+                f"{training.micro_batch_size} times {counted(self.data_parallel_size, 'data parallel rank')} "
+                f"= {unit}. Try {_multiple(batch, unit)}."
             )
         if self.optimization.lr_decay_iters is None:
             self._change("optimization", lr_decay_iters=training.train_iters)
@@ -254,7 +255,7 @@ class RunConfig:
         per_virtual = self.parallel.num_layers_per_virtual_pipeline_stage
         if layers % stages:
             raise HelixError(
-                f"{layers} layers cannot be dealt to {stages} pipeline stages. Valid "
+                f"{counted(layers, 'layer')} cannot be dealt to {stages} pipeline stages. Valid "
                 f"--pipeline-model-parallel-size: {listed(divisors(layers))}."
             )
         if per_virtual is None:
@@ -283,8 +284,8 @@ class RunConfig:
             return
         if experts % expert:
             raise HelixError(
-                f"{experts} experts cannot be dealt to {expert} ranks. Valid --expert-model-parallel-size: "
-                f"{listed(divisors(experts))}."
+                f"{counted(experts, 'expert')} cannot be dealt to {expert} ranks. Valid "
+                f"--expert-model-parallel-size: {listed(divisors(experts))}."
             )
         if self._tensor > 1 and not parallel.sequence_parallel:
             raise HelixError(
@@ -302,11 +303,21 @@ class RunConfig:
                 f"Megatron cannot cut experts with biases for {inside} tensor parallel ranks. Add "
                 f"--disable-bias-linear{deal if whole > 1 else ''}."
             )
+        if expert == 1 and inside < self._tensor:
+            dealt = math.gcd(experts, self._tensor)
+            deal = (
+                f", or deal whole ones: --expert-model-parallel-size {dealt}" if dealt > 1 else ""
+            )
+            raise HelixError(
+                f"--expert-tensor-parallel-size {inside} makes copies of every expert on {self._tensor} tensor "
+                "parallel ranks, and Megatron does not sum their gradients. Leave it out to cut experts, with "
+                f"--disable-bias-linear{deal}."
+            )
         ranks = inside * expert * self._pipeline
         if self.world_size % ranks:
             raise HelixError(
-                f"{self.world_size} ranks cannot hold expert tensor parallel size {inside} times expert "
-                f"parallel size {expert} times pipeline parallel size {self._pipeline} = {ranks}. Lower "
+                f"{counted(self.world_size, 'rank')} cannot hold expert tensor parallel size {inside} times "
+                f"expert parallel size {expert} times pipeline parallel size {self._pipeline} = {ranks}. Lower "
                 "--expert-model-parallel-size or --expert-tensor-parallel-size."
             )
 

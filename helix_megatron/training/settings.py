@@ -22,6 +22,7 @@ from helix_megatron.flags import (
 )
 
 LOSSES = "losses"
+FP32_MAX = 3.4e38
 
 
 class _Checked:
@@ -147,7 +148,7 @@ class Optimization(_Checked):
     """The optimizer, and the schedule of its learning rate."""
 
     optimizer: str = _losses("adam", "optimizer", choices=("adam", "sgd"))
-    lr: float = _losses(1e-3, "highest learning rate")
+    lr: float = _losses(1e-3, "highest learning rate", largest=1e36)
     min_lr: float = _losses(0.0, "lowest learning rate")
     lr_decay_style: str = _losses(
         "cosine",
@@ -175,6 +176,14 @@ class Optimization(_Checked):
             raise HelixError(
                 f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}. The first is the lowest learning rate "
                 "and the second the highest: lower the one, or raise the other."
+            )
+        # What Adam computes of them for its first step, in fp32.
+        factor = max(1 / (1 - self.adam_beta1), self.weight_decay, 1)
+        if self.lr * factor > FP32_MAX:
+            raise HelixError(
+                f"--lr {self.lr:g} with --adam-beta1 {self.adam_beta1:g} and --weight-decay "
+                f"{self.weight_decay:g} makes steps beyond the numbers of fp32. Lower it below "
+                f"{FP32_MAX / factor:.1g}."
             )
         decay = self.lr_decay_iters
         if decay is not None and self.lr_warmup_iters >= decay:

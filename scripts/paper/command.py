@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from helix_megatron.arguments import exit_on_error
+from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.errors import HelixError
+from helix_megatron.flags import OUTPUT_DIRECTORY, whole
 
 DESCRIPTION = """\
 Write docs/paper.md with its pictures. Simulations run every time, in a minute. Measurements (16 ranks, and
@@ -21,18 +22,29 @@ CURVES = "curves.json"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Do as the arguments say. Wrong input prints one paragraph and exits with 2."""
-    parser = argparse.ArgumentParser(prog="reproduce_paper.py", description=DESCRIPTION)
+    parser = Parser(prog="reproduce_paper.py", description=DESCRIPTION)
     add = parser.add_argument
     add(
         "--measure", action="store_true", help="measure the layouts on 16 ranks, as far as not done"
     )
     add("--train", action="store_true", help="train the curves again")
-    add("--rounds", type=int, default=2, help="turns of the measurement (default: %(default)s)")
-    add("--iterations", type=int, default=3, help="timed in each turn (default: %(default)s)")
-    add("--out", type=Path, default=Path("docs"), metavar="DIR", help="(default: %(default)s)")
-    args = parser.parse_args(argv)
+    add(
+        "--rounds",
+        type=whole(largest=10**6),
+        default=2,
+        help="turns of the measurement (default: %(default)s)",
+    )
+    add(
+        "--iterations",
+        type=whole(largest=10**6),
+        default=3,
+        help="timed in each turn (default: %(default)s)",
+    )
+    add(
+        "--out", type=OUTPUT_DIRECTORY, default="docs", metavar="DIR", help="(default: %(default)s)"
+    )
     with exit_on_error(parser.prog):
-        _run(args)
+        _run(parser.parse_args(argv))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -40,7 +52,8 @@ def _run(args: argparse.Namespace) -> None:
     from paper.document import document
     from paper.plots import draw_all
 
-    directory = args.out / "paper"
+    out = Path(args.out)
+    directory = out / "paper"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,6 +79,6 @@ def _run(args: argparse.Namespace) -> None:
     trained = json.loads((directory / CURVES).read_text())
     say("simulating and drawing")
     pictures = draw_all(directory, trained)
-    (args.out / "paper.md").write_text(document(directory, trained))
+    (out / "paper.md").write_text(document(directory, trained))
     say("done")
-    print(f"written: {args.out / 'paper.md'}, {', '.join(f'paper/{name}' for name in pictures)}")
+    print(f"written: {out / 'paper.md'}, {', '.join(f'paper/{name}' for name in pictures)}")

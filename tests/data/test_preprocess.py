@@ -248,7 +248,7 @@ def one_paragraph(capsys) -> str:
     [
         ("--input missing.txt", r"the input file missing\.txt does not exist \(looked from /"),
         ("--input .", r"the input file \. is a directory"),
-        ("--input a.txt --workers 0", "--workers 0 is not positive"),
+        ("--input a.txt --workers 0", "--workers is 0"),
         ("--input a.txt --output-prefix no/out", r"directory no of --output-prefix does not exist"),
         ("--input a.txt --json-keys body", "--json-keys body has no meaning for plain text"),
         (

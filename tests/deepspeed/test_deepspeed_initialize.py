@@ -222,7 +222,7 @@ ERRORS = {
     "world": '"tensor_parallel_size" 4 in the block "helix" does not divide the 2 ranks of the world. '
     "Valid: 2.",
     "key": 'unknown key "intra_head_parallel_sizes" in the block',
-    "heads": '1 heads cannot form 2 head groups. Valid numbers of groups: 1. With 2 ranks try '
+    "heads": '1 head cannot form 2 head groups. Valid numbers of groups: 1. With 2 ranks try '
     '"intra_head_parallel_size": 2.',
     "settings": "AutoTP would cut the model a second time",
     "file": "the DeepSpeed configuration 'missing.json' cannot be read: ",

@@ -229,3 +229,43 @@ def test_this_machine_is_a_cluster(monkeypatch):
 def test_every_preset_says_where_it_comes_from():
     """A constant without a source is a guess."""
     assert all(cluster.source and cluster.chip.source for cluster in CLUSTERS.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            ("gpus_per_domain: 4", "gpus_per_domain: 0.5"),
+            "gpus_per_domain is '0.5'. It must be a whole number",
+        ),
+        (
+            ("450e9", "1e308"),
+            "domain_bandwidth is 1e+308. It must be a finite number of at least 1000.0",
+        ),
+        (("450e9", "0.5"), "domain_bandwidth is 0.5. It must be a finite number"),
+        (("450e9", "9" * 5000), "domain_bandwidth is inf. It must be a finite number"),
+        (("450e9", "[1, 2]"), "domain_bandwidth is a list or a mapping."),
+        (
+            (
+                "chip: h100",
+                "chip: {flops: {bf16: 1e12}, memory: 80e9, memory_bandwidth: 1e12, units: 0.5}",
+            ),
+            "units",
+        ),
+        (("chip: h100", "chip: &a h100\nname: *a"), "has aliases"),
+        (("chip: h100", f"chip: {'[' * 20000}"), "has more than 4 levels"),
+        (("chip: h100", "chip: 2024-99-99"), "chip '2024-99-99' is unknown"),
+        (("chip: h100", '"na\\u0000me": x'), "unknown entry"),
+        (("25.0e9", "25.0e9\nname: ''"), "name is ''. It must be a text of one line"),
+    ],
+)
+def test_hostile_cluster_files_are_named(tmp_path, change, expected):
+    """Numbers out of every range, aliases that multiply, deep nesting: a sentence, at once."""
+    path = tmp_path / "c.yaml"
+    path.write_text(CLUSTER.replace(*change))
+    assert expected in error(cluster_of, str(path))
+
+
+def test_a_pipe_is_no_cluster_file(tmp_path):
+    """Nor is a device: it may never end."""
+    assert "is no file" in error(cluster_of, "/dev/zero")

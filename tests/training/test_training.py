@@ -85,6 +85,11 @@ LAYOUTS = {
         4,
         f"{TP} 2 {HELIX} 2 --sequence-parallel {EP} 2 --use-distributed-optimizer",
     ),
+    "MoE with biases, 4 ranks, m 2, EP 4": (
+        "--num-experts 4 --moe-ffn-hidden-size 32 --micro-batch-size 2",
+        4,
+        f"{TP} 4 {HELIX} 2 --sequence-parallel {EP} 4",
+    ),
     "MoE, 8 ranks, m 2, EP 2, PP 2": (
         EXPERTS,
         8,
@@ -156,6 +161,14 @@ def test_losses_are_those_of_one_process(pool, reference, name):
     norms = [[record["grad_norm"] for record in run[first]] for run in (records, expected)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-4)
+
+
+def test_the_learning_rate_is_that_of_the_step(pool):
+    """Not the one that the schedule has set for the next."""
+    records = run(
+        pool, f"{SIZE} --train-iters 3 --lr 1e-3 --lr-warmup-iters 2 --lr-decay-style constant"
+    )
+    assert [record["learning_rate"] for record in records] == pytest.approx([0, 5e-4, 1e-3])
 
 
 @pytest.mark.parametrize(
