@@ -64,9 +64,65 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, "mlp_only_layers": [1], "decoder_sparse_step": 1}),
 }
 
+_MOE = {**EXPERTS, "n_routed_experts": 4, "num_local_experts": 4}
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 12,
+}
+# Cut by the form of their modules; query heads stay whole.
+BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": ("Qwen3NextConfig", {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 24}),
+    "qwen3_5": ("Qwen3_5TextConfig", _LINEAR),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeTextConfig",
+        {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 24},
+    ),
+    "gpt_oss": ("GptOssConfig", {**_MOE, **_MIXED}),
+    "gemma2": ("Gemma2Config", _MIXED),
+    "gemma3": ("Gemma3TextConfig", _MIXED),
+    "gemma4": ("Gemma4TextConfig", {**_MIXED, "hidden_size_per_layer_input": 0}),
+    "nemotron_h": ("NemotronHConfig", {}),
+    "glm4": ("Glm4Config", {"attention_bias": True}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {**_MOE, "use_qk_norm": True, "first_k_dense_replace": 1, "attention_bias": True},
+    ),
+    "minimax_m2": ("MiniMaxM2Config", _MOE),
+    "llama4": ("Llama4TextConfig", {**_MOE, "intermediate_size_mlp": 48}),
+    "phi3": ("Phi3Config", {}),
+    "granite": ("GraniteConfig", {"attention_multiplier": 0.3, "residual_multiplier": 0.7}),
+    "granitemoe": ("GraniteMoeConfig", _MOE),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": ("Olmo3Config", _MIXED),
+    "starcoder2": ("Starcoder2Config", {"use_bias": True}),
+    "ministral": ("MinistralConfig", _MIXED),
+    "ministral3": ("Ministral3Config", {}),
+    "exaone4": ("Exaone4Config", _MIXED),
+    "falcon_h1": ("FalconH1Config", {}),
+    "ernie4_5": ("Ernie4_5Config", {"use_bias": True}),
+    "hunyuan": ("HunYuanDenseV1Config", {}),
+    "mimo_v2_flash": ("MiMoV2FlashConfig", _MOE),
+    "smollm3": ("SmolLM3Config", {}),
+    "deepseek_v2": ("DeepseekV2Config", {**_MOE, **_LATENT}),
+    "deepseek_v3": ("DeepseekV3Config", {**_MOE, **_LATENT}),
+}
+
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    name, settings = FAMILIES[family]
+    name, settings = (FAMILIES | BY_FORM)[family]
     return getattr(transformers, name)(**{**COMMON, **settings, **changes})
 
 

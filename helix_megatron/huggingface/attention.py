@@ -20,6 +20,7 @@ from helix_megatron.core.attention import partitioned_attention
 from helix_megatron.core.masks import AttentionMask
 from helix_megatron.core.replicated import to_ranks
 from helix_megatron.errors import HelixError
+from helix_megatron.huggingface import layers
 from helix_megatron.huggingface.layers import Partitioned
 from helix_megatron.huggingface.plan import NO_PROBABILITIES
 from helix_megatron.huggingface.sharding import Sharding
@@ -76,11 +77,9 @@ class PartitionedAttention(Partitioned):
             q, k = q_norm(q), k_norm(k)
 
         assert position_embeddings is not None  # `shard` looked at the names
-        tables = [table.unsqueeze(2) for table in position_embeddings]
         columns = sharding.segment_index(x.device)
-        cut_tables = [table[..., columns] for table in tables]
-        q = _rotate(q, *(cut_tables if layout.query_layout == "segments" else tables))
-        k = _rotate(k, *cut_tables)
+        cut_tables = [table.unsqueeze(2)[..., columns] for table in position_embeddings]
+        q, k = _rotate(q, *cut_tables), _rotate(k, *cut_tables)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             # The static caches of transformers 5.2 write where they are told to, and else at the beginning.
@@ -167,10 +166,19 @@ def helix_attention(
         scale=scaling,
         exchange=sharding.plan.helix.exchange,
         dropout=dropout,
-        dropout_state=_dropout_state(sharding, query.device, dropout),
+        dropout_state=dropout_state(sharding, query.device, dropout),
         kernel=sharding.kernel,
     )
     return output_LBX.transpose(0, 1).unflatten(-1, sharding.plan.layout.rank_query_shape), None
+
+
+def replace_attention(module: Any, sharding: Sharding) -> None:
+    """Give an attention module this rank's segments of heads, before its parameters are cut."""
+    for name in ("q_norm", "k_norm"):
+        if getattr(module, name, None) is not None:
+            layers.replace(getattr(module, name), layers.PartitionedHeadNorm, sharding=sharding)
+    layers.replace(module.o_proj, layers.RowParallelLinear, sharding=sharding)
+    layers.replace(module, PartitionedAttention, sharding=sharding)
 
 
 def register() -> None:
@@ -216,7 +224,7 @@ def _hidden(mask: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- dropout
 
 
-def _dropout_state(
+def dropout_state(
     sharding: Sharding, device: torch.device, dropout: float
 ) -> Callable[[bool], AbstractContextManager[object]]:
     """Enters the random state for dropout of attention weights, see `LocalInputs.dropout_state`.

@@ -53,24 +53,24 @@ class PartitionedMLP(Partitioned):
 class PartitionedExperts(Partitioned):
     """Stacked experts, each with a part of its intermediate dimension; every rank routes every token alike."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        """hidden_states [tokens, D], top_k_index and top_k_weights [tokens, K] → [tokens, D], replicated."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Hidden states [tokens, D] and whatever the library's experts take → [tokens, D], replicated."""
         group, purpose = self.sharding.tensor_group, "tensor/experts"
-        part = super().forward(
-            to_ranks(hidden_states, group, purpose=purpose),
-            top_k_index,
+
+        def on_ranks(x: Any) -> Any:
             # A routing weight multiplies each rank's part of the output, so its gradient is a sum, too.
-            to_ranks(top_k_weights, group, purpose=purpose),
-            *args,
-            **kwargs,
-        )
+            floating = isinstance(x, Tensor) and x.is_floating_point()
+            return to_ranks(x, group, purpose=purpose) if floating else x
+
+        kwargs = {name: on_ranks(value) for name, value in kwargs.items()}
+        bias = self._parameters.get("down_proj_bias")
+        if bias is not None:  # each rank adds a p-th of it
+            self._parameters["down_proj_bias"] = on_ranks(bias) / group.size()
+        try:
+            part = super().forward(*map(on_ranks, args), **kwargs)
+        finally:
+            if bias is not None:
+                self._parameters["down_proj_bias"] = bias
         return sum_of(part, group, purpose=purpose)
 
 
@@ -109,27 +109,22 @@ class PartitionedOutput(Partitioned):
 
 
 class PartitionedHeadNorm(Partitioned):
-    """RMS norm over heads (Qwen3's `q_norm`, `k_norm`), of which this rank has segments, or whole ones.
+    """RMS norm over heads (Qwen3's `q_norm`, `k_norm`), of which this rank has segments.
 
     The weight is whole on every rank, [d]; its gradient is the sum over ranks.
     """
 
-    whole_heads: bool
     weight: Tensor
     variance_epsilon: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, heads, d/m], or [B, L, heads, d] of whole heads → the same."""
+        """[B, L, heads, d/m] → the same."""
         sharding = self.sharding
         weight = to_ranks(self.weight, sharding.tensor_group, purpose="tensor/head-norm")
-        if not self.whole_heads:
-            weight = weight[sharding.segment_index(weight.device)]
+        weight = weight[sharding.segment_index(weight.device)]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = head_mean(
-            wide.square(),
-            sharding.plan.layout.head_dim,
-            None if self.whole_heads else sharding.intra_head_group,
-        )
+        group, head_dim = sharding.intra_head_group, sharding.plan.layout.head_dim
+        mean = head_mean(wide.square(), head_dim, group)
         return weight * (wide * torch.rsqrt(mean + self.variance_epsilon)).to(x.dtype)
 
 

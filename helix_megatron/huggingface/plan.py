@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.huggingface import upstream
-from helix_megatron.huggingface.cuts import Cut, block_cut, kv_cut, query_cut
-from helix_megatron.model.families import cuttable_modules
-from helix_megatron.model.families.modules import Modules
+from helix_megatron.huggingface.cuts import Cut, block_cut
+from helix_megatron.huggingface.forms import (
+    AttentionForm,
+    attention_form,
+    expert_cuts,
+    mlp_cuts,
+)
+from helix_megatron.huggingface.upstream import check_attention
+from helix_megatron.model.families import CUTTABLE
 from helix_megatron.versions import TESTED
 
 if TYPE_CHECKING:
@@ -28,14 +33,16 @@ NO_PROBABILITIES = (
 class Plan:
     """Which parameters of a model are cut, and how.
 
-    helix: the setting; layout: of every attention layer; cuts: by the name in the model's state dictionary (a
-    tied parameter has two), replicated parameters left out; embeddings, mlp: what `shard` was asked to cut
-    besides attention.
+    helix: the setting; attention: the attention modules by path; layout: of the first of them; mlps, experts:
+    paths of the modules that are cut; cuts: by the name in the model's state dictionary (a tied parameter has
+    two), replicated parameters left out; embeddings, mlp: what `shard` was asked to cut besides attention.
     """
 
     helix: HelixConfig
-    family: Modules
+    attention: Mapping[str, AttentionForm]
     layout: HeadLayout
+    mlps: Sequence[str]
+    experts: Sequence[str]
     cuts: Mapping[str, Cut]
     embeddings: bool
     mlp: bool
@@ -94,25 +101,45 @@ def plan(
     Raises:
         HelixError: the model's type, a setting or a size does not fit; the text says which would.
     """
-    helix = as_config(helix)
-    config = model.config
-    family = cuttable_modules(getattr(config, "model_type", None))
+    helix, kind = as_config(helix), getattr(model.config, "model_type", None)
     _check_setting(model, helix)
-    heads = config.num_attention_heads
-    layout = helix.layout(
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-        tensor_parallel_size,
-    )
     cuts: dict[str, Cut] = {}
+    attention: dict[str, AttentionForm] = {}
+    mlps, experts = [], []
     for path, module in model.named_modules():
-        for name, cut in _cuts_of(module, family, layout, mlp):
-            cuts[f"{path}.{name}" if path else name] = cut
-    _check_modules(model, family, mlp)
+        if form := attention_form(
+            module, getattr(getattr(module, "config", None), "model_type", kind)
+        ):
+            attention[path] = form
+            found = form.cuts(module, helix, tensor_parallel_size)
+        elif not mlp:
+            continue
+        elif own := dict(mlp_cuts(module, tensor_parallel_size)):
+            mlps.append(path)
+            found = iter(own.items())
+        elif own := dict(expert_cuts(module, tensor_parallel_size)):
+            experts.append(path)
+            found = iter(own.items())
+        else:
+            continue
+        cuts |= {f"{path}.{name}" if path else name: cut for name, cut in found}
+    if not attention:
+        raise _not_found(model, "no attention module of a decoder")
+    layouts = [form.layout(helix, tensor_parallel_size) for form in attention.values()]
+    if kind not in CUTTABLE and any(layout.query_layout == "segments" for layout in layouts):
+        raise _queries_stay_whole(kind, next(iter(attention.values())), tensor_parallel_size)
+    if mlp and not mlps and not experts:
+        raise _not_found(
+            model, "no MLP whose form is known", "leave MLPs whole with mlp=False, or "
+        )
+    for path, layout in zip(attention, layouts, strict=True):
+        if layout.query_layout == "segments" and (
+            what := check_attention(model.get_submodule(path))
+        ):
+            raise _not_found(model, what)
     if embeddings:
         cuts |= _vocabulary_cuts(model, tensor_parallel_size)
-    return Plan(helix, family, layout, cuts, embeddings, mlp)
+    return Plan(helix, attention, layouts[0], mlps, experts, cuts, embeddings, mlp)
 
 
 def as_config(helix: HelixConfig | Mapping[str, Any] | int) -> HelixConfig:
@@ -120,41 +147,6 @@ def as_config(helix: HelixConfig | Mapping[str, Any] | int) -> HelixConfig:
     if isinstance(helix, HelixConfig):
         return helix
     return HelixConfig.from_dict(helix) if isinstance(helix, Mapping) else HelixConfig(helix)
-
-
-def modules_of(model: Any, class_name: str) -> Iterator[tuple[str, Any]]:
-    """(path, module) of all modules of the library's class of that name."""
-    return ((path, m) for path, m in model.named_modules() if type(m).__name__ == class_name)
-
-
-def _cuts_of(
-    module: Any, family: Modules, layout: HeadLayout, mlp: bool
-) -> Iterator[tuple[str, Cut]]:
-    """(name below the module, cut) of the parameters that one attention, MLP or experts module has."""
-    name, ranks = type(module).__name__, layout.num_ranks
-    if name == family.attention:
-        yield from _linear(module.q_proj, "q_proj", query_cut(0, layout))
-        yield from _linear(module.k_proj, "k_proj", kv_cut(0, layout))
-        yield from _linear(module.v_proj, "v_proj", kv_cut(0, layout))
-        yield "o_proj.weight", query_cut(1, layout)
-    elif name == family.mlp and mlp:
-        size = module.gate_proj.out_features
-        _check_divides("intermediate size", size, ranks)
-        yield from _linear(module.gate_proj, "gate_proj", block_cut(0, size, ranks))
-        yield from _linear(module.up_proj, "up_proj", block_cut(0, size, ranks))
-        yield "down_proj.weight", block_cut(1, size, ranks)
-    elif name == family.stacked_experts and mlp:
-        size = module.down_proj.size(2)
-        _check_divides("experts' intermediate size", size, ranks)
-        yield "gate_up_proj", block_cut(1, 2 * size, ranks, blocks=2)
-        yield "down_proj", block_cut(2, size, ranks)
-
-
-def _linear(linear: Any, name: str, cut: Cut) -> Iterator[tuple[str, Cut]]:
-    """The cut of a linear layer's rows: its weight and, if it has one, its bias."""
-    yield f"{name}.weight", cut
-    if linear.bias is not None:
-        yield f"{name}.bias", cut
 
 
 def _vocabulary_cuts(model: Any, ranks: int) -> dict[str, Cut]:
@@ -168,22 +160,12 @@ def _vocabulary_cuts(model: Any, ranks: int) -> dict[str, Cut]:
     }
 
 
-def _check_modules(model: Any, family: Modules, mlp: bool) -> None:
-    """A module that goes by another name would stay whole, and attention would then be wrong."""
-    classes = {type(module).__name__: module for module in model.modules()}
-    if family.attention not in classes:
-        raise _not_found(model, f"no {family.attention} with q_proj, k_proj, v_proj and o_proj")
-    if what := upstream.check_attention(classes[family.attention]):
-        raise _not_found(model, what)
-    if not mlp or {family.mlp, family.stacked_experts} & classes.keys():
-        return
-    alike = [name for name, module in classes.items() if hasattr(module, "down_proj")]
-    if alike:  # MLPs of another kind stay whole
-        raise _not_found(
-            model,
-            f"no {family.mlp} and no {family.stacked_experts}, but {listed(alike)}",
-            "leave them whole with mlp=False, or ",
-        )
+def _queries_stay_whole(kind: Any, form: AttentionForm, ranks: int) -> HelixError:
+    return HelixError(
+        f"models of type {kind} keep their query heads whole, with the exchange gather-kv, and {form.heads} "
+        f"heads on {ranks} ranks were to be cut. Valid numbers of ranks: {listed(divisors(form.heads))}. Heads "
+        f"of queries can be cut in models of type {listed(CUTTABLE)}."
+    )
 
 
 def _not_found(model: Any, what: str, instead: str = "") -> HelixError:
@@ -202,11 +184,3 @@ def _check_setting(model: Any, helix: HelixConfig) -> None:
         )
     if getattr(model.config, "output_attentions", False):
         raise HelixError(f"{NO_PROBABILITIES} Set model.config.output_attentions = False.")
-
-
-def _check_divides(what: str, size: int, ranks: int) -> None:
-    if size % ranks:
-        raise HelixError(
-            f"{what} {size} cannot be cut among {ranks} ranks. Valid numbers of ranks: "
-            f"{listed(divisors(size))}. Or leave MLPs whole with mlp=False."
-        )

@@ -27,7 +27,7 @@ from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.cuts import Cut
 from helix_megatron.huggingface.files import expert_names, file_name
 from helix_megatron.huggingface.sharding import Sharding, sharding_of
-from helix_megatron.model.families import cuttable_modules
+from helix_megatron.model.families import expert_files
 from helix_megatron.model.families.modules import ExpertFiles
 from helix_megatron.model.families.positions import older_spelling
 
@@ -142,7 +142,7 @@ class _Writer:
 
     def __init__(self, model: Any, sharding: Sharding, directory: Path, max_bytes: int) -> None:
         self._model, self._sharding, self._directory = model, sharding, directory
-        self._experts: ExpertFiles | None = cuttable_modules(model.config.model_type).experts
+        self._experts: ExpertFiles | None = expert_files(model.config.model_type)
         entries = []
         for name, parameter in _in_order_of_files(model):
             cut = sharding.plan.cuts.get(name)

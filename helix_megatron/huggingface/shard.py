@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from helix_megatron.config import HelixConfig
@@ -16,9 +17,12 @@ from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface import attention, layers, upstream
 from helix_megatron.huggingface.cuts import Cut
+from helix_megatron.huggingface.forms import SHOWN
 from helix_megatron.huggingface.groups import intra_head_group_of
-from helix_megatron.huggingface.plan import Plan, as_config, modules_of, plan
+from helix_megatron.huggingface.plan import Plan, as_config, plan
 from helix_megatron.huggingface.sharding import Sharding
+from helix_megatron.huggingface.whole_heads import replace_attention
+from helix_megatron.model.families import CUTTABLE
 
 
 def shard(
@@ -43,13 +47,15 @@ def shard(
     `model.config` becomes a copy that keeps the true numbers of heads.
 
     Args:
-        model: of a family in `model.families.CUTTABLE`, from `transformers`.
+        model: of `transformers`, with attention of a form that `forms` knows. Of a type that this release
+            does not know, logits are compared before and after.
         helix: the setting, as a configuration, a mapping of its fields, or the intra-head parallel size m.
         tensor_group: the p = m·n ranks that hold the model together. One rank: nothing is changed.
         intra_head_group: the m neighbours of this rank's head group, made from `tensor_group` when None.
         embeddings: cut the embedding and the output layer by vocabulary.
         mlp: cut MLPs and experts by their intermediate size.
-        kernel: local attention.
+        kernel: local attention where query heads are cut. With whole query heads the model's own attention
+            implementation runs.
 
     Returns:
         `model`.
@@ -67,17 +73,76 @@ def shard(
         intra_head_group = intra_head_group_of(tensor_group, helix.intra_head_parallel_size)
     _check_groups(what, tensor_group, intra_head_group)
 
-    attention.register()
+    kind, probed = getattr(model.config, "model_type", None), None
+    if kind not in CUTTABLE and kind not in SHOWN:
+        probed = _probe(model)
+    _warn_of_whole(model, what)
     before = model.config._attn_implementation
     sharding = Sharding(what, tensor_group, intra_head_group, kernel, before)
     _own_config(model)
     _replace_modules(model, sharding)
     _cut_parameters(model, sharding)
-    model.set_attn_implementation(attention.NAME)
+    if what.layout.query_layout == "segments":
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
     model.sharding = sharding
+    if probed is not None:
+        _check_probe(model, probed)
     for name, reason in REFUSED_METHODS.items():
         setattr(model, name, _refusal(name, reason))
     return model
+
+
+def _probe(model: Any) -> Tensor | None:
+    """Logits of a few tokens; None where the model is empty (on the meta device)."""
+    weight = model.get_input_embeddings().weight
+    if weight.is_meta:
+        warnings.warn(
+            f"models of type {model.config.model_type} are not known to this release: this one is cut by the "
+            "form of its modules. helix_megatron.huggingface.shard, given a model with its weights, compares "
+            "logits before and after.",
+            stacklevel=3,
+        )
+        return None
+    vocabulary, training = weight.size(0), model.training
+    tokens = torch.arange(1, 17, device=weight.device)[None] * 7 % vocabulary
+    with torch.no_grad():
+        logits = model.eval()(input_ids=tokens, use_cache=False).logits
+    model.train(training)
+    return logits.float()
+
+
+def _check_probe(model: Any, before: Tensor) -> None:
+    after = _probe(model)
+    assert after is not None
+    error = ((after - before).abs().max() / before.abs().max()).item()
+    bound = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    if not error <= bound:
+        raise HelixError(
+            f"models of type {model.config.model_type} are not known to this release, and this one, cut by the "
+            f"form of its modules, gives other logits, by {error:.1e} of the largest. Load it again "
+            f"and leave it whole, or give a model of type {listed(sorted({*CUTTABLE, *SHOWN}))}."
+        )
+
+
+def _warn_of_whole(model: Any, what: Plan) -> None:
+    """Say which matrices no rank is spared, where they are many."""
+    owners: dict[str, int] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            whole = f"{path}.{name}" not in what.cuts
+            if whole and parameter.dim() > 1 and not isinstance(module, nn.Embedding):
+                owner = path.rpartition(".")[0] if isinstance(module, nn.Linear) else path
+                kind = type(model.get_submodule(owner)).__name__
+                owners[kind] = owners.get(kind, 0) + parameter.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if what.mlp and sum(owners.values()) > total / 10:
+        most = sorted(owners, key=lambda kind: -owners[kind])
+        warnings.warn(
+            f"{sum(owners.values()):,} of {total:,} parameters stay whole on every rank, those of "
+            f"{listed(most[:4])}: Helix does not know how to cut these modules.",
+            stacklevel=3,
+        )
 
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -154,34 +219,32 @@ def _own_config(model: nn.Module) -> None:
 
 
 def _replace_modules(model: Any, sharding: Sharding) -> None:
-    what, rank = sharding.plan, sharding.rank
-    family, whole_queries = what.family, what.layout.query_layout == "heads"
-    for _, module in list(modules_of(model, family.attention)):
-        layers.replace(module, attention.PartitionedAttention, sharding=sharding)
-        layers.replace(module.o_proj, layers.RowParallelLinear, sharding=sharding)
-        for name in ("q_norm", "k_norm"):
-            if getattr(module, name, None) is not None:
-                whole = whole_queries and name == "q_norm"
-                norm = getattr(module, name)
-                layers.replace(
-                    norm, layers.PartitionedHeadNorm, sharding=sharding, whole_heads=whole
-                )
-    if what.mlp:
-        for _, module in list(modules_of(model, family.mlp)):
-            layers.replace(module, layers.PartitionedMLP, sharding=sharding)
-            layers.replace(module.down_proj, layers.RowParallelLinear, sharding=sharding)
-        for _, module in list(modules_of(model, family.stacked_experts)):
-            layers.replace(module, layers.PartitionedExperts, sharding=sharding)
-            module.intermediate_dim //= what.num_ranks
-        _settle_experts(model, what)
+    what, modules = sharding.plan, dict(model.named_modules())
+    whole_queries = what.layout.query_layout == "heads"
+    for path, form in what.attention.items():
+        if whole_queries:
+            replace_attention(modules[path], form, sharding)
+        else:
+            attention.replace_attention(modules[path], sharding)
+    for path in what.mlps:
+        layers.replace(modules[path], layers.PartitionedMLP, sharding=sharding)
+        down = "down_proj" if hasattr(modules[path], "down_proj") else "c_proj"
+        layers.replace(getattr(modules[path], down), layers.RowParallelLinear, sharding=sharding)
+    for path in what.experts:
+        experts = modules[path]
+        size = what.cuts[f"{path}.down_proj"].size
+        for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
+            if getattr(experts, name, None) == size:
+                setattr(experts, name, size // what.num_ranks)
+        layers.replace(experts, layers.PartitionedExperts, sharding=sharding)
+    _settle_experts(model, what)
     if what.embeddings:
-        _replace_vocabulary(model, sharding, rank)
+        _replace_vocabulary(model, sharding, sharding.rank)
 
 
 def _settle_experts(model: Any, what: Plan) -> None:
     """torch's grouped matrix product needs rows of a multiple of 16 bytes: 8 elements in half precision."""
-    experts = modules_of(model, f"Partitioned{what.family.stacked_experts}")
-    sizes = {module.intermediate_dim for _, module in experts}
+    sizes = {what.cuts[f"{path}.down_proj"].size // what.num_ranks for path in what.experts}
     asked = getattr(model.config, "_experts_implementation", None)
     if asked == "grouped_mm" and any(size % 8 for size in sizes):
         warnings.warn(

@@ -8,7 +8,6 @@ from typing import Any
 
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.model.families import CUTTABLE
-from helix_megatron.model.families.modules import Modules
 from helix_megatron.needs import Need, sentence, unmet
 
 NEEDS = (
@@ -71,15 +70,6 @@ ACCELERATE_NEEDS = (
     ),
 )
 
-# What is read of modules, by their part in a model.
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "attention": (
-        *("config", "layer_idx", "scaling", "attention_dropout"),
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-    ),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-    "stacked_experts": ("gate_up_proj", "down_proj", "intermediate_dim"),
-}
 ATTENTION_INPUTS = ("hidden_states", "position_embeddings", "attention_mask")
 
 _TINY = {
@@ -119,8 +109,8 @@ def check() -> list[str]:
     problems = unmet("transformers", (*NEEDS, *TRAINER_NEEDS))
     if find_spec("accelerate") is not None:
         problems += unmet("accelerate", ACCELERATE_NEEDS)
-    for kind, family in CUTTABLE.items():
-        problems += _check_family(kind, family)
+    for kind in CUTTABLE:
+        problems += _check_family(kind)
     return problems
 
 
@@ -131,36 +121,34 @@ def check_attention(module: Any) -> str | None:
     return f"a {type(module).__name__} that is not given {listed(lacking)}" if lacking else None
 
 
-def _check_family(kind: str, family: Modules) -> list[str]:
+def _check_family(kind: str) -> list[str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    breaks = f"models of type {kind} cannot be sharded"
+    from helix_megatron.huggingface.forms import attention_form, expert_cuts, mlp_cuts
 
-    def said(what: str) -> str:
-        return sentence("transformers", what, breaks)
+    def said(what: str) -> list[str]:
+        return [sentence("transformers", what, f"models of type {kind} cannot be sharded")]
 
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_TINY))
+        modules = list(model.modules())
+        attention = next((m for m in modules if attention_form(m)), None)
     except Exception as error:
-        return [said(f"no tiny model of type {kind} ({type(error).__name__}: {error})")]
-    roles = ["attention", "stacked_experts" if family.experts else "mlp"]
+        return said(f"no tiny model of type {kind} ({type(error).__name__}: {error})")
+    if attention is None:
+        return said(f"no attention of a known form in its {type(model).__name__}")
     problems = []
-    for role in roles:
-        name = getattr(family, role)
-        module = next((m for m in model.modules() if type(m).__name__ == name), None)
-        if module is None:
-            problems.append(said(f"no {name} in its {type(model).__name__}"))
-            continue
-        lacking = [attribute for attribute in ATTRIBUTES[role] if not hasattr(module, attribute)]
-        lacking += [
-            f"{norm}.variance_epsilon"
-            for norm in ("q_norm", "k_norm")
-            if hasattr(module, norm) and not hasattr(getattr(module, norm), "variance_epsilon")
-        ]
-        if lacking:
-            problems.append(said(f"a {name} without {listed(lacking)}"))
-        if role == "attention" and (what := check_attention(module)):
-            problems.append(said(what))
+    lacking = [
+        f"{norm}.variance_epsilon"
+        for norm in ("q_norm", "k_norm")
+        if hasattr(attention, norm) and not hasattr(getattr(attention, norm), "variance_epsilon")
+    ]
+    if lacking:
+        problems += said(f"a {type(attention).__name__} without {listed(lacking)}")
+    if what := check_attention(attention):
+        problems += said(what)
+    if not any(dict(mlp_cuts(m, 1)) or dict(expert_cuts(m, 1)) for m in modules):
+        problems += said(f"no MLP of a known form in its {type(model).__name__}")
     return problems

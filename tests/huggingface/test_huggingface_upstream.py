@@ -22,7 +22,8 @@ NAMES = ("past_key_values", "cache")  # of the cache, so far
 def sharded() -> Any:
     groups = make_groups(2, 2)
     model = tiny_model("llama")
-    return shard(model, 2, tensor_group=groups.tensor, intra_head_group=groups.intra_head)
+    helix = {"intra_head_parallel_size": 2, "query_layout": "segments"}  # attention that is ours
+    return shard(model, helix, tensor_group=groups.tensor, intra_head_group=groups.intra_head)
 
 
 def passing(model: Any, **keywords: Any) -> Any:
@@ -157,21 +158,35 @@ def test_a_trainer_that_asks_elsewhere_for_norms(monkeypatch):
         require_trainer()
 
 
+@pytest.mark.parametrize("kind", ["LlamaAttention", "LlamaMLP"])
+def test_a_release_that_renames_a_class(monkeypatch, kind):
+    """Modules are known by their form: what was found by its class would stay whole."""
+    cuts = plan(tiny_model("llama"), 2, 2).cuts
+    monkeypatch.setattr(modeling_llama, kind, type("Renamed", (getattr(modeling_llama, kind),), {}))
+    assert plan(tiny_model("llama"), 2, 2).cuts.keys() == cuts.keys()
+    assert check() == []
+
+
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("module", "name", "said"),
     [
-        ("LlamaAttention", "has no LlamaAttention with q_proj, k_proj, v_proj and o_proj"),
-        ("LlamaMLP", "has no LlamaMLP and no LlamaExperts, but Renamed"),
+        (
+            "self_attn",
+            "k_proj",
+            "attention of class LlamaAttention has no q_proj, k_proj and v_proj",
+        ),
+        ("mlp", "up_proj", "has no MLP whose form is known"),
     ],
 )
-def test_a_release_that_renames_a_class(monkeypatch, kind, said):
-    """What is found by its class would stay whole."""
-    monkeypatch.setattr(modeling_llama, kind, type("Renamed", (getattr(modeling_llama, kind),), {}))
-    with pytest.raises(HelixError) as error:
-        plan(tiny_model("llama"), 2, 2)
-    assert said in str(error.value)
-    assert "Helix knows the models of transformers 5.2.0 to 5.24.0" in str(error.value)
-    assert any(f"no {kind} in its LlamaForCausalLM" in problem for problem in check())
+def test_a_release_that_renames_a_projection(module, name, said):
+    """What is not found would stay whole, beside parts that are cut."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        part = getattr(layer, module)
+        part.renamed = getattr(part, name)
+        delattr(part, name)
+    with pytest.raises(HelixError, match=said):
+        plan(model, 2, 2)
 
 
 def test_a_release_that_renames_an_input(monkeypatch):
@@ -183,7 +198,7 @@ def test_a_release_that_renames_an_input(monkeypatch):
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
     said = "a LlamaAttention that is not given attention_mask"
     with pytest.raises(HelixError, match=said):
-        plan(tiny_model("llama"), 2, 2)
+        plan(tiny_model("llama"), {"intra_head_parallel_size": 2, "query_layout": "segments"}, 2)
     assert any(said in problem for problem in check())
 
 

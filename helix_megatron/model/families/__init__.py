@@ -30,7 +30,7 @@ from helix_megatron.model.families import (
     qwen3_moe,
 )
 from helix_megatron.model.families.family import Family
-from helix_megatron.model.families.modules import Modules
+from helix_megatron.model.families.modules import ExpertFiles
 
 # In the order in which a model that was trained here looks for a family.
 FAMILIES = {
@@ -40,17 +40,10 @@ FAMILIES = {
 CUTTABLE = {name: family.modules for name, family in FAMILIES.items() if family.modules is not None}
 
 
-def cuttable_modules(model_type: object) -> Modules:
-    """What the modules are called of a configuration's `model_type`.
-
-    Raises:
-        HelixError: its models cannot be cut.
-    """
-    if not isinstance(model_type, str) or model_type not in CUTTABLE:
-        raise HelixError(
-            f"models of type {model_type!r:.80} cannot be cut. Valid model types: {listed(CUTTABLE)}."
-        )
-    return CUTTABLE[str(model_type)]
+def expert_files(model_type: object) -> ExpertFiles | None:
+    """How checkpoint files name the experts of a configuration's `model_type`; None where as the model does."""
+    modules = CUTTABLE.get(model_type) if isinstance(model_type, str) else None
+    return None if modules is None else modules.experts
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

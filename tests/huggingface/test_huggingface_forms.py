@@ -1,0 +1,187 @@
+"""Models are cut by the form of their modules: the families of 2026, and classes that nobody has seen yet.
+
+fp32, against the library's own model in one process: logits within 1e-5 of the largest, greedy tokens equal,
+gradients of a training step within 1e-5 of the largest of each parameter.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from tiers import sized
+from tiny_transformers import BY_FORM, left_padded, relative_error, tiny_config, tiny_model, tokens
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+from helix_megatron.errors import HelixError
+from helix_megatron.huggingface import make_groups, plan, shard, sharding_of
+from helix_megatron.huggingface.forms import SHOWN
+
+LAYOUTS = {"m 2, n 1": (2, 2), "m 2, n 2": (4, 2), "m 4, n 1": (4, 4)}  # ranks, m
+NEW_TOKENS = sized("conversion", full=32, quick=8)
+
+
+def results(model: Any) -> dict[str, Any]:
+    """Logits, greedy tokens of a left-padded batch, and the gradients of a training step."""
+    ids, mask = left_padded()
+    with torch.no_grad():
+        found = {"logits": model(tokens()).logits}
+        found["tokens"] = model.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+    model.train()
+    model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    return found | {"gradients": {n: p.grad for n, p in model.named_parameters()}}
+
+
+@functools.cache
+def reference(family: str) -> dict[str, Any]:
+    return results(tiny_model(family))
+
+
+def run_sharded(family: str, m: int) -> dict[str, Any]:
+    groups = make_groups(dist.get_world_size(), m)
+    model = shard(
+        tiny_model(family), m, tensor_group=groups.tensor, intra_head_group=groups.intra_head
+    )
+    return results(model)
+
+
+def assert_equals_whole(ranks: list[dict[str, Any]], wanted: dict[str, Any], cuts: Any) -> None:
+    largest = max(g.abs().max() for g in wanted["gradients"].values() if g is not None)
+    for rank, found in enumerate(ranks):
+        assert relative_error(found["logits"], wanted["logits"]) <= 1e-5
+        assert torch.equal(found["tokens"], wanted["tokens"])
+        for name, whole in wanted["gradients"].items():
+            if whole is None:
+                assert found["gradients"][name] is None, name
+                continue
+            own = cuts[name].take(whole, rank) if name in cuts else whole
+            # Of some parameters, such as biases of keys, the gradient is zero but for rounding.
+            scale = max(whole.abs().max(), 1e-2 * largest)
+            assert (found["gradients"][name] - own).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.* stay whole on every rank:UserWarning", "ignore:each rank has"
+)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        # The quick tier has every third pair: each family once, each layout several times.
+        pytest.param(family, layout, marks=[pytest.mark.full("conversion")] * ((i + j) % 3 > 0))
+        for i, family in enumerate(BY_FORM)
+        for j, layout in enumerate(LAYOUTS)
+    ],
+)
+def test_families_equal_the_whole_model(pool, family, layout):
+    """Gates, sinks, windows, soft caps, norms of all heads, latents: all of it is the library's own code."""
+    world_size, m = LAYOUTS[layout]
+    what = plan(tiny_model(family), m, world_size)
+    assert what.layout.query_layout == "heads"
+    ranks = pool.run(run_sharded, family, m, world_size=world_size, timeout=300)
+    assert_equals_whole(ranks, reference(family), what.cuts)
+
+
+def test_every_type_that_counts_as_shown_is_shown():
+    """A type on that list is not compared before and after: a test here must have done it."""
+    assert {tiny_config(family).model_type for family in BY_FORM} == SHOWN
+
+
+def run_caches(family: str) -> list[tuple[int, ...]]:
+    groups = make_groups(4, 4)
+    model = shard(tiny_model(family), 4, tensor_group=groups.tensor)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(), past_key_values=cache, use_cache=True)
+    return [tuple(layer.keys.shape) for layer in cache.layers]
+
+
+def test_caches_hold_each_head_once(pool):
+    """2 key-value heads of 16 on 4 ranks: a quarter of both on each, where whole heads would be there twice."""
+    for shapes in pool.run(run_caches, "gemma3", world_size=4, timeout=300):
+        assert shapes[1] == (2, 2, 12, 4)
+
+
+# ------------------------------------------------------------------ model types of tomorrow
+
+
+class TomorrowConfig(transformers.LlamaConfig):
+    model_type = "tomorrow"
+
+
+class TomorrowAttention(modeling_llama.LlamaAttention):
+    """Another name, and norms of heads."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.scaling *= 1.3
+
+
+class ReversedAttention(TomorrowAttention):
+    """Of the known form, but heads see their neighbours: on whole heads of one rank it is another model."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, weights = super().forward(*args, **kwargs)
+        return output + self.q_proj(args[0] if args else kwargs["hidden_states"]).mean(), weights
+
+
+class GatedAttention(TomorrowAttention):
+    """With a part of its own."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.head_gate = nn.Linear(config.hidden_size, config.num_attention_heads)
+
+
+ATTENTION = {kind.__name__: kind for kind in (TomorrowAttention, ReversedAttention, GatedAttention)}
+
+
+def tomorrow(attention: str) -> Any:
+    """A Llama of an unknown type with attention layers of that class."""
+    config = TomorrowConfig(**tiny_config("llama").to_dict() | {"model_type": "tomorrow"})
+    torch.manual_seed(3)
+    model = transformers.LlamaForCausalLM(config)
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn = ATTENTION[attention](config, number)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    return model.eval()
+
+
+def run_tomorrow(attention: str) -> dict[str, Any] | str:
+    groups = make_groups(2, 2)
+    try:
+        model = shard(tomorrow(attention), 2, tensor_group=groups.tensor)
+    except HelixError as error:
+        return str(error)
+    assert sharding_of(model) is not None
+    return results(model)
+
+
+def test_a_type_of_tomorrow_is_cut_by_its_form(pool):
+    """A model that is released next month works without a release of ours."""
+    model = tomorrow("TomorrowAttention")
+    cuts = plan(model, 2, 2).cuts
+    ranks = pool.run(run_tomorrow, "TomorrowAttention", world_size=2, timeout=300)
+    assert_equals_whole(ranks, results(model), cuts)
+
+
+def test_what_only_looks_like_the_form_is_found_out(pool):
+    """The form tells sizes, not what is computed: logits are compared before and after."""
+    for said in pool.run(run_tomorrow, "ReversedAttention", world_size=2, timeout=300):
+        assert "models of type tomorrow are not known to this release" in said
+        assert "gives other logits, by" in said
+
+
+def test_an_unknown_part_is_named():
+    """What has parameters might act on whole heads."""
+    with pytest.raises(HelixError, match=r"class GatedAttention has a part head_gate \(Linear\)"):
+        plan(tomorrow("GatedAttention"), 2, 2)
+    with pytest.raises(HelixError, match=r"heads on 8 ranks .* Valid numbers of ranks: 1, 2, 4\."):
+        plan(tiny_model("glm4"), 8, 8)
