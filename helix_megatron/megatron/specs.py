@@ -14,7 +14,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.kernels import AttentionKernel
-from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.megatron.self_attention import (
     HelixSelfAttention,
@@ -38,7 +37,7 @@ class RefusedLayer:
         )
 
 
-def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel = sdpa) -> Any:
+def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel | None = None) -> Any:
     """A layer, block or stack spec with self-attention replaced; everything else is shared with the given one.
 
     In a stack of `HybridModel` (`MambaModel` before megatron-core 0.18) the attention layer (`*`) is replaced.
@@ -47,7 +46,7 @@ def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel = sdpa)
         spec: a layer's, block's or stack's `ModuleSpec`, or the submodules of a block or stack. It is not
             changed. With m = 1 it is returned as it is: stock attention. A replaced spec stays as it is, too.
         helix: the partitioning; must be that of the transformer configuration that builds the layer.
-        kernel: local attention of `exact`.
+        kernel: computes `exact` attention on whole heads in the place of what the configuration chooses.
 
     Raises:
         HelixError: the spec's self-attention is not Megatron's `SelfAttention`, or was replaced for the other
@@ -65,7 +64,7 @@ def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel = sdpa)
     return replaced
 
 
-def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel) -> Any:
+def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel | None) -> Any:
     if isinstance(spec, TransformerBlockSubmodules):
         layers = [_replaced(layer, helix, kernel) for layer in spec.layer_specs]
         return dataclasses.replace(spec, layer_specs=layers)
@@ -99,7 +98,7 @@ def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel) -> Any:
             "Megatron's SelfAttention only.",
             remedy=("Use a GPT layer spec with ordinary self-attention", *STOCK),
         )
-    params = {**attention.params, "kernel": kernel} if exact else attention.params
+    params = {**attention.params, "kernel": kernel} if exact and kernel else attention.params
     replaced = dataclasses.replace(attention, module=wanted, params=params)
     submodules = dataclasses.replace(submodules, self_attention=replaced)
     return dataclasses.replace(spec, submodules=submodules)

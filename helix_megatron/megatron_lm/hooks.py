@@ -89,11 +89,10 @@ def _configuration(upstream: Any) -> Callable[[Any], None]:
         if not given.helix.active:
             upstream(self)
             return
-        from helix_megatron.megatron.support import check_supported
         from helix_megatron.megatron.transformer_config import relaxed_head_checks
 
         self.helix, self.rotary_percent = given.helix, given.rotary_percent
-        check_supported(self, given.helix)
+        self.causal_masks_only = given.causal_masks_only
         with relaxed_head_checks(self, given.helix):
             upstream(self)
 

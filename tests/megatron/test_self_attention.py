@@ -30,6 +30,7 @@ class Layer:
     attention: str = "exact"
     exchange: str = "auto"
     query_layout: str = "auto"
+    kernel: str = "auto"
     norm: str | None = None
     zero_centered: bool = False
     bias: bool = False
@@ -81,6 +82,25 @@ LAYERS = {
     "softmax scale": Layer(2, 2, 8, 4, 2, scale=0.2),
     "sequence parallel": Layer(2, 2, 8, 4, 2, sequence_parallel=True, norm="RMSNorm"),
     "recompute": Layer(2, 2, 8, 4, 2, recompute=True),
+    "MHA, stock core": Layer(8, 8, 8, 4, 2, kernel="host"),
+    "MQA, stock core": Layer(8, 1, 16, 4, 4, kernel="host", norm="LayerNorm", bias=True),
+    "GQA, stock core": Layer(8, 2, 8, 4, 2, kernel="host", norm="RMSNorm", sequence_parallel=True),
+    "straddling, stock core": Layer(6, 2, 12, 3, 3, kernel="host", length=9, recompute=True),
+    "more of its own, stock core": Layer(8, 8, 8, 4, 2, kernel="host", gate=True, window=(3, 0)),
+    "interleaved, stock core": Layer(8, 1, 16, 4, 4, kernel="host", rotary="interleaved"),
+    "partial, stock core": Layer(
+        8, 2, 16, 4, 2, kernel="host", rotary_percent=0.5, scale=0.2, padding=True
+    ),
+    "all-to-all-batch, stock core": Layer(
+        4, 2, 8, 4, 2, kernel="host", exchange="all-to-all-batch", norm="RMSNorm", window=(3, 0)
+    ),
+    "all-to-all-heads, stock core": Layer(
+        8, 2, 8, 4, 2, kernel="host", exchange="all-to-all-heads", recompute=True, gate=True
+    ),
+    "padding, all-to-all-batch, stock core": Layer(
+        2, 2, 8, 4, 2, kernel="host", exchange="all-to-all", padding=True
+    ),
+    "8 ranks, stock core": Layer(16, 4, 16, 8, 2, kernel="host", norm="LayerNorm"),
     "segment-local": Layer(2, 2, 8, 4, 2, attention="segment-local"),
     "segment-local GQA": Layer(4, 2, 16, 8, 4, attention="segment-local", bias=True),
     "segment-local interleaved": Layer(
@@ -235,7 +255,9 @@ def build(layer: Layer) -> Any:
         window_size=layer.window,
         softmax_scale=layer.scale,
         recompute_granularity="selective" if layer.recompute else None,
-        helix=HelixConfig(layer.segments, layer.attention, layer.exchange, layer.query_layout),
+        helix=HelixConfig(
+            layer.segments, layer.attention, layer.exchange, layer.query_layout, layer.kernel
+        ),
     )
     spec = get_gpt_layer_local_spec(
         qk_layernorm=layer.norm is not None,
@@ -274,8 +296,15 @@ def run_layer(layer: Layer) -> dict[str, Any]:
     if layer.sequence_parallel:
         x, grad = (t.chunk(layer.tensor_parallel)[rank] for t in (x, grad))
     x = x.clone().requires_grad_()
-    output, _ = module(x, padding_mask(layer), rotary_pos_emb=rotary_table(layer, layer.dim))
-    output.backward(grad)
+    mask = padding_mask(layer)
+    if mask is not None and layer.kernel == "host":
+        # Megatron's own attention heeds the mask, and not its type.
+        mask = mask | torch.ones(layer.length, layer.length, dtype=torch.bool).triu(1)
+    output, _ = module(x, mask, rotary_pos_emb=rotary_table(layer, layer.dim))
+    # As Megatron's schedules do: `backward` itself would leave the mode that stands in for CUDA.
+    torch.autograd.Variable._execution_engine.run_backward(
+        (output,), (grad,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     for name, value in grads.items():

@@ -24,7 +24,6 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron.self_attention import HelixSelfAttention, SegmentLocalSelfAttention
 from helix_megatron.megatron.specs import LATENT_LAYERS, helix_spec
@@ -141,8 +140,7 @@ def test_only_the_self_attention_module_is_replaced(name):
 
     exact = helix_spec(spec, EXACT)
     assert exact.submodules.self_attention.module is HelixSelfAttention
-    assert exact.submodules.self_attention.params == {**attention.params, "kernel": sdpa}
-    assert differences(spec, exact) == {f"{ATTENTION}.module", f"{ATTENTION}.params.kernel"}
+    assert differences(spec, exact) == {f"{ATTENTION}.module"}
 
     cut = helix_spec(spec, SEGMENT_LOCAL)
     assert cut.submodules.self_attention.module is SegmentLocalSelfAttention
@@ -175,11 +173,7 @@ def test_every_layer_of_a_block_is_replaced():
     spec = block(num_moe_experts=2, moe_layer_freq=[0, 1, 0])
     before = snapshot(spec)
     replaced = helix_spec(spec, EXACT)
-    wanted = {
-        f"layer_specs.{layer}.{ATTENTION}.{part}"
-        for layer in range(3)
-        for part in ("module", "params.kernel")
-    }
+    wanted = {f"layer_specs.{layer}.{ATTENTION}.module" for layer in range(3)}
     assert differences(spec, replaced) == wanted
 
     whole = ModuleSpec(module=TransformerBlock, submodules=spec)
@@ -207,9 +201,7 @@ def test_the_attention_layer_of_a_hybrid_stack_is_replaced():
     spec = stack(attention_layer=local(), mlp_layer=local(), moe_layer=IdentityOp)
     spec.submodules.mlp_layer.submodules.self_attention = IdentityOp
     before = snapshot(spec)
-    wanted = {
-        f"submodules.attention_layer.{ATTENTION}.{part}" for part in ("module", "params.kernel")
-    }
+    wanted = {f"submodules.attention_layer.{ATTENTION}.module"}
     replaced = helix_spec(spec, EXACT)
     assert differences(spec, replaced) == wanted
     assert (

@@ -138,9 +138,8 @@ def whole_heads(q_mThd: Tensor, kv_mtGC: Tensor, layout: HeadLayout) -> tuple[Te
 
     if layout.query_layout == "heads":
         q_THD = q_mThd.transpose(0, 1).flatten(1, 2)
-        return q_THD, join_canonical(kv_mtGC.unsqueeze(2), layout)[0].transpose(0, 1)
-    q_THD, kv_tGD = (join(part.unsqueeze(2))[0].transpose(0, 1) for part in (q_mThd, kv_mtGC))
-    return q_THD, kv_tGD
+        return q_THD, join_canonical(kv_mtGC, layout)
+    return join(q_mThd), join(kv_mtGC)
 
 
 def parts_of_members(o_THD: Tensor, layout: HeadLayout) -> Tensor:

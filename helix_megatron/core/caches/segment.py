@@ -86,7 +86,7 @@ class SegmentAttention(StepAttention):
             return o_THC
         o_mThC = o_THC.unflatten(1, (self.layout.segments, -1)).transpose(0, 1)
         o_mThC = self._swap(o_mThC, "exchange/segment")
-        return join_canonical(o_mThC.unsqueeze(2), self.layout)[0].transpose(0, 1)
+        return join_canonical(o_mThC, self.layout)
 
 
 def _read(pool_PSGC: Tensor, keys: slice | Tensor, length: int) -> Tensor:
