@@ -21,6 +21,7 @@ from helix_megatron.bench.attention_case import FREE, HELIX, STOCK, STOCK_SDPA, 
 from helix_megatron.core.exchanges.segments import heads_first, sequence_first
 from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.core.masks import AttentionMask
+from helix_megatron.megatron.self_attention import WholeHeadsSelfAttention
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
 
@@ -93,7 +94,9 @@ def _build(name: str, case: Case) -> Any:
         submodules = dataclasses.replace(attention.submodules, core_attention=SdpaCore)
         attention = dataclasses.replace(attention, submodules=submodules)
     layer = build_module(attention, config=config, layer_number=1).train()
-    if name == FREE:
+    if name == FREE and case.layout.query_layout == "heads":
+        layer.__class__ = FreeGather
+    elif name == FREE:
         layer.core_attention = FreeExchangeCore(layer.config, case)
     return layer
 
@@ -133,3 +136,15 @@ class FreeExchangeCore(SdpaCore):
         q_SBHD = query.reshape(*query.shape[:2], -1, self.head_dim)
         k_SBGD, v_SBGD = (t.repeat(1, 1, 1, self.segments) for t in (key, value))
         return super().forward(q_SBHD, k_SBGD, v_SBGD)
+
+
+class FreeGather(WholeHeadsSelfAttention):
+    """Helix's gather behind the projection, with a rank's own segments in the place of the others'."""
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        query, kv_SBG2C = self._project(hidden_states)
+        kv_SBG2D = kv_SBG2C[:, :, : self.num_query_groups_per_partition]
+        key, value = kv_SBG2D.repeat(1, 1, 1, 1, self.layout.segments).unbind(3)
+        return query, key.contiguous(), value.contiguous()

@@ -10,7 +10,6 @@ from typing import Any
 from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.kernels import AttentionKernel
@@ -24,6 +23,9 @@ from helix_megatron.megatron.support import STOCK
 
 LATENT_LAYERS = ("mla_layer", "dsa_layer")
 """Layers of a hybrid stack whose attention is latent or sparse; a stack's spec has them whether used or not."""
+
+NESTED = ("layer_specs", "transformer_layer", "mtp_model_layer", "mtp_block_spec")
+"""Where blocks, and blocks and layers of multi-token prediction, hold the layers that they are made of."""
 
 
 class RefusedLayer:
@@ -65,9 +67,11 @@ def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel | None 
 
 
 def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel | None) -> Any:
-    if isinstance(spec, TransformerBlockSubmodules):
-        layers = [_replaced(layer, helix, kernel) for layer in spec.layer_specs]
-        return dataclasses.replace(spec, layer_specs=layers)
+    for name in NESTED:
+        if (inside := getattr(spec, name, None)) is not None:
+            several = isinstance(inside, list)
+            layers = [_replaced(each, helix, kernel) for each in (inside if several else [inside])]
+            spec = dataclasses.replace(spec, **{name: layers if several else layers[0]})
     if hasattr(spec, "attention_layer"):
         refused = {
             name: ModuleSpec(module=RefusedLayer, params={"layer": name})
@@ -77,7 +81,7 @@ def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel | None) -> 
         attention = _replaced(spec.attention_layer, helix, kernel)
         return dataclasses.replace(spec, attention_layer=attention, **refused)
     submodules: Any = getattr(spec, "submodules", None)
-    if isinstance(submodules, TransformerBlockSubmodules) or hasattr(submodules, "attention_layer"):
+    if any(hasattr(submodules, name) for name in (*NESTED, "attention_layer")):
         return dataclasses.replace(spec, submodules=_replaced(submodules, helix, kernel))
     attention = getattr(submodules, "self_attention", None)
     if attention is None or attention is IdentityOp:

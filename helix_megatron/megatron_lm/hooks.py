@@ -211,6 +211,8 @@ def _model(upstream: Any) -> Callable[..., None]:
             from helix_megatron.megatron.specs import helix_spec
 
             transformer_layer_spec = helix_spec(transformer_layer_spec, given.helix)
+            if kwargs.get("mtp_block_spec") is not None:
+                kwargs["mtp_block_spec"] = helix_spec(kwargs["mtp_block_spec"], given.helix)
         if not given.layout_free_init:
             upstream(self, config, transformer_layer_spec, *args, **kwargs)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,7 +101,7 @@ def layers_cost(scenario: Scenario, stripped: Layout) -> Cost:
 
 @functools.lru_cache(maxsize=16384)
 def _attention_cost(scenario: Scenario, part: Layout, windowed: bool) -> Cost:
-    return _cost(attention_steps(scenario, part, windowed))
+    return _cost(attention_steps(scenario, part, windowed), part.core_axes)
 
 
 @functools.lru_cache(maxsize=16384)
@@ -115,7 +115,7 @@ def outer_cost(scenario: Scenario, stripped: Layout, first: bool) -> Cost:
     return _cost(outer_steps(scenario, stripped, first=first))
 
 
-def _cost(steps: Iterable[Step]) -> Cost:
+def _cost(steps: Iterable[Step], core_axes: Container[str] = ()) -> Cost:
     forward = backward = attention = 0.0
     for step in steps:
         exposed = step.seconds - step.hidden
@@ -123,7 +123,7 @@ def _cost(steps: Iterable[Step]) -> Cost:
             backward += exposed
             continue
         forward += exposed
-        if step.kind == "attention" or step.axis in ("exchange", "cp"):
+        if step.kind == "attention" or step.axis in core_axes:
             attention += exposed
     return Cost(forward, backward, attention)
 

@@ -86,7 +86,7 @@ def _add_layers(
             if not step.axis or step.phase not in phases:
                 continue
             again = layout.recompute == "full" or (
-                layout.recompute == "selective" and step.axis in ("exchange", "cp")
+                layout.recompute == "selective" and step.axis in layout.core_axes
             )
             times = 2 if again and step.phase == FORWARD else 1
             sums.step(step, times * batches * count / layout.pp)

@@ -124,13 +124,14 @@ class AttentionCost(ABC):
 
     collective: how most of the bytes move. fusible: whether a fused kernel can compute what is left.
     output_in_order: whether the kernel's output is, for one sequence, already in the order that the projection
-    reads.
+    reads. in_core: whether it runs inside core attention, which selective recomputation repeats.
     """
 
     name: ClassVar[str]
     collective: ClassVar[str] = "all-to-all"
     fusible: ClassVar[bool] = True
     output_in_order: ClassVar[bool] = False
+    in_core: ClassVar[bool] = True
 
     def supports(self, shape: AttentionShape) -> str:
         """Empty if that shape can run; else why not, as a clause."""

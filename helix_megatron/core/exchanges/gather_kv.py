@@ -24,6 +24,7 @@ class GatherKV(WholeHeads):
     query_layout: ClassVar[QueryLayout] = "heads"
     collective = "all-gather"
     output_in_order = True
+    in_core = False
 
     def bytes(self, shape: AttentionShape) -> int:
         return kv_gather_bytes(shape)
@@ -115,6 +116,8 @@ def gather_kv_heads(
     else:  # a copy for each query head
         heads = kv_mSBG2C.unbind(3)
         kv_mSBG2C = torch.stack([heads[head] for head in wanted], dim=3)
-    kv_m2SBGC = kv_mSBG2C.movedim(4, 1)
-    k, v = join_canonical(kv_m2SBGC, layout) if canonical else join(kv_m2SBGC)
+    # One by one, so that keys can be freed once they are rotated, while values are kept.
+    k, v = (
+        join_canonical(part, layout) if canonical else join(part) for part in kv_mSBG2C.unbind(4)
+    )
     return k, v
