@@ -175,3 +175,23 @@ def test_the_run_says_what_computes_attention_and_why(pool):
         "Attention is computed by DotProductAttention: kernel host was asked for.",
         "Attention is computed by DotProductAttention: attention_backend is unfused.",
     ]
+
+
+def place_of_sinks(layer: Layer) -> tuple[Any, ...]:
+    """Key, global shape and offset of this rank's sinks in a checkpoint, and its canonical heads."""
+    from megatron.core import parallel_state
+
+    module = build(layer)
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    item = module.sharded_state_dict(metadata=groups)["core_attention.softmax_offset"]
+    group, member = module.layout.partition(parallel_state.get_tensor_model_parallel_rank())
+    return item.key, item.global_shape, item.global_offset, module.layout.dealt_heads(group, member)
+
+
+@pytest.mark.parametrize("name", ["gather-kv", "all-to-all-heads"])
+def test_sinks_are_saved_in_the_order_of_heads(pool, name):
+    """A checkpoint knows nothing of m and n: any other layout, and stock Megatron, must find its sinks."""
+    layer = dataclasses.replace(LAYERS[name], softmax="learnable")
+    for key, shape, offset, heads in pool.run(place_of_sinks, layer, world_size=4):
+        assert (key, shape, offset) == ("core_attention.softmax_offset", (8,), (heads.start,))
+        assert len(heads) == 2
