@@ -237,7 +237,6 @@ def test_a_layout_whose_queries_are_cut_refuses_more():
         {"log_max_attention_logit": True},
         {"qk_clip": True},
         {"cuda_graph_impl": "local"},
-        {"batch_invariant_mode": True, "attention_backend": AttnBackend.flash},
         {"mtp_num_layers": 1},
         {"test_mode": True},
         {"attention_backend": AttnBackend.flash},
