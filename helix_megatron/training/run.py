@@ -90,6 +90,7 @@ class RunConfig:
         model = ModelConfig.from_flags(given | values_of(ModelConfig, values))
         ranks = values.get("tensor_model_parallel_size", 1)
         ranks *= values.get("pipeline_model_parallel_size", 1)
+        ranks *= values.get("context_parallel_size", 1)
         return cls.from_values(values, world_size or ranks, model).with_padded_vocabulary()
 
     def __post_init__(self) -> None:
@@ -98,11 +99,7 @@ class RunConfig:
         self._fill_batches()
         self._fill_experts()
         _ = self.layout  # which heads lie where: wrong numbers are found here
-        if self.parallel.sequence_parallel and self.model.seq_length % self._tensor:
-            raise HelixError(
-                f"--seq-length {self.model.seq_length} does not divide by the {self._tensor} tensor parallel "
-                f"ranks, which --sequence-parallel needs. Try {_multiple(self.model.seq_length, self._tensor)}."
-            )
+        self._check_sequence()
 
     def _change(self, group: str, **values: Any) -> None:
         object.__setattr__(self, group, dataclasses.replace(getattr(self, group), **values))
@@ -137,8 +134,12 @@ class RunConfig:
         return self.parallel.pipeline_model_parallel_size
 
     @property
+    def _context(self) -> int:
+        return self.parallel.context_parallel_size
+
+    @property
     def data_parallel_size(self) -> int:
-        return self.world_size // (self._tensor * self._pipeline)
+        return self.world_size // (self._tensor * self._pipeline * self._context)
 
     @property
     def global_batch_size(self) -> int:
@@ -154,6 +155,21 @@ class RunConfig:
     @property
     def tokens_per_iteration(self) -> int:
         return self.global_batch_size * self.model.seq_length
+
+    @property
+    def sequence_parts(self) -> int:
+        """Parts into which sequence parallelism cuts a context-parallel rank's positions."""
+        return self._tensor if self.parallel.sequence_parallel else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch: its samples, or the one into which their documents are packed."""
+        return 1 if self.data.packed_documents else self.training.micro_batch_size
+
+    @property
+    def row_length(self) -> int:
+        """Positions of a row of a micro-batch on all context-parallel ranks together, without padding."""
+        return self.model.seq_length * self.training.micro_batch_size // self.rows
 
     @property
     def virtual_stages(self) -> int | None:
@@ -200,9 +216,9 @@ class RunConfig:
         window = self.model.window_size
         return AttentionShape(
             layout=self.layout,
-            batch=self.training.micro_batch_size,
-            query_length=self.model.seq_length,
-            key_length=self.model.seq_length,
+            batch=self.rows,
+            query_length=self.row_length // self._context,
+            key_length=self.row_length,
             element_size=4 if self.training.precision == "fp32" else 2,
             causal=True,
             window=(window, 0) if window is not None else None,
@@ -215,6 +231,7 @@ class RunConfig:
         return {
             "tp": self._tensor,
             "pp": self._pipeline,
+            "cp": self._context,
             "dp": self.data_parallel_size,
             "ep": self.parallel.expert_model_parallel_size,
             "m": m,
@@ -254,13 +271,36 @@ class RunConfig:
     # ------------------------------------------------------------------------ checks
 
     def _check_ranks(self) -> None:
-        unit = self._tensor * self._pipeline
+        unit = self._tensor * self._pipeline * self._context
         if self.world_size % unit:
+            context = f" times context parallel size {self._context}" if self._context > 1 else ""
             raise HelixError(
                 f"{self.world_size} ranks cannot hold tensor parallel size {self._tensor} times pipeline "
-                f"parallel size {self._pipeline}: their number must be a multiple of {unit}. Start "
+                f"parallel size {self._pipeline}{context}: their number must be a multiple of {unit}. Start "
                 f"{_multiple(self.world_size, unit)} ranks (--nproc-per-node, or torchrun's), or change "
                 "--tensor-model-parallel-size."
+            )
+
+    def _check_sequence(self) -> None:
+        length, ranks, parts = self.model.seq_length, self._context, self.sequence_parts
+        packs = self.data.packed_documents
+        if packs and ranks > 1 and self._pipeline > 1:
+            raise HelixError(
+                f"--packed-documents with --context-parallel-size {ranks} pads documents to rows of different "
+                f"lengths, and {self._pipeline} pipeline stages exchange rows of one length. Leave out one of "
+                "--packed-documents, --context-parallel-size and --pipeline-model-parallel-size."
+            )
+        chunks = 1 if packs or ranks == 1 else 2 * ranks
+        if length % chunks:
+            raise HelixError(
+                f"--seq-length {length} cannot be cut into 2 chunks for each of {ranks} context parallel "
+                f"ranks. Try {_multiple(length, chunks)}, or another --context-parallel-size."
+            )
+        if length // ranks % parts and not (packs and ranks > 1):  # which is padded to fit
+            of_each = f" of each of {ranks} context parallel ranks" if ranks > 1 else ""
+            raise HelixError(
+                f"--seq-length {length} does not divide by the {parts} tensor parallel ranks{of_each}, which "
+                f"--sequence-parallel needs. Try {_multiple(length, math.lcm(chunks, ranks * parts))}."
             )
 
     def _fill_batches(self) -> None:
