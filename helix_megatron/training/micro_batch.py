@@ -51,7 +51,7 @@ def own_batch(batch: Batch, *, packs: bool, unit: int = 1) -> OwnBatch:
         own = {name: own_part(x, 1, rank, ranks) for name, x in batch.items()}
         return OwnBatch(own, counted)
     documents = documents_in(batch["position_ids"], ranks, unit)
-    rows, source = [], []
+    source: list[int] = []
     begin = 0
     for document in documents:
         # A row of padding takes any token: its loss does not count, and nobody attends to it.
