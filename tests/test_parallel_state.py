@@ -53,7 +53,7 @@ def describe_groups(m: int, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
-EP = "expert_model_parallel_size"
+EP, CP = "expert_model_parallel_size", "context_parallel_size"
 # name: (m, Megatron's sizes, tensor parallel groups, intra-head groups, groups of equal segments)
 WORLDS: dict[str, tuple[int, dict[str, Any], list[list[int]], list[list[int]], list[list[int]]]] = {
     "TP4 m2": (2, {TP: 4}, [[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]]),
@@ -74,6 +74,20 @@ WORLDS: dict[str, tuple[int, dict[str, Any], list[list[int]], list[list[int]], l
         [[0, 1], [2, 3], [4, 5], [6, 7]],
         [[0, 1], [2, 3], [4, 5], [6, 7]],
         [[rank] for rank in range(8)],
+    ),
+    "TP2 CP2 DP2 m2": (
+        2,
+        {TP: 2, CP: 2},
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+        [[rank] for rank in range(8)],
+    ),
+    "TP4 CP2 m2, context ranks as neighbours": (
+        2,
+        {TP: 4, CP: 2, "order": "cp-tp-ep-dp-pp"},
+        [[0, 2, 4, 6], [1, 3, 5, 7]],
+        [[0, 2], [4, 6], [1, 3], [5, 7]],
+        [[0, 4], [2, 6], [1, 5], [3, 7]],
     ),
     "TP4 PP2 m2, pipeline stages as neighbours": (
         2,
