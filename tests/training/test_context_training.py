@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
+from pool import RankError
 from test_training import EXPERTS, GQA, HALVED, PP, SIZE, TP, largest_difference, run
 from tiers import sized
 
@@ -47,6 +49,40 @@ def test_context_parallel_losses_are_those_of_one_process(pool, reference, name)
     assert largest_difference(records, expected) <= 1e-5
     norms = [[record["grad_norm"] for record in of] for of in (records, expected)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", [f"{CP} 2", f"{TP} 2 {SP} {CP} 2"])
+def test_hidden_dropout_does_not_depend_on_context_parallelism(pool, layout):
+    """The same seed drops the same hidden states, whichever rank holds the position."""
+    flags = f"{SIZE} --train-iters 3 --hidden-dropout 0.2"
+    ranks = 4 if TP in layout else 2
+    assert largest_difference(run(pool, f"{flags} {layout}", ranks), run(pool, flags)) <= 1e-5
+
+
+def test_attention_dropout_trains(pool):
+    """Dropped attention weights change the losses, and leave them finite and equal on all ranks."""
+    flags = f"{SIZE} --train-iters 3 {CP} 2"
+    dropped = run(pool, f"{flags} --attention-dropout 0.3", 2)
+    assert all(math.isfinite(record["lm_loss"]) for record in dropped)
+    assert largest_difference(dropped, run(pool, flags, 2)) > 1e-4
+
+
+def test_only_all_gather_communicates_without_transformer_engine(pool):
+    """Another way is Transformer Engine's: it is refused by name, not replaced in silence."""
+    flags = f"{SIZE} --train-iters 1 {CP} 2"
+    with pytest.raises(RankError, match=r"by all_gather without Transformer Engine, and p2p is"):
+        run(pool, f"{flags} --cp-comm-type p2p", 2)
+    assert len(run(pool, f"{flags} --cp-comm-type all_gather", 2)) == 1
+
+
+def test_metrics_count_the_gathered_keys(pool):
+    """What attention gathers counts as attention's: forward and backward, keys and values, per layer."""
+    record = run(pool, f"{SIZE} --train-iters 1 {GQA} {CP} 2", 2)[0]
+    heads, dim, layers, size = 2, 8, 2, 4
+    # Each rank sends its half of a sequence's keys and values, and later as much of their gradients.
+    per_token = layers * 2 * heads * dim * size / 2
+    assert record["attention_bytes_per_token"] == 2 * per_token
+    assert record["consumed_tokens"] == 4 * 32
 
 
 # ---------------------------------------------------------------------------- packed documents
