@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.core.collectives import gather
 from helix_megatron.core.masks import AttentionMask
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, Setting
 
 PURPOSE = "context/gather-kv"
 """Under which the meter counts the gathered keys and values, and their gradients."""
@@ -36,6 +36,26 @@ class Document(NamedTuple):
     start: int
     stop: int
     length: int
+
+
+COMMUNICATION = "all_gather"
+"""The one `cp_comm_type` that this is, of those that Transformer Engine's attention has."""
+
+
+def check_communication(cp_comm_type: str | None) -> None:
+    """Raise unless that is how keys and values travel here; None leaves the choice.
+
+    Raises:
+        HelixError: it is another way.
+    """
+    if cp_comm_type not in (None, COMMUNICATION):
+        raise HelixError(
+            f"context parallelism communicates by {COMMUNICATION} without Transformer Engine, and "
+            f"{cp_comm_type} is one of its ways.",
+            setting="cp_comm_type",
+            value=cp_comm_type,
+            remedy=("Set ", Setting("cp_comm_type", COMMUNICATION), ", or leave it out."),
+        )
 
 
 def chunks_of(rank: int, ranks: int) -> tuple[int, ...]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
@@ -22,16 +23,23 @@ from helix_megatron.core.exchanges import EXACT, LocalInputs, WholeHeads
 from helix_megatron.core.exchanges.gather_kv import kv_heads_attended
 from helix_megatron.core.exchanges.segments import heads_first, sequence_first
 from helix_megatron.core.kernels import AttentionKernel
-from helix_megatron.core.kernels.sdpa import sdpa
+from helix_megatron.core.kernels.sdpa import sdpa, with_sinks
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.core.masks import AttentionMask
 from helix_megatron.errors import HelixError, Setting
+from helix_megatron.megatron.context_parallel import (
+    Attend,
+    check_communication,
+    documents_of,
+    over_context,
+)
+from helix_megatron.megatron.norms import with_classes
 from helix_megatron.megatron.random import fork_head_group_state
-from helix_megatron.megatron.support import BATCH, KERNEL, STOCK, check, problem, refusal
+from helix_megatron.megatron.support import BATCH, KERNEL, LEFT_CUT, STOCK, check, problem, refusal
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
 
-WITHOUT_EFFECT = ("cp_comm_type", "pg_collection", "name", "pp_layer_offset")
+WITHOUT_EFFECT = ("name", "pp_layer_offset")
 """What Megatron may give a core attention to build it, and kernels of ours do not need."""
 
 WHOLE_HEADS = {exchange.name for exchange in EXACT if isinstance(exchange, WholeHeads)}
@@ -41,11 +49,13 @@ CUT_HEADS = {exchange.name for exchange in EXACT} - WHOLE_HEADS
 CoreBuilder = Callable[..., Any]
 
 
-class HelixCoreAttention(MegatronModule):
-    """Attention by a kernel of this package, in the place of `DotProductAttention` or `TEDotProductAttention`.
+class HelixCoreAttention(DotProductAttention):
+    """Megatron's `DotProductAttention`, computed by a kernel of this package.
 
-    Unlike Megatron's local attention it honours the mask type as well as a mask tensor: what either hides is
-    hidden. A query that sees no key gives zeros, where Megatron's gives the mean of all values.
+    It also knows context parallelism, where it gathers keys and values, and packed sequences. Unlike Megatron's
+    it honours the mask type as well as a mask tensor: what either hides is hidden. The tensor has this rank's
+    queries and the keys of the whole sequence; packed sequences have their borders instead. A query that sees
+    no key gives zeros, where Megatron's gives the mean of all values.
     """
 
     def __init__(
@@ -58,13 +68,29 @@ class HelixCoreAttention(MegatronModule):
         *,
         kernel: AttentionKernel = sdpa,
         attention_dropout: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **newer: Any,
     ) -> None:
-        super().__init__(config=config)
         _refuse_unknown(
             {name: value for name, value in newer.items() if name not in WITHOUT_EFFECT}
         )
-        self.kernel, self.attn_mask_type = kernel, attn_mask_type
+        check_communication(cp_comm_type)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # the constructor refuses others
+        super().__init__(
+            alone, layer_number, attn_mask_type, attention_type, pg_collection=pg_collection
+        )
+        self.config, self.kernel = config, kernel
+        if self.softmax_offset is not None:
+            if kernel is not sdpa:
+                raise HelixError(
+                    f"softmax_type = {config.softmax_type} has sinks, which kernel {kernel} does not know. "
+                    "Leave the kernel out."
+                )
+            self.kernel = functools.partial(with_sinks, self.softmax_offset)
         # apply_query_key_layer_scaling divides by the layer number and multiplies back: nothing in fp32.
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -84,20 +110,39 @@ class HelixCoreAttention(MegatronModule):
         packed_seq_params: Any = None,
         **newer: Any,
     ) -> Tensor:
-        """[L, B, H, D], [S, B, G, D] twice → [L, B, H·D]; attention_mask is True where hidden."""
-        if packed_seq_params is not None:
-            raise refusal("packed_seq_params", packed_seq_params.qkv_format, KERNEL)
+        """[L, B, H, D], [S, B, G, D] twice → [L, B, H·D]; attention_mask is True where hidden.
+
+        Without B where sequences are packed.
+        """
         if attention_bias is not None:
             raise refusal("attention_bias", "a tensor", KERNEL)
         _refuse_unknown(newer)
+        packed = query.dim() == 3
+        if packed:
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        mask = self.mask(attention_mask, attn_mask_type)
         with self.dropout_state(False):
-            o_BHLD = self.kernel(
-                *(heads_first(tensor) for tensor in (query, key, value)),
-                mask=self.mask(attention_mask, attn_mask_type),
-                scale=self.softmax_scale,
-                dropout=self.dropout if self.training else 0.0,
-            )
+            output = self.over_context(query, key, value, self._attend, mask, packed_seq_params)
+        return output.squeeze(1) if packed else output
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        o_BHLD = self.kernel(
+            *(heads_first(tensor) for tensor in (q, k, v)),
+            mask=mask,
+            scale=self.softmax_scale,
+            dropout=self.dropout if self.training else 0.0,
+        )
         return sequence_first(o_BHLD).flatten(2)
+
+    def over_context(
+        self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, mask: AttentionMask, packed: Any
+    ) -> Tensor:
+        """`context_parallel.over_context` in this layer's group; `packed` is Megatron's `PackedSeqParams`."""
+        group, documents = self.pg_collection.cp, None
+        if packed is not None:
+            group = packed.cp_group or group
+            documents, mask = documents_of(packed), dataclasses.replace(mask, hidden=None)
+        return over_context(q, k, v, attend, mask=mask, group=group, documents=documents)
 
     def mask(self, hidden: Tensor | None, mask_type: AttnMaskType | None) -> AttentionMask:
         """What the layer hides beside `hidden`."""
@@ -144,23 +189,34 @@ class ExchangedCore:
         packed = query.dim() == 3
         if packed:
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-        x = LocalInputs(
-            q=query,
-            k=key,
-            v=value,
-            layout=self.head_layout,
-            group=self.head_group,
-            segment=self.head_group.rank(),
-            mask=ours.mask(attention_mask, attn_mask_type),
-            scale=ours.softmax_scale,
-            kernel=ours.kernel,
-            dropout=ours.dropout if ours.training else 0.0,
-            dropout_state=ours.dropout_state,
-        )
-        plain = packed_seq_params is None and attention_bias is None
-        exchange = choose_for(x, self.exchange, self.allowed if plain else WHOLE_HEADS)
+
+        def inputs(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> LocalInputs:
+            return LocalInputs(
+                q=q,
+                k=k,
+                v=v,
+                layout=self.head_layout,
+                group=self.head_group,
+                segment=self.head_group.rank(),
+                mask=mask,
+                scale=ours.softmax_scale,
+                kernel=ours.kernel,
+                dropout=ours.dropout if ours.training else 0.0,
+                dropout_state=ours.dropout_state,
+            )
+
+        mask = ours.mask(attention_mask, attn_mask_type)
+        x = inputs(query, key, value, mask)
+        allowed = self.allowed if attention_bias is None else WHOLE_HEADS
+        exchange = choose_for(x, self.exchange, allowed)
         if not isinstance(exchange, WholeHeads):
-            return exchange.run(x).flatten(2)
+
+            def exchanged(*part: Any) -> Tensor:
+                own = inputs(*part)
+                return choose_for(own, self.exchange, allowed).run(own).flatten(2)
+
+            output = ours.over_context(query, key, value, exchanged, mask, packed_seq_params)
+            return output.squeeze(1) if packed else output
         heads: tuple[Tensor, ...] = exchange.enter(x)
         if ours is not self:  # kernels of ours take views
             heads = tuple(tensor.contiguous() for tensor in heads)
@@ -209,20 +265,33 @@ def build_exchanged(
         )
     else:
         check(config, KERNEL)
+        check(config, LEFT_CUT)
         build = of_ours
     core = build(config=inner, **arguments)
     core.__class__ = type(type(core).__name__, (ExchangedCore, type(core)), {})
     core.head_layout, core.head_group, core.exchange = layout, group, exchange
     core.allowed = None
-    if not isinstance(core, HelixCoreAttention):
-        core.own_kernels = of_ours(config=inner, **arguments)
-        # The heads of a host's core attention are counted when it is built.
+    ours = isinstance(core, HelixCoreAttention)
+    if not ours:
+        plain = copy.copy(inner)
+        plain.softmax_type = "vanilla"  # without parameters
+        core.own_kernels = of_ours(config=plain, **arguments | {"cp_comm_type": None})
+    if not ours or core.softmax_offset is not None:
+        # The heads of a host's core attention, and sinks, are counted when it is built.
         core.allowed = {exchange if exchange in WHOLE_HEADS else "all-to-all-batch"}
-        if problem(config, KERNEL) is None:
+        if problem(config, KERNEL) is None and problem(config, LEFT_CUT) is None:
             core.allowed |= CUT_HEADS
         if "all-to-all-batch" in core.allowed:
             check(config, BATCH)
     return core
+
+
+def context_spec(spec: Any) -> Any:
+    """A layer, block or stack spec with our core attention in place of Megatron's own `DotProductAttention`.
+
+    For stock layers with context parallelism or packed sequences where there is no Transformer Engine.
+    """
+    return with_classes(spec, {DotProductAttention: HelixCoreAttention})
 
 
 def choose_core(build: CoreBuilder, config: Any, kernel: AttentionKernel | None) -> CoreBuilder:
@@ -245,6 +314,8 @@ def choose_core(build: CoreBuilder, config: Any, kernel: AttentionKernel | None)
         why = f"kernel {wish} was asked for"
     elif module is not DotProductAttention:
         why = "the layer spec names it"
+    elif config.context_parallel_size > 1:
+        ours, why = True, "Megatron's unfused attention has no context parallelism"
     elif backend in (AttnBackend.unfused, AttnBackend.local):
         why = f"attention_backend is {backend.name}"
     elif cannot:

@@ -17,6 +17,7 @@ STOCK = (
 EVERYWHERE = "with cut heads"
 CUT = "where queries are cut, too"
 KERNEL = "with Helix's own attention kernels"
+LEFT_CUT = "with an exchange that leaves heads cut"
 BATCH = "with exchange all-to-all-batch"
 
 _HOST = ("Set ", Setting("kernel", "host"), " with a layer spec of Transformer Engine's")
@@ -84,20 +85,19 @@ REFUSED = (
         "each rank would learn the sinks of all heads from its part of the batch only",
         ("Set ", Setting("exchange", "all-to-all-heads"), " or ", Setting("query_layout", "heads")),
     ),
-    Refused("softmax_type", "vanilla", KERNEL, "torch's kernels have no sinks", _HOST),
+    Refused(
+        "softmax_type",
+        "vanilla",
+        LEFT_CUT,
+        "a sink belongs to the scores of whole heads",
+        ("Set ", Setting("exchange", "all-to-all-heads"), " or ", Setting("query_layout", "heads")),
+    ),
     Refused("qk_clip", False, KERNEL, "torch's kernels do not return the largest score", _HOST),
     Refused(
         "log_max_attention_logit",
         False,
         KERNEL,
         "torch's kernels do not return the largest score",
-        _HOST,
-    ),
-    Refused(
-        "context_parallel_size",
-        1,
-        KERNEL,
-        "keys of other context parallel ranks do not come to them",
         _HOST,
     ),
     Refused(
@@ -110,7 +110,6 @@ REFUSED = (
     Refused("fp8_dot_product_attention", False, KERNEL, "they do not compute in fp8", _HOST),
     Refused("fp8_multi_head_attention", False, KERNEL, "they do not compute in fp8", _HOST),
     Refused("attention_bias", None, KERNEL, "they take none", _HOST),
-    Refused("packed_seq_params", None, KERNEL, "they do not know where a sequence ends", _HOST),
 )
 
 

@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from helix_megatron.megatron.context_attention import context_spec
+from helix_megatron.megatron.core_attention import context_spec
 from helix_megatron.megatron.dropout import use_layout_free_dropout
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 from helix_megatron.megatron.norms import use_available_norms

@@ -48,7 +48,7 @@ def build(case: str, ranks: int, **settings: Any) -> Any:
 
     from helix_megatron import parallel_state
     from helix_megatron.megatron import cpu_runtime
-    from helix_megatron.megatron.context_attention import ContextParallelAttention
+    from helix_megatron.megatron.core_attention import HelixCoreAttention
 
     cpu_runtime.install()
     parallel_state.initialize_model_parallel(1, context_parallel_size=ranks)
@@ -65,7 +65,7 @@ def build(case: str, ranks: int, **settings: Any) -> Any:
         softmax_type=softmax,
         **settings,
     )
-    core = ContextParallelAttention(config, 1, AttnMaskType[mask_type], "self")
+    core = HelixCoreAttention(config, 1, AttnMaskType[mask_type], "self")
     if softmax == "learnable":
         with torch.no_grad():
             core.softmax_offset.copy_(torch.linspace(-2, 1, H))

@@ -20,6 +20,7 @@ from helix_megatron.megatron.support import (
     CUT,
     EVERYWHERE,
     KERNEL,
+    LEFT_CUT,
     REFUSED,
     check,
     problem,
@@ -172,12 +173,11 @@ BAD = {
     "softmax_type": "learnable",
     "qk_clip": True,
     "log_max_attention_logit": True,
-    "context_parallel_size": 2,
     "batch_invariant_mode": True,
     "fp8_dot_product_attention": True,
     "fp8_multi_head_attention": True,
 }
-ARGUMENTS = {"inference_context", "attention_bias", "packed_seq_params"}
+ARGUMENTS = {"inference_context", "attention_bias"}
 """What the layer gets when it runs, and no setting."""
 
 
@@ -208,7 +208,7 @@ def test_refused_settings_are_megatrons_and_off_by_default():
     assert named - ARGUMENTS == set(BAD)
     assert len({(row.name, row.where) for row in REFUSED}) == len(REFUSED)
     config = helix_config()  # raises if a default were refused
-    for where in (EVERYWHERE, CUT, KERNEL, BATCH):
+    for where in (EVERYWHERE, CUT, KERNEL, LEFT_CUT, BATCH):
         assert problem(config, where) is None
 
 

@@ -7,11 +7,12 @@ import math
 
 import pytest
 from pool import RankError
-from test_training import EXPERTS, GQA, HALVED, PP, SIZE, TP, largest_difference, run
+from test_training import EXPERTS, GQA, HALVED, HELIX, PP, SIZE, TP, largest_difference, run
 from tiers import sized
 
 CP = "--context-parallel-size"
 SP = "--sequence-parallel"
+CUT = "--helix-query-layout segments --helix-exchange"
 ITERATIONS = sized("training", full=20, quick=4)
 
 # name: (model, ranks, layout)
@@ -28,8 +29,32 @@ LAYOUTS = {
         4,
         f"{CP} 2 {PP} 2 {HALVED} --recompute-granularity selective",
     ),
+    "(1,2), CP 2": (GQA, 4, f"{TP} 2 {HELIX} 2 {CP} 2"),
+    "(2,2), CP 2": (GQA, 8, f"{TP} 4 {HELIX} 2 {CP} 2 {SP}"),
+    "(1,2), CP 2, queries cut, gather-qk": (GQA, 4, f"{TP} 2 {HELIX} 2 {CP} 2 {CUT} gather-qk"),
+    "(1,2), CP 2, queries cut, all-to-all-heads": (
+        GQA,
+        4,
+        f"{TP} 2 {HELIX} 2 {CP} 2 {CUT} all-to-all-heads",
+    ),
+    "(1,2), CP 2, queries cut, all-to-all-sequence": (
+        GQA,
+        4,
+        f"{TP} 2 {HELIX} 2 {CP} 2 {CUT} all-to-all-sequence",
+    ),
     "MoE, TP 2, CP 2": (EXPERTS, 4, f"{TP} 2 {SP} {CP} 2"),
+    "MoE, (1,2), CP 2": (EXPERTS, 4, f"{TP} 2 {HELIX} 2 {CP} 2 {SP}"),
+    "MoE, (2,2), CP 2": (EXPERTS, 8, f"{TP} 4 {HELIX} 2 {CP} 2 {SP}"),
 }
+IN_FULL_TIER = {
+    "stock, CP 2",
+    "(2,2), CP 2",
+    "(1,2), CP 2, queries cut, all-to-all-heads",
+    "(1,2), CP 2, queries cut, all-to-all-sequence",
+    "MoE, TP 2, CP 2",
+    "MoE, (2,2), CP 2",
+}
+assert set(LAYOUTS) >= IN_FULL_TIER, "a layout was renamed"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +63,13 @@ def reference(pool):
     return functools.cache(lambda model: run(pool, f"{SIZE} --train-iters {ITERATIONS} {model}"))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full("training")] * (name in IN_FULL_TIER))
+        for name in LAYOUTS
+    ],
+)
 def test_context_parallel_losses_are_those_of_one_process(pool, reference, name):
     """Positions, masks, losses and gradients are right on every rank, or training would drift at once."""
     model, ranks, layout = LAYOUTS[name]
@@ -138,7 +169,12 @@ PACKED = {
     "CP 2": (2, f"{CP} 2"),
     "TP 2, CP 2": (4, f"{TP} 2 {SP} {CP} 2"),
     "PP 2, DP 2": (4, f"{PP} 2 {HALVED}"),
+    "(1,2)": (2, f"{TP} 2 {HELIX} 2"),
+    "(1,2), CP 2": (4, f"{TP} 2 {HELIX} 2 {SP} {CP} 2"),
+    "(1,2), queries cut, score-reduce": (2, f"{TP} 2 {HELIX} 2 {CUT} score-reduce"),
 }
+PACKED_IN_FULL_TIER = {"TP 2, CP 2", "(1,2), queries cut, score-reduce"}
+assert set(PACKED) >= PACKED_IN_FULL_TIER, "a layout was renamed"
 POSITIONS = {
     "rotary": f"{GQA} --rotary-percent 0.5",
     "learned": "--position-embedding-type learned_absolute --window-size 6",
@@ -159,7 +195,13 @@ def packed(model: str, documents: str) -> str:
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full("training")] * (name in PACKED_IN_FULL_TIER))
+        for name in PACKED
+    ],
+)
 def test_packed_documents_train_as_sequences_of_their_own(
     pool, documents, unpacked, name, positions
 ):
