@@ -212,13 +212,13 @@ class RunConfig:
 
     @property
     def attention_shape(self) -> AttentionShape:
-        """What an attention layer of the run computes per micro-batch."""
+        """What the exchange of an attention layer works on per micro-batch: a context-parallel rank's part."""
         window = self.model.window_size
         return AttentionShape(
             layout=self.layout,
             batch=self.rows,
             query_length=self.row_length // self._context,
-            key_length=self.row_length,
+            key_length=self.row_length // self._context,
             element_size=4 if self.training.precision == "fp32" else 2,
             causal=True,
             window=(window, 0) if window is not None else None,

@@ -30,7 +30,8 @@ def names(text: str) -> set[str]:
 # Settings of TransformerConfig that the layer inherits, or that HelixCoreAttention or PartitionedNorm heeds.
 HEEDED = names(
     """
-    add_bias_linear add_qkv_bias attention_dropout attention_output_gate bf16 fp16 hidden_size init_method
+    add_bias_linear add_qkv_bias attention_dropout attention_output_gate bf16 context_parallel_size fp16
+    hidden_size init_method
     kv_channels layernorm_epsilon no_rope_freq num_attention_heads num_query_groups output_layer_init_method
     params_dtype perform_initialization qk_l2_norm qk_layernorm recompute_granularity recompute_modules
     rotary_interleaved sequence_parallel softmax_scale virtual_pipeline_model_parallel_size
