@@ -154,6 +154,11 @@ WRONG = {
         "--cp-comm-type all_gather",
         "--cp-comm-type all_gather is for context parallel ranks, and there is one. Leave it out,",
     ),
+    "packed documents, context and pipeline": (
+        "--packed-documents --data-path x --nproc-per-node 4 --context-parallel-size 2 "
+        "--pipeline-model-parallel-size 2",
+        "--packed-documents with --context-parallel-size 2 makes rows of different lengths, and 2 pipeline",
+    ),
     "packed text": (
         "--packed-documents",
         "--packed-documents needs the documents of --data-path: text is one long sequence.",

@@ -122,7 +122,9 @@ class Trainer:
                 enter_micro_batch(run.training.seed, iteration, index)
             device = torch.cuda.current_device()
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            own = own_batch(batch, packs=run.data.packed_documents, unit=run.sequence_parts)
+            own = own_batch(
+                batch, packs=run.data.packed_documents, unit=run.parallel.sequence_parts
+            )
             output = model(**model_inputs(own))
             return output, lambda losses: masked_mean(losses, own.tensors["loss_mask"], own.counted)
 

@@ -157,11 +157,6 @@ class RunConfig:
         return self.global_batch_size * self.model.seq_length
 
     @property
-    def sequence_parts(self) -> int:
-        """Parts into which sequence parallelism cuts a context-parallel rank's positions."""
-        return self._tensor if self.parallel.sequence_parallel else 1
-
-    @property
     def rows(self) -> int:
         """Rows of a micro-batch: its samples, or the one into which their documents are packed."""
         return 1 if self.data.packed_documents else self.training.micro_batch_size
@@ -273,7 +268,7 @@ class RunConfig:
     def _check_ranks(self) -> None:
         unit = self._tensor * self._pipeline * self._context
         if self.world_size % unit:
-            context = f" times context parallel size {self._context}" if self._context > 1 else ""
+            context = f" times context parallel size {self._context}" * (self._context > 1)
             raise HelixError(
                 f"{self.world_size} ranks cannot hold tensor parallel size {self._tensor} times pipeline "
                 f"parallel size {self._pipeline}{context}: their number must be a multiple of {unit}. Start "
@@ -282,22 +277,22 @@ class RunConfig:
             )
 
     def _check_sequence(self) -> None:
-        length, ranks, parts = self.model.seq_length, self._context, self.sequence_parts
-        packs = self.data.packed_documents
-        if packs and ranks > 1 and self._pipeline > 1:
-            raise HelixError(
-                f"--packed-documents with --context-parallel-size {ranks} pads documents to rows of different "
-                f"lengths, and {self._pipeline} pipeline stages exchange rows of one length. Leave out one of "
-                "--packed-documents, --context-parallel-size and --pipeline-model-parallel-size."
-            )
-        chunks = 1 if packs or ranks == 1 else 2 * ranks
+        length, ranks, parts = self.model.seq_length, self._context, self.parallel.sequence_parts
+        if self.data.packed_documents and ranks > 1:  # which are padded to fit
+            if self._pipeline > 1:
+                raise HelixError(
+                    f"--packed-documents with --context-parallel-size {ranks} makes rows of different lengths, "
+                    f"and {self._pipeline} pipeline stages exchange rows of one. Leave out one of the three."
+                )
+            return
+        chunks = 2 * ranks if ranks > 1 else 1
         if length % chunks:
             raise HelixError(
                 f"--seq-length {length} cannot be cut into 2 chunks for each of {ranks} context parallel "
                 f"ranks. Try {_multiple(length, chunks)}, or another --context-parallel-size."
             )
-        if length // ranks % parts and not (packs and ranks > 1):  # which is padded to fit
-            of_each = f" of each of {ranks} context parallel ranks" if ranks > 1 else ""
+        if length // ranks % parts:
+            of_each = f" of each of {ranks} context parallel ranks" * (ranks > 1)
             raise HelixError(
                 f"--seq-length {length} does not divide by the {parts} tensor parallel ranks{of_each}, which "
                 f"--sequence-parallel needs. Try {_multiple(length, math.lcm(chunks, ranks * parts))}."

@@ -96,6 +96,11 @@ class Parallelism(_Checked):
                 "it out, or raise --tensor-model-parallel-size."
             )
 
+    @property
+    def sequence_parts(self) -> int:
+        """Parts into which sequence parallelism cuts a context-parallel rank's positions."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
+
 
 @dataclass(frozen=True)
 class Training(_Checked):

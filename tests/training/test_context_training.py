@@ -10,6 +10,10 @@ from pool import RankError
 from test_training import EXPERTS, GQA, HALVED, HELIX, PP, SIZE, TP, largest_difference, run
 from tiers import sized
 
+from helix_megatron.errors import HelixError
+from helix_megatron.training.arguments import parse_args
+from helix_megatron.training.validate import validate
+
 CP = "--context-parallel-size"
 SP = "--sequence-parallel"
 CUT = "--helix-query-layout segments --helix-exchange"
@@ -224,3 +228,18 @@ def test_packing_changes_the_model(pool, documents):
     flags = packed(POSITIONS["rotary"], documents)
     plain = run(pool, flags.replace(" --packed-documents", ""))
     assert largest_difference(run(pool, flags), plain) > 1e-3
+
+
+def test_documents_without_an_end_are_refused(tmp_path):
+    """Without the token that ends a document all would be one, and nobody would notice."""
+    from helix_megatron.data.preprocess import main
+
+    text = tmp_path / "one.txt"
+    text.write_text("a line\n\nanother line\n" * 50)
+    words = ["--tokenizer-type", "byte", "--split-documents", "blank-line"]
+    main(["--input", str(text), "--output-prefix", str(tmp_path / "one"), *words])
+    flags = f"{SIZE} --packed-documents --data-path {tmp_path / 'one_text_document'} --split 1"
+    with pytest.raises(
+        HelixError, match=r"does not end with the end-of-document token 256.*append-eod"
+    ):
+        validate(parse_args(flags.split()), 1)
