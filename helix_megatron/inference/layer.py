@@ -36,6 +36,7 @@ class PagedSelfAttention(nn.Module):
             config.window_size, config.window_attn_skip_freq, max(1, inner.layer_number)
         )
         self.window = tuple(config.window_size) if windowed else None
+        attention.windows.add(self.window)
 
     def forward(
         self,
