@@ -206,6 +206,47 @@ def test_destroyed_groups_leave_nothing_behind(pool, m):
         assert ours <= theirs
 
 
+def options_of_groups(config: dict[str, Any], high_priority: list[str]) -> list[Any]:
+    """What the two groups of this rank are made with; NCCL itself is not here."""
+    import json
+    import tempfile
+    from unittest.mock import patch
+
+    made: list[Any] = []
+    new_group = dist.new_group
+
+    def noted(*args: Any, pg_options: Any = None, **kwargs: Any) -> Any:
+        made.append(pg_options)
+        return new_group(*args, **kwargs)
+
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".yaml") as file,
+        patch("megatron.core.parallel_state.get_nccl_options", lambda name, all_: all_.get(name)),
+        patch("torch.distributed.new_group", noted),
+    ):
+        json.dump(config, file)  # which is YAML, too
+        file.flush()
+        parallel_state.initialize_model_parallel(
+            2,
+            intra_head_parallel_size=2,
+            nccl_communicator_config_path=file.name,
+            high_priority_stream_groups=high_priority,
+        )
+    return made[-3:]  # of one pair of neighbours, and of each of its ranks
+
+
+def test_groups_take_the_nccl_options_of_megatron(pool):
+    """Without them an exchange waits behind other kernels that a user has moved it in front of."""
+    pytest.importorskip("yaml", reason="Megatron reads its NCCL options with PyYAML")
+    asked = {"tp": {"max_ctas": 4}, "dp": {"max_ctas": 8}}
+    assert pool.run(options_of_groups, asked, [], world_size=2)[0] == [{"max_ctas": 4}] * 3
+    first = {"max_ctas": 4, "is_high_priority_stream": True}
+    assert pool.run(options_of_groups, asked, ["tp"], world_size=2)[0] == [first] * 3
+    own = asked | {"ihp": {"min_ctas": 2}}
+    assert pool.run(options_of_groups, own, [], world_size=2)[0] == [{"min_ctas": 2}] * 3
+    assert pool.run(options_of_groups, {}, ["dp"], world_size=2)[0] == [None] * 3
+
+
 def register_after_megatron() -> list[Any]:
     from megatron.core import parallel_state as megatron_state
 

@@ -117,6 +117,7 @@ def _groups(upstream: Any) -> Callable[..., None]:
             parallel_state.register_intra_head_parallel(
                 given.helix.intra_head_parallel_size,
                 distributed_timeout_minutes=given.timeout_minutes,
+                **parallel_state.nccl_arguments(kwargs),
             )
         if given.dry_run:
             report.report_and_exit(given, (TABLE, cpu.TABLE))
