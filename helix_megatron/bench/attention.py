@@ -22,7 +22,7 @@ from helix_megatron.bench.attention_case import (
     Measured,
 )
 from helix_megatron.bench.result_file import write_json
-from helix_megatron.bench.spawn import hide_gpus, run_on_ranks
+from helix_megatron.bench.spawn import hide_gpus, require_gpu, run_on_ranks
 from helix_megatron.bench.timing import Spread, compare
 from helix_megatron.config import EXCHANGES
 from helix_megatron.errors import HelixError, listed
@@ -35,7 +35,7 @@ ms: until the last rank is done. in pairs: ratios within a turn. CPU ms: of all 
 programs on the machine disturb less. bytes: sent by one rank for attention; with TP's: and for the all-reduces
 of tensor parallelism. {STOCK_SDPA}: stock with Helix's attention kernel. {FREE}: Helix with an exchange
 that costs nothing (and gives a wrong result); no exchange could be faster."""
-HELP = "time and bytes of the attention layer, side by side with stock Megatron's (gloo, CPU)"
+HELP = "time and bytes of the attention layer, side by side with stock Megatron's"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,20 +73,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what Helix exchanges; auto takes the cheapest that fits (default: %(default)s)",
     )
     parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="with fewer GPUs than ranks they are shared, and exchanges go over gloo (default: %(default)s)",
+    )
+    parser.add_argument(
         "--dtype", choices=tuple(ELEMENT_SIZES), default="fp32", help="(default: %(default)s)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    hide_gpus()
+    if args.device == "cpu":
+        hide_gpus()
+    else:
+        require_gpu()
     if args.repeats < 1:
         raise HelixError(f"--repeats {args.repeats} must be at least 1.")
     cases = select_cases(args)
     speaks = os.environ.get("RANK", "0") == "0"
     if speaks:
         print(
-            f"Self-attention layer, forward and backward, {args.dtype}, sequence {args.sequence_length}, "
-            f"micro-batch {args.micro_batch_size}; {args.repeats} turns, medians [quartiles]."
+            f"Self-attention layer, forward and backward, {args.device}, {args.dtype}, sequence "
+            f"{args.sequence_length}, micro-batch {args.micro_batch_size}; {args.repeats} turns, medians "
+            "[quartiles]."
         )
     results = []
     for case in cases:

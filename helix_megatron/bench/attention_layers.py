@@ -37,6 +37,7 @@ def build_layers(case: Case, rank: int) -> dict[str, Any]:
         with torch.no_grad():
             layer.linear_qkv.weight.copy_(qkv[rows])
             layer.linear_proj.weight.copy_(proj[:, columns])
+        layer.to(torch.cuda.current_device())
     return layers
 
 
@@ -63,7 +64,7 @@ def rotary_table(case: Case) -> Tensor:
     """Rotary angles [S, 1, 1, d], as Megatron's `RotaryEmbedding` gives them."""
     frequencies = 1e4 ** (-torch.arange(0, case.head_dim, 2) / case.head_dim)
     angles = torch.outer(torch.arange(case.sequence_length).float(), frequencies)
-    return torch.cat([angles, angles], dim=-1)[:, None, None]
+    return torch.cat([angles, angles], dim=-1)[:, None, None].to(torch.cuda.current_device())
 
 
 def _build(name: str, case: Case) -> Any:

@@ -71,7 +71,9 @@ def inputs(case: Case) -> tuple[Tensor, Tensor]:
     """Input and gradient of the output, [S, B, hidden], the same on every rank."""
     random = torch.Generator().manual_seed(2)
     shape = (2, case.sequence_length, case.micro_batch_size, case.hidden_size)
-    x, grad = torch.randn(*shape, generator=random).to(DTYPES[case.dtype])
+    x, grad = torch.randn(*shape, generator=random).to(
+        torch.cuda.current_device(), DTYPES[case.dtype]
+    )
     return x, grad
 
 
@@ -94,7 +96,9 @@ def check_equal(layers: Mapping[str, Any], case: Case) -> dict[str, float]:
     largest = {}
     for name, wanted in ((STOCK_SDPA, stock), (HELIX, wanted_of_helix)):
         got = step(layers[name], x, grad, rotary)
-        errors = torch.tensor([_difference(got[key], wanted[key]) for key in wanted])
+        errors = x.new_tensor(
+            [_difference(got[key], wanted[key]) for key in wanted], dtype=torch.float32
+        )
         dist.all_reduce(errors, dist.ReduceOp.MAX)
         largest[name] = errors.max().item()
         for key, error in zip(wanted, errors.tolist(), strict=True):
