@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_check
 import pytest
+
+import gpu_check
 
 SCRIPT = Path(gpu_check.__file__).with_suffix(".sh")
 
