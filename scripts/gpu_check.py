@@ -227,7 +227,7 @@ def exchange_rows(machine: Machine) -> list[tuple[Any, ...]]:
     dim, length = machine.size(64, 16), machine.size(64, 16)
     device = torch.device(machine.device)
     rows = []
-    for m in {2, ranks // 2, ranks} - {1}:
+    for m in sorted({2, ranks // 2, ranks} - {1}):
         n = ranks // m
         groups = [dist.new_group(list(range(i * m, (i + 1) * m))) for i in range(n)]
         group = groups[rank // m]

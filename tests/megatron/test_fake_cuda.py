@@ -53,6 +53,8 @@ TRAINING = {
     for heads in ("MHA", "GQA")
 } | {
     "gather-kv, uneven heads": flags("uneven"),
+    "gather-kv, the host's kernel": flags("GQA", "--helix-kernel host --sequence-parallel"),
+    "segment-local": flags("GQA", "--helix-attention segment-local"),
     "query-key norms": flags("GQA", "--qk-layernorm --sequence-parallel"),
     "query-key norms of segments": flags("GQA", "--qk-layernorm --helix-query-layout segments"),
     "window": flags("GQA", "--window-size 63"),
