@@ -350,27 +350,30 @@ def kernels(machine: Machine) -> int:
     from helix_megatron.core.kernels.installed import FLASH, installed_kernels
 
     found = installed_kernels()
-    print(f"{found.summary()}\n")
-    rows, good = [], True
+    length = machine.size(4096, 64)
+    print(
+        f"{found.summary()}\n\nbf16, causal, 8 query and 2 key-value heads. Error in multiples of unfused bf16 "
+        f"attention's; ms: forward and backward, {length} positions.\n"
+    )
+    print(markdown(("d", "kernel", "error", "ms", ""), []), end="")
+    good = True
     for dim in (64, 128, 256, 512) if machine.device == "cuda" else (64,):
         for name, context in attempts(found):
             with context():
                 try:
                     error, seconds = kernel_figures(machine, dim)
                 except RuntimeError as refusal:
-                    rows.append((dim, name, "", "", str(refusal).splitlines()[0][:80]))
+                    print(f"| {dim} | {name} | | | {str(refusal).splitlines()[0][:80]} |")
                     continue
             right = error <= HALF
             good &= right
             active = torch.nn.attention.current_flash_attention_impl()
             shown = f"{name} ({FLASH[active][0]})" if name == "flash" and active in FLASH else name
-            rows.append((dim, shown, f"{error:.2f}", f"{seconds * 1e3:.2f}", verdict(right)))
-    length = machine.size(4096, 64)
-    print(
-        f"bf16, causal, 8 query and 2 key-value heads. Error in multiples of unfused bf16 attention's; ms: "
-        f"forward and backward, {length} positions.\n"
-    )
-    print(markdown(("d", "kernel", "error", "ms", ""), rows))
+            # At once: a kernel that compiles for too long costs its own row and those behind it only.
+            print(
+                f"| {dim} | {shown} | {error:.2f} | {seconds * 1e3:.2f} | {verdict(right)} |",
+                flush=True,
+            )
     return int(not good)
 
 
