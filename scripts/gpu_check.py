@@ -140,11 +140,9 @@ def environment(machine: Machine, command: str) -> str:
     """Versions and devices."""
 
     def said(*words: str) -> str:
+        how: Any = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60}
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(
-                words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-            )
-            return done.stdout.strip()
+            return subprocess.run(words, check=False, **how).stdout.strip()
         return ""
 
     commit = said("git", "describe", "--always", "--dirty") or "unknown"
@@ -174,7 +172,6 @@ def markdown(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 class Heads:
     """Attention of h query and g key-value heads of `dim` on n groups of m ranks."""
 
-    name: str
     heads: int
     kv_heads: int
     groups: int
@@ -184,11 +181,14 @@ class Heads:
     batch: int = 4
 
     def layout(self, query_layout: Any) -> Any:
+        """None where query heads cannot be dealt whole."""
         from helix_megatron.core.layout import HeadLayout
+        from helix_megatron.errors import HelixError
 
-        return HeadLayout(
-            self.heads, self.kv_heads, self.dim, self.groups, self.segments, query_layout
-        )
+        sizes = self.heads, self.kv_heads, self.dim, self.groups, self.segments
+        with contextlib.suppress(HelixError):
+            return HeadLayout(*sizes, query_layout)
+        return None
 
 
 def exchanges(machine: Machine) -> int:
@@ -231,38 +231,24 @@ def exchange_rows(machine: Machine) -> list[tuple[Any, ...]]:
         n = ranks // m
         groups = [dist.new_group(list(range(i * m, (i + 1) * m))) for i in range(n)]
         group = groups[rank // m]
-        for name, h, g in (
-            ("MHA", ranks, ranks),
-            ("GQA", 2 * ranks, n),
-            ("fewer than ranks", n, n),
-        ):
-            case = Heads(name, h, g, n, m, dim, length)
+        place = f"{n} × {m}", backend_of(group, device)
+        kinds = ("MHA", ranks, ranks), ("GQA", 2 * ranks, n), ("fewer than ranks", n, n)
+        for name, h, g in kinds:
+            case = Heads(h, g, n, m, dim, length)
             whole = {dtype: unsharded(case, dtype) for dtype in ("float64", "float32", "bfloat16")}
             for exchange in ALL:
-                with contextlib.suppress(ValueError):  # heads cannot be dealt whole
-                    layout = case.layout(exchange.query_layout)
-                    shape = AttentionShape(layout, case.batch, length, length)
-                    if exchange.supports(shape):
-                        continue
-                    run = partial(partitioned, case, layout, exchange.name, group, device)
-                    errors = [
-                        *compared(run("float64"), own_parts(whole["float64"], layout, rank)),
-                        *ratios(run("bfloat16"), whole, layout, rank),
-                    ]
-                    worst = torch.tensor([max(errors[:4]), max(errors[4:])], device=device)
-                    dist.all_reduce(worst, dist.ReduceOp.MAX)
-                    exact, half = worst.tolist()
-                    rows.append(
-                        (
-                            exchange.name,
-                            f"{name} {h}/{g}",
-                            f"{n} × {m}",
-                            backend_of(group, device),
-                            exact,
-                            half,
-                            exact <= EXACT and half <= HALF,
-                        )
-                    )
+                layout = case.layout(exchange.query_layout)
+                if layout is None or exchange.supports(
+                    AttentionShape(layout, case.batch, length, length)
+                ):
+                    continue
+                run = partial(partitioned, case, layout, exchange.name, group, device)
+                exact = compared(run("float64"), own_parts(whole["float64"], layout, rank))
+                half = ratios(run("bfloat16"), whole, layout, rank)
+                worst = torch.tensor([max(exact), max(half)], device=device)
+                dist.all_reduce(worst, dist.ReduceOp.MAX)
+                good = bool(worst[0] <= EXACT and worst[1] <= HALF)
+                rows.append((exchange.name, f"{name} {h}/{g}", *place, *worst.tolist(), good))
     return rows
 
 
@@ -271,14 +257,12 @@ def drawn(case: Heads, dtype: str) -> list[Any]:
     import torch
 
     random = torch.Generator().manual_seed(7)
-    shapes = [
-        (case.length, case.batch, case.heads, case.dim),
-        (case.length, case.batch, case.kv_heads, case.dim),
-        (case.length, case.batch, case.kv_heads, case.dim),
-        (case.length, case.batch, case.heads * case.dim),
-    ]
+    tokens, kv = (case.length, case.batch), (case.kv_heads, case.dim)
+    shapes = [(case.heads, case.dim), kv, kv, (case.heads * case.dim,)]
     return [
-        torch.randn(*shape, generator=random, dtype=torch.float64).to(getattr(torch, dtype))
+        torch.randn(*tokens, *shape, generator=random, dtype=torch.float64).to(
+            getattr(torch, dtype)
+        )
         for shape in shapes
     ]
 
@@ -407,11 +391,11 @@ def kernel_figures(machine: Machine, dim: int) -> tuple[float, float]:
         output.backward(grad.to(machine.device))
         return [output.detach(), *(t.grad for t in leaves)]
 
-    case = Heads("", 8, 2, 1, 1, dim, machine.size(128, 16), batch=1)
+    case = Heads(8, 2, 1, 1, dim, machine.size(128, 16), batch=1)
     exact, usual = (unsharded(case, dtype) for dtype in ("float32", "bfloat16"))
     found = compared(run(*drawn(case, "bfloat16")), exact)
     error = max(a / b for a, b in zip(found, compared(usual, exact), strict=True))
-    longer = Heads("", 8, 2, 1, 1, dim, machine.size(4096, 64), batch=1)
+    longer = Heads(8, 2, 1, 1, dim, machine.size(4096, 64), batch=1)
     inputs = [t.to(machine.device) for t in drawn(longer, "bfloat16")]
     wait = torch.cuda.synchronize if machine.device == "cuda" else lambda: None
     seconds = []
@@ -478,12 +462,8 @@ def benchmark(machine: Machine) -> int:
     lengths = ["--sequence-length", str(machine.size(4096, 32)), "--micro-batch-size", "1"]
     turns = ["--repeats", str(machine.size(11, 2)), "--device", machine.device]
     command = ["bench", "attention", "--cases", heads, "--dtype", "bf16", *lengths, *turns]
-    done = subprocess.run(
-        [sys.executable, "-m", "helix_megatron.cli", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program = [sys.executable, "-m", "helix_megatron.cli", *command]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
     print(f"`helix {shlex.join(command)}`\n\n```\n{done.stdout.strip()}\n```")
     print(done.stderr, file=sys.stderr)
     return done.returncode
