@@ -54,8 +54,11 @@ def count_gpus() -> int:
     """Asked in a process of its own: one that has asked CUDA cannot fork the ranks."""
     program = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        print(f"{sys.executable} cannot import torch. Try PYTHON=/path/to/python, one that has it.")
+        sys.exit(2)
     return int(done.stdout)
 
 

@@ -35,6 +35,23 @@ def test_without_a_gpu_it_ends_with_one_sentence(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_python_without_torch_is_a_sentence(tmp_path):
+    """The first thing that goes wrong on somebody else's machine."""
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    done = subprocess.run(
+        [SCRIPT],
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.endswith(
+        "cannot import torch. Try PYTHON=/path/to/python, one that has it.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("gpus", "ranks"), [(1, 4), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (16, 8)]
 )
