@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.kernels import AttentionKernel
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import HelixError, Text, listed
 from helix_megatron.megatron.self_attention import (
     HelixSelfAttention,
     SegmentLocalSelfAttention,
@@ -21,7 +21,12 @@ from helix_megatron.megatron.self_attention import (
 )
 from helix_megatron.megatron.support import STOCK
 
-LATENT_LAYERS = ("mla_layer", "dsa_layer")
+LATENT_LAYERS = {
+    "mla_layer": "a latent attention layer (+), which keeps one latent vector for all heads and no key-value "
+    "heads that could be cut",
+    "dsa_layer": "a sparse attention layer (D), which keeps one latent vector for all heads and picks its keys "
+    "by an indexer",
+}
 """Layers of a hybrid stack whose attention is latent or sparse; a stack's spec has them whether used or not."""
 
 NESTED = ("layer_specs", "transformer_layer", "mtp_model_layer", "mtp_block_spec")
@@ -29,14 +34,13 @@ NESTED = ("layer_specs", "transformer_layer", "mtp_model_layer", "mtp_block_spec
 
 
 class RefusedLayer:
-    """Stands for a layer that a hybrid stack can build and Helix cannot cut."""
+    """Stands for a layer of a hybrid stack that cannot be built, where its pattern asks for it."""
 
-    def __init__(self, *args: Any, layer: str, **kwargs: Any) -> None:
-        raise HelixError(
-            f"the model's layer pattern asks for the {layer} of the stack, whose latent or sparse attention "
-            "has no heads that can be cut.",
-            remedy=("Use the attention layer (*) instead", *STOCK),
-        )
+    def __init__(self, *args: Any, reason: str, remedy: Text = (), **kwargs: Any) -> None:
+        raise HelixError(f"the model's layer pattern asks for {reason}.", remedy=remedy)
+
+
+INSTEAD = ("Use the attention layer (*) instead", *STOCK)
 
 
 def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel | None = None) -> Any:
@@ -74,8 +78,8 @@ def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel | None) -> 
             spec = dataclasses.replace(spec, **{name: layers if several else layers[0]})
     if hasattr(spec, "attention_layer"):
         refused = {
-            name: ModuleSpec(module=RefusedLayer, params={"layer": name})
-            for name in LATENT_LAYERS
+            name: ModuleSpec(module=RefusedLayer, params={"reason": why, "remedy": INSTEAD})
+            for name, why in LATENT_LAYERS.items()
             if getattr(spec, name, IdentityOp) is not IdentityOp
         }
         attention = _replaced(spec.attention_layer, helix, kernel)

@@ -282,8 +282,9 @@ def test_attention_outside_of_gptmodel_is_refused(host) -> None:
     with pytest.raises(HelixError) as caught:
         CrossAttention(None, None, 1)
     assert str(caught.value) == (
-        "--intra-head-parallel-size 2 was given, and this model builds CrossAttention outside of GPTModel, "
-        "where heads are not cut. Use it with pretrain_gpt.py, or leave --intra-head-parallel-size at 1."
+        "--intra-head-parallel-size 2 was given, and this model builds CrossAttention outside of GPTModel "
+        "and HybridModel, where heads are not cut. Use it with pretrain_gpt.py or pretrain_hybrid.py, or leave "
+        "--intra-head-parallel-size at 1."
     )
 
 
