@@ -136,8 +136,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Keep what became of each test, and the last line of a failure."""
     name = report.nodeid.partition("::")[2]
     if report.outcome != "passed":
-        crash = getattr(report.longrepr, "reprcrash", None)
-        text = crash.message if crash else str(report.longrepr)
+        why = report.longrepr
+        text = why[-1].removeprefix("Skipped: ") if isinstance(why, tuple) else str(why)
+        text = getattr(getattr(why, "reprcrash", None), "message", text)
         _outcomes[name] = [report.outcome, text.strip().splitlines()[0], bool(_built)]
     elif report.when == "call":
         _outcomes[name] = ["passed", "", bool(_built)]
