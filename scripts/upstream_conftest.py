@@ -11,6 +11,7 @@ import datetime
 import functools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _outcomes[name] = [report.outcome, text.strip().splitlines()[0], bool(_built)]
     elif report.when == "call":
         _outcomes[name] = ["passed", "", bool(_built)]
+    if report.when == "teardown" and os.environ["RANK"] == "0":
+        print(f"m = {SEGMENTS}: {name}: {_outcomes[name][0]}", file=sys.__stderr__, flush=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
