@@ -23,6 +23,7 @@ FLAGS = {
     "attention": "--helix-attention",
     "exchange": "--helix-exchange",
     "query_layout": "--helix-query-layout",
+    "kernel": "--helix-kernel",
 }
 # Megatron's flags that are not called like the settings that they set.
 OTHER_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}

@@ -22,6 +22,7 @@ EXCHANGES = (
     "score-reduce",
 )
 QUERY_LAYOUTS = ("auto", "heads", "segments")
+KERNELS = ("auto", "host", "sdpa")
 
 
 def _setting(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -60,6 +61,13 @@ class HelixConfig:
         "cuts query heads too. auto takes heads where the query heads divide evenly.",
         QUERY_LAYOUTS,
     )
+    kernel: str = _setting(
+        "auto",
+        "What computes exact attention on whole heads in a Megatron model: host is the core attention that "
+        "the layer spec names, sdpa is torch's scaled_dot_product_attention. auto takes the host's, but "
+        "sdpa in the place of Megatron's own unfused attention.",
+        KERNELS,
+    )
 
     def __post_init__(self) -> None:
         m = self.intra_head_parallel_size
@@ -70,7 +78,7 @@ class HelixConfig:
                 setting="intra_head_parallel_size",
                 value=m,
             )
-        for name in ("attention", "exchange", "query_layout"):
+        for name in ("attention", "exchange", "query_layout", "kernel"):
             value, choices = getattr(self, name), type(self).choices(name)
             if value not in choices:
                 raise HelixError(
@@ -122,6 +130,7 @@ class HelixConfig:
             attention=args.helix_attention,
             exchange=args.helix_exchange,
             query_layout=args.helix_query_layout,
+            kernel=args.helix_kernel,
         )
 
     def to_dict(self) -> dict[str, Any]:

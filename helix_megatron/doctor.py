@@ -156,6 +156,7 @@ def _kernels() -> list[str]:
     """What computes here: devices, and the optional packages with what their absence means."""
     import torch
 
+    from helix_megatron.core.kernels.installed import installed_kernels
     from helix_megatron.megatron.optional import available_backends
 
     if torch.cuda.is_available():
@@ -167,7 +168,7 @@ def _kernels() -> list[str]:
         device = "no CUDA device: ranks run on the CPU and exchange over gloo"
     return [
         device,
-        "attention by torch's scaled_dot_product_attention",
+        installed_kernels().summary(),
         available_backends().summary(),
     ]
 

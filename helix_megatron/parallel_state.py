@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -47,7 +48,8 @@ def initialize_model_parallel(
 ) -> None:
     """Megatron's `initialize_model_parallel`, and the groups of intra-head parallelism.
 
-    All other arguments are Megatron's. Every group gets the timeout.
+    All other arguments are Megatron's. Every group gets the timeout, and `nccl_communicator_config_path` and
+    `high_priority_stream_groups` count for these groups, too (`register_intra_head_parallel`).
 
     Raises:
         HelixError: groups exist already, or m does not divide `tensor_model_parallel_size`.
@@ -68,17 +70,34 @@ def initialize_model_parallel(
         **kwargs,
     )
     register_intra_head_parallel(
-        intra_head_parallel_size, distributed_timeout_minutes=distributed_timeout_minutes
+        intra_head_parallel_size,
+        distributed_timeout_minutes=distributed_timeout_minutes,
+        **nccl_arguments(kwargs),
     )
 
 
+def nccl_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of Megatron's arguments that `register_intra_head_parallel` takes as well."""
+    names = ("nccl_communicator_config_path", "high_priority_stream_groups")
+    return {name: given[name] for name in names if name in given}
+
+
 def register_intra_head_parallel(
-    intra_head_parallel_size: int, *, distributed_timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES
+    intra_head_parallel_size: int,
+    *,
+    distributed_timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES,
+    nccl_communicator_config_path: str | None = None,
+    high_priority_stream_groups: Sequence[str] | None = None,
 ) -> None:
     """Make the groups in a world where Megatron's are initialised. Every rank of the world must call it.
 
     The ranks of each tensor parallel group are asked for, not computed, so any `order` that was given to
     Megatron is right.
+
+    Args:
+        intra_head_parallel_size: m.
+        nccl_communicator_config_path, high_priority_stream_groups: as Megatron's `initialize_model_parallel`
+            has them. The groups take what is said of `ihp`, or else, being parts of it, of `tp`.
 
     Raises:
         HelixError: Megatron is not initialised, the groups exist already, or m does not divide TP.
@@ -99,10 +118,25 @@ def register_intra_head_parallel(
     tensor = all_ranks_of(tensor_group)
     neighbours = [ranks[at : at + m] for ranks in tensor for at in range(0, len(ranks), m)]
     same_segment = [ranks[segment::m] for ranks in tensor for segment in range(m)]
+    options = _nccl_options(nccl_communicator_config_path, high_priority_stream_groups or ())
     _groups = _Groups(
-        own_group(neighbours, "INTRA_HEAD_PARALLEL_GROUP", timeout),
-        own_group(same_segment, "HEAD_GROUP_PARALLEL_GROUP", timeout),
+        own_group(neighbours, "INTRA_HEAD_PARALLEL_GROUP", timeout, options),
+        own_group(same_segment, "HEAD_GROUP_PARALLEL_GROUP", timeout, options),
     )
+
+
+def _nccl_options(config_path: str | None, high_priority: Sequence[str]) -> Any:
+    """As Megatron makes them for its own groups; None where nothing is asked."""
+    from megatron.core.parallel_state import get_nccl_options
+
+    configs: dict[str, dict[str, Any]] = {}
+    if config_path is not None:
+        import yaml
+
+        configs = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
+    for name in high_priority:
+        configs.setdefault(name, {})["is_high_priority_stream"] = True
+    return get_nccl_options("ihp" if "ihp" in configs else "tp", configs)
 
 
 def intra_head_parallel_is_initialized() -> bool:
@@ -221,11 +255,17 @@ def own_group(
     groups: Sequence[Sequence[int]],
     description: str,
     timeout: datetime.timedelta | None = None,
+    options: Any = None,
 ) -> ProcessGroup:
-    """Make groups of these ranks, one of which holds this rank: that one. Every rank of the world calls it."""
+    """Make groups of these ranks, one of which holds this rank: that one. Every rank of the world calls it.
+
+    `options` are those of the back end, such as `ProcessGroupNCCL.Options`.
+    """
     rank, own = dist.get_rank(), None
     for ranks in groups:
-        group = dist.new_group(list(ranks), timeout=timeout, group_desc=description)
+        group = dist.new_group(
+            list(ranks), timeout=timeout, pg_options=options, group_desc=description
+        )
         own = group if rank in ranks else own
     assert own is not None
     return own

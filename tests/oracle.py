@@ -22,8 +22,13 @@ def attention(
     window: tuple[int, int] | None = None,
     hidden: Tensor | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """[L, B, H·D]; one (query, head) at a time in meaning: softmax over the keys that the query sees."""
+    """[L, B, H·D]; one (query, head) at a time in meaning: softmax over the keys that the query sees.
+
+    A bias [1, H, L, S] is added to the scores; sinks [H] are the score of one more key, whose value is 0.
+    """
     queries, heads, dim = q_SBHD.size(0), q_SBHD.size(2), q_SBHD.size(3)
     keys, share = k_SBGD.size(0), heads // k_SBGD.size(2)
     scale = 1 / math.sqrt(dim) if scale is None else scale
@@ -41,13 +46,17 @@ def attention(
     for head in range(heads):
         q, k, v = q_SBHD[:, :, head], k_SBGD[:, :, head // share], v_SBGD[:, :, head // share]
         scores = torch.einsum("qbd,kbd->bqk", q, k) * scale
+        if bias is not None:
+            scores = scores + bias[:, head]
         seen = visible.expand_as(scores)
         if hidden is not None:
             of_head = hidden[:, head if hidden.size(1) > 1 else 0]
             seen = seen & ~of_head.expand_as(scores)
         some = seen.any(-1, keepdim=True)
         scores = scores.masked_fill(~seen & some, -math.inf)
-        weights = torch.softmax(scores, dim=-1) * some
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[head].expand(*scores.shape[:2], 1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :keys] * some
         outputs.append(torch.einsum("bqk,kbd->qbd", weights, v))
     return torch.cat(outputs, dim=-1)
 

@@ -10,7 +10,6 @@ import pytest
 
 from helix_megatron import hardware
 from helix_megatron.arguments import as_flag
-from helix_megatron.config import HelixConfig
 from helix_megatron.core.exchanges import AttentionShape, choice
 from helix_megatron.core.exchanges.gather_qk import GatherQK
 from helix_megatron.core.layout import HeadLayout
@@ -97,12 +96,13 @@ def test_a_constant_of_the_planner():
 
 
 def test_a_refusal(monkeypatch):
-    row = ("toy_attention", False, "toys have no heads to cut")
+    where = support.EVERYWHERE
+    row = support.Refused("toy_attention", False, where, "toys have no heads to cut")
     monkeypatch.setattr(support, "REFUSED", (*support.REFUSED, row))
     config = types.SimpleNamespace(toy_attention=True)
     with pytest.raises(
         HelixError, match=r"toy_attention = True .*: toys have no heads to cut"
     ) as error:
-        support.check_supported(config, HelixConfig(2))
+        support.check(config, where)
     assert "intra_head_parallel_size at 1" in str(error.value)
     assert "--intra-head-parallel-size at 1" in error.value.worded(as_flag)

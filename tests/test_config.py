@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from helix_megatron.arguments import FLAGS, add_helix_arguments, as_flag, exit_on_error
-from helix_megatron.config import ATTENTIONS, EXCHANGES, QUERY_LAYOUTS, HelixConfig
+from helix_megatron.config import (
+    ATTENTIONS,
+    EXCHANGES,
+    KERNELS,
+    QUERY_LAYOUTS,
+    HelixConfig,
+)
 from helix_megatron.core.exchanges import EXACT
 from helix_megatron.errors import HelixError
 
@@ -43,6 +49,7 @@ UNKNOWN = {
         "all-to-all-sequence, all-to-all-heads, gather-qk, score-reduce. Did you mean gather-kv?"
     ),
     ("query_layout", "zzz"): "query layout 'zzz' is unknown. Valid: auto, heads, segments.",
+    ("kernel", "zzz"): "kernel 'zzz' is unknown. Valid: auto, host, sdpa.",
     ("query_layout", None): "query layout None is unknown. Valid: auto, heads, segments.",
 }
 
@@ -74,12 +81,13 @@ def test_every_exchange_that_exists_can_be_asked_for():
 
 def test_from_dict_is_the_inverse_of_to_dict():
     """Checkpoints, reports and the DeepSpeed block store the dictionary."""
-    config = HelixConfig(4, "exact", "gather-qk", "segments")
+    config = HelixConfig(4, "exact", "gather-qk", "segments", "host")
     assert config.to_dict() == {
         "intra_head_parallel_size": 4,
         "attention": "exact",
         "exchange": "gather-qk",
         "query_layout": "segments",
+        "kernel": "host",
     }
     assert HelixConfig.from_dict(config.to_dict()) == config
     assert HelixConfig.from_dict({}) == HelixConfig()
@@ -90,9 +98,9 @@ def test_from_dict_names_the_nearest_setting():
     """A mistyped key would otherwise leave its setting at the default without a word."""
     assert error_of(HelixConfig.from_dict, {"intra_head_parallel": 2}) == (
         "unknown Helix setting 'intra_head_parallel'. Valid: intra_head_parallel_size, attention, exchange, "
-        "query_layout. Did you mean intra_head_parallel_size?"
+        "query_layout, kernel. Did you mean intra_head_parallel_size?"
     )
-    assert error_of(HelixConfig.from_dict, {"zzz": 2}).endswith("exchange, query_layout.")
+    assert error_of(HelixConfig.from_dict, {"zzz": 2}).endswith("query_layout, kernel.")
     text = error_of(HelixConfig.from_dict, {"intra_head_parallel_size": 0})
     assert text.startswith("intra-head parallel size 0 is not a whole number")
 
@@ -123,6 +131,7 @@ def test_every_setting_has_a_flag_that_reaches_it():
         "attention": "exact",
         "exchange": "gather-qk",
         "query_layout": "segments",
+        "kernel": "host",
     }
     assert set(values) == set(SETTINGS)
     for name, value in values.items():
@@ -132,7 +141,7 @@ def test_every_setting_has_a_flag_that_reaches_it():
     assert parse(*every) == HelixConfig(**values)
 
 
-@pytest.mark.parametrize("name", ["attention", "exchange", "query_layout"])
+@pytest.mark.parametrize("name", ["attention", "exchange", "query_layout", "kernel"])
 def test_flags_accept_exactly_the_valid_values(name, capsys):
     """argparse refuses what the configuration would refuse, before torch is imported."""
     for value in HelixConfig.choices(name):
@@ -140,7 +149,7 @@ def test_flags_accept_exactly_the_valid_values(name, capsys):
     with pytest.raises(SystemExit):
         parse(FLAGS[name], "zzz")
     assert FLAGS[name] in capsys.readouterr().err
-    assert HelixConfig.choices(name) in (ATTENTIONS, EXCHANGES, QUERY_LAYOUTS)
+    assert HelixConfig.choices(name) in (ATTENTIONS, EXCHANGES, QUERY_LAYOUTS, KERNELS)
 
 
 def test_help_is_the_settings_own():

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from helix_megatron import cli, doctor, versions
+from helix_megatron.core.kernels.installed import installed_kernels
 from helix_megatron.doctor import HOSTS, Host
 from helix_megatron.versions import TESTED
 
@@ -28,6 +29,7 @@ def test_everything_works_here(capsys, monkeypatch):
     for host in HOSTS:
         assert f"  {host.name:<15} works\n" in text
     assert "apex" in text
+    assert installed_kernels().summary() in text
     assert text.endswith("All that is installed works.\n")
 
 

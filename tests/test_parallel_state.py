@@ -53,7 +53,7 @@ def describe_groups(m: int, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
-EP = "expert_model_parallel_size"
+EP, CP = "expert_model_parallel_size", "context_parallel_size"
 # name: (m, Megatron's sizes, tensor parallel groups, intra-head groups, groups of equal segments)
 WORLDS: dict[str, tuple[int, dict[str, Any], list[list[int]], list[list[int]], list[list[int]]]] = {
     "TP4 m2": (2, {TP: 4}, [[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]]),
@@ -74,6 +74,20 @@ WORLDS: dict[str, tuple[int, dict[str, Any], list[list[int]], list[list[int]], l
         [[0, 1], [2, 3], [4, 5], [6, 7]],
         [[0, 1], [2, 3], [4, 5], [6, 7]],
         [[rank] for rank in range(8)],
+    ),
+    "TP2 CP2 DP2 m2": (
+        2,
+        {TP: 2, CP: 2},
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+        [[rank] for rank in range(8)],
+    ),
+    "TP4 CP2 m2, context ranks as neighbours": (
+        2,
+        {TP: 4, CP: 2, "order": "cp-tp-ep-dp-pp"},
+        [[0, 2, 4, 6], [1, 3, 5, 7]],
+        [[0, 2], [4, 6], [1, 3], [5, 7]],
+        [[0, 4], [2, 6], [1, 5], [3, 7]],
     ),
     "TP4 PP2 m2, pipeline stages as neighbours": (
         2,
@@ -190,6 +204,47 @@ def test_destroyed_groups_leave_nothing_behind(pool, m):
     alone = pool.run(left_behind, None, world_size=4)
     for ours, theirs in zip(pool.run(left_behind, m, world_size=4), alone, strict=True):
         assert ours <= theirs
+
+
+def options_of_groups(config: dict[str, Any], high_priority: list[str]) -> list[Any]:
+    """What the two groups of this rank are made with; NCCL itself is not here."""
+    import json
+    import tempfile
+    from unittest.mock import patch
+
+    made: list[Any] = []
+    new_group = dist.new_group
+
+    def noted(*args: Any, pg_options: Any = None, **kwargs: Any) -> Any:
+        made.append(pg_options)
+        return new_group(*args, **kwargs)
+
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".yaml") as file,
+        patch("megatron.core.parallel_state.get_nccl_options", lambda name, all_: all_.get(name)),
+        patch("torch.distributed.new_group", noted),
+    ):
+        json.dump(config, file)  # which is YAML, too
+        file.flush()
+        parallel_state.initialize_model_parallel(
+            2,
+            intra_head_parallel_size=2,
+            nccl_communicator_config_path=file.name,
+            high_priority_stream_groups=high_priority,
+        )
+    return made[-3:]  # of one pair of neighbours, and of each of its ranks
+
+
+def test_groups_take_the_nccl_options_of_megatron(pool):
+    """Without them an exchange waits behind other kernels that a user has moved it in front of."""
+    pytest.importorskip("yaml", reason="Megatron reads its NCCL options with PyYAML")
+    asked = {"tp": {"max_ctas": 4}, "dp": {"max_ctas": 8}}
+    assert pool.run(options_of_groups, asked, [], world_size=2)[0] == [{"max_ctas": 4}] * 3
+    first = {"max_ctas": 4, "is_high_priority_stream": True}
+    assert pool.run(options_of_groups, asked, ["tp"], world_size=2)[0] == [first] * 3
+    own = asked | {"ihp": {"min_ctas": 2}}
+    assert pool.run(options_of_groups, own, [], world_size=2)[0] == [{"min_ctas": 2}] * 3
+    assert pool.run(options_of_groups, {}, ["dp"], world_size=2)[0] == [None] * 3
 
 
 def register_after_megatron() -> list[Any]:

@@ -150,9 +150,33 @@ WRONG = {
         "--expert-model-parallel-size 2",
         "--expert-model-parallel-size 2 deals experts to ranks, and the model has none.",
     ),
-    "context parallelism": (
-        "--context-parallel-size 2",
-        "--context-parallel-size 2 is not supported by this script. Leave it at 1;",
+    "context parallelism and ranks": (
+        "--nproc-per-node 3 --context-parallel-size 2",
+        "3 ranks cannot hold tensor parallel size 1 times pipeline parallel size 1 times context parallel "
+        "size 2: their number must be a multiple of 2. Start 4 ranks",
+    ),
+    "chunks of a sequence": (
+        "--nproc-per-node 4 --context-parallel-size 4 --seq-length 36",
+        "--seq-length 36 cannot be cut into 2 chunks for each of 4 context parallel ranks. Try 40,",
+    ),
+    "sequence over context and tensor parallel ranks": (
+        "--nproc-per-node 12 --context-parallel-size 2 --seq-length 32 --sequence-parallel "
+        "--tensor-model-parallel-size 6 --num-attention-heads 6 --kv-channels 8",
+        "--seq-length 32 does not divide by the 6 tensor parallel ranks of each of 2 context parallel ranks, "
+        "which --sequence-parallel needs. Try 36.",
+    ),
+    "communication of one context rank": (
+        "--cp-comm-type all_gather",
+        "--cp-comm-type all_gather is for context parallel ranks, and there is one. Leave it out,",
+    ),
+    "packed documents, context and pipeline": (
+        "--packed-documents --data-path x --nproc-per-node 4 --context-parallel-size 2 "
+        "--pipeline-model-parallel-size 2",
+        "--packed-documents with --context-parallel-size 2 makes rows of different lengths, and 2 pipeline",
+    ),
+    "packed text": (
+        "--packed-documents",
+        "--packed-documents needs the documents of --data-path: text is one long sequence.",
     ),
     "both half precisions": (
         "--bf16 --fp16",

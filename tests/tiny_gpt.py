@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class Layout:
         return list(range(self.chunks)) if self.chunks > 1 else [None]
 
 
+Chunk = Callable[[Any, int | None], Any]
 Log = list[tuple[float, float]]
 """(loss, gradient norm) of each step."""
 
@@ -68,8 +69,13 @@ def start_megatron(layout: Layout) -> None:
     model_parallel_cuda_manual_seed(1234)
 
 
-def build(layout: Layout) -> tuple[list[Any], Any]:
-    """The model's chunks, wrapped for data parallelism, and the optimizer."""
+def build(
+    layout: Layout, chunk: Chunk | None = None, kind: type | None = None
+) -> tuple[list[Any], Any]:
+    """The model's chunks, wrapped for data parallelism, and the optimizer.
+
+    `chunk` makes a chunk from a configuration of `kind` and a virtual stage: a GPT by default.
+    """
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -79,11 +85,14 @@ def build(layout: Layout) -> tuple[list[Any], Any]:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
 
-    defaults: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-    config = TransformerConfig(
-        num_layers=LAYERS,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
+    defaults: dict[str, Any] = {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    config = (kind or TransformerConfig)(
         use_cpu_initialization=True,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -105,7 +114,7 @@ def build(layout: Layout) -> tuple[list[Any], Any]:
     )
     chunks: list[Any] = []
     for vp_stage in layout.virtual_stages:
-        model = build_chunk(config, vp_stage)
+        model = (chunk or build_chunk)(config, vp_stage)
         set_canonical_weights(model)
         wrapped = Float16Module(config, model) if layout.half else model
         chunks.append(DistributedDataParallel(config, ddp, wrapped))
@@ -158,16 +167,15 @@ def build_chunk(config: Any, vp_stage: int | None) -> Any:
 @torch.no_grad()
 def set_canonical_weights(model: Any) -> None:
     """Give every weight values that follow from its name and its place in the whole tensor."""
-    from megatron.core.dist_checkpointing import ShardedTensor
-    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+    from helix_megatron.megatron.fill import own_part, sharded_weights
 
-    for entry in model.sharded_state_dict().values():
-        for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-            if isinstance(shard, ShardedTensor):
-                generator = torch.Generator().manual_seed(zlib.crc32(shard.key.encode()))
-                whole = torch.randn(shard.global_shape, generator=generator) * 0.05
-                whole += 1 if "norm" in shard.key else 0
-                shard.data.copy_(whole[shard.global_slice()])
+    def whole(key: str, place: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{key}{place}".encode()))
+        values = torch.randn(shape, generator=generator) * 0.05
+        return values + 1 if "norm" in key else values
+
+    for item in sharded_weights(model):
+        item.data.copy_(own_part(item, whole))
 
 
 def train_step(layout: Layout, chunks: list[Any], optimizer: Any) -> tuple[float, float]:

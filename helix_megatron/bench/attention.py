@@ -21,7 +21,7 @@ from helix_megatron.bench.attention_case import (
     Measured,
 )
 from helix_megatron.bench.contest import milliseconds, run_cases, times
-from helix_megatron.bench.spawn import SIZE, hide_gpus
+from helix_megatron.bench.spawn import SIZE, hide_gpus, require_gpu
 from helix_megatron.bench.timing import compare
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.flags import add_flags, one_line, values_of
@@ -34,7 +34,7 @@ ms: until the last rank is done. in pairs: ratios within a turn. CPU ms: of all 
 programs on the machine disturb less. bytes: sent by one rank for attention; with TP's: and for the all-reduces
 of tensor parallelism. {STOCK_SDPA}: stock with Helix's attention kernel. {FREE}: Helix with an exchange
 that costs nothing (and gives a wrong result); no exchange could be faster."""
-HELP = "time and bytes of the attention layer, side by side with stock Megatron's (gloo, CPU)"
+HELP = "time and bytes of the attention layer, side by side with stock Megatron's"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,15 +49,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, Case)
     help_text = "timed turns of all layers (default: %(default)s)"
     parser.add_argument("--repeats", type=SIZE, default=21, metavar="N", help=help_text)
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="with fewer GPUs than ranks they are shared, and exchanges go over gloo (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    hide_gpus()
+    if args.device == "cpu":
+        hide_gpus()
+    else:
+        require_gpu()
     cases = select_cases(args)
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"Self-attention layer, forward and backward, {args.dtype}, sequence {args.sequence_length}, "
-            f"micro-batch {args.micro_batch_size}; {args.repeats} turns, medians [quartiles].\n"
+            f"Self-attention layer, forward and backward, {args.device}, {args.dtype}, sequence "
+            f"{args.sequence_length}, micro-batch {args.micro_batch_size}; {args.repeats} turns, medians "
+            "[quartiles].\n"
         )
     texts: dict[str, Any] = {"summary": summary, "describe": describe, "legend": LEGEND}
     return run_cases(args, cases, _measure, args.repeats, **texts)

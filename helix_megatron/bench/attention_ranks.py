@@ -29,6 +29,7 @@ from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.core.masks import AttentionMask
 from helix_megatron.core.meter import EXCHANGE, Meter, measure
 from helix_megatron.errors import HelixError
+from helix_megatron.megatron.self_attention import WholeHeadsSelfAttention
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
 
@@ -77,10 +78,11 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     `RotaryEmbedding` gives them: the same on every rank."""
     random = torch.Generator().manual_seed(2)
     shape = (2, case.sequence_length, case.micro_batch_size, case.hidden_size)
-    x, grad = torch.randn(*shape, generator=random).to(DTYPES[case.dtype])
+    device = torch.cuda.current_device()
+    x, grad = torch.randn(*shape, generator=random).to(device, DTYPES[case.dtype])
     frequencies = 1e4 ** (-torch.arange(0, case.head_dim, 2) / case.head_dim)
     angles = torch.outer(torch.arange(case.sequence_length).float(), frequencies)
-    return x, grad, torch.cat([angles, angles], dim=-1)[:, None, None]
+    return x, grad, torch.cat([angles, angles], dim=-1)[:, None, None].to(device)
 
 
 def check_equal(layers: Mapping[str, Any], case: Case) -> dict[str, float]:
@@ -100,7 +102,8 @@ def check_equal(layers: Mapping[str, Any], case: Case) -> dict[str, float]:
     largest = {}
     for name, wanted in ((STOCK_SDPA, stock), (HELIX, wanted_of_helix)):
         got = step(layers[name], *inputs(case))
-        errors = torch.tensor([_difference(got[key], wanted[key]) for key in wanted])
+        wrong = [_difference(got[key], wanted[key]) for key in wanted]
+        errors = got["output"].new_tensor(wrong, dtype=torch.float32)
         dist.all_reduce(errors, dist.ReduceOp.MAX)
         largest[name] = errors.max().item()
         for key, error in zip(wanted, errors.tolist(), strict=True):
@@ -147,6 +150,7 @@ def build_layers(case: Case, rank: int) -> dict[str, Any]:
         with torch.no_grad():
             layer.linear_qkv.weight.copy_(qkv[rows])
             layer.linear_proj.weight.copy_(proj[:, columns])
+        layer.to(torch.cuda.current_device())
     return layers
 
 
@@ -184,7 +188,9 @@ def _build(name: str, case: Case) -> Any:
         submodules = dataclasses.replace(attention.submodules, core_attention=SdpaCore)
         attention = dataclasses.replace(attention, submodules=submodules)
     layer = build_module(attention, config=config, layer_number=1).train()
-    if name == FREE:
+    if name == FREE and case.layout.query_layout == "heads":
+        layer.__class__ = FreeGather
+    elif name == FREE:
         layer.core_attention = FreeExchangeCore(layer.config, case)
     return layer
 
@@ -218,3 +224,15 @@ class FreeExchangeCore(SdpaCore):
         q_SBHD = query.reshape(*query.shape[:2], -1, self.head_dim)
         k_SBGD, v_SBGD = (t.repeat(1, 1, 1, self.segments) for t in (key, value))
         return super().forward(q_SBHD, k_SBGD, v_SBGD)
+
+
+class FreeGather(WholeHeadsSelfAttention):
+    """Helix's gather behind the projection, with a rank's own segments in the place of the others'."""
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        query, kv_SBG2C = self._project(hidden_states)
+        kv_SBG2D = kv_SBG2C[:, :, : self.num_query_groups_per_partition]
+        key, value = kv_SBG2D.repeat(1, 1, 1, 1, self.layout.segments).unbind(3)
+        return query, key.contiguous(), value.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from helix_megatron.training.run import RunConfig
 # Key → flag. A switch is `on` or `off`; other values pass to the flag as they are.
 FLAGS = {
     "tp": "--tensor-model-parallel-size",
+    "cp": "--context-parallel-size",
     "pp": "--pipeline-model-parallel-size",
     "vpp": "--num-layers-per-virtual-pipeline-stage",
     "ep": "--expert-model-parallel-size",
@@ -27,7 +29,7 @@ FLAGS = {
     "zero1": "--use-distributed-optimizer",
 }
 SWITCHES = ("sp", "zero1")
-NUMBERS = ("tp", "pp", "vpp", "ep", "etp", "m", "mb")
+NUMBERS = ("tp", "cp", "pp", "vpp", "ep", "etp", "m", "mb")
 EXPRESSION = re.compile(r"(\d{1,9}|N)(?:/(\d{1,9}))?")
 
 
@@ -101,13 +103,21 @@ class LayoutSpec:
 
 
 def rivals(ranks: int, common: Sequence[str]) -> tuple[list[LayoutSpec], dict[str, str]]:
-    """What to measure when nobody says: stock data, tensor and pipeline parallelism, and every m.
+    """What to measure when nobody says: stock parallelism of data, tensors, pipeline and context, and every m.
 
     Returns:
         The layouts that fit the model, and the others with the reason why not.
     """
+    from helix_megatron.training.arguments import parse_args
+
     texts = ["tp=1", f"tp={ranks}"]
     texts += [f"tp={ranks // 2},pp=2"] if ranks % 2 == 0 else []
+    # Stock Megatron deals whole heads, and what ranks are left can share the sequence.
+    values = parse_args(common)
+    groups = values["num_query_groups"] if values["group_query_attention"] else 0
+    for heads in (values["num_attention_heads"], groups):
+        tensor = math.gcd(ranks, heads)
+        texts += [f"tp={tensor},cp={ranks // tensor}"] if tensor < ranks else []
     texts += [f"tp={ranks},m={m}" for m in range(2, ranks + 1) if ranks % m == 0]
     fitting, others = [], {}
     for text in dict.fromkeys(texts):

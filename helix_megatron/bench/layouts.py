@@ -2,8 +2,8 @@
 
 Each layout trains the same model on the same data with the training script's own code, in turns: all of them,
 and all of them again, so that a machine that is slower for a while is so for all. Without --layout it takes
-stock Megatron's data, tensor and pipeline parallelism, and Helix at every m. Ranks are processes of this
-machine, on its GPUs with NCCL, else on the CPU with gloo.
+stock Megatron's parallelism of data, tensors, pipeline and context, and Helix at every m. Ranks are processes
+of this machine, on its GPUs with NCCL, else on the CPU with gloo.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     layout = """such as tp=4,m=2 or tp=N/2,pp=2 (N: the ranks); again for another. The first is what
-        the others are compared with. Keys: tp, pp, vpp (layers of a virtual stage), m, ep, etp, mb
+        the others are compared with. Keys: tp, cp, pp, vpp (layers of a virtual stage), m, ep, etp, mb
         (micro-batch), exchange, query, attention, sp and zero1 (on or off)"""
     add("--layout", action="append", type=one_line, metavar="LAYOUT", help=layout)
     ranks = "ranks; with --scaling several: 1,2,4 (default: 4)"

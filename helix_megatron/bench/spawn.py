@@ -1,4 +1,4 @@
-"""Run a function on the ranks of a gloo process group: processes of our own, or those of torchrun."""
+"""Run a function on the ranks of a process group: processes of our own, or those of torchrun."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # read when torch is imported; `_rank` sets its own number
     "TORCHDYNAMO_DISABLE": "1",  # megatron-core compiles small functions, which takes longer than it saves
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a process that has asked CUDA itself cannot be forked
 }
 # What the user asked for, before ENVIRONMENT is applied; else the ranks share the cores.
 THREADS = os.environ.get("OMP_NUM_THREADS", "")
@@ -30,6 +31,28 @@ THREADS = os.environ.get("OMP_NUM_THREADS", "")
 def hide_gpus() -> None:
     """Make CUDA unavailable to this process and its children; to be called before torch looks for devices."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def require_gpu() -> None:
+    """Raises:
+    HelixError: torch sees no CUDA device.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise HelixError("torch sees no CUDA device here. Try --device cpu.")
+
+
+def _join_group() -> None:
+    """Over NCCL if each rank of this machine has a GPU of its own, else over gloo; GPUs may be hidden."""
+    import torch
+    import torch.distributed as dist
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
+    own = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    dist.init_process_group("nccl" if own else "gloo")
 
 
 def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
@@ -50,7 +73,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        _join_group()
     return function(*args)
 
 
@@ -127,7 +150,7 @@ def _rank(
 def _in_group(function: Callable[..., Any], *args: Any) -> Any:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    _join_group()
     result = function(*args)
     dist.destroy_process_group()
     return result

@@ -51,6 +51,8 @@ def interleaved(
     import torch
     import torch.distributed as dist
 
+    on_gpu = torch.cuda.is_available()  # else hidden, where it is not to be used
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     seconds = torch.zeros(2, len(steps), repeats, dtype=torch.float64)
     gc.collect()
     gc.disable()
@@ -60,12 +62,14 @@ def interleaved(
                 dist.barrier()
                 wall, cpu = time.perf_counter(), time.process_time()
                 step()
+                wait()
                 dist.barrier()
                 if turn >= 0:
                     seconds[0, index, turn] = time.perf_counter() - wall
                     seconds[1, index, turn] = time.process_time() - cpu
     finally:
         gc.enable()
+    seconds = seconds.to("cuda" if on_gpu else "cpu")
     dist.all_reduce(seconds[0], dist.ReduceOp.MAX)
     dist.all_reduce(seconds[1], dist.ReduceOp.SUM)
     return dict(zip(steps, map(Samples, *seconds.tolist()), strict=True))

@@ -9,13 +9,13 @@ Forward and backward equal attention on one rank up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from helix_megatron.core.exchanges import AttentionShape, LocalInputs, choose
+from helix_megatron.core.exchanges import AttentionShape, Exchange, LocalInputs, choose
 from helix_megatron.core.kernels import AttentionKernel
 from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.core.layout import HeadLayout
@@ -57,35 +57,39 @@ def partitioned_attention(
     Raises:
         HelixError: shapes that are not the layout's, or an exchange that does not fit.
     """
-    mask = mask or AttentionMask()
     _check_shapes(q, k, v, layout, group)
-    shape = AttentionShape(
+    inputs = LocalInputs(
+        q=q,
+        k=k,
+        v=v,
         layout=layout,
-        batch=q.size(1),
-        query_length=q.size(0),
-        key_length=k.size(0),
-        element_size=q.element_size(),
-        causal=mask.causal,
-        window=mask.window,
-        masked=mask.hidden is not None,
+        group=group,
+        segment=group.rank(),
+        mask=mask or AttentionMask(),
+        scale=layout.head_dim**-0.5 if scale is None else scale,
+        kernel=kernel,
+        dropout=dropout,
+        dropout_state=dropout_state,
     )
-    chosen = choose(shape, exchange, MACHINES.get(q.device.type, GPU))
-    output = chosen.run(
-        LocalInputs(
-            q=q,
-            k=k,
-            v=v,
-            layout=layout,
-            group=group,
-            segment=group.rank(),
-            mask=mask,
-            scale=layout.head_dim**-0.5 if scale is None else scale,
-            kernel=kernel,
-            dropout=dropout,
-            dropout_state=dropout_state,
-        )
+    return choose_for(inputs, exchange).run(inputs).flatten(2)
+
+
+def choose_for(
+    inputs: LocalInputs, exchange: str, allowed: Container[str] | None = None
+) -> Exchange:
+    """The exchange called so, or the cheapest that fits (`auto`), see `exchanges.choose`."""
+    x = inputs
+    shape = AttentionShape(
+        layout=x.layout,
+        batch=x.q.size(1),
+        query_length=x.q.size(0),
+        key_length=x.k.size(0),
+        element_size=x.q.element_size(),
+        causal=x.mask.causal,
+        window=x.mask.window,
+        masked=x.mask.hidden is not None,
     )
-    return output.flatten(2)
+    return choose(shape, exchange, MACHINES.get(x.q.device.type, GPU), allowed)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, group: ProcessGroup) -> None:

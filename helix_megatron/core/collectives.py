@@ -13,6 +13,9 @@ own variable: what every rank does with its copy adds up in the gradient.
 
 `all_gather` puts a tensor dimension in place of the leading axis. A group of one rank is the identity and runs
 nothing. Each takes the `purpose` under which the meter counts it.
+
+Half-precision parts are summed in fp32 and rounded once, on every back end: a sum is a swap and a local sum,
+which sends as much as a reduce-scatter, and an all-reduce of half precision is that and a gather.
 """
 
 from __future__ import annotations
@@ -22,37 +25,61 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from helix_megatron.core.observe import purpose as purpose_of
 from helix_megatron.errors import HelixError
 
-# torch 2.13 renamed these two and warns about the old names.
+# torch 2.13 renamed it and warns about the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # gloo's all-gather goes round a ring in k−1 steps that wait for each other. Up to about this size per rank an
 # all-to-all of k copies is faster: 12 instead of 20 ms for 8 ranks on 2 cores, and as fast for 2 ranks.
 _GLOO_DIRECT_BYTES = 256 << 10
 
 
+def backend_of(group: ProcessGroup, device: torch.device) -> str:
+    """The back end that moves a device's tensors: a mixed group has several, and a name of its own."""
+    return group._get_backend(device).name()
+
+
 # ------------------------------------------------------------------------- primitives
+
+
+def _gathered(
+    x: Tensor, group: ProcessGroup, purpose: str, works: list[Any] | None = None
+) -> Tensor:
+    y = x.new_empty((group.size(), *x.shape))
+    collective, sent = _all_gather_single, x.contiguous()
+    if x.nbytes <= _GLOO_DIRECT_BYTES and backend_of(group, x.device) == "gloo":
+        collective, sent = dist.all_to_all_single, x.expand_as(y).contiguous()
+    with purpose_of(purpose):
+        work = collective(y.view(-1), sent.view(-1), group=group, async_op=works is not None)
+    if works is not None:
+        works.append(work)
+    return y
+
+
+def _swapped(x: Tensor, group: ProcessGroup, purpose: str) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    with purpose_of(purpose):
+        dist.all_to_all_single(y.view(-1), x.view(-1), group=group)
+    return y
+
+
+def _summed(x: Tensor, group: ProcessGroup, purpose: str) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return _swapped(x, group, purpose).sum(0, dtype=wide).to(x.dtype)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, purpose: str, works: list[Any] | None):
         ctx.group, ctx.purpose = group, purpose
-        y = x.new_empty((group.size(), *x.shape))
-        collective, sent = _all_gather_single, x.contiguous()
-        if dist.get_backend(group) == "gloo" and x.nbytes <= _GLOO_DIRECT_BYTES:
-            collective, sent = dist.all_to_all_single, x.expand_as(y).contiguous()
-        with purpose_of(purpose):
-            work = collective(y.view(-1), sent.view(-1), group=group, async_op=works is not None)
-        if works is not None:
-            works.append(work)
-        return y
+        return _gathered(x, group, purpose, works)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
@@ -63,18 +90,7 @@ class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, purpose: str):
         ctx.group, ctx.purpose = group, purpose
-        x = x.contiguous()
-        with purpose_of(purpose):
-            if dist.get_backend(group) != "gloo":
-                y = x.new_empty(x.shape[1:])
-                _reduce_scatter_single(y.view(-1), x.view(-1), group=group)
-                return y
-            # gloo's reduce-scatter is several times slower than an all-to-all and a local sum, and the sum
-            # of half-precision parts is better taken in fp32.
-            parts = torch.empty_like(x)
-            dist.all_to_all_single(parts.view(-1), x.view(-1), group=group)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return parts.sum(0, dtype=wide).to(x.dtype)
+        return _summed(x, group, purpose)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
@@ -85,11 +101,7 @@ class _Swap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, purpose: str):
         ctx.group, ctx.purpose = group, purpose
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        with purpose_of(purpose):
-            dist.all_to_all_single(y.view(-1), x.view(-1), group=group)
-        return y
+        return _swapped(x, group, purpose)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
@@ -100,6 +112,11 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, purpose: str):
         ctx.group, ctx.purpose = group, purpose
+        if x.element_size() < 4:
+            ranks = group.size()
+            flat = F.pad(x.reshape(-1), (0, -x.numel() % ranks)).unflatten(0, (ranks, -1))
+            y = _gathered(_summed(flat, group, purpose), group, purpose)
+            return y.view(-1)[: x.numel()].view(x.shape)
         y = x.clone(memory_format=torch.contiguous_format)
         with purpose_of(purpose):
             dist.all_reduce(y, group=group)

@@ -90,14 +90,6 @@ class AttentionMask:
         block = dataclasses.replace(part, offset=first + start - key_start)
         return block, slice(key_start, key_stop)
 
-    def batch_part(self, start: int, stop: int) -> AttentionMask:
-        """The mask of sequences [start, stop) of the batch."""
-        return self._select(0, start, stop)
-
-    def head_part(self, start: int, stop: int) -> AttentionMask:
-        """The mask of heads [start, stop)."""
-        return self._select(1, start, stop)
-
     def _select(self, dim: int, start: int, stop: int) -> AttentionMask:
         hidden = self.hidden
         if hidden is None:

@@ -62,6 +62,7 @@ def build_megatron_datasets(
     seed: int = 1234,
     split: str = "969,30,1",
     data_cache_path: str | None = None,
+    separates: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Train, valid and test `GPTDataset` (`BlendedDataset` for several prefixes).
 
@@ -75,6 +76,8 @@ def build_megatron_datasets(
             prefixes without weights, of which one epoch is all. None: one epoch. 0: do not build.
         split: Megatron's `--split`; a split of weight 0 is None.
         data_cache_path: directory for the indices; None: `PREFIX/cache` of the first prefix.
+        separates: positions begin at 0 behind each end of a document, and the loss of what is predicted from
+            that end does not count.
 
     Raises:
         HelixError: a file or setting that cannot work, before an index is built; or, while building, a
@@ -99,9 +102,9 @@ def build_megatron_datasets(
         split=split,
         path_to_cache=cache,
         tokenizer=tokenizer,
-        reset_position_ids=False,
+        reset_position_ids=separates,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=separates,
         create_attention_mask=False,
     )
     # For an empty split or no samples GPTDataset would look for enough epochs of nothing for ever.
@@ -153,6 +156,24 @@ def check_data_path(
             whole = one_epoch or num_samples[part] is None
             _check_part(summary, part, split, sequence_length + 1 if whole else 1)
     return summaries, wanted
+
+
+def check_document_ends(data_path: Sequence[str], eod: int) -> None:
+    """Check that the first document of every prefix ends with `eod`, by which documents are told apart.
+
+    Raises:
+        HelixError: one does not.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for prefix in parse_data_path(data_path)[0]:
+        data = IndexedDataset(prefix)
+        if data[int(data.document_indices[1]) - 1][-1:].tolist() != [eod]:
+            raise HelixError(
+                f"the first document of {prefix} does not end with the end-of-document token {eod}, so "
+                "--packed-documents cannot tell its documents apart. Make the data with --append-eod, or "
+                "leave the flag out."
+            )
 
 
 def _check_part(summary: IndexSummary, part: int, split: str, needed: int) -> None:

@@ -28,7 +28,7 @@ PURPOSE = "tensor/replicated-gradient"
 REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("pipeline_model_parallel_size", 1, "DeepSpeed's engine runs the whole model in one forward"),
     ("expert_model_parallel_size", 1, "DeepSpeed's engine knows expert groups of its own MoE layer only"),
-    ("context_parallel_size", 1, "context parallelism cuts the sequence inside the same layers"),
+    ("context_parallel_size", 1, "DeepSpeed's groups for gradients have no context parallel ranks"),
     ("gradient_accumulation_fusion", False, "DeepSpeed has no main_grad to add gradients to"),
     ("moe_router_enable_expert_bias", False, "Megatron's training loop updates that bias"),
 )  # fmt: skip

@@ -34,6 +34,11 @@ def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> R
     ranks = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
     run = RunConfig.from_values(values, ranks if world_size is None else world_size)
     run = run.with_padded_vocabulary()
+    if run.parallel.context_parallel_size > 1 or run.data.packed_documents:
+        raise HelixError(
+            "a graph shows whole sequences on every data parallel rank, so context parallel ranks and packed "
+            "documents cannot be traced. Leave out --context-parallel-size and --packed-documents."
+        )
     if run.virtual_stages:
         raise HelixError(
             "interleaved pipeline stages cannot be traced. Leave out --num-layers-per-virtual-pipeline-stage."

@@ -228,7 +228,7 @@ def _forward_step(run: RunConfig, recorder: Recorder) -> Any:
 
         def loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             with recorder.inside("loss"):
-                return masked_mean(losses, batch["loss_mask"])
+                return masked_mean(losses, batch["loss_mask"], batch["loss_mask"].sum())
 
         return output, loss
 

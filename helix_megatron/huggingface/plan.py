@@ -182,5 +182,13 @@ def _check_setting(model: Any, helix: HelixConfig) -> None:
             f"attention {helix.attention} is a different architecture from the one that this model was made "
             "for. Valid for Hugging Face models: exact."
         )
+    if helix.kernel == "host":
+        raise HelixError(
+            "kernel host is the core attention that a Megatron layer spec names, and Hugging Face models have "
+            "no such spec.",
+            setting="kernel",
+            value="host",
+            valid=("auto", "sdpa"),
+        )
     if getattr(model.config, "output_attentions", False):
         raise HelixError(f"{NO_PROBABILITIES} Set model.config.output_attentions = False.")

@@ -13,7 +13,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from helix_megatron.core.caches.attention import StepAttention
-from helix_megatron.megatron.self_attention import VirtualSelfAttention
+from helix_megatron.megatron.self_attention import HelixSelfAttention, VirtualSelfAttention
 
 
 class PagedSelfAttention(nn.Module):
@@ -36,6 +36,7 @@ class PagedSelfAttention(nn.Module):
             config.window_size, config.window_attn_skip_freq, max(1, inner.layer_number)
         )
         self.window = tuple(config.window_size) if windowed else None
+        attention.windows.add(self.window)
 
     def forward(
         self,
@@ -46,9 +47,12 @@ class PagedSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As `SelfAttention`. rotary_pos_emb: [T, 1, 1, rotary_dim], a row for each token."""
         inner, config = self.inner, self.inner.config
-        query, key, value, *gate = inner.get_query_key_value_tensors(
-            hidden_states, None, output_gate=config.attention_output_gate
-        )
+        if isinstance(inner, HelixSelfAttention):
+            query, key, value, *gate = inner.cut_query_key_value(hidden_states)
+        else:
+            query, key, value, *gate = inner.get_query_key_value_tensors(
+                hidden_states, None, output_gate=config.attention_output_gate
+            )
         if rotary_pos_emb is not None:
             tables: Any = (rotary_pos_emb, rotary_pos_emb)
             if isinstance(inner, VirtualSelfAttention):

@@ -41,6 +41,8 @@ class CudaMeansCpu(TorchFunctionMode):
             kwargs = kwargs | {"device": CPU}
         elif func is torch.Tensor.to and len(args) > 1 and is_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
+        if kwargs.get("pin_memory"):
+            kwargs = kwargs | {"pin_memory": False}
         return func(*args, **kwargs)
 
 

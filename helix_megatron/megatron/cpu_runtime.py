@@ -239,6 +239,37 @@ def _split_sizes_as_numpy(upstream: Any) -> Callable[..., Any]:
     return maybe_move_tensor_to_cpu
 
 
+# Hybrid models.
+
+
+@TABLE.replace("megatron.core.models.hybrid.hybrid_block:TENorm", since=(0, 18))
+@TABLE.replace("megatron.core.ssm.mamba_block:TENorm", before=(0, 18))
+def _final_norm(upstream: Any) -> type:
+    """hybrid_block.py:262 (0.19) takes Transformer Engine's norm for the last one, whatever the spec says."""
+    from helix_megatron.megatron.norms import TorchNorm
+
+    return TorchNorm
+
+
+@TABLE.replace("megatron.core.ssm.gated_delta_net.common:HAVE_FLA", since=(0, 19))
+@TABLE.replace("megatron.core.ssm.gated_delta_net:HAVE_FLA", before=(0, 19))
+def _gated_delta_net_can_be_built(upstream: Any) -> bool:
+    """common.py:141 (0.19) wants flash-linear-attention, which `deterministic_mode` uses for one norm only."""
+    return True
+
+
+@TABLE.replace("megatron.core.ssm.gated_delta_net.common:l2norm", since=(0, 19))
+@TABLE.replace("megatron.core.ssm.gated_delta_net:l2norm", since=(0, 18), before=(0, 19))
+@TABLE.replace("megatron.core.ssm.gated_delta_net:l2norm", adds=True, before=(0, 18))
+def _l2norm(upstream: Any) -> Callable[..., torch.Tensor]:
+    """That norm, of queries and keys; it is a Triton kernel, or None without flash-linear-attention."""
+
+    def l2norm(x: torch.Tensor, dim: int = -1, eps: float = 1e-6) -> torch.Tensor:
+        return x * (x.square().sum(dim, keepdim=True) + eps).rsqrt()
+
+    return l2norm
+
+
 # Compilation.
 
 

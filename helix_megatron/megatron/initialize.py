@@ -51,6 +51,12 @@ def initialize_weights(model: Any, config: Any, seed: int) -> None:
     """
     draw = _Draw(config, seed)
     drawn = set()
+    if recurrent := [name for name, _ in model.named_parameters() if name.endswith("A_log")]:
+        raise HelixError(
+            f"{recurrent[0]} and its layer's other weights are drawn by the layer itself, part by part on each "
+            "rank, so initial weights would depend on the layout. Leave the drawing of initial weights to "
+            "Megatron, or load a checkpoint."
+        )
     for item in sharded_weights(model):
         if item.data.dim() > 1:
             item.data.copy_(own_part(item, draw))

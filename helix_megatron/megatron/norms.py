@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,23 +92,23 @@ def use_available_norms(spec: Any) -> Any:
     from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    replaced = {WrappedTorchNorm}
+    replaced = [WrappedTorchNorm]
     if available_backends().norm != "apex":
-        replaced.add(FusedLayerNorm)
-    return _with_norms(spec, replaced)
+        replaced.append(FusedLayerNorm)
+    return with_classes(spec, dict.fromkeys(replaced, TorchNorm))
 
 
-def _with_norms(value: Any, replaced: set[type]) -> Any:
-    """Copy what contains specs; hand back everything else, such as functions and classes, as it is."""
+def with_classes(value: Any, classes: Mapping[type, type]) -> Any:
+    """A copy of a spec in which other classes stand for some, at any depth; all else is shared."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
-            field.name: _with_norms(getattr(value, field.name), replaced)
+            field.name: with_classes(getattr(value, field.name), classes)
             for field in dataclasses.fields(value)
             if field.init
         }
         return dataclasses.replace(value, **fields)
     if isinstance(value, list | tuple):
-        return type(value)(_with_norms(item, replaced) for item in value)
+        return type(value)(with_classes(item, classes) for item in value)
     if isinstance(value, dict):  # a module's parameters: they hold settings, not specs
         return dict(value)
-    return TorchNorm if isinstance(value, type) and value in replaced else value
+    return classes.get(value, value) if isinstance(value, type) else value

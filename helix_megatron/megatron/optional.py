@@ -18,6 +18,7 @@ from types import MappingProxyType
 import torch
 import torch.distributed
 
+from helix_megatron.core.kernels.installed import installed_kernels
 from helix_megatron.errors import HelixError
 
 APEX_SOURCE = "https://github.com/NVIDIA/apex"
@@ -82,11 +83,11 @@ def available_backends() -> Backends:
 
 
 def describe(say: Callable[[str], None] = print) -> str:
-    """The summary of `available_backends()`, said once per process group, by its first rank.
+    """What optional packages and kernels were found, said once per process group, by its first rank.
 
-    Without a process group it is said once per process. Returns the line on every rank, every time.
+    Without a process group it is said once per process. Returns the text on every rank, every time.
     """
-    line = available_backends().summary()
+    line = f"{available_backends().summary()}\n{installed_kernels().summary()}"
     group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     rank = torch.distributed.get_rank() if group is not None else 0
     if _Said.last is None or _Said.last() is not group:

@@ -8,6 +8,7 @@ its segment, so Megatron's own reduction of these gradients over the tensor para
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,64 +27,79 @@ PACKAGES = ("torch", "megatron", "transformer_engine", "helix_megatron")
 
 
 class PartitionedNorm(nn.Module):
-    """LayerNorm, RMSNorm or L2 norm of heads, of which this rank has segments or whole ones.
+    """LayerNorm, RMSNorm or L2 norm of heads of which this rank has segments.
 
     Args:
         kind: one of `KINDS`.
         layout: how heads are cut; this rank has segment `group.rank()`.
         group: the ranks of the head group.
-        whole: this rank has whole heads, presented as segments: [S, B, m·x, d/m] for x heads.
+        parameters: full-length `weight` and `bias`, those that the kind has.
         zero_centered: the weight is stored minus 1 (`layernorm_zero_centered_gamma`).
     """
 
     dims: Tensor
+    weight: Tensor
+    bias: Tensor
 
     def __init__(
         self,
         kind: str,
         layout: HeadLayout,
         group: ProcessGroup,
+        parameters: Mapping[str, nn.Parameter],
         *,
-        whole: bool,
         eps: float,
         zero_centered: bool = False,
-        dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise HelixError(f"query-key norm {kind!r} is unknown. Valid: {', '.join(KINDS)}.")
         self.kind, self.eps, self.zero_centered = kind, eps, zero_centered
-        self.head_dim, self.whole, self.group = layout.head_dim, whole, group
+        self.head_dim, self.group = layout.head_dim, group
         dims = torch.as_tensor(layout.segment_dims(group.rank()), device=device)
         self.register_buffer("dims", dims, persistent=False)
-        if kind != "L2Norm":
-            start = torch.zeros if zero_centered else torch.ones
-            self.weight = nn.Parameter(start(layout.head_dim, dtype=dtype, device=device))
-        if kind == "LayerNorm":
-            self.bias = nn.Parameter(torch.zeros(layout.head_dim, dtype=dtype, device=device))
+        for name, parameter in parameters.items():
+            setattr(self, name, parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, B, heads, d/m] → the same, normalised over whole heads; statistics in at least fp32."""
-        shape, dtype = x.shape, x.dtype
-        if self.whole:
-            x = x.reshape(*shape[:2], -1, self.head_dim)
+        dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))
         if self.kind == "LayerNorm":
-            x = x - self._mean(x)
-        x = x * torch.rsqrt(self._mean(x.square()) + self.eps)
+            x = x - head_mean(x, self.head_dim, self.group)
+        x = x * torch.rsqrt(head_mean(x.square(), self.head_dim, self.group) + self.eps)
         if self.kind != "L2Norm":
-            weight = self._own(self.weight).to(x.dtype)
+            weight = self.weight[self.dims].to(x.dtype)
             x = x * (weight + 1 if self.zero_centered else weight)
         if self.kind == "LayerNorm":
-            x = x + self._own(self.bias).to(x.dtype)
-        return x.to(dtype).reshape(shape)
+            x = x + self.bias[self.dims].to(x.dtype)
+        return x.to(dtype)
 
-    def _mean(self, x: Tensor) -> Tensor:
-        return head_mean(x, self.head_dim, None if self.whole else self.group)
 
-    def _own(self, weight: Tensor) -> Tensor:
-        return weight if self.whole else weight[self.dims]
+def cut_norm(built: nn.Module | None, name: str, attention: Any) -> PartitionedNorm | None:
+    """The norm of cut heads that does what `built` does on whole ones; it shares parameters of full length.
+
+    Args:
+        built: what the stock layer holds as `q_layernorm` or `k_layernorm`; `name` is how it calls it.
+        attention: the layer, whose layout, group and configuration count.
+    """
+    kind, config = norm_kind(built, name), attention.config
+    if kind is None or built is None:
+        return None
+    parameters = dict(built.named_parameters())
+    for part, parameter in parameters.items():
+        if parameter.numel() != attention.layout.head_dim:
+            start = float(part == "weight" and not config.layernorm_zero_centered_gamma)
+            full = parameter.new_full((attention.layout.head_dim,), start)
+            parameters[part] = nn.Parameter(full)
+    return PartitionedNorm(
+        kind,
+        attention.layout,
+        attention.intra_head_group,
+        parameters,
+        eps=getattr(built, "eps", config.layernorm_epsilon),
+        zero_centered=config.layernorm_zero_centered_gamma,
+        device=None if config.use_cpu_initialization else torch.cuda.current_device(),
+    )
 
 
 def norm_kind(built: nn.Module | None, name: str) -> str | None:

@@ -10,12 +10,10 @@ from typing import Any
 from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.kernels import AttentionKernel
-from helix_megatron.core.kernels.sdpa import sdpa
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import HelixError, Text, listed
 from helix_megatron.megatron.self_attention import (
     HelixSelfAttention,
     SegmentLocalSelfAttention,
@@ -23,22 +21,29 @@ from helix_megatron.megatron.self_attention import (
 )
 from helix_megatron.megatron.support import STOCK
 
-LATENT_LAYERS = ("mla_layer", "dsa_layer")
+LATENT_LAYERS = {
+    "mla_layer": "a latent attention layer (+), which keeps one latent vector for all heads and no key-value "
+    "heads that could be cut",
+    "dsa_layer": "a sparse attention layer (D), which keeps one latent vector for all heads and picks its keys "
+    "by an indexer",
+}
 """Layers of a hybrid stack whose attention is latent or sparse; a stack's spec has them whether used or not."""
+
+NESTED = ("layer_specs", "transformer_layer", "mtp_model_layer", "mtp_block_spec")
+"""Where blocks, and blocks and layers of multi-token prediction, hold the layers that they are made of."""
 
 
 class RefusedLayer:
-    """Stands for a layer that a hybrid stack can build and Helix cannot cut."""
+    """Stands for a layer of a hybrid stack that cannot be built, where its pattern asks for it."""
 
-    def __init__(self, *args: Any, layer: str, **kwargs: Any) -> None:
-        raise HelixError(
-            f"the model's layer pattern asks for the {layer} of the stack, whose latent or sparse attention "
-            "has no heads that can be cut.",
-            remedy=("Use the attention layer (*) instead", *STOCK),
-        )
+    def __init__(self, *args: Any, reason: str, remedy: Text = (), **kwargs: Any) -> None:
+        raise HelixError(f"the model's layer pattern asks for {reason}.", remedy=remedy)
 
 
-def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel = sdpa) -> Any:
+INSTEAD = ("Use the attention layer (*) instead", *STOCK)
+
+
+def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel | None = None) -> Any:
     """A layer, block or stack spec with self-attention replaced; everything else is shared with the given one.
 
     In a stack of `HybridModel` (`MambaModel` before megatron-core 0.18) the attention layer (`*`) is replaced.
@@ -47,7 +52,7 @@ def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel = sdpa)
         spec: a layer's, block's or stack's `ModuleSpec`, or the submodules of a block or stack. It is not
             changed. With m = 1 it is returned as it is: stock attention. A replaced spec stays as it is, too.
         helix: the partitioning; must be that of the transformer configuration that builds the layer.
-        kernel: local attention of `exact`.
+        kernel: computes `exact` attention on whole heads in the place of what the configuration chooses.
 
     Raises:
         HelixError: the spec's self-attention is not Megatron's `SelfAttention`, or was replaced for the other
@@ -65,20 +70,22 @@ def helix_spec(spec: Any, helix: HelixConfig, *, kernel: AttentionKernel = sdpa)
     return replaced
 
 
-def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel) -> Any:
-    if isinstance(spec, TransformerBlockSubmodules):
-        layers = [_replaced(layer, helix, kernel) for layer in spec.layer_specs]
-        return dataclasses.replace(spec, layer_specs=layers)
+def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel | None) -> Any:
+    for name in NESTED:
+        if (inside := getattr(spec, name, None)) is not None:
+            several = isinstance(inside, list)
+            layers = [_replaced(each, helix, kernel) for each in (inside if several else [inside])]
+            spec = dataclasses.replace(spec, **{name: layers if several else layers[0]})
     if hasattr(spec, "attention_layer"):
         refused = {
-            name: ModuleSpec(module=RefusedLayer, params={"layer": name})
-            for name in LATENT_LAYERS
+            name: ModuleSpec(module=RefusedLayer, params={"reason": why, "remedy": INSTEAD})
+            for name, why in LATENT_LAYERS.items()
             if getattr(spec, name, IdentityOp) is not IdentityOp
         }
         attention = _replaced(spec.attention_layer, helix, kernel)
         return dataclasses.replace(spec, attention_layer=attention, **refused)
     submodules: Any = getattr(spec, "submodules", None)
-    if isinstance(submodules, TransformerBlockSubmodules) or hasattr(submodules, "attention_layer"):
+    if any(hasattr(submodules, name) for name in (*NESTED, "attention_layer")):
         return dataclasses.replace(spec, submodules=_replaced(submodules, helix, kernel))
     attention = getattr(submodules, "self_attention", None)
     if attention is None or attention is IdentityOp:
@@ -99,7 +106,7 @@ def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel) -> Any:
             "Megatron's SelfAttention only.",
             remedy=("Use a GPT layer spec with ordinary self-attention", *STOCK),
         )
-    params = {**attention.params, "kernel": kernel} if exact else attention.params
+    params = {**attention.params, "kernel": kernel} if exact and kernel else attention.params
     replaced = dataclasses.replace(attention, module=wanted, params=params)
     submodules = dataclasses.replace(submodules, self_attention=replaced)
     return dataclasses.replace(spec, submodules=submodules)

@@ -1,11 +1,9 @@
-"""What does not work with cut heads is refused when the model is configured, with what to do instead."""
+"""What cannot work with cut heads is refused in one table, with its reason and what to do instead."""
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
-from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, Setting
 
 # How the advice of an error ends that stock attention would not raise.
@@ -14,130 +12,135 @@ STOCK = (
     Setting("intra_head_parallel_size"),
     " at 1, which is stock attention.",
 )
-CAPTURED = "captured graphs cannot hold the exchanges of a head group"
 
-# Setting of TransformerConfig, the value that works, why another does not. What to do instead follows from the
-# value, unless it is given.
-REFUSED: tuple[tuple[Any, ...], ...] = (
-    (
+# Where a row of the table applies, as its error says it.
+EVERYWHERE = "with cut heads"
+CUT = "where queries are cut, too"
+KERNEL = "with Helix's own attention kernels"
+LEFT_CUT = "with an exchange that leaves heads cut"
+BATCH = "with exchange all-to-all-batch"
+
+_HOST = ("Set ", Setting("kernel", "host"), " with a layer spec of Transformer Engine's")
+_HEADS = ("Set ", Setting("query_layout", "heads"), " where the query heads divide evenly")
+
+
+class Refused(NamedTuple):
+    """A setting of TransformerConfig or an argument of the layer; a value that works, or several of them."""
+
+    name: str
+    works: Any
+    where: str
+    why: str
+    instead: tuple[str | Setting, ...] = ()
+    """What to do; follows from the value that works unless it is given."""
+
+
+REFUSED = (
+    Refused(
         "multi_latent_attention",
         False,
+        EVERYWHERE,
         "multi-latent attention has no key-value heads to cut",
     ),
-    (
-        "context_parallel_size",
-        1,
-        "context parallelism cuts the sequence inside the same layers",
-        (
-            "Set ",
-            Setting("context_parallel_size", 1),
-            " and give those ranks to ",
-            Setting("intra_head_parallel_size"),
-        ),
-    ),
-    (
-        "fp8",
+    Refused(
+        "experimental_attention_variant",
         None,
-        "fp8 scaling factors are not kept for exchanged segments",
-        ("Use ", Setting("bf16"), " without ", Setting("fp8")),
+        EVERYWHERE,
+        "this variant replaces self-attention itself",
     ),
-    (
-        "fp4",
-        None,
-        "fp4 scaling factors are not kept for exchanged segments",
-        ("Use ", Setting("bf16"), " without ", Setting("fp4")),
-    ),
-    ("cuda_graph_impl", "none", CAPTURED),
-    ("enable_cuda_graph", False, CAPTURED),
-    ("external_cuda_graph", False, CAPTURED),
-    ("flash_decode", False, "the flash-decode kernel needs whole key-value heads in the cache"),
-    ("softmax_type", "vanilla", "attention sinks are a parameter of whole heads"),
-    ("qk_clip", False, "QK clipping needs the largest score of whole heads"),
-    (
-        "log_max_attention_logit",
+    Refused(
+        "fp8_param",
         False,
-        "the largest score of a head is not visible to fused attention",
+        EVERYWHERE,
+        "rows of a weight are dealt one by one in checkpoints, and blocks of them share a scaling factor",
     ),
-    ("experimental_attention_variant", None, "this variant replaces self-attention itself"),
-    (
-        "heterogeneous_block_specs",
+    Refused(
+        "fp4_param",
         False,
-        "layers with different numbers of heads need different layouts",
-        ("Use a model whose layers are alike",),
+        EVERYWHERE,
+        "rows of a weight are dealt one by one in checkpoints, and blocks of them share a scaling factor",
     ),
-    (
+    Refused(
         "fused_single_qkv_rope",
         False,
-        "the fused kernel rotates whole heads",
+        EVERYWHERE,
+        "its kernel wants queries, keys and values in one tensor, and keys and values come from other ranks",
         ("Leave fused_single_qkv_rope off",),
     ),
-    ("batch_invariant_mode", False, "its kernels are not used by the exchanges"),
-    (
-        "fine_grained_activation_offloading",
+    Refused("flash_decode", False, CUT, "its kernel rotates and keeps whole heads", _HEADS),
+    Refused(
+        "inference_context",
+        "static",
+        CUT,
+        "its kernels read whole key-value heads from pages",
+        (
+            "Use the static context; or helix generate and helix serve, whose cache knows cut heads; or set ",
+            Setting("query_layout", "heads"),
+        ),
+    ),
+    Refused(
+        "softmax_type",
+        ("vanilla", "off-by-one"),
+        BATCH,
+        "each rank would learn the sinks of all heads from its part of the batch only",
+        ("Set ", Setting("exchange", "all-to-all-heads"), " or ", Setting("query_layout", "heads")),
+    ),
+    Refused(
+        "softmax_type",
+        "vanilla",
+        LEFT_CUT,
+        "a sink belongs to the scores of whole heads",
+        ("Set ", Setting("exchange", "all-to-all-heads"), " or ", Setting("query_layout", "heads")),
+    ),
+    Refused("qk_clip", False, KERNEL, "torch's kernels do not return the largest score", _HOST),
+    Refused(
+        "log_max_attention_logit",
         False,
-        "offloading has not been shown to work with the exchanges",
+        KERNEL,
+        "torch's kernels do not return the largest score",
+        _HOST,
     ),
-    (
-        "mtp_num_layers",
-        None,
-        "multi-token prediction layers have not been shown to work with cut heads",
-    ),
-    (
-        "test_mode",
+    Refused(
+        "batch_invariant_mode",
         False,
-        "its consistency check expects Megatron's own query and key norms",
-        ("Leave test_mode off",),
+        KERNEL,
+        "torch's kernels choose their order of summation by the batch",
+        _HOST,
     ),
+    Refused("fp8_dot_product_attention", False, KERNEL, "they do not compute in fp8", _HOST),
+    Refused("fp8_multi_head_attention", False, KERNEL, "they do not compute in fp8", _HOST),
+    Refused("attention_bias", None, KERNEL, "they take none", _HOST),
 )
 
 
-def check_supported(config: Any, helix: HelixConfig) -> None:
-    """Refuse settings of a `TransformerConfig` that cannot work together with cut heads.
+def problem(config: Any, where: str) -> HelixError | None:
+    """The first refusal of a configuration that applies there."""
+    for row in REFUSED:
+        if row.where == where and hasattr(config, row.name):
+            value = getattr(config, row.name)
+            works = row.works if isinstance(row.works, tuple) else (row.works,)
+            if value not in works and (value or None) not in works:
+                return refusal(row.name, value, where)
+    return None
+
+
+def check(config: Any, where: str) -> None:
+    """Refuse what cannot work there.
 
     Raises:
         HelixError: names the setting, its value, why, and what to do instead.
     """
-    for name, works, why, *instead in REFUSED:
-        value = getattr(config, name, works)
-        if value != works and not (works is None and not value):
-            usual = ("Set ", Setting(name, works)) if works else ("Leave out ", Setting(name))
-            raise HelixError(
-                f"{name} = {value} does not work with intra-head parallel size "
-                f"{helix.intra_head_parallel_size}: {why}.",
-                setting=name,
-                value=value,
-                remedy=(*(instead[0] if instead else usual), *STOCK),
-            )
-    backend = getattr(getattr(config, "attention_backend", None), "name", "auto")
-    version = getattr(config, "flash_attention_version", None)
-    for setting, given in (
-        (f"attention_backend = {backend}", backend in ("flash", "fused")),
-        (f"flash_attention_version = {version}", version is not None),
-    ):
-        if helix.attention == "exact" and given:
-            warnings.warn(
-                f"{setting} has no effect with exact Helix attention, which calls torch's "
-                "scaled_dot_product_attention; that takes a fused kernel by itself where one fits.",
-                stacklevel=2,
-            )
+    if error := problem(config, where):
+        raise error
 
 
-def refuse_dynamic_inference() -> HelixError:
-    """The error of an inference context whose kernels need whole heads in a paged cache."""
+def refusal(name: str, value: Any, where: str) -> HelixError:
+    """The error of a row of the table."""
+    row = next(row for row in REFUSED if (row.name, row.where) == (name, where))
+    usual = ("Set ", Setting(name, row.works)) if row.works else ("Leave out ", Setting(name))
     return HelixError(
-        "Megatron's dynamic inference context calls flash attention on a paged cache of whole key-value "
-        "heads, which cut heads do not have.",
-        remedy=(
-            "Use its static context; or helix generate and helix serve (helix_megatron.inference), whose "
-            "paged cache knows cut heads",
-            *STOCK,
-        ),
-    )
-
-
-def refuse_packed_sequences(qkv_format: str) -> HelixError:
-    """Make the error of packed sequences, whose borders exact attention does not know."""
-    return HelixError(
-        f"packed sequences (qkv_format {qkv_format}) do not work with exact Helix attention.",
-        remedy=("Pad the sequences to one length and pass an attention mask", *STOCK),
+        f"{name} = {value} does not work {where}: {row.why}.",
+        setting=name,
+        value=value,
+        remedy=(*(row.instead or usual), *STOCK),
     )

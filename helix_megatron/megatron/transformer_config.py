@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import HeadLayout, rotary_of
-from helix_megatron.megatron.support import check_supported
+from helix_megatron.megatron.support import CUT, EVERYWHERE, check
 
 
 @dataclass
@@ -28,9 +28,11 @@ class HelixTransformerConfig(TransformerConfig):
     """Share of a head's dimensions that rotary embedding turns, as given to GPTModel; 0 without rotary
     embedding. A segment keeps rotary pairs together, so the layout must know."""
 
+    causal_masks_only: bool = False
+    """Dense masks that reach causal attention say causal and nothing else, as those of Megatron's data loader
+    do where documents are not reset. Attention then drops them."""
+
     def __post_init__(self) -> None:
-        if self.helix.active:
-            check_supported(self, self.helix)
         with relaxed_head_checks(self, self.helix):
             super().__post_init__()
 
@@ -42,12 +44,16 @@ def relaxed_head_checks(config: TransformerConfig, helix: HelixConfig) -> Iterat
     The tensor parallel size stays m·n, so all of Megatron's other checks are those of an ordinary model.
 
     Raises:
-        HelixError: the layout does not fit the heads, in our words before Megatron says it in its own.
+        HelixError: the layout does not fit the heads, in our words before Megatron says it in its own; or a
+            setting cannot work with it.
     """
     if not helix.active:
         yield
         return
+    check(config, EVERYWHERE)
     layout = _layout(config, helix)
+    if layout.query_layout == "segments":
+        check(config, CUT)
     config.kv_channels = layout.head_dim
     heads, groups = config.num_attention_heads, config.num_query_groups
     config.num_attention_heads = layout.num_heads * layout.segments

@@ -215,3 +215,32 @@ def _norms(upstream: Any) -> Any:
         return TorchNorm(config, hidden_size, eps, **kwargs)
 
     return staticmethod(__new__)
+
+
+# Layers.
+
+
+@TABLE.hook(
+    "CPU hybrid stack",
+    "megatron.core.models.hybrid.hybrid_block:HybridStack.__init__",
+    since=(0, 18),
+)
+@TABLE.hook("CPU hybrid stack", "megatron.core.ssm.mamba_block:MambaStack.__init__", before=(0, 18))
+def _hybrid_stack(upstream: Any) -> Callable[..., None]:
+    """Hybrid stacks are built of megatron-core's own layers, in place of Transformer Engine's.
+
+    hybrid_layer_specs.py has no other, and no layer of these can be built here.
+    """
+
+    @functools.wraps(upstream)
+    def __init__(self: Any, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
+        if ".transformer_engine." in repr(submodules):  # names the module of every class in it
+            from helix_megatron.config import HelixConfig
+            from helix_megatron.megatron.hybrid import local_stack_spec
+            from helix_megatron.megatron.specs import helix_spec
+
+            helix = getattr(config, "helix", HelixConfig())
+            submodules = helix_spec(local_stack_spec(config), helix).submodules
+        upstream(self, config, submodules, *args, **kwargs)
+
+    return __init__

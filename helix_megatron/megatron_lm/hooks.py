@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -89,11 +90,10 @@ def _configuration(upstream: Any) -> Callable[[Any], None]:
         if not given.helix.active:
             upstream(self)
             return
-        from helix_megatron.megatron.support import check_supported
         from helix_megatron.megatron.transformer_config import relaxed_head_checks
 
         self.helix, self.rotary_percent = given.helix, given.rotary_percent
-        check_supported(self, given.helix)
+        self.causal_masks_only = given.causal_masks_only
         with relaxed_head_checks(self, given.helix):
             upstream(self)
 
@@ -118,6 +118,7 @@ def _groups(upstream: Any) -> Callable[..., None]:
             parallel_state.register_intra_head_parallel(
                 given.helix.intra_head_parallel_size,
                 distributed_timeout_minutes=given.timeout_minutes,
+                **parallel_state.nccl_arguments(kwargs),
             )
         if given.dry_run:
             report.report_and_exit(given, (TABLE, cpu.TABLE))
@@ -196,30 +197,40 @@ def _keep_random_state(upstream: Any) -> Callable[[Any, Any], None]:
 
 
 @TABLE.hook("model", "megatron.core.models.gpt.gpt_model:GPTModel.__init__")
+@TABLE.hook(
+    "hybrid model", "megatron.core.models.hybrid.hybrid_model:HybridModel.__init__", since=(0, 18)
+)
+@TABLE.hook(
+    "hybrid model", "megatron.core.models.mamba.mamba_model:MambaModel.__init__", before=(0, 18)
+)
 def _model(upstream: Any) -> Callable[..., None]:
-    """Self-attention is replaced in whatever layer or block spec arrives: local or Transformer Engine, MoE.
+    """Self-attention is replaced in whatever layer, block or stack spec arrives: local or Transformer Engine.
 
-    gpt_builders.py chooses the spec; --spec can name another, but not relax the configuration. With
-    --helix-layout-free-init the weights are drawn here.
+    gpt_builders.py or hybrid_builders.py chooses the spec; --spec can name another, but not relax the
+    configuration. With --helix-layout-free-init the weights are drawn here.
     """
+    signature = inspect.signature(upstream)
+    _, _, spec, *_ = signature.parameters
 
     @functools.wraps(upstream)
-    def __init__(
-        self: Any, config: Any, transformer_layer_spec: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def __init__(*args: Any, **kwargs: Any) -> None:
         given = settings.current()
+        call = signature.bind(*args, **kwargs)
         if given.helix.active:
             from helix_megatron.megatron.specs import helix_spec
 
-            transformer_layer_spec = helix_spec(transformer_layer_spec, given.helix)
+            for name in (spec, "mtp_block_spec"):
+                if call.arguments.get(name) is not None:
+                    call.arguments[name] = helix_spec(call.arguments[name], given.helix)
         if not given.layout_free_init:
-            upstream(self, config, transformer_layer_spec, *args, **kwargs)
+            upstream(*call.args, **call.kwargs)
             return
         from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 
+        model, config = call.arguments["self"], call.arguments["config"]
         with weights_not_drawn(config):
-            upstream(self, config, transformer_layer_spec, *args, **kwargs)
-        initialize_weights(self, config, given.seed)
+            upstream(*call.args, **call.kwargs)
+        initialize_weights(model, config, given.seed)
 
     return __init__
 
@@ -228,7 +239,7 @@ def _model(upstream: Any) -> Callable[..., None]:
 def _guard(upstream: Any) -> Callable[..., None]:
     """A model whose attention was not replaced is an error, and not stock attention in silence.
 
-    Scripts for other models than GPT build their layers past `GPTModel`.
+    Scripts for other models than GPT and hybrid ones build their layers past `GPTModel` and `HybridModel`.
     """
 
     @functools.wraps(upstream)
@@ -240,8 +251,8 @@ def _guard(upstream: Any) -> Callable[..., None]:
             if not isinstance(self, VirtualSelfAttention):
                 raise HelixError(
                     f"{settings.SIZE} {given.helix.intra_head_parallel_size} was given, and this model "
-                    f"builds {type(self).__name__} outside of GPTModel, where heads are not cut. Use it "
-                    f"with pretrain_gpt.py, or leave {settings.SIZE} at 1."
+                    f"builds {type(self).__name__} outside of GPTModel and HybridModel, where heads are not "
+                    f"cut. Use it with pretrain_gpt.py or pretrain_hybrid.py, or leave {settings.SIZE} at 1."
                 )
         upstream(self, *args, **kwargs)
 

@@ -33,6 +33,7 @@ class Settings:
     timeout_minutes: float = 30.0
     layout_free_init: bool = False
     dry_run: bool = False
+    causal_masks_only: bool = False
 
 
 def settings_of(args: Any) -> Settings:
@@ -49,6 +50,7 @@ def settings_of(args: Any) -> Settings:
         timeout_minutes=args.distributed_timeout_minutes,
         layout_free_init=args.helix_layout_free_init,
         dry_run=args.helix_dry_run,
+        causal_masks_only=not getattr(args, "reset_attention_mask", True),
     )
     if settings.layout_free_init and getattr(args, "init_model_with_meta_device", False):
         raise HelixError(

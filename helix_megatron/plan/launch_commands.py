@@ -1,4 +1,4 @@
-"""Commands to paste: the training script here or Megatron-LM's, `helix serve`, and DeepSpeed's JSON."""
+"""Commands to paste: the training script, `helix serve`, and DeepSpeed's JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from helix_megatron.core.exchanges import NO_EXCHANGE
-from helix_megatron.errors import listed
 from helix_megatron.flags import flag_of
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
@@ -16,10 +15,6 @@ from helix_megatron.plan.settings import Job, Software
 
 # Model flags that only describe where the model came from, or follow from others.
 LEFT_OUT = ("padded_vocab_size", "max_position_embeddings", "attention_dropout", "hidden_dropout")
-# Model flags of the training script here that Megatron-LM's own has not.
-NOT_THERE = ("geglu", "embedding_multiplier")
-OWN_SCRIPT = "$MEGATRON_LM/pretrain_gpt.py"
-NO_CP = "scripts/pretrain_gpt.py has no context parallelism."
 
 
 def flag_words(flags: Mapping[str, Any]) -> list[str]:
@@ -43,7 +38,7 @@ def model_words(model: ModelSpec) -> list[str]:
 
 
 def layout_words(model: ModelSpec, layout: Layout, job: Job, software: Software) -> list[str]:
-    """Parallelism, batch and precision as words of a command line; those of Megatron-LM and of Helix."""
+    """Parallelism, batch and precision as words of a command line."""
     overlap = software.distributed_optimizer and software.dp_overlap
     full = layout.recompute == "full"
     flags: dict[str, Any] = {
@@ -92,41 +87,13 @@ def _experts(model: ModelSpec, layout: Layout) -> dict[str, Any]:
 def command_words(plan: Plan, layout: Layout) -> list[str]:
     """All flags of the training command."""
     words = model_words(plan.model)
-    words += layout_words(plan.model, layout, plan.job, plan.software)
-    if layout.cp > 1:
-        for flag, value in _own_flags(plan.model, plan.job).items():
-            words += [] if flag in words else [flag, value]
-    return words
-
-
-def _own_flags(model: ModelSpec, job: Job) -> dict[str, str]:
-    """What Megatron-LM's own script needs beside, or has another default for than the one here."""
-    flags = {
-        "--transformer-impl": "transformer_engine",
-        "--tokenizer-type": "NullTokenizer",
-        "--position-embedding-type": "none" if model.rotary == "none" else "rope",
-        "--max-position-embeddings": str(job.sequence),
-        "--attention-dropout": "0.0",
-        "--hidden-dropout": "0.0",
-    }
-    if model.experts:
-        flags |= {"--moe-token-dispatcher-type": "alltoall", "--moe-aux-loss-coeff": "0.01"}
-    return flags
+    return words + layout_words(plan.model, layout, plan.job, plan.software)
 
 
 def training_command(plan: Plan, layout: Layout) -> str:
-    """One command for every node; data, learning rate and checkpoints are the user's to add.
-
-    With context parallelism it is for Megatron-LM's own script, since the one here has none.
-    """
-    start = _torchrun(layout.gpus, plan.cluster)
-    words = command_words(plan, layout)
-    if layout.cp > 1:  # Megatron-LM refuses to start without the variable on GPUs before Blackwell
-        lines = [" ".join(["CUDA_DEVICE_MAX_CONNECTIONS=1", *start, OWN_SCRIPT])]
-    else:
-        lines = [" ".join([*start, "scripts/pretrain_gpt.py"])]
-    note = f"# For Megatron-LM's own pretrain_gpt.py, never run here: {NO_CP}\n"
-    return (note if layout.cp > 1 else "") + " \\\n".join([*lines, *_wrapped(words)])
+    """One command for every node; data, learning rate and checkpoints are the user's to add."""
+    start = [*_torchrun(layout.gpus, plan.cluster), "scripts/pretrain_gpt.py"]
+    return " \\\n".join([" ".join(start), *_wrapped(command_words(plan, layout))])
 
 
 def _torchrun(ranks: int, cluster: Cluster) -> list[str]:
@@ -232,14 +199,6 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
             "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "
             "Hugging Face models run that helix_megatron.huggingface has cut."
         )
-    if layout.cp > 1 and plan.job.task == "train":
-        found.append(f"{NO_CP} The command is for Megatron-LM's own pretrain_gpt.py.")
-        missing = [name for name, value in plan.model.flags.items() if name in NOT_THERE and value]
-        if missing:
-            flags = listed(map(flag_of, missing))
-            found.append(
-                f"Megatron-LM's own script has no {flags}: it needs changes to train this model."
-            )
     if plan.software.precision == "fp8" and plan.job.task != "train":
         found.append("helix serve has no fp8: the command is for bf16, and this row is a forecast.")
     elif plan.software.precision == "fp8":

@@ -6,7 +6,7 @@ import functools
 from typing import NamedTuple
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.core.exchanges import NO_EXCHANGE, AttentionShape
+from helix_megatron.core.exchanges import COSTS, NO_EXCHANGE, AttentionShape
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.plan.collective_time import Group
 from helix_megatron.plan.models import ModelSpec
@@ -88,6 +88,11 @@ class Layout(NamedTuple):
         if self.exchange == NO_EXCHANGE.name:  # decode: the caches decide
             return HelixConfig(self.segments)
         return HelixConfig(self.segments, exchange=self.exchange, query_layout=self.query_layout)
+
+    @property
+    def core_axes(self) -> tuple[str, ...]:
+        """Axes of what is exchanged inside core attention, which selective recomputation repeats."""
+        return ("exchange", "cp") if COSTS[self.exchange].in_core else ("cp",)
 
     def describe(self) -> str:
         """`TP 16 = 4 × 4 · PP 2 · DP 4 …`, as a row of a table names it."""

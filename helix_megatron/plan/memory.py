@@ -243,8 +243,9 @@ def _core_attention(
     width = tokens * model.width / layout.tp  # output elements of one rank
     size = (queries + keys + values + width) * element
     if model.rotary != "none":  # tables of sine and cosine in the precision of queries and keys
-        dims = model.rotary_dim / (m if layout.query_layout == "segments" else 1)
-        size += 2 * job.sequence / layout.cp * (dims + model.rotary_dim / m) * element
+        of_queries = model.rotary_dim / (m if layout.query_layout == "segments" else 1)
+        of_keys = model.rotary_dim / (m if cost.in_core else 1)
+        size += 2 * job.sequence / layout.cp * (of_queries + of_keys) * element
     pairs = layout.micro_batch * local.heads * job.sequence**2 / layout.cp
     if model.rotary != "none" and m == 1:
         size += (queries + keys) * element  # values are a view of all that linear_qkv has written

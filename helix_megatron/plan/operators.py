@@ -68,7 +68,8 @@ def attention_steps(scenario: Scenario, layout: Layout, windowed: bool) -> tuple
         record.stream("rotary embedding", turned, 2, 2, f"[{tokens:.0f}, {heads / tp:g} heads]")
     if model.norms_queries:
         record.stream("QK norms", turned, 2, 4)
-        if layout.segments > 1:  # sums of squares (and sums) of heads that are cut
+        if layout.segments > 1 and COSTS[layout.exchange].in_core:
+            # Sums of squares (and sums) of heads that are still cut.
             cut = model.num_query_groups
             cut += model.num_attention_heads if layout.query_layout == "segments" else 0
             size = 4 * tokens * cut / layout.head_groups * model.norm_tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,8 +87,9 @@ class Cost(NamedTuple):
 def layers_cost(scenario: Scenario, stripped: Layout) -> Cost:
     """All layers of the model, one micro-batch."""
     forward = backward = core = 0.0
+    part = attention_part(stripped)
     for experts, windowed, count in layer_kinds(scenario.model):
-        attention = _cost(attention_steps(scenario, attention_part(stripped), windowed))
+        attention = _cost(attention_steps(scenario, part, windowed), part.core_axes)
         mlp = _cost(mlp_steps(scenario, mlp_part(stripped), experts))
         forward += count * (attention.forward + mlp.forward)
         backward += count * (attention.backward + mlp.backward)
@@ -102,7 +103,7 @@ def outer_cost(scenario: Scenario, stripped: Layout, first: bool) -> Cost:
     return _cost(outer_steps(scenario, stripped, first=first))
 
 
-def _cost(steps: Iterable[Step]) -> Cost:
+def _cost(steps: Iterable[Step], core_axes: Container[str] = ()) -> Cost:
     forward = backward = attention = 0.0
     for step in steps:
         exposed = step.seconds - step.hidden
@@ -110,7 +111,7 @@ def _cost(steps: Iterable[Step]) -> Cost:
             backward += exposed
             continue
         forward += exposed
-        if step.kind == "attention" or step.axis in ("exchange", "cp"):
+        if step.kind == "attention" or step.axis in core_axes:
             attention += exposed
     return Cost(forward, backward, attention)
 

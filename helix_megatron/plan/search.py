@@ -133,7 +133,7 @@ class _Search:
     def _context_parallel(self, tp: int, segments: int) -> Iterator[int]:
         yield 1
         if segments > 1:
-            return  # Helix refuses context parallelism
+            return  # exchanges are modelled for whole sequences
         for cp in divisors(self.gpus // tp)[1:]:
             refusal = refusals.of_context_parallel(self.job, cp, asked=self.limits.cp == cp)
             if self._allowed(f"CP {cp}", refusal, cp=cp):

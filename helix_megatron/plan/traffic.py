@@ -59,7 +59,7 @@ def layer_traffic(
         for step in layer_steps(scenario, stripped, experts, windowed):
             if not step.axis or step.phase not in phases:
                 continue
-            core = step.axis in ("exchange", "cp")
+            core = step.axis in layout.core_axes
             again = layout.recompute == "full" or (layout.recompute == "selective" and core)
             times = 2 if again and step.phase == FORWARD else 1
             yield Traffic.of(step, times * batches * count / layout.pp)

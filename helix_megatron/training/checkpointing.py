@@ -318,6 +318,7 @@ class Checkpointing:
             **self.run.stored_model.to_flags(),
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             world_size=self.run.world_size,
             global_batch_size=self.run.global_batch_size,

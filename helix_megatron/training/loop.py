@@ -17,11 +17,11 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 from helix_megatron.core.meter import EXCHANGE, Meter
+from helix_megatron.megatron.context_parallel import PURPOSE as CONTEXT
 from helix_megatron.megatron.random import enter_micro_batch
 from helix_megatron.training.metrics import GpuUtilization, IterationMetrics, memory_bytes
+from helix_megatron.training.micro_batch import Batch, model_inputs, own_batch
 from helix_megatron.training.run import RunConfig
-
-Batch = dict[str, Tensor]
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Trainer:
         self, batches: Iterator[Batch], iteration: int, number: int, *, train: bool
     ) -> list[dict[str, Tensor]]:
         """Forward (and backward) over `number` micro-batches, in Megatron's schedule."""
-        mine = list(itertools.islice(batches, number))
+        run, mine = self.run, list(itertools.islice(batches, number))
         rank, ranks = (
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
@@ -119,21 +119,23 @@ class Trainer:
 
         def forward_step(iterator: Iterator[tuple[int, Batch]], model: Any) -> tuple[Tensor, Any]:
             index, batch = next(iterator)
-            if self.run.model.hidden_dropout:
-                enter_micro_batch(self.run.training.seed, iteration, index)
+            if run.model.hidden_dropout:
+                enter_micro_batch(run.training.seed, iteration, index)
             device = torch.cuda.current_device()
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            # Attention layers are causal by their mask type; no mask tensor is needed.
-            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-            return output, lambda losses: masked_mean(losses, batch["loss_mask"])
+            own = own_batch(
+                batch, packs=run.data.packed_documents, unit=run.parallel.sequence_parts
+            )
+            output = model(**model_inputs(own))
+            return output, lambda losses: masked_mean(losses, own.tensors["loss_mask"], own.counted)
 
         return self._forward_backward(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=number,
-            seq_length=self.run.model.seq_length,
-            micro_batch_size=self.run.training.micro_batch_size,
+            seq_length=run.row_length,
+            micro_batch_size=run.rows,
             forward_only=not train,
         )
 
@@ -155,12 +157,13 @@ class Trainer:
         )
 
     def _mean_loss(self, losses: list[dict[str, Tensor]]) -> float:
-        """Mean over micro-batches and data parallel ranks, known on every rank."""
+        """Mean over micro-batches and data parallel ranks, of all parts of sequences; equal on all ranks."""
         device = torch.cuda.current_device()
         total = torch.zeros(1, dtype=torch.float64, device=device)
         if losses:  # the last pipeline stage has them
             total += torch.stack([loss["lm loss"].double() for loss in losses]).mean()
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        everywhere = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(total, group=everywhere)
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         return total.item() / parallel_state.get_data_parallel_world_size()
 
@@ -177,7 +180,8 @@ class Trainer:
         return losses
 
     def _traffic(self, seconds: float) -> dict[str, float]:
-        inside, total = self.meter.bytes(EXCHANGE), self.meter.bytes()
+        inside = self.meter.bytes(EXCHANGE) + self.meter.bytes(CONTEXT)
+        total = self.meter.bytes()
         return {
             "tokens_per_second": self.run.tokens_per_iteration / seconds,
             "iteration_ms": seconds * 1e3,
@@ -187,9 +191,11 @@ class Trainer:
         }
 
 
-def masked_mean(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss of a micro-batch over the tokens that count."""
+def masked_mean(
+    losses: Tensor, loss_mask: Tensor, counted: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's share in the mean loss of a micro-batch, over the tokens that count on all its ranks."""
     mask = loss_mask.reshape(-1).float()
-    loss = (losses.reshape(-1).float() * mask).sum() / mask.sum().clamp(min=1)
+    loss = (losses.reshape(-1).float() * mask).sum() / counted.float().clamp(min=1)
     # The schedule divides the first in place.
     return loss, {"lm loss": loss.detach().clone()}

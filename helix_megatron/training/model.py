@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from helix_megatron.megatron.core_attention import context_spec
 from helix_megatron.megatron.dropout import use_layout_free_dropout
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 from helix_megatron.megatron.norms import use_available_norms
@@ -96,7 +97,11 @@ def build_chunk(
         qk_l2_norm=run.model.qk_l2_norm,
         vp_stage=virtual_stage,
     )
-    spec = helix_spec(spec if use_engine else use_available_norms(spec), config.helix)
+    if not use_engine:
+        spec = use_available_norms(spec)
+        if config.context_parallel_size > 1 or run.data.packed_documents:
+            spec = context_spec(spec)
+    spec = helix_spec(spec, config.helix)
     place = {"ignore_virtual": False, "vp_stage": virtual_stage}
     hide_notices()
     model = GPTModel(

@@ -51,7 +51,7 @@ def description_of(run: RunConfig) -> str:
     layout, sizes = run.layout, run.sizes
     lines = [
         f"{counted(run.world_size, 'rank')}: tensor parallel {sizes['tp']}, pipeline parallel {sizes['pp']}, "
-        f"data parallel {sizes['dp']}, expert parallel {sizes['ep']}."
+        f"context parallel {sizes['cp']}, data parallel {sizes['dp']}, expert parallel {sizes['ep']}."
     ]
     if not run.helix.active:
         lines.append("Attention: stock Megatron (intra-head parallel size 1).")
@@ -157,6 +157,7 @@ def initialize_groups(run: RunConfig) -> None:
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=run.virtual_stages,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         intra_head_parallel_size=run.helix.intra_head_parallel_size,
@@ -261,6 +262,7 @@ def _data(
             seed=run.training.seed,
             split=data.split,
             data_cache_path=data.data_cache_path,
+            separates=data.packed_documents,
         )
     else:
         train, valid = byte_datasets(run)

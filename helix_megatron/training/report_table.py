@@ -89,7 +89,7 @@ def table_numbers(comparison: Comparison) -> list[dict[str, Any]]:
 
 def layout_text(layout: Mapping[str, Any]) -> str:
     """`TP 4 (m 2, n 2), EP 4`: the segments m and head groups n of TP, and other degrees above 1."""
-    degrees = [f"{name.upper()} {layout.get(name, 1)}" for name in ("tp", "pp", "dp", "ep")]
+    degrees = [f"{name.upper()} {layout.get(name, 1)}" for name in ("tp", "pp", "cp", "dp", "ep")]
     shown = [degree for degree in degrees[1:] if not degree.endswith(" 1")]
     m, n = layout.get("m", 1), layout.get("n", layout.get("tp", 1))
     partition = f" (m {m}, n {n})" if m != 1 else ""

@@ -63,11 +63,7 @@ class RunConfig:
         self._fill_batches()
         self._fill_experts()
         _ = self.layout  # which heads lie where: wrong numbers are found here
-        if self.parallel.sequence_parallel and self.model.seq_length % self._tensor:
-            raise HelixError(
-                f"--seq-length {self.model.seq_length} does not divide by the {self._tensor} tensor parallel "
-                f"ranks, which --sequence-parallel needs. Try {_multiple(self.model.seq_length, self._tensor)}."
-            )
+        self._check_sequence()
 
     def _change(self, group: str, **values: Any) -> None:
         object.__setattr__(self, group, dataclasses.replace(getattr(self, group), **values))
@@ -102,8 +98,12 @@ class RunConfig:
         return self.parallel.pipeline_model_parallel_size
 
     @property
+    def _context(self) -> int:
+        return self.parallel.context_parallel_size
+
+    @property
     def data_parallel_size(self) -> int:
-        return self.world_size // (self._tensor * self._pipeline)
+        return self.world_size // (self._tensor * self._pipeline * self._context)
 
     @property
     def global_batch_size(self) -> int:
@@ -119,6 +119,16 @@ class RunConfig:
     @property
     def tokens_per_iteration(self) -> int:
         return self.global_batch_size * self.model.seq_length
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch: its samples, or the one into which their documents are packed."""
+        return 1 if self.data.packed_documents else self.training.micro_batch_size
+
+    @property
+    def row_length(self) -> int:
+        """Positions of a row of a micro-batch on all context-parallel ranks together, without padding."""
+        return self.model.seq_length * self.training.micro_batch_size // self.rows
 
     @property
     def virtual_stages(self) -> int | None:
@@ -162,13 +172,13 @@ class RunConfig:
 
     @property
     def attention_shape(self) -> AttentionShape:
-        """What an attention layer of the run computes per micro-batch."""
+        """What the exchange of an attention layer works on per micro-batch: a context-parallel rank's part."""
         window = self.model.window_size
         return AttentionShape(
             layout=self.layout,
-            batch=self.training.micro_batch_size,
-            query_length=self.model.seq_length,
-            key_length=self.model.seq_length,
+            batch=self.rows,
+            query_length=self.row_length // self._context,
+            key_length=self.row_length // self._context,
             element_size=4 if self.training.precision == "fp32" else 2,
             causal=True,
             window=(window, 0) if window is not None else None,
@@ -181,6 +191,7 @@ class RunConfig:
         return {
             "tp": self._tensor,
             "pp": self._pipeline,
+            "cp": self._context,
             "dp": self.data_parallel_size,
             "ep": self.parallel.expert_model_parallel_size,
             "m": m,
@@ -220,13 +231,36 @@ class RunConfig:
     # ------------------------------------------------------------------------ checks
 
     def _check_ranks(self) -> None:
-        unit = self._tensor * self._pipeline
+        unit = self._tensor * self._pipeline * self._context
         if self.world_size % unit:
+            context = f" times context parallel size {self._context}" * (self._context > 1)
             raise HelixError(
                 f"{counted(self.world_size, 'rank')} cannot hold tensor parallel size {self._tensor} times "
-                f"pipeline parallel size {self._pipeline}: their number must be a multiple of {unit}. Start "
-                f"{_multiple(self.world_size, unit)} ranks (--nproc-per-node, or torchrun's), or change "
+                f"pipeline parallel size {self._pipeline}{context}: their number must be a multiple of {unit}. "
+                f"Start {_multiple(self.world_size, unit)} ranks (--nproc-per-node, or torchrun's), or change "
                 "--tensor-model-parallel-size."
+            )
+
+    def _check_sequence(self) -> None:
+        length, ranks, parts = self.model.seq_length, self._context, self.parallel.sequence_parts
+        if self.data.packed_documents and ranks > 1:  # which are padded to fit
+            if self._pipeline > 1:
+                raise HelixError(
+                    f"--packed-documents with --context-parallel-size {ranks} makes rows of different lengths, "
+                    f"and {self._pipeline} pipeline stages exchange rows of one. Leave out one of the three."
+                )
+            return
+        chunks = 2 * ranks if ranks > 1 else 1
+        if length % chunks:
+            raise HelixError(
+                f"--seq-length {length} cannot be cut into 2 chunks for each of {ranks} context parallel "
+                f"ranks. Try {_multiple(length, chunks)}, or another --context-parallel-size."
+            )
+        if length // ranks % parts:
+            of_each = f" of each of {ranks} context parallel ranks" * (ranks > 1)
+            raise HelixError(
+                f"--seq-length {length} does not divide by the {parts} tensor parallel ranks{of_each}, which "
+                f"--sequence-parallel needs. Try {_multiple(length, math.lcm(chunks, ranks * parts))}."
             )
 
     def _fill_batches(self) -> None:

@@ -48,7 +48,16 @@ class Parallelism(_Checked):
     num_layers_per_virtual_pipeline_stage: int | None = setting(
         None, "layers of a virtual stage, for the interleaved schedule"
     )
-    context_parallel_size: int = setting(1, "number of context parallel ranks")
+    context_parallel_size: int = setting(
+        1, "number of ranks to which each sequence is dealt", megatron=True
+    )
+    cp_comm_type: str | None = setting(
+        None,
+        "how context parallel ranks communicate: all_gather, or with Transformer Engine any, of which p2p is "
+        "its own choice",
+        choices=("p2p", "all_gather", "a2a"),
+        megatron=True,
+    )
     expert_model_parallel_size: int = setting(
         1, "number of ranks among which experts are dealt", megatron=True
     )
@@ -80,10 +89,10 @@ class Parallelism(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.context_parallel_size != 1:
+        if self.cp_comm_type is not None and self.context_parallel_size == 1:
             raise HelixError(
-                f"--context-parallel-size {self.context_parallel_size} is not supported by this script. Leave "
-                "it at 1; --intra-head-parallel-size uses those ranks for attention."
+                f"--cp-comm-type {self.cp_comm_type} is for context parallel ranks, and there is one. Leave it "
+                "out, or raise --context-parallel-size."
             )
         if self.overlap_param_gather and not (
             self.use_distributed_optimizer and self.overlap_grad_reduce
@@ -96,6 +105,11 @@ class Parallelism(_Checked):
                 "--sequence-parallel cuts the sequence over the tensor parallel ranks, and there is one. Leave "
                 "it out, or raise --tensor-model-parallel-size."
             )
+
+    @property
+    def sequence_parts(self) -> int:
+        """Parts into which sequence parallelism cuts a context-parallel rank's positions."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
 
 @dataclass(frozen=True)
@@ -223,6 +237,12 @@ class Data(_Checked):
         None, "a Hugging Face tokenizers file (tokenizer.json)", parse=INPUT_FILE
     )
     split: str = setting("969,30,1", "shares for training, validation and test", decides=LOSSES)
+    packed_documents: bool = setting(
+        False,
+        "each document of --data-path attends to itself only, and its positions begin at 0: as if it were a "
+        "sequence of its own, without padding",
+        decides=LOSSES,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,6 +251,11 @@ class Data(_Checked):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.text and self.data_path:
             raise HelixError("--text and --data-path exclude each other. Leave one out.")
+        if self.packed_documents and not self.data_path:
+            raise HelixError(
+                "--packed-documents needs the documents of --data-path: text is one long sequence. Make them "
+                "with scripts/preprocess_data.py --append-eod, or leave the flag out."
+            )
 
 
 @dataclass(frozen=True)

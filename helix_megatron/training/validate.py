@@ -8,7 +8,7 @@ from typing import Any
 
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.core.exchanges import choose
-from helix_megatron.data.megatron_datasets import check_data_path
+from helix_megatron.data.megatron_datasets import check_data_path, check_document_ends
 from helix_megatron.data.text import (
     ByteDataset,
     build_tokenizer,
@@ -57,8 +57,11 @@ def _check_data(run: RunConfig) -> int:
     if not data.data_path:
         byte_datasets(run)
         return BYTES
-    vocabulary = build_tokenizer(data.tokenizer_type, data.tokenizer_model).vocab_size
+    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
+    vocabulary = tokenizer.vocab_size
     check_data_path(data.data_path, vocabulary, length, run.samples, data.split)
+    if data.packed_documents:
+        check_document_ends(data.data_path, tokenizer.eod)
     return vocabulary
 
 

@@ -56,7 +56,7 @@ def test_a_layout_becomes_flags():
 @pytest.mark.parametrize(
     ("text", "complaint"),
     {
-        "querry=heads": "unknown key 'querry'. Valid: tp, pp, vpp, ep, etp, m, mb, exchange, query, "
+        "querry=heads": "unknown key 'querry'. Valid: tp, cp, pp, vpp, ep, etp, m, mb, exchange, query, "
         "attention, sp, zero1. Did you mean query?",
         "tp": "tp has no value. Write tp=",
         "tp=2 tp=4": "tp stands there twice",
@@ -91,7 +91,8 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(capsys, flags
 def test_stock_megatron_is_among_the_rivals():
     """Nobody has to ask for m = 1, and what does not fit is named with its reason."""
     fitting, others = rivals(4, [*MODEL, "--global-batch-size", "4"])
-    assert [spec.text for spec in fitting] == ["tp=1", "tp=2,pp=2", "tp=4,m=2", "tp=4,m=4"]
+    wanted = ["tp=1", "tp=2,pp=2", "tp=2,cp=2", "tp=4,m=2", "tp=4,m=4"]
+    assert [spec.text for spec in fitting] == wanted
     assert "2 heads cannot be dealt to 4" in others["tp=4"]
 
 

@@ -207,13 +207,34 @@ def run_half_precision() -> list[float]:
     assert total.dtype == torch.bfloat16
     leaf = x.clone().requires_grad_()
     collectives.gather(leaf, dist.group.WORLD, purpose="test").backward(spread)
-    return [total.item(), leaf.grad.item()]
+    # 1, 4 and 6 elements: what 4 ranks share out evenly, and what they do not.
+    totals = [
+        collectives.all_reduce(x.expand(*shape), dist.group.WORLD, purpose="test")
+        for shape in ((1,), (4,), (2, 3))
+    ]
+    assert [tuple(total.shape) for total in totals] == [(1,), (4,), (2, 3)]
+    return [total.item(), leaf.grad.item(), *torch.cat([t.flatten() for t in totals]).tolist()]
 
 
 def test_half_precision_parts_are_summed_in_fp32(pool):
     """In bf16, 256 + 1 is 256: a running sum of four ranks' parts would lose three of them. So would the
     gradient of gathered keys."""
-    assert pool.run(run_half_precision, world_size=4) == [[260.0, 260.0]] * 4
+    assert pool.run(run_half_precision, world_size=4) == [[260.0] * (2 + 1 + 4 + 6)] * 4
+
+
+def run_mixed() -> list[str]:
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers the back end)
+
+    mixed = dist.new_group([0, 1], backend="cpu:gloo,cuda:fake")
+    devices = [torch.device(name) for name in ("cpu", "cuda")]
+    return [dist.get_backend(mixed), *(collectives.backend_of(mixed, each) for each in devices)]
+
+
+def test_the_back_end_is_that_of_the_device(pool):
+    """A mixed group has a name of its own, which told nothing: ours took NCCL for gloo, or gloo for NCCL."""
+    name, *backends = pool.run(run_mixed, world_size=2)[0]
+    assert name not in ("gloo", "fake")
+    assert backends == ["gloo", "fake"]
 
 
 def run_wrong_shapes() -> list[str]:

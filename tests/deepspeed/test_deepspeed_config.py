@@ -37,8 +37,8 @@ def test_an_unknown_key_is_an_error_with_the_nearest_valid_one():
     """DeepSpeed ignores keys that it does not know; a misspelt layout would train another one silently."""
     assert error_of({"intra_head_paralel_size": 2}) == (
         'unknown key "intra_head_paralel_size" in the block "helix" of the DeepSpeed configuration. Valid: '
-        "intra_head_parallel_size, attention, exchange, query_layout, tensor_parallel_size, mlp, embeddings. "
-        'Did you mean "intra_head_parallel_size"?'
+        "intra_head_parallel_size, attention, exchange, query_layout, kernel, tensor_parallel_size, mlp, "
+        'embeddings. Did you mean "intra_head_parallel_size"?'
     )
     assert 'Did you mean "tensor_parallel_size"?' in error_of({"tensor_model_parallel_size": 4})
     assert "Did you mean" not in error_of({"zzz": 4})

@@ -24,7 +24,7 @@ def test_opposite_order_within_one_group_fails():
 
 def test_opposite_order_of_two_groups_fails():
     """A deadlock that no tensor shows: rank 0 gathers first, rank 1 exchanges, each waits for the other."""
-    exchange, gather = f"{ATTENTION}.core_attention", f"{ATTENTION}.linear_qkv"
+    exchange, gather = ATTENTION, f"{ATTENTION}.linear_qkv"
     graph = reordered(DEALT_EXPERTS, 0, (exchange, "all-to-all"), (gather, "all-gather"))
     failed = [result for result in run_checks(graph, balance=1.5) if not result.passed]
     assert [result.name for result in failed] == ["acyclic"]

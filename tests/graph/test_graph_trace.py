@@ -55,7 +55,8 @@ def real_traffic(argv: list[str]) -> dict[str, int]:
 
     def forward_step(_, model):
         losses = model(tokens, tokens, None, labels=tokens)
-        return losses, lambda out: masked_mean(out, torch.ones(tokens.shape))
+        mask = torch.ones(tokens.shape)
+        return losses, lambda out: masked_mean(out, mask, mask.sum())
 
     with measure() as meter:
         get_forward_backward_func()(

@@ -19,7 +19,7 @@ from helix_megatron.huggingface import (
     plan,
     shard,
 )
-from helix_megatron.huggingface.attention import _dropout_state
+from helix_megatron.huggingface.attention import dropout_state
 
 MAX_NORM = 0.5
 
@@ -150,7 +150,7 @@ def run_dropout(exchange: str) -> dict[str, Any]:
     model.gradient_checkpointing_enable()
     torch.manual_seed(12)
     again = backward(model), grads(model)
-    state = _dropout_state(model.sharding, torch.device("cpu"), 0.4)
+    state = dropout_state(model.sharding, torch.device("cpu"), 0.4)
     drawn = {}
     for shared in (True, False):
         with state(shared):

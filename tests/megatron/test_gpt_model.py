@@ -141,3 +141,55 @@ def prefill_and_decode(flags: str, world_size: int) -> float:
 def test_static_inference_context_holds_segments(pool, name):
     """Prefill and decoding with cached segments give the logits of a full forward pass."""
     assert max(pool.run(prefill_and_decode, LAYOUTS[name], 4, world_size=4)) <= 1e-5
+
+
+def losses_with_more_predictions(flags: str, world_size: int) -> list[float]:
+    """Losses of a model that predicts one token more, in steps of plain gradient descent."""
+    from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+
+    from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
+    from helix_megatron.megatron.norms import use_available_norms
+    from helix_megatron.megatron.specs import helix_spec
+
+    run, config, _ = build(flags, world_size)
+    config.mtp_num_layers = 1
+    spec = use_available_norms(
+        gpt_layer_specs.get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=config.normalization
+        )
+    )
+    more = use_available_norms(gpt_layer_specs.get_gpt_mtp_block_spec(config, spec, False))
+    with weights_not_drawn(config):
+        model = GPTModel(
+            config,
+            helix_spec(spec, config.helix),
+            mtp_block_spec=helix_spec(more, config.helix),
+            **run.model.gpt_settings,
+        )
+    initialize_weights(model, config, run.training.seed)
+    layers = [module for module in model.modules() if hasattr(module, "self_attention")]
+    assert len(layers) == 3
+    assert all(hasattr(layer.self_attention, "layout") for layer in layers) == (world_size > 1)
+    random = torch.Generator().manual_seed(3)
+    losses = []
+    tokens = torch.randint(0, 256, (2, 17), generator=random)
+    positions = torch.arange(16).expand(2, -1)
+    for _ in range(3):
+        loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.5 * parameter.grad)
+                parameter.grad = None
+    return losses
+
+
+@pytest.mark.parametrize("query_layout", ["heads", "segments"])
+def test_layers_of_multi_token_prediction_are_cut_too(pool, query_layout):
+    """Their attention has the same heads. Later losses tell of their gradients, which flow into the model."""
+    flags = f"{SMALL} {CUT} --helix-query-layout {query_layout}"
+    alone = pool.run(losses_with_more_predictions, SMALL, 1, world_size=1)[0]
+    for losses in pool.run(losses_with_more_predictions, flags, 4, world_size=4):
+        np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
+    assert alone[2] < alone[0] - 0.01, "nothing was learned, so gradients were not tested"

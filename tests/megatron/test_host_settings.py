@@ -30,19 +30,21 @@ def names(text: str) -> set[str]:
 # Settings of TransformerConfig that the layer inherits, or that HelixCoreAttention or PartitionedNorm heeds.
 HEEDED = names(
     """
-    add_bias_linear add_qkv_bias attention_dropout attention_output_gate bf16 fp16 hidden_size init_method
+    add_bias_linear add_qkv_bias attention_dropout attention_output_gate bf16 context_parallel_size fp16
+    hidden_size init_method
     kv_channels layernorm_epsilon no_rope_freq num_attention_heads num_query_groups output_layer_init_method
     params_dtype perform_initialization qk_l2_norm qk_layernorm recompute_granularity recompute_modules
     rotary_interleaved sequence_parallel softmax_scale virtual_pipeline_model_parallel_size
-    window_attn_skip_freq window_size
+    window_attn_skip_freq window_size qk_clip_alpha qk_clip_threshold test_mode fp8 fp4 cuda_graph_impl
+    fine_grained_activation_offloading flash_attention_version
     """
 )
-# Settings that change nothing here: softmax is always in fp32 and unfused, a query-key scaling cancels out,
-# a FlashAttention version is warned of, and the last ones belong to what is refused.
+# Settings that change nothing here: softmax is always in fp32 and unfused, a query-key scaling cancels out, and
+# the last ones belong to what is refused or inherited as it is.
 WITHOUT_EFFECT = names(
     """
-    apply_query_key_layer_scaling attention_softmax_in_fp32 masked_softmax_fusion flash_attention_version
-    fp8_recipe kv_lora_rank cuda_graph_scope offload_modules qk_clip_alpha qk_clip_threshold cache_mla_latents
+    apply_query_key_layer_scaling attention_softmax_in_fp32 masked_softmax_fusion fp8_recipe kv_lora_rank
+    cuda_graph_scope offload_modules cache_mla_latents
     """
 )
 # What the stock constructors store, besides PARTS: sizes, groups, and settings named above.
@@ -78,7 +80,7 @@ def test_every_setting_that_megatrons_attention_reads_is_known():
     for source in (attention.Attention, attention.SelfAttention, dot_product_attention):
         tree = tree_of(source)
         read |= members_of("config", tree) | members_of("tmp_config", tree)
-    refused = {name for name, *_ in REFUSED}
+    refused = {row.name for row in REFUSED}
     assert len(read) > 30
     assert read <= HEEDED | WITHOUT_EFFECT | refused, read - HEEDED - WITHOUT_EFFECT - refused
 

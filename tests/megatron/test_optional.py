@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from pool import RankPool
 
+from helix_megatron.core.kernels.installed import installed_kernels
 from helix_megatron.errors import HelixError
-from helix_megatron.megatron import optional
 from helix_megatron.megatron.optional import available_backends, describe
 
 PACKAGES = ("apex", "transformer_engine", "flash_attn")
@@ -165,13 +165,17 @@ def test_backends_are_probed_once(install: Install) -> None:
     assert available_backends() is available_backends()
 
 
+def summaries() -> str:
+    return f"{available_backends().summary()}\n{installed_kernels().summary()}"
+
+
 def say_three_times() -> list[list[str]]:
     """What this rank says in its group, and again in a second one."""
     said: list[list[str]] = []
     for _ in range(2):
         said.append([])
         for _ in range(3):
-            assert describe(said[-1].append) == available_backends().summary()
+            assert describe(said[-1].append) == summaries()
         store = dist.distributed_c10d._get_default_store()
         rank, size = dist.get_rank(), dist.get_world_size()
         dist.barrier()
@@ -184,6 +188,6 @@ def say_three_times() -> list[list[str]]:
 def test_the_summary_is_said_once_per_group(pool: RankPool) -> None:
     """Eight ranks must not say the same thing eight times, nor every layer again."""
     first, second = pool.run(say_three_times, world_size=2)
-    line = optional.available_backends().summary()
+    line = summaries()
     assert first == [[line], [line]]
     assert second == [[], []]

@@ -30,6 +30,10 @@ class Layer:
     attention: str = "exact"
     exchange: str = "auto"
     query_layout: str = "auto"
+    kernel: str = "auto"
+    engine: bool = False  # with the fake of Transformer Engine's core attention
+    softmax: str = "vanilla"
+    attention_bias: bool = False
     norm: str | None = None
     zero_centered: bool = False
     bias: bool = False
@@ -81,6 +85,49 @@ LAYERS = {
     "softmax scale": Layer(2, 2, 8, 4, 2, scale=0.2),
     "sequence parallel": Layer(2, 2, 8, 4, 2, sequence_parallel=True, norm="RMSNorm"),
     "recompute": Layer(2, 2, 8, 4, 2, recompute=True),
+    "MHA, stock core": Layer(8, 8, 8, 4, 2, kernel="host"),
+    "MQA, stock core": Layer(8, 1, 16, 4, 4, kernel="host", norm="LayerNorm", bias=True),
+    "GQA, stock core": Layer(8, 2, 8, 4, 2, kernel="host", norm="RMSNorm", sequence_parallel=True),
+    "straddling, stock core": Layer(6, 2, 12, 3, 3, kernel="host", length=9, recompute=True),
+    "more of its own, stock core": Layer(8, 8, 8, 4, 2, kernel="host", gate=True, window=(3, 0)),
+    "interleaved, stock core": Layer(8, 1, 16, 4, 4, kernel="host", rotary="interleaved"),
+    "partial, stock core": Layer(
+        8, 2, 16, 4, 2, kernel="host", rotary_percent=0.5, scale=0.2, padding=True
+    ),
+    "all-to-all-batch, stock core": Layer(
+        4, 2, 8, 4, 2, kernel="host", exchange="all-to-all-batch", norm="RMSNorm", window=(3, 0)
+    ),
+    "all-to-all-heads, stock core": Layer(
+        8, 2, 8, 4, 2, kernel="host", exchange="all-to-all-heads", recompute=True, gate=True
+    ),
+    "padding, all-to-all-batch, stock core": Layer(
+        2, 2, 8, 4, 2, kernel="host", exchange="all-to-all", padding=True
+    ),
+    "8 ranks, stock core": Layer(16, 4, 16, 8, 2, kernel="host", norm="LayerNorm"),
+    "learnable sinks, stock core": Layer(8, 2, 8, 4, 2, softmax="learnable"),
+    "off by one, stock core, all-to-all-batch": Layer(
+        2, 2, 8, 4, 2, kernel="host", softmax="off-by-one", exchange="all-to-all-batch"
+    ),
+    "fake engine": Layer(
+        8, 2, 8, 4, 2, engine=True, softmax="learnable", attention_bias=True, norm="RMSNorm"
+    ),
+    "fake engine, MQA, window": Layer(
+        8, 1, 16, 4, 4, engine=True, softmax="off-by-one", window=(3, 0), gate=True, bias=True
+    ),
+    "fake engine, all-to-all-heads": Layer(
+        8,
+        2,
+        8,
+        4,
+        2,
+        engine=True,
+        softmax="learnable",
+        attention_bias=True,
+        exchange="all-to-all-heads",
+    ),
+    "fake engine, all-to-all-batch": Layer(
+        2, 2, 8, 4, 2, engine=True, attention_bias=True, sequence_parallel=True, recompute=True
+    ),
     "segment-local": Layer(2, 2, 8, 4, 2, attention="segment-local"),
     "segment-local GQA": Layer(4, 2, 16, 8, 4, attention="segment-local", bias=True),
     "segment-local interleaved": Layer(
@@ -121,6 +168,8 @@ def tensors(layer: Layer) -> dict[str, torch.Tensor]:
         "linear_qkv.weight": draw(rows, HIDDEN),
         "linear_proj.weight": draw(HIDDEN, layer.heads * layer.dim),
     }
+    if layer.softmax == "learnable":
+        values["core_attention.softmax_offset"] = draw(layer.heads)
     if layer.bias:
         values |= {"linear_qkv.bias": draw(rows), "linear_proj.bias": draw(HIDDEN)}
     for name in ("q_layernorm", "k_layernorm"):
@@ -139,6 +188,15 @@ def padding_mask(layer: Layer) -> torch.Tensor | None:
     mask[0, ..., -2:] = True
     mask[1, ..., -5:] = True
     return mask
+
+
+def score_bias(layer: Layer) -> torch.Tensor | None:
+    """[1, H, S, S] of all heads, the same on every rank."""
+    if not layer.attention_bias:
+        return None
+    random = torch.Generator().manual_seed(3)
+    shape = 1, layer.heads, layer.length, layer.length
+    return torch.randn(shape, generator=random, dtype=torch.float64)
 
 
 def rotary_table(layer: Layer, dim: int) -> torch.Tensor | None:
@@ -179,8 +237,19 @@ def expected(layer: Layer) -> dict[str, torch.Tensor]:
     table = rotary_table(layer, layer.dim)
     if table is not None:
         q, k = (oracle.rotate(t, table, layer.rotary == "interleaved") for t in (q, k))
+    sinks = leaves.get("core_attention.softmax_offset")
+    if layer.softmax == "off-by-one":
+        sinks = torch.zeros(layer.heads, dtype=torch.float64)
     context = oracle.attention(
-        q, k, v, causal=True, window=layer.window, hidden=padding_mask(layer), scale=layer.scale
+        q,
+        k,
+        v,
+        causal=True,
+        window=layer.window,
+        hidden=padding_mask(layer),
+        scale=layer.scale,
+        bias=score_bias(layer),
+        sinks=sinks,
     )
     if layer.gate:
         context = context * torch.sigmoid(gate)
@@ -191,8 +260,9 @@ def expected(layer: Layer) -> dict[str, torch.Tensor]:
     }
 
 
-def build(layer: Layer) -> Any:
+def build(layer: Layer, **settings: Any) -> Any:
     """The layer on this rank, with its part of the canonical parameters."""
+    from fake_te import FakeTEDotProductAttention
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.spec_utils import build_module
 
@@ -233,15 +303,21 @@ def build(layer: Layer) -> Any:
         layernorm_zero_centered_gamma=layer.zero_centered,
         qk_layernorm=layer.norm is not None,
         window_size=layer.window,
+        softmax_type=layer.softmax,
         softmax_scale=layer.scale,
         recompute_granularity="selective" if layer.recompute else None,
-        helix=HelixConfig(layer.segments, layer.attention, layer.exchange, layer.query_layout),
+        helix=HelixConfig(
+            layer.segments, layer.attention, layer.exchange, layer.query_layout, layer.kernel
+        ),
+        **settings,
     )
     spec = get_gpt_layer_local_spec(
         qk_layernorm=layer.norm is not None,
         qk_l2_norm=layer.norm == "L2Norm",
         normalization=config.normalization,
     )
+    if layer.engine:
+        spec.submodules.self_attention.submodules.core_attention = FakeTEDotProductAttention
     spec = helix_spec(use_available_norms(spec), config.helix)
     return build_module(spec.submodules.self_attention, config=config, layer_number=1).train()
 
@@ -264,6 +340,7 @@ def run_layer(layer: Layer) -> dict[str, Any]:
         "linear_qkv.weight": lambda t: t[rows],
         "linear_qkv.bias": lambda t: t[rows],
         "linear_proj.weight": lambda t: t[:, columns],
+        "core_attention.softmax_offset": lambda t: t.chunk(layer.tensor_parallel)[rank],
     }
     for name, parameter in module.named_parameters():
         value = values[name] if name in values else torch.zeros_like(parameter)
@@ -274,8 +351,21 @@ def run_layer(layer: Layer) -> dict[str, Any]:
     if layer.sequence_parallel:
         x, grad = (t.chunk(layer.tensor_parallel)[rank] for t in (x, grad))
     x = x.clone().requires_grad_()
-    output, _ = module(x, padding_mask(layer), rotary_pos_emb=rotary_table(layer, layer.dim))
-    output.backward(grad)
+    mask = padding_mask(layer)
+    if mask is not None and layer.kernel == "host":
+        # Megatron's own attention heeds the mask, and not its type.
+        mask = mask | torch.ones(layer.length, layer.length, dtype=torch.bool).triu(1)
+    bias = score_bias(layer)
+    if bias is not None:  # of the heads that this rank has, or of its group's where they are cut
+        i, _ = module.layout.partition(rank)
+        whole = module.layout.query_layout == "heads"
+        parts_of_bias = layer.tensor_parallel if whole else module.layout.head_groups
+        bias = bias.chunk(parts_of_bias, dim=1)[rank if whole else i]
+    output, _ = module(x, mask, rotary_pos_emb=rotary_table(layer, layer.dim), attention_bias=bias)
+    # As Megatron's schedules do: `backward` itself would leave the mode that stands in for CUDA.
+    torch.autograd.Variable._execution_engine.run_backward(
+        (output,), (grad,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     for name, value in grads.items():
@@ -294,11 +384,13 @@ def assemble(layer: Layer, results: list[dict[str, Any]]) -> dict[str, torch.Ten
     values = tensors(layer)
     names = results[0]["grads"]
     whole = {name: torch.full_like(values[name], float("nan")) for name in names if name in values}
-    for result in results:
+    for rank, result in enumerate(results):
         for name, target in whole.items():
             part = result["grads"][name]
             if name.startswith("linear_qkv"):
                 target[result["rows"]] = part
+            elif name == "core_attention.softmax_offset":
+                target.chunk(layer.tensor_parallel)[rank].copy_(part)
             elif name == "linear_proj.weight":
                 target[:, result["columns"]] = part
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError
+from helix_megatron.megatron.hybrid import HybridStack, HybridStackSubmodules
 from helix_megatron.megatron.self_attention import HelixSelfAttention, SegmentLocalSelfAttention
 from helix_megatron.megatron.specs import LATENT_LAYERS, helix_spec
 
@@ -141,8 +142,7 @@ def test_only_the_self_attention_module_is_replaced(name):
 
     exact = helix_spec(spec, EXACT)
     assert exact.submodules.self_attention.module is HelixSelfAttention
-    assert exact.submodules.self_attention.params == {**attention.params, "kernel": sdpa}
-    assert differences(spec, exact) == {f"{ATTENTION}.module", f"{ATTENTION}.params.kernel"}
+    assert differences(spec, exact) == {f"{ATTENTION}.module"}
 
     cut = helix_spec(spec, SEGMENT_LOCAL)
     assert cut.submodules.self_attention.module is SegmentLocalSelfAttention
@@ -175,11 +175,7 @@ def test_every_layer_of_a_block_is_replaced():
     spec = block(num_moe_experts=2, moe_layer_freq=[0, 1, 0])
     before = snapshot(spec)
     replaced = helix_spec(spec, EXACT)
-    wanted = {
-        f"layer_specs.{layer}.{ATTENTION}.{part}"
-        for layer in range(3)
-        for part in ("module", "params.kernel")
-    }
+    wanted = {f"layer_specs.{layer}.{ATTENTION}.module" for layer in range(3)}
     assert differences(spec, replaced) == wanted
 
     whole = ModuleSpec(module=TransformerBlock, submodules=spec)
@@ -189,16 +185,8 @@ def test_every_layer_of_a_block_is_replaced():
 
 
 def stack(**layers: ModuleSpec) -> ModuleSpec:
-    """The spec of a hybrid stack, whose modules have other names before megatron-core 0.18."""
-    try:
-        from megatron.core.models.hybrid import hybrid_block
-    except ImportError:
-        from megatron.core.ssm import mamba_block
-
-        names = mamba_block.MambaStack, mamba_block.MambaStackSubmodules
-    else:
-        names = hybrid_block.HybridStack, hybrid_block.HybridStackSubmodules
-    return ModuleSpec(module=names[0], submodules=names[1](**layers))
+    """The spec of a hybrid stack."""
+    return ModuleSpec(module=HybridStack, submodules=HybridStackSubmodules(**layers))
 
 
 def test_the_attention_layer_of_a_hybrid_stack_is_replaced():
@@ -207,9 +195,7 @@ def test_the_attention_layer_of_a_hybrid_stack_is_replaced():
     spec = stack(attention_layer=local(), mlp_layer=local(), moe_layer=IdentityOp)
     spec.submodules.mlp_layer.submodules.self_attention = IdentityOp
     before = snapshot(spec)
-    wanted = {
-        f"submodules.attention_layer.{ATTENTION}.{part}" for part in ("module", "params.kernel")
-    }
+    wanted = {f"submodules.attention_layer.{ATTENTION}.module"}
     replaced = helix_spec(spec, EXACT)
     assert differences(spec, replaced) == wanted
     assert (
@@ -225,7 +211,10 @@ def test_latent_attention_of_a_hybrid_stack_is_refused_where_it_is_built():
     latent = {name: local(multi_latent_attention=True) for name in LATENT_LAYERS if name in known}
     replaced = helix_spec(stack(attention_layer=local(), **latent), EXACT).submodules
     for name in latent:
-        with pytest.raises(HelixError, match=f"layer pattern asks for the {name} of the stack"):
+        asks = re.escape(
+            f"layer pattern asks for {LATENT_LAYERS[name]}. Use the attention layer (*)"
+        )
+        with pytest.raises(HelixError, match=asks):
             build_module(getattr(replaced, name), config=None, layer_number=1)
     others = {
         "mamba_layer",

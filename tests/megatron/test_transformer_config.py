@@ -16,10 +16,15 @@ from helix_megatron.arguments import as_flag
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron.support import (
+    BATCH,
+    CUT,
+    EVERYWHERE,
+    KERNEL,
+    LEFT_CUT,
     REFUSED,
-    check_supported,
-    refuse_dynamic_inference,
-    refuse_packed_sequences,
+    check,
+    problem,
+    refusal,
 )
 from helix_megatron.megatron.transformer_config import (
     HelixTransformerConfig,
@@ -151,7 +156,7 @@ def test_one_segment_leaves_everything_stock():
     with pytest.raises(ValueError, match=r"num_attention_heads \(2\) must be a multiple"):
         HelixTransformerConfig(**SMALL, tensor_model_parallel_size=4)
     # Head sizes that no layout would have, and settings that cut heads refuse:
-    config = HelixTransformerConfig(**SMALL, kv_channels=3, flash_decode=True, test_mode=True)
+    config = HelixTransformerConfig(**SMALL, kv_channels=3, fused_single_qkv_rope=True)
     assert config.kv_channels == 3
 
 
@@ -160,105 +165,92 @@ def test_one_segment_leaves_everything_stock():
 # A value of each refused setting that does not work, as users would set it.
 BAD = {
     "multi_latent_attention": True,
-    "context_parallel_size": 2,
-    "fp8": "hybrid",
-    "fp4": "e2m1",
-    "cuda_graph_impl": "local",
-    "enable_cuda_graph": True,
-    "external_cuda_graph": True,
+    "experimental_attention_variant": "gated_delta_net",
+    "fp8_param": True,
+    "fp4_param": True,
+    "fused_single_qkv_rope": True,
     "flash_decode": True,
     "softmax_type": "learnable",
     "qk_clip": True,
     "log_max_attention_logit": True,
-    "experimental_attention_variant": "gated_delta_net",
-    "heterogeneous_block_specs": True,
-    "fused_single_qkv_rope": True,
     "batch_invariant_mode": True,
-    "fine_grained_activation_offloading": True,
-    "mtp_num_layers": 1,
-    "test_mode": True,
+    "fp8_dot_product_attention": True,
+    "fp8_multi_head_attention": True,
 }
-# Settings for which Megatron-LM's megatron/training/arguments.py (core_v0.16.1) makes no flag; it makes the
-# others from the fields of TransformerConfig.
-WITHOUT_FLAG = {"heterogeneous_block_specs", "fused_single_qkv_rope", "test_mode"}
-OTHER_FLAGS = {
-    "fp8": "--fp8-format",
-    "fp4": "--fp4-format",
-}
+ARGUMENTS = {"inference_context", "attention_bias"}
+"""What the layer gets when it runs, and no setting."""
 
 
-@pytest.mark.parametrize("row", REFUSED, ids=[row[0] for row in REFUSED])
-def test_each_refused_setting_says_what_to_do(row):
-    """What would train wrongly, or fail deep inside, is refused at once: setting, value, reason, way out."""
-    name, works, why = row[:3]
-    value = BAD[name]
-    defaults = types.SimpleNamespace(**{row[0]: row[1] for row in REFUSED})
-    check_supported(defaults, HelixConfig(2))
-    setattr(defaults, name, value)
-    text = error_of(check_supported, defaults, HelixConfig(2))
-    begin = f"{name} = {value} does not work with intra-head parallel size 2: {why}. "
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: f"{row.name} {row.where}")
+def test_each_refusal_says_what_to_do(row):
+    """What would train wrongly, or fail deep inside, is refused: setting, value, reason, way out."""
+    value = BAD.get(row.name, "given")
+    config = types.SimpleNamespace(**{row.name: value})
+    if row.name not in ARGUMENTS:
+        assert problem(config, row.where) is not None
+    text = refusal(row.name, value, row.where).worded(as_flag)
+    begin = f"{row.name} = {value} does not work {row.where}: {row.why}. "
     end = ", or leave --intra-head-parallel-size at 1, which is stock attention."
     assert text.startswith(begin)
     assert text.endswith(end)
     instead = text.removeprefix(begin).removesuffix(end)
-    assert value != works
-    # The way out names the setting, as a flag where Megatron-LM has one.
-    flag = OTHER_FLAGS.get(name, "--" + name.replace("_", "-"))
-    named = set(re.findall(r"--[a-z0-9-]+", instead)) - {"--bf16", "--intra-head-parallel-size"}
-    assert named == (set() if name in WITHOUT_FLAG else {flag})
     assert instead[0].isupper()
-    assert not (why + instead).endswith(".")
+    assert not (row.why + instead).endswith(".")
+    for works in row.works if isinstance(row.works, tuple) else (row.works,):
+        assert problem(types.SimpleNamespace(**{row.name: works}), row.where) is None
 
 
 def test_refused_settings_are_megatrons_and_off_by_default():
     """A renamed setting would be refused never; a wrong default would refuse every model."""
     fields = {f.name for f in dataclasses.fields(TransformerConfig)}
-    names = [row[0] for row in REFUSED]
-    assert set(names) <= fields
-    assert set(names) == set(BAD)
-    assert len(names) == len(set(names))
+    named = {row.name for row in REFUSED}
+    assert named - ARGUMENTS <= fields
+    assert named - ARGUMENTS == set(BAD)
+    assert len({(row.name, row.where) for row in REFUSED}) == len(REFUSED)
     config = helix_config()  # raises if a default were refused
-    for name, works, *_ in REFUSED:
-        assert getattr(config, name) == works
+    for where in (EVERYWHERE, CUT, KERNEL, LEFT_CUT, BATCH):
+        assert problem(config, where) is None
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_construction_refuses(name):
+@pytest.mark.parametrize("row", [row for row in REFUSED if row.where == EVERYWHERE])
+def test_construction_refuses(row):
     """The check runs when the model is configured, before Megatron says what else such a setting needs."""
-    assert error_of(helix_config, **{name: BAD[name]}).startswith(f"{name} = {BAD[name]} does not")
+    text = error_of(helix_config, **{row.name: BAD[row.name]})
+    assert text.startswith(f"{row.name} = {BAD[row.name]} does not work with cut heads: ")
+
+
+def test_a_layout_whose_queries_are_cut_refuses_more():
+    """With whole queries a rank is an ordinary rank behind the gather, and the same setting is allowed."""
+    whole = {"num_attention_heads": 4, "num_query_groups": 2, "flash_decode": True}
+    assert attention_layout(helix_config(**whole)).query_layout == "heads"
+    assert error_of(helix_config, flash_decode=True) == (
+        "flash_decode = True does not work where queries are cut, too: its kernel rotates and keeps whole "
+        "heads. Set --helix-query-layout heads where the query heads divide evenly, or leave "
+        "--intra-head-parallel-size at 1, which is stock attention."
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"softmax_type": "learnable"},
+        {"log_max_attention_logit": True},
+        {"qk_clip": True},
+        {"cuda_graph_impl": "local"},
+        {"mtp_num_layers": 1},
+        {"test_mode": True},
+        {"attention_backend": AttnBackend.flash},
+        {"fp8": "hybrid"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_stock_attention_can_do_is_no_longer_refused(settings):
+    """Behind the gather attention is stock: these were refused, or without effect, while it was ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="attention_backend")
+        helix_config(num_attention_heads=8, num_query_groups=2, **settings)
 
 
 def test_values_that_mean_off_are_accepted():
     """Megatron's own scripts pass 0 or an empty string where a feature is off."""
-    check_supported(types.SimpleNamespace(mtp_num_layers=0, fp8="", fp4=None), HelixConfig(2))
-
-
-def test_an_attention_backend_without_effect_warns():
-    """A setting that has no effect warns; one that has, or the default, does not."""
-    with pytest.warns(
-        UserWarning, match="attention_backend = flash has no effect with exact Helix"
-    ):
-        helix_config(attention_backend=AttnBackend.flash)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="attention_backend")
-        for backend in (AttnBackend.auto, AttnBackend.unfused, AttnBackend.local):
-            helix_config(attention_backend=backend)
-        check_supported(
-            types.SimpleNamespace(attention_backend=AttnBackend.flash),
-            HelixConfig(2, "segment-local"),
-        )
-
-
-def test_inference_and_packed_sequences_are_refused_with_a_way_out():
-    """These are met only while running; their texts must be as helpful as the others."""
-    assert refuse_dynamic_inference().worded(as_flag) == (
-        "Megatron's dynamic inference context calls flash attention on a paged cache of whole key-value "
-        "heads, which cut heads do not have. Use its static context; or helix generate and helix serve "
-        "(helix_megatron.inference), whose paged cache knows cut heads, or leave --intra-head-parallel-size "
-        "at 1, which is stock attention."
-    )
-    assert refuse_packed_sequences("thd").worded(as_flag) == (
-        "packed sequences (qkv_format thd) do not work with exact Helix attention. Pad the sequences to one "
-        "length and pass an attention mask, or leave --intra-head-parallel-size at 1, which is stock "
-        "attention."
-    )
+    check(types.SimpleNamespace(experimental_attention_variant=""), EVERYWHERE)

@@ -46,6 +46,7 @@ def arguments(**given: object) -> argparse.Namespace:
         "helix_attention": "exact",
         "helix_exchange": "auto",
         "helix_query_layout": "auto",
+        "helix_kernel": "auto",
         "helix_dry_run": False,
         "helix_layout_free_init": False,
         "num_attention_heads": 4,
@@ -153,6 +154,8 @@ def test_every_hook_says_what_it_changes_and_where(table) -> None:
 def test_settings_of_arguments() -> None:
     """The layout is the configuration's: MHA without --group-query-attention, rotary only where used."""
     given = settings.settings_of(arguments())
+    assert not given.causal_masks_only, "documents may be reset, for all that the arguments say"
+    assert settings.settings_of(arguments(reset_attention_mask=False)).causal_masks_only
     assert (given.helix, given.rotary_percent, given.seed) == (HelixConfig(2), 0.5, 7)
     assert given.layout is not None
     assert (given.layout.num_kv_heads, given.layout.segments, given.layout.rotary_dim) == (4, 2, 4)
@@ -279,8 +282,9 @@ def test_attention_outside_of_gptmodel_is_refused(host) -> None:
     with pytest.raises(HelixError) as caught:
         CrossAttention(None, None, 1)
     assert str(caught.value) == (
-        "--intra-head-parallel-size 2 was given, and this model builds CrossAttention outside of GPTModel, "
-        "where heads are not cut. Use it with pretrain_gpt.py, or leave --intra-head-parallel-size at 1."
+        "--intra-head-parallel-size 2 was given, and this model builds CrossAttention outside of GPTModel "
+        "and HybridModel, where heads are not cut. Use it with pretrain_gpt.py or pretrain_hybrid.py, or leave "
+        "--intra-head-parallel-size at 1."
     )
 
 

@@ -159,17 +159,13 @@ def test_commands_to_paste_are_understood(capsys):
         content = json.loads(capsys.readouterr().out)
         rows = [*content["shown"].values(), *content["rivals"].values()]
         for row in rows:
-            if row["layout"]["cp"] == 1:
-                RunConfig.from_values(parse_args(row["megatron_flags"]), 64)
-            else:
-                assert "has no context parallelism" in row["caveats"][0]
+            RunConfig.from_values(parse_args(row["megatron_flags"]), 64)
 
 
 def printed_commands(text: str) -> dict[str, list[str]]:
     """Program → the words after it, of the commands that the planner prints for people to paste."""
     programs = {
         "scripts/pretrain_gpt.py": "train",
-        "$MEGATRON_LM/pretrain_gpt.py": "megatron-lm",
         "helix serve": "serve",
         "-m helix_megatron.cli serve": "serve",
     }
@@ -212,10 +208,8 @@ def test_every_printed_command_parses(tmp_path, capsys, task, model):
         HelixBlock.from_dict(block[KEY])
 
 
-# Flags of programs that are not ours: torchrun, nvidia-smi, and Megatron-LM's own script.
-OTHERS = (
-    "nproc-per-node nnodes rdzv-backend rdzv-endpoint query-gpu format fp8-format tokenizer-type"
-)
+# Flags of programs that are not ours: torchrun, nvidia-smi, and Megatron-LM's own script for fp8.
+OTHERS = "nproc-per-node nnodes rdzv-backend rdzv-endpoint query-gpu format fp8-format"
 
 
 def test_every_flag_that_the_planner_names_exists():
@@ -225,7 +219,6 @@ def test_every_flag_that_the_planner_names_exists():
     from helix_megatron.training import arguments as training
 
     known = {f"--{name}" for name in OTHERS.split()}
-    known |= {"--context-parallel-size"}  # of the planner and of Megatron-LM
     for parser in (build_parser("plan", ""), training.build_parser(), serve.build_parser()):
         known |= set(parser._option_string_actions)
     sources = sorted((Path(__file__).parents[2] / "helix_megatron" / "plan").glob("*.py"))
@@ -245,24 +238,17 @@ def test_what_no_server_runs_is_no_command(capsys):
     assert printed_commands(text) == {}
 
 
-@pytest.mark.parametrize("model", ["llama-3-8b", "qwen3-8b", "mixtral-8x7b", "gpt3-5b"])
-def test_context_parallelism_names_a_script_that_has_it(capsys, model):
-    """The script here refuses it: Megatron-LM's own is named, with what that needs beside."""
+@pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b", "gpt3-5b"])
+def test_context_parallelism_is_the_training_scripts(capsys, model):
+    """A row with context parallelism is a command for the script here, whose checks take it."""
+    from helix_megatron.training.arguments import parse_args
+    from helix_megatron.training.run import RunConfig
+
     flags = f"--model {model} --gpus 16 --context-parallel-size 2 --rows 1 --sequence-length 2048"
     assert plan_main(flags.split()) == 0
-    text = capsys.readouterr().out
-    words = printed_commands(text)["megatron-lm"]
-    assert len({w for w in words if w.startswith("--")}) == sum(w.startswith("--") for w in words)
-    assert "# For Megatron-LM's own pretrain_gpt.py, never run here" in text
-    for needed in (
-        "--context-parallel-size 2",
-        "--transformer-impl transformer_engine",
-        "--tokenizer-type NullTokenizer",
-        "--vocab-size ",
-        "--position-embedding-type ",
-        "--max-position-embeddings 2048",
-    ):
-        assert needed in " ".join(words)
+    words = printed_commands(capsys.readouterr().out)["train"]
+    run = RunConfig.from_values(parse_args(words), 16)
+    assert run.sizes["cp"] == 2
 
 
 def test_a_precision_that_is_asked_for_is_not_replaced(capsys):

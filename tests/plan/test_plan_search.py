@@ -180,7 +180,7 @@ def test_segments_beat_the_stock_gather():
         ("llama-3-8b", Layout(tp=16), "stock QKV gather"),
         (
             "qwen3-8b",
-            Layout(tp=16, segments=2, query_layout="heads", exchange="gather-kv"),
+            Layout(tp=16, segments=2, query_layout="segments", exchange="gather-qk"),
             "QK norm statistics",
         ),
     ],
@@ -202,6 +202,23 @@ def test_selective_recomputation_repeats_core_attention_only(preset, layout, nam
     }
     sent = {key: sum(r.bytes for r in rows[key] if r.axis == "qkv") for key in rows}
     assert 0 < sent["none"] == sent["selective"] < sent["full"]
+
+
+def test_selective_recomputation_does_not_repeat_the_gather_behind_the_projection():
+    """gather-kv runs before core attention and before the norm of keys, which is then whole."""
+    layout = Layout(tp=16, segments=2, query_layout="heads", exchange="gather-kv")
+    scenario = Scenario(model_of("qwen3-8b"), Job("train", 4096, 1), DGX, Software())
+    steps = attention_steps(scenario, layout, False)
+    assert {step.axis for step in steps} == {"", "exchange", "tp"}
+    once, again = (
+        sum(
+            row.bytes
+            for row in layer_traffic(scenario, layout._replace(recompute=recompute), 1)
+            if row.axis == "exchange"
+        )
+        for recompute in ("none", "selective")
+    )
+    assert 0 < once == again
 
 
 def test_fp32_is_planned_on_a_chip_that_has_nothing_else(old_chip):

@@ -17,6 +17,7 @@ from helix_megatron.checkpoint.store import Store
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.validate import validate
 
+CP = "--context-parallel-size"
 ZERO1 = "--use-distributed-optimizer"
 GQA = "--group-query-attention --num-query-groups 2"
 BIASES = f"{GQA} --add-qkv-bias --rotary-percent 0.5 --kv-channels 16"
@@ -62,6 +63,16 @@ PAIRS = {
     "QK-norm, bf16, ZeRO-1: (1,2), DP 2 → (2,2)": (
         f"{QK_NORM} {ZERO1}",
         (4, f"{TP} 2 {M} 2"),
+        (4, f"{TP} 4 {M} 2 --sequence-parallel"),
+    ),
+    "GQA, ZeRO-1: (1,2), CP 2 → CP 2, DP 2": (
+        f"{GQA} {ZERO1}",
+        (4, f"{TP} 2 {M} 2 {CP} 2"),
+        (4, f"{CP} 2"),
+    ),
+    "experts, ZeRO-1: (1,2), CP 2, EP 2 → (2,2)": (
+        f"{EXPERTS} {ZERO1}",
+        (4, f"{TP} 2 {M} 2 {CP} 2 --sequence-parallel {EP} 2"),
         (4, f"{TP} 4 {M} 2 --sequence-parallel"),
     ),
     "experts: (2,2), EP 2 → (1,2), EP 1, DP 2": (
@@ -115,6 +126,7 @@ FULL_PAIRS = {
     "dense: one process → (2,2), PP 2",
     "GQA, ZeRO-1: (2,4) → (1,2), DP 2, PP 2",
     "biases, part rotated: (2,2) → (1,4), PP 2",
+    "experts, ZeRO-1: (1,2), CP 2, EP 2 → (2,2)",
     "QK-norm, bf16: (2,2) → (2,1), DP 2",
     "experts, ZeRO-1: (1,2), EP 2, DP 2 → (2,2), EP 4",
 }

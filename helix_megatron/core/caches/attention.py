@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 class StepAttention(ABC):
     """One rank's attention: `prepare` once in a step, then `attend` in every layer.
 
+    `prepare` makes every index and bias, also for the windows of layers that `windows` names, so that on a GPU
+    a layer makes nothing on the host and waits for nothing.
+
     Args:
         layout: how heads are cut.
         group: the m ranks of this head group, in order of their segments.
@@ -36,13 +39,15 @@ class StepAttention(ABC):
     def __init__(
         self, layout: HeadLayout, group: ProcessGroup, book: PageBook, cache: PagedCache
     ) -> None:
-        import torch.distributed as dist
+        from helix_megatron.core.collectives import backend_of
 
         self.layout, self.group, self.book, self.cache = layout, group, book, cache
         self.me = group.rank()
         self.device, self.dtype = cache.k.device, cache.k.dtype
         self.tokens = 0
-        self.gathers_up_to = GATHERED_BYTES if dist.get_backend(group) == "nccl" else 0
+        self.windows: set[Window] = set()
+        on_nccl = backend_of(group, self.device) == "nccl"
+        self.gathers_up_to = GATHERED_BYTES if on_nccl else 0
 
     def prepare(self, pieces: Sequence[Piece]) -> None:
         """The step's tokens, in this order; the book has their pages."""
@@ -86,9 +91,9 @@ class StepAttention(ABC):
         return swap(sent_m, self.group, purpose=purpose)
 
     def _index(self, values: np.ndarray) -> Tensor:
-        import torch
+        from helix_megatron.core.caches.paged import on_device
 
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)
+        return on_device(np.asarray(values, dtype=np.int64), self.device)
 
     def _work(self, pieces: Sequence[Piece], member: int) -> PagedWork:
         """Attention of all queries of some pieces to the keys that a member keeps."""
@@ -102,7 +107,7 @@ class StepAttention(ABC):
             if len(positions):
                 pages = self.book.pages(piece.sequence, member)
                 local.append(LocalPiece(rows, piece.start, pages, positions))
-        return PagedWork(local, row, self.book.page_size, self.dtype, self.device)
+        return PagedWork(local, row, self.book.page_size, self.dtype, self.device, self.windows)
 
     def _slots(self, pieces: Sequence[Piece], member: int) -> Tensor:
         """Slots of all tokens of pieces that a member keeps whole."""
@@ -138,9 +143,8 @@ def whole_heads(q_mThd: Tensor, kv_mtGC: Tensor, layout: HeadLayout) -> tuple[Te
 
     if layout.query_layout == "heads":
         q_THD = q_mThd.transpose(0, 1).flatten(1, 2)
-        return q_THD, join_canonical(kv_mtGC.unsqueeze(2), layout)[0].transpose(0, 1)
-    q_THD, kv_tGD = (join(part.unsqueeze(2))[0].transpose(0, 1) for part in (q_mThd, kv_mtGC))
-    return q_THD, kv_tGD
+        return q_THD, join_canonical(kv_mtGC, layout)
+    return join(q_mThd), join(kv_mtGC)
 
 
 def parts_of_members(o_THD: Tensor, layout: HeadLayout) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(storage).view(dtype).view(shape)
 
 
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array of the host as a tensor on a device."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
 @dataclass(frozen=True)
 class LocalPiece:
     """Consecutive queries of one sequence, and its keys in this rank's pool.
@@ -103,6 +108,7 @@ class PagedWork:
         pieces: of this rank. A query that has no piece gets zeros.
         queries: number of queries of this rank.
         page_size: positions of a page.
+        windows: those of the layers, where they are known; another one is prepared by the layer that has it.
     """
 
     def __init__(
@@ -112,13 +118,14 @@ class PagedWork:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        windows: Collection[Window] = (),
     ) -> None:
         self.pieces, self.queries, self.page_size = pieces, queries, page_size
         self._dtype, self._device = dtype, device
         self._kernel: PartialKernel = partial_kernel(device)
         self._view_from = VIEW_FROM.get(device.type, NEVER)
         self._copy_up_to = COPY_UP_TO.get(device.type, NEVER)
-        self._prepared: dict[Window, list[_Item]] = {}
+        self._prepared = {window: self._prepare(window) for window in windows}
 
     def attend(
         self, q_THD: Tensor, k_PSGD: Tensor, v_PSGE: Tensor, *, scale: float, window: Window
@@ -227,7 +234,7 @@ class PagedWork:
             at = piece.pages[0] * size
             return _Item(rows, (at + first, at + keys), None, (0, 0), bias, blind)
         skipped = first // size
-        pages = torch.tensor([piece.pages[skipped : -(-keys // size)]], device=self._device)
+        pages = on_device(np.array([piece.pages[skipped : -(-keys // size)]]), self._device)
         return _Item(
             rows, None, pages, (first - skipped * size, keys - skipped * size), bias, blind
         )
@@ -238,7 +245,7 @@ class PagedWork:
         key = piece.positions[None, first:]
         visible = shown(query, key, causal=True, window=window)
         seen = np.asarray(visible.any(-1))
-        blind = None if seen.all() else torch.from_numpy(np.atleast_2d(~seen)).to(self._device)
+        blind = None if seen.all() else on_device(np.atleast_2d(~seen), self._device)
         return self._bias(visible[None, None]), blind
 
     def _together(self, members: list[tuple[LocalPiece, int]]) -> _Item:
@@ -260,10 +267,10 @@ class PagedWork:
             key = np.arange(low, high)[None]
             visible = (key >= np.asarray(begin)[:, None]) & (key < np.asarray(end)[:, None])
             bias = self._bias(visible[:, None, None])
-        rows = torch.tensor([[piece.rows[0]] for piece, _ in members], device=self._device)
-        return _Item(rows, None, torch.from_numpy(pages).to(self._device), (low, high), bias, None)
+        rows = on_device(np.array([[piece.rows[0]] for piece, _ in members]), self._device)
+        return _Item(rows, None, on_device(pages, self._device), (low, high), bias, None)
 
     def _bias(self, visible: np.ndarray) -> Tensor:
-        shown = torch.from_numpy(visible).to(self._device)
-        bias = torch.zeros(shown.shape, dtype=self._dtype, device=self._device)
-        return bias.masked_fill_(~shown, float("-inf"))
+        hidden = on_device(~visible, self._device)
+        bias = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
+        return bias.masked_fill_(hidden, float("-inf"))

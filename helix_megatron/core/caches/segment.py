@@ -6,7 +6,7 @@ Partial scores are summed over the head group, then the softmax is local. What i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 class SegmentAttention(StepAttention):
     """Segments of everything: partial scores are summed over the group, then the softmax is local."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        dims = [self.layout.segment_dims(member) for member in range(self.layout.segments)]
+        self._dims = self._index(np.concatenate(dims))
 
     def _prepare(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
@@ -72,9 +77,7 @@ class SegmentAttention(StepAttention):
         """This rank's segments [T, H, C] of all queries of the group."""
         if self.layout.query_layout == "segments":
             return q
-        m = self.layout.segments
-        dims = np.concatenate([self.layout.segment_dims(j) for j in range(m)])
-        q_mThC = q[..., self._index(dims)].unflatten(2, (m, -1)).permute(2, 0, 1, 3)
+        q_mThC = q[..., self._dims].unflatten(2, (self.layout.segments, -1)).permute(2, 0, 1, 3)
         q_mThC = self._swap(q_mThC, "exchange/segment")
         return q_mThC.transpose(0, 1).flatten(1, 2)
 
@@ -86,7 +89,7 @@ class SegmentAttention(StepAttention):
             return o_THC
         o_mThC = o_THC.unflatten(1, (self.layout.segments, -1)).transpose(0, 1)
         o_mThC = self._swap(o_mThC, "exchange/segment")
-        return join_canonical(o_mThC.unsqueeze(2), self.layout)[0].transpose(0, 1)
+        return join_canonical(o_mThC, self.layout)
 
 
 def _read(pool_PSGC: Tensor, keys: slice | Tensor, length: int) -> Tensor:

@@ -5,7 +5,13 @@
 
 from __future__ import annotations
 
-from helix_megatron.core.exchanges.base import AttentionShape, Exchange, LocalInputs, sent_bytes
+from helix_megatron.core.exchanges.base import (
+    AttentionShape,
+    Exchange,
+    LocalInputs,
+    WholeHeads,
+    sent_bytes,
+)
 from helix_megatron.core.exchanges.choice import Candidate, candidates, choose, explain
 from helix_megatron.core.exchanges.registry import COSTS, EXACT, NO_EXCHANGE
 
@@ -17,6 +23,7 @@ __all__ = [
     "Candidate",
     "Exchange",
     "LocalInputs",
+    "WholeHeads",
     "candidates",
     "choose",
     "explain",

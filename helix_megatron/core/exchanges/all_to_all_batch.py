@@ -8,18 +8,19 @@ batch in the same way for decoding.)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from helix_megatron.core.exchanges.base import AttentionShape, Exchange, LocalHeads, LocalInputs
+from helix_megatron.core.exchanges.base import AttentionShape, LocalHeads, LocalInputs, WholeHeads
 from helix_megatron.core.layout import HeadLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class AllToAllBatch(Exchange):
+class AllToAllBatch(WholeHeads):
     name = "all-to-all-batch"
     summary = "swap segments for whole heads of 1/m of the sequences, and back"
+    divided: ClassVar[int] = 0
 
     def _fits(self, shape: AttentionShape) -> str:
         m = shape.layout.segments
@@ -43,30 +44,32 @@ class AllToAllBatch(Exchange):
     def messages(self, shape: AttentionShape) -> int:
         return 2 if shape.query_length == shape.key_length else 3
 
-    def run(self, inputs: LocalInputs) -> Tensor:
+    def enter(self, inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:
         import torch
 
         from helix_megatron.core.collectives import swap
-        from helix_megatron.core.exchanges.segments import cut, join
+        from helix_megatron.core.exchanges.segments import join
 
         x, m = inputs, inputs.layout.segments
-        batch = x.q.size(1) // m
 
         def whole(t_SBHC: Tensor) -> Tensor:
-            """[S, B, H, C] → [B/m, H, S, D]"""
-            t_mSbHC = t_SBHC.unflatten(1, (m, batch)).movedim(1, 0)
+            """[S, B, H, C] → [S, B/m, H, D]"""
+            t_mSbHC = t_SBHC.unflatten(1, (m, -1)).movedim(1, 0)
             return join(swap(t_mSbHC, x.group, purpose="exchange/all-to-all-batch"))
 
         heads, kv_heads = x.q.size(2), x.k.size(2)
         if x.same_length:
             qkv = whole(torch.cat([x.q, x.k, x.v], dim=2))
-            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
         else:
             q = whole(x.q)
-            k, v = whole(torch.cat([x.k, x.v], dim=2)).chunk(2, dim=1)
+            k, v = whole(torch.cat([x.k, x.v], dim=2)).chunk(2, dim=2)
+        return q, k, v
 
-        mask = x.mask.batch_part(x.segment * batch, (x.segment + 1) * batch)
-        with x.dropout_state(False):
-            o_bHLD = x.kernel(q, k, v, mask=mask, scale=x.scale, dropout=x.dropout)
-        o_mLbHC = swap(cut(o_bHLD, m), x.group, purpose="exchange/all-to-all-batch")
+    def leave(self, o_LbHD: Tensor, inputs: LocalInputs) -> Tensor:
+        from helix_megatron.core.collectives import swap
+        from helix_megatron.core.exchanges.segments import cut
+
+        o_mLbHC = cut(o_LbHD, inputs.layout.segments)
+        o_mLbHC = swap(o_mLbHC, inputs.group, purpose="exchange/all-to-all-batch")
         return o_mLbHC.movedim(0, 1).flatten(1, 2)

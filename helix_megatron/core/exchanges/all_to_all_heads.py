@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helix_megatron.core.exchanges.base import AttentionShape, Exchange, LocalHeads, LocalInputs
+from helix_megatron.core.exchanges.base import AttentionShape, LocalHeads, LocalInputs, WholeHeads
 from helix_megatron.core.exchanges.gather_kv import (
-    gather_needed_kv,
+    gather_kv_heads,
     kv_gather_bytes,
-    match_heads,
     whole_local_heads,
 )
 from helix_megatron.core.layout import HeadLayout
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class AllToAllHeads(Exchange):
+class AllToAllHeads(WholeHeads):
     name = "all-to-all-heads"
     summary = (
         "swap query segments for 1/m of the heads, whole, gather their keys and values, and back"
@@ -45,18 +44,23 @@ class AllToAllHeads(Exchange):
     def messages(self, shape: AttentionShape) -> int:
         return 3
 
-    def run(self, inputs: LocalInputs) -> Tensor:
+    def enter(self, inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:
+        import torch
+
         from helix_megatron.core.collectives import swap
-        from helix_megatron.core.exchanges.segments import cut, join
+        from helix_megatron.core.exchanges.segments import join
 
-        x, m, purpose = inputs, inputs.layout.segments, "exchange/all-to-all-heads"
-        heads = x.q.size(2) // m
-        q_BHLD = join(swap(x.q.unflatten(2, (m, heads)).movedim(2, 0), x.group, purpose=purpose))
-        kv_BGSD = join(gather_needed_kv(x, purpose=purpose))
-        k_BGSD, v_BGSD = (match_heads(t, x.layout, x.segment) for t in kv_BGSD.chunk(2, dim=1))
+        x, purpose = inputs, "exchange/all-to-all-heads"
+        q_mLBHC = x.q.unflatten(2, (x.layout.segments, -1)).movedim(2, 0)
+        q_LBHD = join(swap(q_mLBHC, x.group, purpose=purpose))
+        kv_SBG2C = torch.stack([x.k, x.v], dim=3)
+        k, v = gather_kv_heads(kv_SBG2C, x.layout, x.group, canonical=False, purpose=purpose)
+        return q_LBHD, k, v
 
-        mask = x.mask.head_part(x.segment * heads, (x.segment + 1) * heads)
-        with x.dropout_state(False):
-            o_BHLD = x.kernel(q_BHLD, k_BGSD, v_BGSD, mask=mask, scale=x.scale, dropout=x.dropout)
-        o_mLBHC = swap(cut(o_BHLD, m), x.group, purpose=purpose)
+    def leave(self, o_LbHD: Tensor, inputs: LocalInputs) -> Tensor:
+        from helix_megatron.core.collectives import swap
+        from helix_megatron.core.exchanges.segments import cut
+
+        o_mLBHC = cut(o_LbHD, inputs.layout.segments)
+        o_mLBHC = swap(o_mLBHC, inputs.group, purpose="exchange/all-to-all-heads")
         return o_mLBHC.permute(1, 2, 0, 3, 4).flatten(2, 3)

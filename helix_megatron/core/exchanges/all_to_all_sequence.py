@@ -47,7 +47,7 @@ class AllToAllSequence(Exchange):
         import torch
 
         from helix_megatron.core.collectives import gather_async, swap
-        from helix_megatron.core.exchanges.segments import cut, join
+        from helix_megatron.core.exchanges.segments import cut, heads_first, join, sequence_first
 
         x, m, purpose = inputs, inputs.layout.segments, "exchange/all-to-all-sequence"
         queries, keys = x.q.size(0), x.k.size(0)
@@ -55,11 +55,11 @@ class AllToAllSequence(Exchange):
         length = queries // (m * len(dealt[0]))
 
         kv = gather_async(torch.cat([x.k, x.v], dim=2), x.group, purpose=purpose)
-        blocks = x.q.unflatten(0, (-1, length))  # [blocks, length, B, H, C]
-        order = torch.tensor(dealt, device=x.q.device)
-        q_mLBHC = blocks[order].flatten(1, 2)
-        q_BHLD = join(swap(q_mLBHC, x.group, purpose=purpose))
-        k_BGSD, v_BGSD = join(kv()).chunk(2, dim=1)
+        order = [block for member in dealt for block in member]
+        blocks = x.q.split(length)
+        q_mLBHC = torch.cat([blocks[block] for block in order]).unflatten(0, (m, -1))
+        q_BHLD = heads_first(join(swap(q_mLBHC, x.group, purpose=purpose)))
+        k_BGSD, v_BGSD = heads_first(join(kv())).chunk(2, dim=1)
 
         outputs = []
         with x.dropout_state(False):
@@ -76,9 +76,10 @@ class AllToAllSequence(Exchange):
                         dropout=x.dropout,
                     )
                 )
-        o_mLBHC = swap(cut(torch.cat(outputs, dim=2), m), x.group, purpose=purpose)
-        o_blocks = o_mLBHC.unflatten(1, (-1, length)).flatten(0, 1)
-        return o_blocks[order.flatten().argsort()].flatten(0, 1)
+        o_LBHD = sequence_first(torch.cat(outputs, dim=2))
+        o_mLBHC = swap(cut(o_LBHD, m), x.group, purpose=purpose)
+        blocks = o_mLBHC.flatten(0, 1).split(length)
+        return torch.cat([blocks[order.index(block)] for block in range(len(order))])
 
 
 def _num_blocks(causal: bool, segments: int) -> int:

@@ -10,6 +10,7 @@ they run, so that a planner can ask for costs without it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -123,13 +124,14 @@ class AttentionCost(ABC):
 
     collective: how most of the bytes move. fusible: whether a fused kernel can compute what is left.
     output_in_order: whether the kernel's output is, for one sequence, already in the order that the projection
-    reads.
+    reads. in_core: whether it runs inside core attention, which selective recomputation repeats.
     """
 
     name: ClassVar[str]
     collective: ClassVar[str] = "all-to-all"
     fusible: ClassVar[bool] = True
     output_in_order: ClassVar[bool] = False
+    in_core: ClassVar[bool] = True
 
     def supports(self, shape: AttentionShape) -> str:
         """Empty if that shape can run; else why not, as a clause."""
@@ -176,3 +178,37 @@ class Exchange(AttentionCost):
     @abstractmethod
     def run(self, inputs: LocalInputs) -> Tensor:
         """This rank's attention output [L, B, heads, dimensions], in the shape of its queries."""
+
+
+class WholeHeads(Exchange):
+    """An exchange after which this rank has whole heads over all keys: any attention can run on them."""
+
+    divided: ClassVar[int] = 1
+    """Which dimension of a pattern [B, H, L, S] its m ranks share out: the batch (0) or the heads (1)."""
+
+    @abstractmethod
+    def enter(self, inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [L, b, H, D], keys and values [S, b, G, D]: whole heads, contiguous."""
+
+    def leave(self, o_LbHD: Tensor, inputs: LocalInputs) -> Tensor:
+        """From this rank's part of the output to [L, B, heads, dimensions], in the shape of its queries."""
+        return o_LbHD
+
+    def own(self, pattern: Tensor | None, inputs: LocalInputs) -> Tensor | None:
+        """This rank's part of a mask or bias of all its head group, broadcastable to [B, H, L, S]."""
+        if pattern is None:
+            return None
+        pattern = pattern[(None,) * (4 - pattern.dim())]
+        if pattern.size(self.divided) == 1:
+            return pattern
+        return pattern.chunk(inputs.layout.segments, self.divided)[inputs.segment]
+
+    def run(self, inputs: LocalInputs) -> Tensor:
+        from helix_megatron.core.exchanges.segments import heads_first, sequence_first
+
+        x = inputs
+        q, k, v = (heads_first(t) for t in self.enter(x))
+        mask = dataclasses.replace(x.mask, hidden=self.own(x.mask.hidden, x))
+        with x.dropout_state(False):
+            o = x.kernel(q, k, v, mask=mask, scale=x.scale, dropout=x.dropout)
+        return self.leave(sequence_first(o), x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 from dataclasses import dataclass
 
 from helix_megatron.core.exchanges.base import AttentionShape, Exchange
@@ -42,13 +43,23 @@ def candidates(shape: AttentionShape, machine: Machine = GPU) -> tuple[Candidate
     return tuple(sorted(found, key=lambda candidate: candidate.seconds))
 
 
-def choose(shape: AttentionShape, name: str = "auto", machine: Machine = GPU) -> Exchange:
+def choose(
+    shape: AttentionShape,
+    name: str = "auto",
+    machine: Machine = GPU,
+    allowed: Container[str] | None = None,
+) -> Exchange:
     """The exchange called `name`, the cheapest of the family `all-to-all`, or the cheapest at all (`auto`).
+
+    Args:
+        allowed: the names to choose among; all when None.
 
     Raises:
         HelixError: the exchange asked for does not fit; the text says why, and which do.
     """
     ranked = candidates(shape, machine)
+    if allowed is not None:
+        ranked = tuple(candidate for candidate in ranked if candidate.exchange.name in allowed)
     asked = [c for c in ranked if name in ("auto", c.exchange.name) or _in_family(c, name)]
     if not asked:
         names = [candidate.exchange.name for candidate in ranked]

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from helix_megatron.core.exchanges.base import AttentionShape, Exchange, LocalHeads, LocalInputs
+from helix_megatron.core.exchanges.base import AttentionShape, LocalHeads, LocalInputs, WholeHeads
 from helix_megatron.core.layout import HeadLayout, QueryLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 
-class GatherKV(Exchange):
+class GatherKV(WholeHeads):
     name = "gather-kv"
     summary = "all-gather the segments of keys and values; queries are whole heads"
     query_layout: ClassVar[QueryLayout] = "heads"
     collective = "all-gather"
     output_in_order = True
+    in_core = False
 
     def bytes(self, shape: AttentionShape) -> int:
         return kv_gather_bytes(shape)
@@ -33,24 +35,12 @@ class GatherKV(Exchange):
     def messages(self, shape: AttentionShape) -> int:
         return 1
 
-    def run(self, inputs: LocalInputs) -> Tensor:
-        from helix_megatron.core.exchanges.segments import (
-            heads_first,
-            join_canonical,
-            sequence_first,
-        )
+    def enter(self, inputs: LocalInputs) -> tuple[Tensor, Tensor, Tensor]:
+        import torch
 
         x = inputs
-        kv_mSBGC = gather_needed_kv(x, purpose="exchange/gather-kv")
-        k_BGSD, v_BGSD = join_canonical(kv_mSBGC, x.layout).chunk(2, dim=1)
-        first = x.segment * x.q.size(2)
-        mask = x.mask.head_part(first, first + x.q.size(2))
-        k_BGSD, v_BGSD = (match_heads(t, x.layout, x.segment) for t in (k_BGSD, v_BGSD))
-        with x.dropout_state(False):
-            o_BHLD = x.kernel(
-                heads_first(x.q), k_BGSD, v_BGSD, mask=mask, scale=x.scale, dropout=x.dropout
-            )
-        return sequence_first(o_BHLD)
+        kv_SBG2C = torch.stack([x.k, x.v], dim=3)
+        return x.q, *gather_kv_heads(kv_SBG2C, x.layout, x.group, purpose="exchange/gather-kv")
 
 
 # Shared with all-to-all over heads, whose members hold the same heads after their exchange.
@@ -77,30 +67,57 @@ def kv_gather_bytes(shape: AttentionShape) -> int:
     return (shape.layout.segments - 1) * shape.segment_bytes(shape.key_length, heads)
 
 
-def gather_needed_kv(inputs: LocalInputs, *, purpose: str) -> Tensor:
-    """[m, S, B, 2u, C]: all segments of this member's u key heads, then of its u value heads."""
+def kv_heads_attended(layout: HeadLayout) -> int:
+    """u, key-value heads with which every member's attention runs, its query head x with head x // (h/p/u).
+
+    Those that it needs; or a copy for each of its query heads, where these straddle key-value heads unevenly.
+    """
+    heads, u = layout.group_heads // layout.segments, kv_heads_received(layout)
+    for member in range(layout.segments):
+        need = layout.kv_heads_needed(member)
+        wanted = [head // layout.queries_per_kv_head for head in layout.dealt_heads(0, member)]
+        if heads % u or len(need) != u or wanted != [need[x * u // heads] for x in range(heads)]:
+            return heads
+    return u
+
+
+def gather_kv_heads(
+    kv_SBG2C: Tensor,
+    layout: HeadLayout,
+    group: ProcessGroup,
+    *,
+    purpose: str,
+    canonical: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [S, B, u, D] of the u heads with which this member attends, each contiguous.
+
+    Args:
+        kv_SBG2C: this member's segments of the group's keys and values, side by side.
+        canonical: the order of a head's dimensions; else segment by segment.
+    """
     import torch
 
     from helix_megatron.core.collectives import gather, swap
+    from helix_megatron.core.exchanges.segments import join, join_canonical
 
-    k, v, layout = inputs.k, inputs.v, inputs.layout
-    if kv_heads_received(layout) == layout.group_kv_heads:
-        return gather(torch.cat([k, v], dim=2), inputs.group, purpose=purpose)
     needs = [layout.kv_heads_needed(member) for member in range(layout.segments)]
-    parts = [
-        torch.cat([k[:, :, need.start : need.stop], v[:, :, need.start : need.stop]], dim=2)
-        for need in needs
-    ]
-    return swap(torch.stack(parts), inputs.group, purpose=purpose)
-
-
-def match_heads(kv_BGSD: Tensor, layout: HeadLayout, member: int) -> Tensor:
-    """The received key-value heads, so that this member's query head x attends to x // (H/G)."""
-    need = layout.kv_heads_needed(member)
-    received = range(layout.group_kv_heads) if kv_BGSD.size(1) == layout.group_kv_heads else need
-    r = layout.queries_per_kv_head
-    wanted = [head // r - received.start for head in layout.dealt_heads(0, member)]
-    share = len(wanted) // len(need)
-    if wanted == [need.start - received.start + x // share for x in range(len(wanted))]:
-        return kv_BGSD[:, need.start - received.start : need.stop - received.start]
-    return kv_BGSD[:, wanted]  # heads that straddle key-value heads unevenly: one copy each
+    received, u = needs[group.rank()], kv_heads_attended(layout)
+    if kv_heads_received(layout) == layout.group_kv_heads:
+        received = range(layout.group_kv_heads)
+        kv_mSBG2C = gather(kv_SBG2C, group, purpose=purpose)
+    else:
+        sent = torch.stack([kv_SBG2C[:, :, need.start : need.stop] for need in needs])
+        kv_mSBG2C = swap(sent, group, purpose=purpose)
+    dealt = layout.dealt_heads(0, group.rank())
+    wanted = [head // layout.queries_per_kv_head - received.start for head in dealt]
+    wanted = wanted[:: len(wanted) // u]
+    if wanted == list(range(wanted[0], wanted[-1] + 1)):
+        kv_mSBG2C = kv_mSBG2C[:, :, :, wanted[0] : wanted[-1] + 1]
+    else:  # a copy for each query head
+        heads = kv_mSBG2C.unbind(3)
+        kv_mSBG2C = torch.stack([heads[head] for head in wanted], dim=3)
+    # One by one, so that keys can be freed once they are rotated, while values are kept.
+    k, v = (
+        join_canonical(part, layout) if canonical else join(part) for part in kv_mSBG2C.unbind(4)
+    )
+    return k, v

@@ -44,7 +44,7 @@ class GatherQK(Exchange):
         x = inputs
 
         def whole(t_SBHC: Tensor) -> Tensor:
-            return join(gather(t_SBHC, x.group, purpose="exchange/gather-qk"))
+            return heads_first(join(gather(t_SBHC, x.group, purpose="exchange/gather-qk")))
 
         if x.same_length:
             q, k = whole(torch.cat([x.q, x.k], dim=2)).split([x.q.size(2), x.k.size(2)], dim=1)

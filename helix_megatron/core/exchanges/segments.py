@@ -14,24 +14,22 @@ from helix_megatron.core.layout import HeadLayout
 
 
 def join(x_mSBGC: Tensor) -> Tensor:
-    """[m, S, B, G, C] → [B, G, S, m·C], dimensions segment by segment."""
-    return x_mSBGC.permute(2, 3, 1, 0, 4).flatten(3)
+    """[m, ..., C] → [..., m·C], dimensions segment by segment."""
+    return x_mSBGC.movedim(0, -2).flatten(-2)
 
 
-def cut(x_BGSD: Tensor, segments: int) -> Tensor:
-    """[B, G, S, m·C] → [m, S, B, G, C], the inverse of `join`."""
-    return x_BGSD.unflatten(3, (segments, -1)).permute(3, 2, 0, 1, 4)
+def cut(x_SBGD: Tensor, segments: int) -> Tensor:
+    """[..., m·C] → [m, ..., C], the inverse of `join`."""
+    return x_SBGD.unflatten(-1, (segments, -1)).movedim(-2, 0)
 
 
 def join_canonical(x_mSBGC: Tensor, layout: HeadLayout) -> Tensor:
-    """[m, S, B, G, C] → [B, G, S, D], dimensions in canonical order."""
+    """[m, ..., C] → [..., D], dimensions in canonical order."""
     pieces = layout.segment_pieces
-    lengths = {length for _, length in pieces}
-    if len(lengths) == 1:  # one strided copy
-        x_mSBGPc = x_mSBGC.unflatten(4, (len(pieces), -1))
-        return x_mSBGPc.permute(2, 3, 1, 4, 0, 5).flatten(3)
-    parts = x_mSBGC.split([length // layout.segments for _, length in pieces], dim=4)
-    return torch.cat([join(part) for part in parts], dim=3)
+    if len({length for _, length in pieces}) == 1:  # one strided copy
+        return x_mSBGC.unflatten(-1, (len(pieces), -1)).movedim(0, -2).flatten(-3)
+    parts = x_mSBGC.split([length // layout.segments for _, length in pieces], dim=-1)
+    return torch.cat([join(part) for part in parts], dim=-1)
 
 
 def heads_first(x_SBHD: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""Stacks of `HybridModel` from megatron-core's own modules, for machines without Transformer Engine.
+
+Megatron's `hybrid_stack_spec` names Transformer Engine's layers only. The stack here builds the same layers,
+with the same names in checkpoints, from what runs everywhere: attention (`*`), gated delta nets (`G`), MLP
+(`-`) and mixtures of experts (`E`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from helix_megatron.megatron.norms import use_available_norms
+from helix_megatron.megatron.specs import RefusedLayer
+
+try:
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+except ModuleNotFoundError:  # their names before megatron-core 0.18
+    from megatron.core.models.mamba.mamba_model import MambaModel as HybridModel
+    from megatron.core.ssm.mamba_block import MambaStack as HybridStack
+    from megatron.core.ssm.mamba_block import MambaStackSubmodules as HybridStackSubmodules
+
+__all__ = ["HybridModel", "HybridStack", "HybridStackSubmodules", "local_stack_spec"]
+
+
+def local_stack_spec(config: Any) -> ModuleSpec:
+    """The stack for a transformer configuration; `helix_spec` replaces its attention as in any other.
+
+    Gated delta nets need `deterministic_mode`, which is their path in plain torch. A Mamba layer is an error.
+    """
+    parts = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    ).submodules
+    experts = get_gpt_layer_local_spec(num_experts=config.num_moe_experts or 1).submodules.mlp
+    delta_net = ModuleSpec(
+        module=GatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=ColumnParallelLinear,
+            out_norm=parts.input_layernorm,
+            out_proj=RowParallelLinear,
+        ),
+    )
+
+    def attention(self_attention: ModuleSpec, fused: str) -> ModuleSpec:
+        submodules = TransformerLayerSubmodules(
+            input_layernorm=parts.input_layernorm,
+            self_attention=self_attention,
+            self_attn_bda=parts.self_attn_bda,
+            sharded_state_dict_keys_map={"input_layernorm.": f"self_attention.{fused}.layer_norm_"},
+        )
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+    def feed_forward(module: type, mlp: Any, renamed: dict[str, str]) -> ModuleSpec:
+        submodules = TransformerLayerSubmodules(
+            pre_mlp_layernorm=parts.pre_mlp_layernorm,
+            mlp=mlp,
+            mlp_bda=parts.mlp_bda,
+            sharded_state_dict_keys_map=renamed,
+        )
+        return ModuleSpec(module=module, submodules=submodules)
+
+    mamba = "a Mamba layer (M), which needs mamba-ssm and Transformer Engine's hybrid_stack_spec"
+    layers = {
+        "attention_layer": attention(parts.self_attention, "linear_qkv"),
+        "gdn_layer": attention(delta_net, "in_proj"),
+        "mlp_layer": feed_forward(
+            MLPLayer, parts.mlp, {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+        ),
+        "moe_layer": feed_forward(TransformerLayer, experts, {}),
+        "mamba_layer": ModuleSpec(module=RefusedLayer, params={"reason": mamba}),
+    }
+    known = {field.name for field in dataclasses.fields(HybridStackSubmodules)}
+    submodules = HybridStackSubmodules(**{n: spec for n, spec in layers.items() if n in known})
+    return use_available_norms(ModuleSpec(module=HybridStack, submodules=submodules))
