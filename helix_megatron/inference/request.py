@@ -28,7 +28,9 @@ class Sampling:
     top_p: float = setting(
         1.0, "the probability of those that may be chosen, together", above=0, at_most=1
     )
-    seed: int | None = setting(None, "of the random numbers; drawn when not given", at_least=0)
+    seed: int | None = setting(
+        None, "of the random numbers; drawn when not given", at_least=0, largest=MAX_SEED
+    )
     stop_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:

@@ -185,11 +185,16 @@ def read_run(directory: Path) -> Run:
 
 
 def _read_description(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
     try:
-        description = json.loads(_read_text(path))
-        check_depth(description, path)
-    except (ValueError, RecursionError) as error:
-        raise HelixError(f"{path} is not JSON: {error}. Repair it, or train again.") from error
+        description = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise HelixError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}). Repair the line, or train again."
+        ) from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets
+        raise HelixError(f"{path}: not JSON ({error}). Repair it, or train again.") from error
+    check_depth(description, path)
     for entry, kind in REQUIRED_ENTRIES.items():
         if not isinstance(description, dict) or not isinstance(description.get(entry), kind):
             raise HelixError(
@@ -218,12 +223,13 @@ def _parse_record(path: Path, number: int, line: str) -> dict[str, Any]:
     where = f"{path}, line {number}"
     try:
         record = json.loads(line)
-        check_depth(record, where)
     except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
         raise HelixError(
-            f"{where}: not JSON ({error}): {line[:60]!r}. A last line like this was cut off when the "
-            "run was killed: delete it. Otherwise train again."
+            f"{where}: not JSON ({reason}): {line[:60]!r}. A last line like this was cut off when the run was "
+            "killed: delete it. Otherwise train again."
         ) from error
+    check_depth(record, where)
     iteration = record.get("iteration") if isinstance(record, dict) else None
     if type(iteration) is not int or iteration < 1:
         raise HelixError(

@@ -159,7 +159,7 @@ def test_an_error_of_a_rank_reaches_the_user():
         (
             ("--cases", "16,2,4"),
             "case '16,2,4' is not four positive whole numbers: query heads, key-value heads, ranks, "
-            "dimensions of a head. Example: 16,2,4,64.",
+            "dimensions of a head. Ranks are at most 4096. Example: 16,2,4,64.",
         ),
         (
             ("--cases", "16,4,4,64"),
@@ -176,7 +176,7 @@ def test_an_error_of_a_rank_reaches_the_user():
             "exchange all-to-all-batch does not fit here (all-to-all-batch: a micro-batch of 3 cannot be "
             "dealt to 2 ranks; it must be a multiple of 2).",
         ),
-        (("--repeats", "0"), "--repeats 0 must be at least 1."),
+        (("--repeats", "0"), "--repeats is 0. It must be a whole number of at least 1."),
         (("--sequence-length", "0"), "--sequence-length is 0. It must be a whole number of at"),
         (("--json", "nowhere/a.json"), "--json nowhere/a.json cannot be written"),
     ],
@@ -288,7 +288,10 @@ def test_a_wrong_formula_fails_the_command(monkeypatch, capsys, formula):
             "--ranks 32 is not a list of ranks. Valid: all, or numbers from 0 to 31",
         ),
         (("--hidden-size", "8200"), "--hidden-size 8200 must be a multiple of 16."),
-        (("--micro-batch-sizes", "2", "0"), "--micro-batch-sizes 0 must be at least 1."),
+        (
+            ("--micro-batch-sizes", "2", "0"),
+            "--micro-batch-sizes is 0. It must be a whole number of at least 1.",
+        ),
         (
             ("--tensor-model-parallel-size", "16"),
             "16 ranks with --intra-head-parallel-size 1 run stock attention, which exchanges nothing.",

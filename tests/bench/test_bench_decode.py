@@ -164,7 +164,7 @@ def test_command_measures_several_contexts_and_writes_json(tmp_path, capsys):
         ),
         (("--context", "1024", "1"), "--context is 1. It must be a whole number of at least 2."),
         (("--layers", "0"), "--layers is 0. It must be a whole number of at least 1."),
-        (("--turns", "0"), "--turns 0 must be at least 1."),
+        (("--turns", "0"), "--turns is 0. It must be a whole number of at least 1."),
         (("--json", "nowhere/a.json"), "--json nowhere/a.json cannot be written"),
     ],
 )

@@ -62,7 +62,7 @@ def test_a_layout_becomes_flags():
         "tp=2 tp=4": "tp stands there twice",
         "tp=many": "tp=many is neither a number nor N, N/2",
         "sp=1": "sp is on or off, not 1",
-        "": "--layout is empty",
+        "": "--layout is ''. It must be a text of one line",
     }.items(),
 )
 def test_a_wrong_layout_is_explained(capsys, text, complaint):
@@ -79,7 +79,7 @@ def test_a_wrong_layout_is_explained(capsys, text, complaint):
         "--layout tp=2 --save x": "--save has no place in a benchmark",
         "--ranks 2,4": "several numbers need --scaling strong or weak",
         "--ranks two": "--ranks two must be a number",
-        "--rounds 0": "--rounds 0 must be at least 1",
+        "--rounds 0": "--rounds is 0. It must be a whole number of at least 1.",
         "--plot picture.gif": "must end in .png or .svg",
         "--json /nowhere/x.json": "cannot be written",
     }.items(),

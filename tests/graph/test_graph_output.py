@@ -255,7 +255,10 @@ def test_usage_errors_name_the_command(capsys):
     """The parser is the training script's; what it says must name the program that was called."""
     with pytest.raises(SystemExit):
         parse(["--num-layers", "x"], "helix graph")
-    assert "helix graph: error: argument --num-layers" in capsys.readouterr().err
+    assert (
+        "helix graph: error: --num-layers is 'x'. It must be a whole number"
+        in capsys.readouterr().err
+    )
 
 
 def test_interleaved_stages_are_refused():
@@ -288,7 +291,7 @@ def test_exit_status_says_whether_checks_passed(tmp_path, monkeypatch, capsys):
     broken = dataclasses.replace(first, source=next(n.id for n in of_rank(graph, 1) if n.outputs))
     graph.edges[0] = Edge(broken.source, 0, first.target, first.input)
     graph.__dict__.pop("producers", None)
-    assert command.main(arguments) == 1
+    assert command.main([*arguments, "--overwrite"]) == 1
     assert "FAILED  every cross-rank edge is a collective" in capsys.readouterr().out
 
 

@@ -180,12 +180,12 @@ def test_cluster_files_of_strangers(tmp_path):
     )
     for text, expected in (
         (CLUSTER + many + "gpus: *k29", "has aliases"),
-        ("[" * 10_000, "has more than 100 brackets"),
-        ("[" * 50, "is not YAML"),
-        ("- " * 5000, "is not YAML"),
-        ("gpus: 2026-13-40", "is not YAML"),
-        ("gpus: " + "9" * 5000, "is not YAML"),
-        ("x" * 10**6, "has 1,000,000 bytes, and 16,384 are the most"),
+        ("[" * 10_000, "has more than 4 levels"),
+        ("[" * 3, "is not YAML"),
+        ("- " * 5000, "has more than 4 levels"),
+        (CLUSTER + "gpus: 2026-13-40", "gpus is '2026-13-40'. It must be a whole number"),
+        (CLUSTER + "gpus: " + "9" * 5000, "gpus is '999"),
+        ("x" * 10**6, "has 1,000,000 bytes, and 65,536 are the most"),
         (CLUSTER + "\ngpus: " + "x" * 10_000, "gpus is 'xxx"),
     ):
         path.write_text(text)

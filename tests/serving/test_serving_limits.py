@@ -281,7 +281,7 @@ def test_keys_of_both_sources(tmp_path, monkeypatch):
             "1e300",
             "--body-seconds is 1e+300. It must be a finite number above 0 and at most",
         ),
-        ("--model-name", "a\nb", r"model_name is 'a\nb'."),
+        ("--model-name", "a\nb", r"--model-name is 'a\nb'. It must be a text of one line"),
         (
             "--max-context",
             str(10**12),

@@ -156,7 +156,8 @@ BROKEN = {
     ),
     "a directory in a file's place": (
         lambda run: ((run / "run.json").unlink(), (run / "run.json").mkdir()),
-        "cannot read {run}/run.json: Is a directory. Make it readable, or give another run.",
+        "{run}/run.json is no file, but a directory, a pipe or a device. Make it readable, or give another "
+        "run.",
     ),
     "a description that is not JSON": (
         lambda run: (run / "run.json").write_text('{\n"label": }'),
