@@ -41,6 +41,8 @@ class Layer:
     rotary: str | None = "half"
     rotary_percent: float = 1.0
     window: tuple[int, int] | None = None
+    full_every: int | None = None  # layers of which one has no window
+    number: int = 1  # of the layer, counted from 1
     padding: bool = False
     scale: float | None = None
     sequence_parallel: bool = False
@@ -80,6 +82,13 @@ LAYERS = {
     "output gate, heads": Layer(8, 2, 8, 4, 2, gate=True),
     "window": Layer(2, 2, 8, 4, 2, window=(3, 0)),
     "window, heads": Layer(8, 2, 8, 4, 2, window=(3, 0)),
+    "windows alternate, first layer": Layer(8, 2, 8, 4, 2, window=(3, 0), full_every=2),
+    "windows alternate, second layer, stock core": Layer(
+        8, 2, 8, 4, 2, window=(3, 0), full_every=2, number=2, kernel="host"
+    ),
+    "windows alternate, second layer, cut queries": Layer(
+        2, 2, 8, 4, 2, window=(3, 0), full_every=2, number=2
+    ),
     "padding": Layer(2, 2, 8, 4, 2, padding=True),
     "padding, heads": Layer(8, 2, 8, 4, 2, padding=True),
     "softmax scale": Layer(2, 2, 8, 4, 2, scale=0.2),
@@ -245,7 +254,7 @@ def expected(layer: Layer) -> dict[str, torch.Tensor]:
         k,
         v,
         causal=True,
-        window=layer.window,
+        window=layer.window if layer.number != layer.full_every else None,
         hidden=padding_mask(layer),
         scale=layer.scale,
         bias=score_bias(layer),
@@ -303,6 +312,7 @@ def build(layer: Layer, **settings: Any) -> Any:
         layernorm_zero_centered_gamma=layer.zero_centered,
         qk_layernorm=layer.norm is not None,
         window_size=layer.window,
+        window_attn_skip_freq=layer.full_every,
         softmax_type=layer.softmax,
         softmax_scale=layer.scale,
         recompute_granularity="selective" if layer.recompute else None,
@@ -319,7 +329,8 @@ def build(layer: Layer, **settings: Any) -> Any:
     if layer.engine:
         spec.submodules.self_attention.submodules.core_attention = FakeTEDotProductAttention
     spec = helix_spec(use_available_norms(spec), config.helix)
-    return build_module(spec.submodules.self_attention, config=config, layer_number=1).train()
+    attention = spec.submodules.self_attention
+    return build_module(attention, config=config, layer_number=layer.number).train()
 
 
 def run_layer(layer: Layer) -> dict[str, Any]:
