@@ -44,6 +44,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     HOSTS,
 )
+# Applications, and the others that each may import: serving knows no planner, no graph, no training loop.
+APPLICATIONS: dict[str, set[str]] = {
+    "data": set(),
+    "training": {"data"},
+    "inference": {"training", "data"},
+    "serving": {"inference"},
+    "plan": {"training"},
+    "bench": {"training", "inference", "plan"},
+    "graph": {"training", "bench"},
+    "megatron_lm": set(),
+}
 TOP = len(LAYERS)
 BELOW_HOSTS = {part for layer in LAYERS[:-1] for part in layer}
 # Algorithms: they take groups as arguments, so these ways to find one out are closed to them.
@@ -115,6 +126,15 @@ def test_imports_point_down(name):
         assert not both_hosts or (part, imported) in HOST_IMPORTS, (
             f"host {part} imports host {imported}"
         )
+
+
+@pytest.mark.parametrize("application", APPLICATIONS)
+def test_applications_have_floors(application):
+    """A server that imported the planner would start later, and break with it."""
+    own = [name for name in MODULES if name.split(".")[0] == application]
+    assert own, f"{application} is gone or renamed: correct APPLICATIONS"
+    imported = set().union(*(imported_parts(MODULES[name]) for name in own)) - {application}
+    assert imported & APPLICATIONS.keys() <= APPLICATIONS[application]
 
 
 def test_parts_do_not_import_each_other_in_circles():
