@@ -128,7 +128,8 @@ def plan(
     layouts = [form.layout(helix, tensor_parallel_size) for form in attention.values()]
     if kind not in CUTTABLE and any(layout.query_layout == "segments" for layout in layouts):
         raise _queries_stay_whole(kind, next(iter(attention.values())), tensor_parallel_size)
-    if mlp and not mlps and not experts:
+    unknown = any(hasattr(module, "down_proj") for module in model.modules())
+    if mlp and not mlps and not experts and unknown:  # MLPs of another kind stay whole
         raise _not_found(
             model, "no MLP whose form is known", "leave MLPs whole with mlp=False, or "
         )

@@ -337,16 +337,6 @@ class RunConfig:
                 f"Megatron cannot cut experts with biases for {inside} tensor parallel ranks. Add "
                 f"--disable-bias-linear{deal if whole > 1 else ''}."
             )
-        if expert == 1 and inside < self._tensor:
-            dealt = math.gcd(experts, self._tensor)
-            deal = (
-                f", or deal whole ones: --expert-model-parallel-size {dealt}" if dealt > 1 else ""
-            )
-            raise HelixError(
-                f"--expert-tensor-parallel-size {inside} makes copies of every expert on {self._tensor} tensor "
-                "parallel ranks, and Megatron does not sum their gradients. Leave it out to cut experts, with "
-                f"--disable-bias-linear{deal}."
-            )
         ranks = inside * expert * self._pipeline
         if self.world_size % ranks:
             raise HelixError(

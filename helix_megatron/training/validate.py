@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ def validate(values: Mapping[str, Any], world_size: int) -> RunConfig:
         HelixError: with the values, the valid values and what to try.
     """
     run = RunConfig.from_values(values, world_size)
+    _check_experts(run)
     run = run.with_vocabulary(_check_data(run))
     if run.checkpoints.save:
         Store(run.checkpoints.save).check_writable()
@@ -47,6 +49,25 @@ def validate(values: Mapping[str, Any], world_size: int) -> RunConfig:
     if run.helix.active and run.helix.attention == "exact":
         choose(run.attention_shape, run.helix.exchange)
     return run
+
+
+def _check_experts(run: RunConfig) -> None:
+    """Copies of experts are right in inference, and lose gradients in training."""
+    parallel = run.parallel
+    tensor, inside = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
+    if (
+        not run.model.num_experts
+        or parallel.expert_model_parallel_size > 1
+        or inside in (None, tensor)
+    ):
+        return
+    dealt = math.gcd(run.model.num_experts, tensor)
+    deal = f", or deal whole ones: --expert-model-parallel-size {dealt}" if dealt > 1 else ""
+    raise HelixError(
+        f"--expert-tensor-parallel-size {inside} makes copies of every expert on {tensor} tensor parallel ranks, "
+        "and Megatron does not sum their gradients. Leave it out to cut experts, with --disable-bias-linear"
+        f"{deal}."
+    )
 
 
 def _check_data(run: RunConfig) -> int:

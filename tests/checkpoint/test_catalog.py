@@ -37,7 +37,7 @@ CASES = [
     ("experts", (2, 1, 2, 2, 2), "auto", 4),
     IN_FULL_TIER("experts", (2, 1, 2, 1, 2), "auto", 2),
     ("experts", (1, 2, 2, 1, 1), "auto", 4),
-    ("experts with biases", (2, 1, 2, 1, 2), "auto", 2),
+    ("experts with biases", (2, 1, 1, 1, 2), "auto", 2),
     ("every other layer has experts", (2, 2, 1, 2, 2), "auto", 4),
     ("layers listed", (2, 1, 2, 1, 2), "auto", 2),
 ]

@@ -371,7 +371,7 @@ def test_configuration(models):
     """What is run, and sentences about what was chosen."""
     config = config_of("", models("qwen3")[0], 4)
     run, model = config.run, config.run.model
-    sizes = {"tp": 4, "pp": 1, "dp": 1, "ep": 1, "m": 2, "n": 2}
+    sizes = {"tp": 4, "pp": 1, "cp": 1, "dp": 1, "ep": 1, "m": 2, "n": 2}
     assert (run.world_size, run.sizes, run.layout.head_groups) == (4, sizes, 2)
     assert (model.vocab_size, model.max_position_embeddings) == (91, 64)
     assert model.padded_vocab_size % 4 == 0
@@ -411,7 +411,7 @@ WRONG = [
         "--tensor-model-parallel-size 2",
         r"2 and 4 ranks: .*Start 2 ranks \(--nproc-per-node 2",
     ),
-    ("qwen3", 1, "--tensor-model-parallel-size 0", "It must be at least 1"),
+    ("qwen3", 1, "--tensor-model-parallel-size 0", "It must be a whole number of at least 1"),
     ("qwen3", 3, "", r"cannot be dealt to 3 .* Valid numbers of ranks up to 5: 1, 2, 4"),
     ("qwen3", 2, "--intra-head-parallel-size 4", "does not divide the tensor parallel size 2"),
     ("qwen3", 64, "", r"4 query and 2 key-value heads of 16 dimensions cannot be dealt to 64"),

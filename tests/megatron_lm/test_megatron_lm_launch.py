@@ -114,7 +114,7 @@ def test_help_of_the_script_shows_the_flags(folder) -> None:
         ),
         (
             [*FOUR[2:], "--tensor-model-parallel-size", "2", "--multi-latent-attention"],
-            "multi_latent_attention = True does not work with intra-head parallel size 2",
+            "multi_latent_attention = True does not work with cut heads",
         ),
     ],
 )

@@ -275,6 +275,7 @@ def test_what_a_checkpoint_holds(saved):
         "pp": 1,
         "dp": 1,
         "ep": 1,
+        "cp": 1,
         "m": 2,
         "n": 2,
         "optimizer": "plain",
