@@ -19,6 +19,7 @@ from helix_megatron.data.text import (
     read_text,
     split_text,
 )
+from helix_megatron.errors import HelixError
 from helix_megatron.training.checkpoint_flags import check_checkpoint, find_checkpoint
 from helix_megatron.training.run import RunConfig
 
@@ -64,8 +65,8 @@ def _check_experts(run: RunConfig) -> None:
     dealt = math.gcd(run.model.num_experts, tensor)
     deal = f", or deal whole ones: --expert-model-parallel-size {dealt}" if dealt > 1 else ""
     raise HelixError(
-        f"--expert-tensor-parallel-size {inside} makes copies of every expert on {tensor} tensor parallel ranks, "
-        "and Megatron does not sum their gradients. Leave it out to cut experts, with --disable-bias-linear"
+        f"--expert-tensor-parallel-size {inside} makes copies of every expert on {tensor} tensor parallel "
+        "ranks, and Megatron does not sum their gradients. Leave it out to cut experts, with --disable-bias-linear"
         f"{deal}."
     )
 
