@@ -66,8 +66,8 @@ def _check_experts(run: RunConfig) -> None:
     deal = f", or deal whole ones: --expert-model-parallel-size {dealt}" if dealt > 1 else ""
     raise HelixError(
         f"--expert-tensor-parallel-size {inside} makes copies of every expert on {tensor} tensor parallel "
-        "ranks, and Megatron does not sum their gradients. Leave it out to cut experts, with --disable-bias-linear"
-        f"{deal}."
+        "ranks, and Megatron does not sum their gradients. Leave it out to cut experts, with "
+        f"--disable-bias-linear{deal}."
     )
 
 
