@@ -88,10 +88,10 @@ COMMANDS = {
         f"{BENCH}.__main__:main", "--ranks 2", (f"{BENCH}.layouts:_launch",), ("layouts",)
     ),
     "bench attention": Command(
-        f"{BENCH}.__main__:main", "", (f"{BENCH}.attention:run_on_ranks",), ("attention",)
+        f"{BENCH}.__main__:main", "", (f"{BENCH}.contest:run_on_ranks",), ("attention",)
     ),
     "bench decode": Command(
-        f"{BENCH}.__main__:main", "", (f"{BENCH}.decode:run_on_ranks",), ("decode",)
+        f"{BENCH}.__main__:main", "", (f"{BENCH}.contest:run_on_ranks",), ("decode",)
     ),
     "bench convert": Command(
         f"{BENCH}.__main__:main", "", (f"{BENCH}.convert:write_model",), ("convert",)

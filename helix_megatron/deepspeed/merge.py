@@ -134,7 +134,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--prefix",
         type=one_line,
-        default="",
         help="of the model's names inside a module of your own",
     )
     parser.add_argument(
@@ -147,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_file("output", args.output)
         check_free([Path(args.output)], overwrite=args.overwrite)
         whole = merge_checkpoint(
-            args.directory, args.tag, prefix=args.prefix, trust=args.trust_checkpoint
+            args.directory, args.tag, prefix=args.prefix or "", trust=args.trust_checkpoint
         )
         _write(whole, args.output)
         print(f"{len(whole)} tensors written to {args.output}")

@@ -197,7 +197,7 @@ def test_the_command_exits_with_2_and_one_paragraph(tmp_path):
     command = [sys.executable, "-m", "helix_megatron.deepspeed.merge", str(tmp_path), "x"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("helix_megatron.deepspeed.merge: error:")
+    assert run.stderr.startswith("python -m helix_megatron.deepspeed.merge: error:")
     assert "Traceback" not in run.stderr
 
 

@@ -109,7 +109,7 @@ GOOD = {
         ({"train_batch_size": 6, "helix": {}}, "", '"train_batch_size" 6 cannot be shared by 4 replicas'),
         ({"zero_optimization": {"stagee": 1}}, "", "DeepSpeed refuses"),
         ({"tensor_parallel": {"autotp_size": 4}}, "", "AutoTP would cut the model a second time"),
-        ({}, "--steps 0", "give at least 1 rank, 1 step"),
+        ({}, "--steps 0", "--steps is 0. It must be a whole number of at least 1."),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_paragraph(script, tmp_path, monkeypatch, capsys, change, flags, text):

@@ -254,7 +254,7 @@ def _quantized(directory: Path) -> None:
         (_one_lost, "lacks model.norm.weight, which its config.json asks for"),
         (_damaged_index, "is damaged: no valid JSON"),
         (_truncated, "safetensors is damaged: "),
-        (_other_family, "models of type 'gpt2' cannot be cut. Valid model types: llama, mistral,"),
+        (_other_family, "attention of class GPT2Attention has none of o_proj, out_proj, dense"),
         (_quantized, "are quantized, and quantized weights cannot be cut"),
     ],
 )

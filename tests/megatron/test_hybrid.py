@@ -216,7 +216,7 @@ def built_by_the_host(folder: str) -> set[str]:
             model = HybridModel(config, spec, VOCABULARY, LENGTH, **{pattern_name(): "*-"})
             return {type(part).__name__ for part in model.modules()}
         finally:
-            settings.forget()
+            settings._recorded.clear()
             megatron_lm.uninstall()
             parallel_state.destroy_model_parallel()
 

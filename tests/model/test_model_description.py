@@ -162,6 +162,7 @@ DECIDES = {
     "initial_loss_scale": 16.0,
     "text": ["x"],
     "data_path": ["x"],
+    "packed_documents": (True, {"data_path": ["x"]}),
     "split": "900,50,50",
 }
 # For every other setting a value at which the losses are the same numbers; None where that needs no proof.
