@@ -21,7 +21,7 @@ from helix_megatron.errors import HelixError, listed
 from helix_megatron.flags import INPUT_DIRECTORY, OUTPUT_FILE, one_line
 from helix_megatron.outputs import check_file, check_free
 
-PROGRAM = "helix_megatron.deepspeed.merge"
+PROGRAM = "python -m helix_megatron.deepspeed.merge"
 
 
 def merge_checkpoint(
@@ -118,7 +118,7 @@ def _module_state(checkpoint: Path, rank: int, trust: bool) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Wrong input prints one paragraph and exits with 2."""
     parser = Parser(
-        prog=f"python -m {PROGRAM}",
+        prog=PROGRAM,
         description="Whole Hugging Face weights from a DeepSpeed checkpoint of a cut model.",
     )
     parser.add_argument(
