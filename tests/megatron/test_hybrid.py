@@ -13,12 +13,13 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 import torch.nn.functional as F
 from megatron.core.package_info import MINOR
+from tiers import sized
 from tiny_gpt import LENGTH, VOCABULARY, Layout, Log, build, start_megatron, train_step
 from torch.distributed.checkpoint import FileSystemReader
 
 from helix_megatron.config import HelixConfig
 
-STEPS = 20
+STEPS = sized("training", full=20, quick=6)
 EXPERTS = {
     "num_moe_experts": 4,
     "moe_router_load_balancing_type": "none",

@@ -186,6 +186,7 @@ def tasks(directory: Path, flags: str, variables: dict[str, str]) -> list[tuple[
     return [(task.returncode, *texts) for task, texts in zip(started, printed, strict=True)]
 
 
+@pytest.mark.full("training")
 def test_four_tasks_of_srun_are_one_run(tmp_path):
     """They were four trainings of one rank that wrote over each other's checkpoints, with exit 0."""
     with socket.socket() as free:
