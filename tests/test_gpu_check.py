@@ -101,4 +101,4 @@ def test_all_of_it_runs_on_the_cpu(tmp_path):
     assert "| gather-kv | GQA 8/2 | 2 × 2 | gloo |" in text
     assert "| Helix, m = 2 |" in text
     assert "exchange gather-kv." in text
-    assert "wrong" not in text
+    assert "**wrong**" not in text
