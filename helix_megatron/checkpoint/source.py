@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def write_side_files(files: Mapping[str, bytes | Path], folder: Path) -> None:
             shutil.copyfile(content, folder / name)
 
 
-class Source:
+class Source(ABC):
     """A checkpoint as canonical tensors, which subclasses read.
 
     Args:
@@ -82,17 +83,17 @@ class Source:
         """The shape of a tensor."""
         return self.tensors[name].shape
 
+    @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, name: str) -> Tensor:
         """A tensor; not to be written to.
 
         Raises:
             HelixError: a file is damaged, or has not all of the tensor.
         """
-        raise NotImplementedError
 
     def mixed(self, name: str) -> str | None:
         """How the dtypes of a tensor's pieces differ, for people; None where they are one."""
@@ -102,7 +103,7 @@ class Source:
         """What a tensor is made of, for people."""
         return name
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 - most have nothing left to verify
         """Verify what has not been verified yet. Raises HelixError that names a damaged file."""
 
     def sidecars(self) -> dict[str, bytes | Path]:
@@ -120,8 +121,21 @@ class Derived(Source):
         super().__init__(source.directory, flags)
         self._source, self.kind, self.iteration = source, source.kind, source.iteration
         self.attention, self.segments = source.attention, source.segments
-        for name in ("dtype", "mixed", "origin", "finish", "sidecars"):
-            setattr(self, name, getattr(source, name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(name)
+
+    def mixed(self, name: str) -> str | None:
+        return self._source.mixed(name)
+
+    def origin(self, name: str) -> str:
+        return self._source.origin(name)
+
+    def finish(self) -> None:
+        self._source.finish()
+
+    def sidecars(self) -> dict[str, bytes | Path]:
+        return self._source.sidecars()
 
 
 class SegmentLocalSource(Derived):
@@ -137,14 +151,13 @@ class SegmentLocalSource(Derived):
             for name, tensor in source.tensors.items()
             if tensor.cut in orders
         }
-        self.origin = self._origin  # type: ignore[method-assign]
 
     def read(self, name: str) -> Tensor:
         value, order = self._source.read(name), self._orders.get(name)
         return value if order is None else value.index_select(*order)
 
-    def _origin(self, name: str) -> str:
-        return self._source.origin(name) + (" (permuted)" if name in self._orders else "")
+    def origin(self, name: str) -> str:
+        return super().origin(name) + (" (permuted)" if name in self._orders else "")
 
 
 class UnpaddedSource(Derived):
