@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helix_megatron.core.collectives import gather, swap
+from helix_megatron.core.collectives import gather
+from helix_megatron.core.exchanges.gather_kv import attended_heads, gather_kv_heads
 from helix_megatron.core.head_norm import head_mean
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.core.replicated import to_ranks
@@ -32,67 +33,26 @@ GATHER = "exchange/gather-kv"
 
 
 class KeyValueHeads:
-    """Which key-value heads this rank's query heads need, and how they come here from the head group.
-
-    `wanted` are the needed heads, counted inside the group, one for each `queries` neighbouring query heads.
-    """
+    """Which key-value heads this rank's query heads need, and how they come here from the head group."""
 
     def __init__(self, layout: HeadLayout, sharding: Sharding) -> None:
-        self.layout, self.group, self.member = (
-            layout,
-            sharding.intra_head_group,
-            layout.partition(sharding.rank)[1],
-        )
-        everyone = [self._wanted(member) for member in range(layout.segments)]
-        if len({len(heads) for heads in everyone}) > 1:  # one copy for each query head
-            everyone = [self._of_queries(member) for member in range(layout.segments)]
-        self.wanted = everyone[self.member]
-        self._everyone = everyone
-        self.queries = layout.num_heads // layout.num_ranks // len(self.wanted)
-        distinct = {len(set(heads)) for heads in everyone}
-        self._swaps = len(distinct) == 1 and distinct != {layout.group_kv_heads}
-        first = self.wanted[0] if self._swaps else 0
-        received = self.wanted[-1] + 1 - first if self._swaps else layout.group_kv_heads
-        places = torch.tensor(self.wanted, device="cpu") - first
-        self._places = None if places.tolist() == list(range(received)) else places
-
-    def _of_queries(self, member: int) -> list[int]:
-        r = self.layout.queries_per_kv_head
-        return [head // r for head in self.layout.dealt_heads(0, member)]
-
-    def _wanted(self, member: int) -> list[int]:
-        """Each needed head once, if all are needed by equally many query heads; else one copy for each."""
-        heads = self._of_queries(member)
-        needed = list(dict.fromkeys(heads))
-        even = heads == [head for head in needed for _ in range(len(heads) // len(needed))]
-        return needed if even else heads
+        self.layout, self.group = layout, sharding.intra_head_group
+        self.member = layout.partition(sharding.rank)[1]
+        self.wanted = attended_heads(layout, self.member)
 
     @property
     def copies(self) -> float:
         """On how many ranks each key-value head is, once it is gathered."""
         return len(self.wanted) * self.layout.segments / self.layout.group_kv_heads
 
-    def gathered(self, x_NGC: Tensor, *, canonical: bool) -> Tensor:
-        """[.., g/n, d/m], a segment of the group's heads → [.., u, d], the wanted heads, whole.
+    def gathered(self, x_BLGPC: Tensor, *, canonical: bool) -> tuple[Tensor, ...]:
+        """P times [B, L, u, d], the wanted heads, whole, from this rank's segments of the group's heads.
 
         canonical: the segments are those of the layout, as a projection has them; else neighbouring parts.
         """
-        if self._swaps:
-            parts = [x_NGC[..., heads[0] : heads[-1] + 1, :] for heads in self._everyone]
-            x_mNUC = swap(torch.stack(parts), self.group, purpose=GATHER)
-        else:
-            x_mNUC = gather(x_NGC.contiguous(), self.group, purpose=GATHER)
-        m, lengths = self.layout.segments, [x_mNUC.size(-1)]
-        if canonical:
-            total = sum(length for _, length in self.layout.segment_pieces)
-            lengths = [n * lengths[0] // total for _, n in self.layout.segment_pieces]
-        pieces = x_mNUC.movedim(0, -2).split(lengths, dim=-1)
-        x_NUD = torch.cat([piece.flatten(-2) for piece in pieces], dim=-1)
-        assert x_NUD.size(-1) == m * x_NGC.size(-1)
-        if self._places is None:
-            return x_NUD
-        self._places = self._places.to(x_NUD.device)
-        return x_NUD.index_select(-2, self._places)
+        return gather_kv_heads(
+            x_BLGPC, self.layout, self.group, purpose=GATHER, canonical=canonical
+        )
 
     def segment(self, x_BUSD: Tensor) -> Tensor:
         """[B, u, S, d] of wanted heads → [B, g/n, S, d/m]: this rank's part of all heads of its group."""
@@ -102,8 +62,9 @@ class KeyValueHeads:
         if self.wanted == group_heads:
             return x_BUSD[..., own].contiguous()
         x_mBUSD = gather(x_BUSD.contiguous(), self.group, purpose="exchange/cache")
+        everyone = [attended_heads(self.layout, m) for m in range(self.layout.segments)]
         holders = [
-            next((m, h.index(head)) for m, h in enumerate(self._everyone) if head in h)
+            next((m, heads.index(head)) for m, heads in enumerate(everyone) if head in heads)
             for head in group_heads
         ]
         return torch.stack([x_mBUSD[m, :, place, :, own] for m, place in holders], dim=1)
@@ -174,7 +135,8 @@ class SegmentCache:
         if stored[0].size(2) == key.size(2):  # nothing was there before
             return key, value
         k, v = (
-            self._heads.gathered(x.transpose(1, 2), canonical=False).transpose(1, 2) for x in stored
+            self._heads.gathered(x.transpose(1, 2).unsqueeze(3), canonical=False)[0].transpose(1, 2)
+            for x in stored
         )
         return k, v
 
@@ -189,8 +151,8 @@ class GatheredProjection(layers.Partitioned):
     def forward(self, x: Tensor) -> Tensor:
         """[.., D] → [.., u·d]."""
         part = F.linear(x, self.weight, self.bias)
-        x_NGC = part.unflatten(-1, (self.heads.layout.group_kv_heads, -1))
-        return self.heads.gathered(x_NGC, canonical=True).flatten(-2)
+        x_BLG1C = part.unflatten(-1, (self.heads.layout.group_kv_heads, 1, -1))
+        return self.heads.gathered(x_BLG1C, canonical=True)[0].flatten(-2)
 
 
 class FusedProjection(GatheredProjection):
@@ -202,8 +164,9 @@ class FusedProjection(GatheredProjection):
         part = F.linear(x, self.weight, self.bias)
         own = layout.num_heads // layout.num_ranks * layout.head_dim
         queries, rest = part[..., :own], part[..., own:]
-        kv = rest.unflatten(-1, (2, layout.group_kv_heads, -1))
-        return torch.cat([queries, self.heads.gathered(kv, canonical=True).flatten(-3)], dim=-1)
+        kv_BLG2C = rest.unflatten(-1, (2, layout.group_kv_heads, -1)).transpose(2, 3)
+        kv = self.heads.gathered(kv_BLG2C, canonical=True)
+        return torch.cat([queries, *(heads.flatten(-2) for heads in kv)], dim=-1)
 
 
 class UsedByRanks(layers.Partitioned):

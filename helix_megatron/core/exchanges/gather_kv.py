@@ -40,7 +40,9 @@ class GatherKV(WholeHeads):
 
         x = inputs
         kv_SBG2C = torch.stack([x.k, x.v], dim=3)
-        return x.q, *gather_kv_heads(kv_SBG2C, x.layout, x.group, purpose="exchange/gather-kv")
+        purpose = "exchange/gather-kv"
+        key, value = gather_kv_heads(kv_SBG2C, x.layout, x.group, purpose=purpose)
+        return x.q, key, value
 
 
 # Shared with all-to-all over heads, whose members hold the same heads after their exchange.
@@ -81,6 +83,13 @@ def kv_heads_attended(layout: HeadLayout) -> int:
     return u
 
 
+def attended_heads(layout: HeadLayout, member: int) -> list[int]:
+    """The u key-value heads, counted inside the group, with which a member's attention runs."""
+    dealt = layout.dealt_heads(0, member)
+    heads = [head // layout.queries_per_kv_head for head in dealt]
+    return heads[:: len(heads) // kv_heads_attended(layout)]
+
+
 def gather_kv_heads(
     kv_SBG2C: Tensor,
     layout: HeadLayout,
@@ -88,11 +97,11 @@ def gather_kv_heads(
     *,
     purpose: str,
     canonical: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Keys and values [S, B, u, D] of the u heads with which this member attends, each contiguous.
 
     Args:
-        kv_SBG2C: this member's segments of the group's keys and values, side by side.
+        kv_SBG2C: this member's segments of the group's keys and values, side by side; or of either alone.
         canonical: the order of a head's dimensions; else segment by segment.
     """
     import torch
@@ -101,23 +110,20 @@ def gather_kv_heads(
     from helix_megatron.core.exchanges.segments import join, join_canonical
 
     needs = [layout.kv_heads_needed(member) for member in range(layout.segments)]
-    received, u = needs[group.rank()], kv_heads_attended(layout)
+    received = needs[group.rank()]
     if kv_heads_received(layout) == layout.group_kv_heads:
         received = range(layout.group_kv_heads)
         kv_mSBG2C = gather(kv_SBG2C, group, purpose=purpose)
     else:
         sent = torch.stack([kv_SBG2C[:, :, need.start : need.stop] for need in needs])
         kv_mSBG2C = swap(sent, group, purpose=purpose)
-    dealt = layout.dealt_heads(0, group.rank())
-    wanted = [head // layout.queries_per_kv_head - received.start for head in dealt]
-    wanted = wanted[:: len(wanted) // u]
+    wanted = [head - received.start for head in attended_heads(layout, group.rank())]
     if wanted == list(range(wanted[0], wanted[-1] + 1)):
         kv_mSBG2C = kv_mSBG2C[:, :, :, wanted[0] : wanted[-1] + 1]
     else:  # a copy for each query head
         heads = kv_mSBG2C.unbind(3)
         kv_mSBG2C = torch.stack([heads[head] for head in wanted], dim=3)
     # One by one, so that keys can be freed once they are rotated, while values are kept.
-    k, v = (
+    return tuple(
         join_canonical(part, layout) if canonical else join(part) for part in kv_mSBG2C.unbind(4)
     )
-    return k, v
