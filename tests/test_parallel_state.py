@@ -147,6 +147,8 @@ def destroy_and_make_again() -> list[Any]:
         parallel_state.initialize_model_parallel(4, intra_head_parallel_size=m)
         seen.append(parallel_state.get_intra_head_parallel_world_size())
         old = parallel_state.get_intra_head_parallel_group()
+        # gloo cannot connect a rank to one that has destroyed the group already.
+        dist.barrier()
         parallel_state.destroy_model_parallel()
         seen += [
             parallel_state.intra_head_parallel_is_initialized(),
@@ -157,6 +159,7 @@ def destroy_and_make_again() -> list[Any]:
         with pytest.raises(KeyError):  # torch does not know it any more
             members(old)
     parallel_state.initialize_model_parallel(4, intra_head_parallel_size=2)
+    dist.barrier()
     parallel_state.destroy_intra_head_parallel()
     seen.append(megatron_state.model_parallel_is_initialized())
     return seen
