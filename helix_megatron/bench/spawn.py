@@ -13,7 +13,13 @@ from typing import Any
 
 from helix_megatron.errors import HelixError
 from helix_megatron.flags import whole
-from helix_megatron.run.local_ranks import USER_ERROR, rank_environment, supervised, wait_for
+from helix_megatron.run.local_ranks import (
+    USER_ERROR,
+    rank_environment,
+    reserved_port,
+    supervised,
+    wait_for,
+)
 from helix_megatron.run.rank_environment import MOST_RANKS, launched_ranks
 
 # Types of flags: sizes of what is measured, and ranks of this machine.
@@ -106,11 +112,11 @@ def _run_in_processes(function: Callable[..., Any], args: tuple[Any, ...], ranks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helix_megatron.bench.preload"])
     threads = int(THREADS) if THREADS.isdigit() else max(1, (os.cpu_count() or 1) // ranks)
-    environment = rank_environment(ranks)
     started: list[_ForkedRank] = []
     with tempfile.TemporaryDirectory(prefix="helix-bench-") as name:
         directory = Path(name)
-        with supervised(started):
+        with reserved_port() as port, supervised(started):
+            environment = rank_environment(ranks, port)
             for rank in range(ranks):
                 own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 work = (function, args, own, directory, threads)

@@ -36,11 +36,16 @@ class Rank(Protocol):
         """Its exit status, negative for a signal; None while it runs."""
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on right now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A free TCP port of this machine, which no other program is given inside the block.
+
+    It is bound and not listened to: who is told of it can listen there with SO_REUSEADDR, as torch's stores do.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def start_ranks(number: int, command: Sequence[str], *, drains: bool = False) -> int:
@@ -59,8 +64,8 @@ def start_ranks(number: int, command: Sequence[str], *, drains: bool = False) ->
     listening, writing = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        with supervised(processes, drains=drains) as asked:
-            environment = rank_environment(number) | {PARENT: str(listening)}
+        with reserved_port() as port, supervised(processes, drains=drains) as asked:
+            environment = rank_environment(number, port) | {PARENT: str(listening)}
             for rank in range(number):
                 if asked:
                     break
@@ -131,8 +136,8 @@ def end_with_parent(farewell: Callable[[], None] = lambda: None) -> None:
     threading.Thread(target=watch, args=(int(number),), name="helix-parent", daemon=True).start()
 
 
-def rank_environment(number: int) -> dict[str, str]:
-    """The environment of `number` ranks of this machine, without the rank itself."""
+def rank_environment(number: int, port: int) -> dict[str, str]:
+    """The environment of `number` ranks of this machine that meet at a port, without the rank itself."""
     environment = dict(os.environ)
     defaults = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number)),
@@ -146,7 +151,7 @@ def rank_environment(number: int) -> dict[str, str]:
             "WORLD_SIZE": str(number),
             "LOCAL_WORLD_SIZE": str(number),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(port),
         }
     )
 

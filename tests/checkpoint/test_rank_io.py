@@ -19,6 +19,7 @@ from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, RankReader, StageFiles, file_name
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
+from helix_megatron.run.local_ranks import reserved_port
 
 ROOT = Path(__file__).parents[2]
 CUT = (2, 2, 1, 2, 2)
@@ -147,23 +148,16 @@ def test_deepspeed_loads_them(tmp_path):
     folder.mkdir()
     whole = write(folder / "step7", layout)
     (folder / LATEST).write_text("step7")
-    run = subprocess.run(
-        [sys.executable, "-c", DEEPSPEED, str(folder), str(_free_port())],
-        capture_output=True,
-        text=True,
-        timeout=PROGRAM_LIMIT,
-        check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
+    with reserved_port() as port:
+        run = subprocess.run(
+            [sys.executable, "-c", DEEPSPEED, str(folder), str(port)],
+            capture_output=True,
+            text=True,
+            timeout=PROGRAM_LIMIT,
+            check=False,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
     assert f"loaded {len(whole)}" in run.stdout, run.stderr[-3000:]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def change(path: Path, name: str, change: Any) -> None:

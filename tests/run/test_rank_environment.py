@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 from waiting import PROGRAM_LIMIT, wait_until
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.checkpoint.manifest import read_manifest
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.errors import LaunchError
+from helix_megatron.run.local_ranks import reserved_port
 from helix_megatron.run.rank_environment import BATCH_SYSTEMS, launched_ranks, number_of_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -189,11 +192,9 @@ def tasks(directory: Path, flags: str, variables: dict[str, str]) -> list[tuple[
 @pytest.mark.full("training")
 def test_four_tasks_of_srun_are_one_run(tmp_path):
     """They were four trainings of one rank that wrote over each other's checkpoints, with exit 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    node = {"SLURM_NNODES": "1", "MASTER_PORT": port}
-    ended = tasks(tmp_path, "--tensor-model-parallel-size 2 --intra-head-parallel-size 2", node)
+    with reserved_port() as port:
+        node = {"SLURM_NNODES": "1", "MASTER_PORT": str(port)}
+        ended = tasks(tmp_path, "--tensor-model-parallel-size 2 --intra-head-parallel-size 2", node)
     assert [status for status, *_ in ended] == [0] * 4, ended
     assert not any(printed for _, printed, _ in ended[1:]), "the first rank speaks for all"
     assert "iteration" in ended[0][1]
@@ -210,3 +211,17 @@ def test_tasks_of_srun_that_cannot_be_one_run_are_refused(tmp_path):
         assert "MASTER_ADDR is not set" in " ".join(printed.split())
         assert "Traceback" not in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reserved_port_is_for_the_ranks_alone():
+    """Between the choice of a port and the start of rank 0 lie seconds, in which others ask for ports, too."""
+    with reserved_port() as port, contextlib.ExitStack() as others:
+        with pytest.raises(OSError, match="in use"):
+            others.enter_context(socket.socket()).bind(("127.0.0.1", port))
+        for _ in range(200):
+            other = others.enter_context(socket.socket())
+            other.bind(("127.0.0.1", 0))
+            assert other.getsockname()[1] != port
+        store = dist.TCPStore("127.0.0.1", port, 1, is_master=True)
+        store.set("rank 0", "listens")
+        assert store.get("rank 0") == b"listens"

@@ -25,7 +25,7 @@ from waiting import PROGRAM_LIMIT, wait_until
 from helix_megatron.checkpoint.manifest import verify
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.run import watchdog
-from helix_megatron.run.local_ranks import free_port
+from helix_megatron.run.local_ranks import reserved_port
 
 ROOT = Path(__file__).parents[2]
 RANKS = sized("training", full=4, quick=2)
@@ -42,43 +42,45 @@ def run(tmp_path):
 
 @contextlib.contextmanager
 def ranks_of_a_run(tmp_path, *flags, timeout_minutes=60):
-    port = free_port()
     outputs = [tmp_path / f"rank{rank}" for rank in range(RANKS)]
     metrics = tmp_path / "metrics.jsonl"
     processes = []
-    for rank, output in enumerate(outputs):
-        environment = dict(os.environ) | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(RANKS),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        timeout = ["--distributed-timeout-minutes", str(timeout_minutes)]
-        timeout += ["--metrics-jsonl", str(metrics)]
-        command = [
-            sys.executable,
-            str(ROOT / "scripts" / "pretrain_gpt.py"),
-            *SMALL.split(),
-            *LAYOUT.split(),
-        ]
-        command += [*timeout, *flags]
-        with output.open("w") as file:
-            processes.append(
-                subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-            )
+    with reserved_port() as port:
+        for rank, output in enumerate(outputs):
+            environment = dict(os.environ) | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(RANKS),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            timeout = ["--distributed-timeout-minutes", str(timeout_minutes)]
+            timeout += ["--metrics-jsonl", str(metrics)]
+            command = [
+                sys.executable,
+                str(ROOT / "scripts" / "pretrain_gpt.py"),
+                *SMALL.split(),
+                *LAYOUT.split(),
+            ]
+            command += [*timeout, *flags]
+            with output.open("w") as file:
+                processes.append(
+                    subprocess.Popen(
+                        command, stdout=file, stderr=subprocess.STDOUT, env=environment
+                    )
+                )
 
-    def under_way() -> bool:
-        assert all(process.poll() is None for process in processes), outputs[0].read_text()
-        return metrics.exists() and len(metrics.read_text().splitlines()) >= 3
+        def under_way() -> bool:
+            assert all(process.poll() is None for process in processes), outputs[0].read_text()
+            return metrics.exists() and len(metrics.read_text().splitlines()) >= 3
 
-    try:
-        wait_until(under_way, "three iterations are over", PROGRAM_LIMIT)
-        yield processes, outputs
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        try:
+            wait_until(under_way, "three iterations are over", PROGRAM_LIMIT)
+            yield processes, outputs
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
 def ends(processes: list[subprocess.Popen], victim: int) -> None:
