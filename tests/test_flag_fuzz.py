@@ -10,18 +10,21 @@ import argparse
 import contextlib
 import itertools
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import psutil
 import pytest
 from tiers import is_full
 
 from helix_megatron.arguments import Parser
 
 SECONDS = 5.0  # of this process's time: a machine that is busy does not count
+BYTES = 2 << 30  # beyond what the process has: more is a MemoryError, and a fault
 VALUES = (
     *(
         "",
@@ -203,6 +206,16 @@ def stopped_at_its_start(command: Command, monkeypatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (psutil.Process().memory_info().data + BYTES, limits[1])
+    )
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
 def problem_of(command: Command, arguments: Sequence[str], capsys) -> str | None:
     """What is wrong with how a command took its arguments."""
     began = time.process_time()
@@ -226,7 +239,9 @@ def problem_of(command: Command, arguments: Sequence[str], capsys) -> str | None
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_absurd_values_are_refused_in_a_sentence(name, tmp_path, monkeypatch, capsys):
+def test_absurd_values_are_refused_in_a_sentence(
+    name, little_memory, tmp_path, monkeypatch, capsys
+):
     """The quick tier tries every flag with two values, other ones for each; the full one all values."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)

@@ -18,8 +18,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from helix_megatron.core.layout import HeadLayout, QueryLayout
 from helix_megatron.core.masks import visible_range
 
@@ -41,6 +39,12 @@ def sent_bytes(kind: str, size: float, ranks: int) -> float:
     return 2 * share * size if kind == "all-reduce" else share * size
 
 
+def _sum_of_positives(first: int, count: int) -> int:
+    """The sum of those of `first`, `first` + 1, … (`count` numbers) that are above 0."""
+    low, high = max(first, 0), first + count - 1
+    return (low + high) * (high - low + 1) // 2 if high >= low else 0
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """All that decides whether an exchange fits and what it costs.
@@ -60,11 +64,13 @@ class AttentionShape:
     @functools.cached_property
     def visible_pairs(self) -> int:
         """(query, key) pairs of one head of one sequence that causality and window show."""
-        first = self.key_length - self.query_length
-        query = np.arange(first, self.key_length)
-        low, high = visible_range(query, causal=self.causal, window=self.window)
-        seen = np.minimum(high, self.key_length - 1) - np.maximum(low, 0) + 1
-        return int(np.maximum(seen, 0).sum())
+        last = self.key_length - 1
+        before, after = (-at for at in visible_range(0, causal=self.causal, window=self.window))
+        first = max(last + 1 - self.query_length, after)  # those before it see no key
+        queries = max(last + 1 - first, 0)
+        hidden_before = _sum_of_positives(first - before, queries)
+        hidden_after = _sum_of_positives(after, queries)
+        return queries * (last + 1) - hidden_before - hidden_after
 
     def segment_bytes(self, length: int, heads: int) -> int:
         """Bytes of the segments that one rank holds of `heads` heads over `length` positions."""
