@@ -11,7 +11,7 @@ from tiers import sized
 from waiting import PROGRAM_LIMIT
 
 TESTS = Path(__file__).parent
-CASES = sized("checkpoints", full=1000, quick=15)
+CASES = sized("checkpoints", full=100, quick=8)
 
 
 def test_every_reader_reads_or_refuses():

@@ -12,7 +12,7 @@ import pytest
 from tiers import sized
 from waiting import PROGRAM_LIMIT
 
-KILLS = sized("checkpoints", full=20, quick=5)
+KILLS = sized("checkpoints", full=20, quick=3)
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["synchronous", "asynchronous"])

@@ -92,6 +92,7 @@ def test_the_command_writes_what_plain_transformers_loads(saved, tmp_path):
         np.testing.assert_array_equal(parameter.detach().numpy(), whole[name], err_msg=name)
 
 
+@pytest.mark.full("checkpoints")
 def test_tied_weights_and_prefixes(pool, tmp_path):
     """A tied weight keeps both names and is written once; a model inside a module loses its prefix."""
     run = Run(helix=ON_4, model="wrapped tied llama", steps=1)

@@ -152,6 +152,7 @@ def indices_of_loader() -> list[int]:
     return next(iter(loader)).flatten().tolist()
 
 
+@pytest.mark.full("training")
 def test_deepspeeds_loader_deals_samples_to_replicas(pool):
     """Ranks that share a model get the same batch, replicas different ones."""
     by_rank = pool.run(indices_of_loader, world_size=4, timeout=TIMEOUT)

@@ -50,6 +50,7 @@ def logged(run: subprocess.CompletedProcess[str]) -> list[tuple[float, float]]:
     return [(float(line["loss"]), float(line["grad_norm"])) for line in lines]
 
 
+@pytest.mark.full("training")
 def test_trainer_prints_the_losses_of_one_process(tmp_path):
     """Batches must not be dealt to ranks, clipping must use the whole norm, and 2 ranks share heads of 2."""
     flags = ("--steps", "6", "--heads", "1")

@@ -19,13 +19,12 @@ from helix_megatron.megatron.self_attention import HelixSelfAttention
 GREEDY = Sampling(max_tokens=256, temperature=0)
 ONE_LAYER = "--num-layers 1"
 SHORT = Sampling(max_tokens=24, temperature=0)
-# Of the quick tier: one cache layout of one kind of heads generates 256 tokens, on 2 ranks, and one kind runs
-# on 8 ranks. The full tier has all of them everywhere.
+# Of the quick tier: one cache layout of a kind of heads generates 256 tokens on 2 ranks, and each kind runs on
+# one number of ranks. The full tier has all of them everywhere.
 LONG = {"MHA": "batch", "GQA": "segment", "MQA": "sequence"}
+QUICK = {"GQA": 2, "MHA": 4, "MQA": 8}
 RANKS = [
-    pytest.param(
-        kind, ranks, marks=[pytest.mark.full("inference")] * (ranks == 8 and kind != "MQA")
-    )
+    pytest.param(kind, ranks, marks=[pytest.mark.full("inference")] * (QUICK[kind] != ranks))
     for kind in models.HEADS
     for ranks in (2, 4, 8)
 ]
@@ -70,7 +69,7 @@ def test_256_greedy_tokens_are_those_of_one_process(pool, reference, kind, ranks
     assert len({tuple(tokens) for tokens in expected}) == len(expected), "prompts that say the same"
     segments = SEGMENTS[kind][ranks]
     text = models.flags(*models.HEADS[kind], ranks=ranks, segments=segments, more=ONE_LAYER)
-    long = {LONG[kind]} if (kind, ranks) == ("MQA", 2) else set()
+    long = {LONG[kind]} if (kind, ranks) == ("GQA", 2) else set()
     caches = NAMES if is_full("inference") or ranks < 8 else (LONG[kind],)
     samplings = {
         cache: GREEDY if is_full("inference") or cache in long else SHORT for cache in caches

@@ -156,6 +156,7 @@ def test_no_script_and_no_checkout(tmp_path) -> None:
     assert launch("--help").returncode == 0
 
 
+@pytest.mark.full("training")
 def test_processes_that_the_script_spawns_find_its_functions(folder) -> None:
     """Saving a checkpoint spawns a process, which begins by importing the main module anew."""
     done = launch(folder / "pretrain_gpt.py", "--spawn")

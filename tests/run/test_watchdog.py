@@ -90,7 +90,9 @@ def ends(processes: list[subprocess.Popen], victim: int) -> None:
             assert status != 0, f"rank {rank} ended as if all were well"
 
 
-@pytest.mark.parametrize("victim", [0, RANKS // 2])
+@pytest.mark.parametrize(
+    "victim", [0, pytest.param(RANKS // 2, marks=pytest.mark.full("training"))]
+)
 def test_a_killed_rank_ends_the_others_with_its_name_and_the_collective(run, victim):
     """Nobody should wait for a dead rank, an hour in this case, nor guess which it was."""
     processes, outputs = run

@@ -279,6 +279,7 @@ def test_a_taken_port_is_said_at_once(checkpoint):
     assert "gloo" not in text
 
 
+@pytest.mark.full("serving")
 def test_a_signal_to_every_process_is_one_signal(checkpoint):
     """As systemd and Slurm send it: open requests still finish, also where a rank was stopped meanwhile."""
     with served(checkpoint, ranks=2) as server:
@@ -296,6 +297,7 @@ def test_a_signal_to_every_process_is_one_signal(checkpoint):
         assert end_of(server) == 0, server.text
 
 
+@pytest.mark.full("serving")
 def test_a_rank_that_does_not_answer_keeps_no_server_alive(checkpoint):
     """It holds rank 0 in a collective: clients are told when the time is over, and the server ends."""
     with served(checkpoint, ranks=2, drain_seconds=1) as server:
