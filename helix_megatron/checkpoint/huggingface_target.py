@@ -23,6 +23,7 @@ from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.source import write_side_files
 from helix_megatron.checkpoint.targets import Report, Row, Tensors, as_json, manifest_of
 from helix_megatron.model.families import Family, family_for_flags, family_of
+from helix_megatron.model.families.rules import rules_by_source, source_tensors
 
 READ_AHEAD = (
     2  # tensors of a family's rule that wait for their turn in a file, as multiples of the largest
@@ -49,13 +50,15 @@ class HuggingFaceTarget:
         index = self._json(INDEX)
         files = weight_map(index, self.source.directory / INDEX) if index else {}
         rules = self.family.rules(flags, list(files) or None)
-        self._rule_of = {source: rule for rule in rules for source in rule.sources}
-        entries = [
-            Entry(name, tensors.dtypes[rule.name], tuple(shape))
-            for rule in rules
-            for name, shape in zip(rule.sources, rule.shapes, strict=True)
-        ]
-        if shard_size is None and not tensors.cast and files.keys() >= self._rule_of.keys():
+        self._rules_of = rules_by_source(rules)
+        entries = list(
+            {
+                name: Entry(name, tensors.dtypes[rule.name], tuple(shape))
+                for rule in rules
+                for name, shape in zip(rule.sources, rule.shapes, strict=True)
+            }.values()
+        )
+        if shard_size is None and not tensors.cast and files.keys() >= self._rules_of.keys():
             self._files: dict[str, list[Entry]] = {}
             for entry in entries:
                 self._files.setdefault(files[entry.name], []).append(entry)
@@ -67,7 +70,9 @@ class HuggingFaceTarget:
     def rows(self) -> Iterator[Row]:
         for file in self.units:
             for entry in self._files[file]:
-                origin = self.source.origin(self._rule_of[entry.name].name)
+                first, *others = self._rules_of[entry.name]
+                origin = self.source.origin(first.name)
+                origin += f" and {len(others)} more" if others else ""
                 yield Row(**vars(entry), origin=origin, file=file)
 
     def write(self, unit: str, content: Path, report: Report) -> dict[str, Any]:
@@ -106,10 +111,9 @@ class HuggingFaceTarget:
     def _tensor(self, name: str) -> Tensor:
         """One Hugging Face tensor; its neighbours from the same canonical one wait for their turn."""
         if name not in self._waiting:
-            rule = self._rule_of[name]
-            limit = READ_AHEAD * sum(torch.Size(shape).numel() for shape in rule.shapes)
+            rules = self._rules_of[name]
+            limit = READ_AHEAD * sum(torch.Size(shape).numel() for shape in rules[0].shapes)
             if sum(tensor.numel() for tensor in self._waiting.values()) > limit:
                 self._waiting.clear()
-            parts = rule.from_canonical(self.tensors.read(rule.name))
-            self._waiting.update(zip(rule.sources, parts, strict=True))
+            self._waiting |= source_tensors(rules, self.tensors.read)
         return self._waiting.pop(name)

@@ -22,7 +22,14 @@ from helix_megatron.megatron.optional import available_backends
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
 from helix_megatron.model.description import ModelConfig
-from helix_megatron.training.model_options import activation, can_fuse_activation, scale_embeddings
+from helix_megatron.training.model_options import (
+    activation,
+    can_fuse_activation,
+    divide_logits,
+    leave_heads_without_rope_unnormalised,
+    scale_embeddings,
+    scale_residuals,
+)
 from helix_megatron.training.run import RunConfig, same_named
 from helix_megatron.training.settings import Training
 
@@ -37,7 +44,7 @@ def transformer_config(run: RunConfig) -> HelixTransformerConfig:
         # The batched form pairs messages wrongly with two stages and changes the loss silently.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     on_gpu = torch.cuda.is_available()
-    return HelixTransformerConfig(
+    config = HelixTransformerConfig(
         **model.transformer_settings,
         **settings,
         helix=run.helix,
@@ -52,6 +59,9 @@ def transformer_config(run: RunConfig) -> HelixTransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
     )
+    for name, value in model.yarn_settings.items():  # no fields of Megatron's
+        setattr(config, name, value)
+    return config
 
 
 def parameter_dtype(training: Training) -> torch.dtype:
@@ -113,6 +123,10 @@ def build_chunk(
         **run.model.gpt_settings,
     )
     scale_embeddings(model, run.model.embedding_multiplier)
+    scale_residuals(model, run.model.residual_multiplier)
+    divide_logits(model, run.model.logits_scaling)
+    if run.model.qk_l2_norm:
+        leave_heads_without_rope_unnormalised(model, run.model.layers_without_rope)
     leave_communication_to_the_dispatcher(model)
     return model
 

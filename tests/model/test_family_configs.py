@@ -15,8 +15,10 @@ from hf_models import MODELS, config_of
 from waiting import printed_afresh
 
 from helix_megatron.errors import HelixError
+from helix_megatron.huggingface.forms import SHOWN
 from helix_megatron.model.families import (
     FAMILIES,
+    INEXPRESSIBLE,
     family_for_flags,
     family_named,
     family_of,
@@ -24,6 +26,7 @@ from helix_megatron.model.families import (
 from helix_megatron.model.families.pieces import HARMLESS, HARMLESS_PREFIXES, READ
 
 
+@pytest.mark.filterwarnings("ignore:attention_chunk_size and attn_temperature_tuning")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_defaults_are_those_of_transformers(name):
     """Published config.json files leave keys out, and mean the default of the model's class."""
@@ -185,16 +188,36 @@ def test_original_configuration_is_kept_where_flags_do_not_speak():
 
 
 UNSUPPORTED = {
-    "yarn": (
+    "yarn that grows otherwise": (
         "llama 2",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-        "rotary embedding of type 'yarn'",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}},
+        "attention_factor = 1.0 of yarn rotary embedding. Megatron's GPT has what follows from factor, mscale "
+        "and mscale_all_dim only, here 1.1386",
     ),
+    "longrope": (
+        "phi3",
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        "rotary embedding of type 'longrope'",
+    ),
+    "no biases of gpt-oss": ("gpt oss", {"attention_bias": False}, "attention_bias = False"),
+    "another gate of gpt-oss": ("gpt oss", {"swiglu_alpha": 1.0}, "swiglu_alpha = 1.0"),
+    "sigmoids that are not normalised": (
+        "glm4 moe",
+        {"norm_topk_prob": False},
+        "norm_topk_prob = False and num_experts_per_tok = 2",
+    ),
+    "groups by three experts": (
+        "glm4 moe",
+        {"num_experts_per_tok": 3, "topk_group": 1},
+        "topk_group = 1 and num_experts_per_tok = 3. Megatron's router counts a group by its 3 best",
+    ),
+    "two experts of Llama 4": ("llama4", {"num_experts_per_tok": 2}, "num_experts_per_tok = 2"),
+    "layers without rope": ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers = [1]"),
     "dynamic": (
         "llama 2",
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         "type 'dynamic' (rope_parameters or rope_scaling), which Megatron's GPT does not have. Valid: "
-        "default, linear, llama3.",
+        "default, linear, llama3, yarn.",
     ),
     "other llama3 constants": (
         "llama 3",
@@ -322,11 +345,34 @@ def test_every_key_that_transformers_reads_is_known(name):
 
 def test_unknown_families_are_listed():
     """A user with another model learns which ones there are."""
-    with pytest.raises(HelixError, match=r"'gemma2' is unknown. Valid: llama, .*mean gemma?"):
-        family_of({"model_type": "gemma2"})
+    with pytest.raises(HelixError, match=r"'gemma1' is unknown. Valid: llama, .*mean gemma?"):
+        family_of({"model_type": "gemma1"})
     with pytest.raises(HelixError, match=r"has no model_type.*LlamaForCausalLM"):
         family_of({})
     assert family_of({"architectures": ["MixtralForCausalLM"]}).name == "mixtral"
+
+
+def test_what_megatron_lacks_is_named():
+    """A type that Hugging Face's host cuts converts, or is refused for what is in the way."""
+    with pytest.raises(
+        HelixError, match=r"gemma2 have norms behind .*attn_logit_softcapping.*, and megatron-core"
+    ):
+        family_of({"model_type": "gemma2"})
+    assert not INEXPRESSIBLE.keys() & FAMILIES.keys()
+    assert {*INEXPRESSIBLE, *FAMILIES} >= SHOWN
+
+
+def test_llama_4_is_converted_for_the_sequences_that_megatron_computes():
+    """Chunks and grown queries change nothing before their first border."""
+    config = config_of("llama4") | {"attention_chunk_size": 32, "floor_scale": 30}
+    family = family_of(config)
+    with pytest.warns(UserWarning, match=r"more than 29 tokens.*config.json: 64"):
+        flags = family.model_flags(config)
+    assert flags["max_position_embeddings"] == 29
+    with pytest.warns(UserWarning, match="29 tokens"):
+        assert family.config(flags, config) == config
+    with pytest.raises(HelixError, match=r"floor_scale = 1, and queries then grow"):
+        family.model_flags(config | {"floor_scale": 1})
 
 
 def test_a_family_for_a_model_trained_here():
@@ -339,9 +385,9 @@ def test_a_family_for_a_model_trained_here():
     trained = llama | {"seq_length": 16, "attention_dropout": 0.1, "moe_aux_loss_coeff": 0.5}
     assert family_for_flags(trained).name == "llama"
     with pytest.raises(HelixError) as error:
-        family_for_flags(llama | {"rotary_interleaved": True, "qk_l2_norm": True})
+        family_for_flags(llama | {"attention_output_gate": True, "qk_l2_norm": True})
     assert (
-        "Nearest is llama, which cannot have --rotary-interleaved = True (here: False), --qk-l2-norm = True "
+        "Nearest is llama, which cannot have --qk-l2-norm = True (here: False), --attention-output-gate = True "
         "(here: False)." in str(error.value)
     )
     with pytest.raises(HelixError, match=r"gpt2 models .* cannot have --position-embedding-type"):
