@@ -150,6 +150,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 4,
         },
     ),
+    "glm4": ("glm4", SIZE | {"head_dim": 16, "attention_bias": True}),
+    "exaone4": ("exaone4", SIZE | MIXED),
+    "gemma3": (
+        "gemma3_text",
+        SIZE
+        | MIXED
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 3.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "glm4 moe": (
         "glm4_moe",
         SIZE

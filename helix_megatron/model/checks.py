@@ -50,6 +50,26 @@ def check_options(model: ModelSizes) -> None:
                 "<rotary_seq_len_interpolation_factor>."
             )
         )
+    if model.rotary_base_windowed and ("yarn" in model.traits or model.rotary_interleaved):
+        raise HelixError(
+            with_settings(
+                "<rotary_base_windowed> is of plain rotary embedding of pairs (k, k + d/2). Leave it out, or leave "
+                "out <rotary_interleaved> and <position_embedding_type> yarn."
+            )
+        )
+    if model.no_pre_norms and not model.post_norms:
+        raise HelixError(
+            with_settings(
+                "<no_pre_norms> leaves no norms at all. Add <post_norms>, or leave it out."
+            )
+        )
+    if model.post_norms and (model.num_experts or model.normalization != "RMSNorm"):
+        raise HelixError(
+            with_settings(
+                "<post_norms> is for dense models with <normalization> RMSNorm. Leave it out, or leave out "
+                "<num_experts>."
+            )
+        )
     _check_pattern(model, "no_rope_freq")
     if not model.is_gated and (model.activation_func_clamp_value or model.glu_linear_offset):
         raise HelixError(

@@ -91,6 +91,12 @@ class ModelFields:
     rotary_base: int = _function(
         10000, "base period of rotary embedding", under="rope", gpt=True, largest=10**15
     )
+    rotary_base_windowed: int | None = _function(
+        None,
+        "base period in layers with a sliding window; --rotary-base when not given (Gemma 3)",
+        under="rope",
+        largest=10**15,
+    )
     rotary_percent: float = _function(
         1.0,
         "share of a head's dimensions that is rotated",
@@ -163,6 +169,12 @@ class ModelFields:
     )
     norm_epsilon: float = _function(
         1e-5, "epsilon of the norms", above=0, megatron="layernorm_epsilon", config="rms_norm_eps"
+    )
+    post_norms: bool = _function(
+        False, "normalise what attention and MLP add to the hidden states, as Gemma 3 does"
+    )
+    no_pre_norms: bool = _function(
+        False, "no norms before attention and MLP beside --post-norms, as EXAONE 4 has it"
     )
     apply_layernorm_1p: bool = _function(
         False,

@@ -16,9 +16,11 @@ from megatron.core.transformer.module import Float16Module
 from helix_megatron.megatron.core_attention import context_spec
 from helix_megatron.megatron.dropout import use_layout_free_dropout
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
+from helix_megatron.megatron.local_rotary import turn_windowed_layers
 from helix_megatron.megatron.norms import use_available_norms
 from helix_megatron.megatron.notices import hide_notices
 from helix_megatron.megatron.optional import available_backends
+from helix_megatron.megatron.post_norms import with_post_norms
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
 from helix_megatron.model.description import ModelConfig
@@ -111,6 +113,8 @@ def build_chunk(
         spec = use_available_norms(spec)
         if config.context_parallel_size > 1 or run.data.packed_documents:
             spec = context_spec(spec)
+    if run.model.post_norms:
+        spec = with_post_norms(spec, before=not run.model.no_pre_norms)
     spec = helix_spec(spec, config.helix)
     place = {"ignore_virtual": False, "vp_stage": virtual_stage}
     hide_notices()
@@ -125,6 +129,10 @@ def build_chunk(
     scale_embeddings(model, run.model.embedding_multiplier)
     scale_residuals(model, run.model.residual_multiplier)
     divide_logits(model, run.model.logits_scaling)
+    if run.model.rotary_base_windowed:
+        stretch = run.model.rotary_seq_len_interpolation_factor or 1.0
+        windowed, base = run.model.windowed_layers, run.model.rotary_base_windowed
+        turn_windowed_layers(model, windowed, base, stretch)
     if run.model.qk_l2_norm:
         leave_heads_without_rope_unnormalised(model, run.model.layers_without_rope)
     leave_communication_to_the_dispatcher(model)

@@ -355,7 +355,7 @@ def test_unknown_families_are_listed():
 def test_what_megatron_lacks_is_named():
     """A type that Hugging Face's host cuts converts, or is refused for what is in the way."""
     with pytest.raises(
-        HelixError, match=r"gemma2 have norms behind .*attn_logit_softcapping.*, and megatron-core"
+        HelixError, match=r"gemma2 have soft caps .*attn_logit_softcapping.*, and megatron-core"
     ):
         family_of({"model_type": "gemma2"})
     assert not INEXPRESSIBLE.keys() & FAMILIES.keys()

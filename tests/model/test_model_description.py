@@ -102,6 +102,7 @@ BASE = (
     "--global-batch-size 4 --lr-decay-iters 40 --train-iters 3 --initial-loss-scale 1024"
 )
 # One other value for every setting that decides the losses; what must change with it, too.
+POST_NORMS = {"num_experts": None, "normalization": "RMSNorm", "post_norms": True}
 YARN = {"position_embedding_type": "yarn", "use_rope_scaling": False}
 DECIDES = {
     "num_layers": (2, {"moe_layer_freq": 2}),
@@ -113,6 +114,7 @@ DECIDES = {
     "seq_length": 64,
     "position_embedding_type": ("none", {"use_rope_scaling": False}),
     "rotary_base": 5000,
+    "rotary_base_windowed": 500,
     "rotary_percent": 0.5,
     "rotary_interleaved": True,
     "rotary_seq_len_interpolation_factor": 2.0,
@@ -130,6 +132,8 @@ DECIDES = {
     "residual_multiplier": 0.5,
     "logits_scaling": 2.0,
     "normalization": "RMSNorm",
+    "post_norms": (True, POST_NORMS),
+    "no_pre_norms": (True, POST_NORMS),
     "norm_epsilon": 1e-3,
     "apply_layernorm_1p": True,
     "swiglu": True,
@@ -233,6 +237,8 @@ def built(run: RunConfig) -> dict:
             model.logits_scaling,
         ),
         "l2": model.qk_l2_norm,
+        "norms": (model.post_norms, model.no_pre_norms),
+        "windowed": model.rotary_base_windowed,
         "init": model.init_method_std,
     }
     for group in (run.parallel, training, run.optimization):

@@ -20,7 +20,10 @@ from typing import Any
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.model.families import (
     ernie4_5,
+    exaone4,
     gemma,
+    gemma3,
+    glm4,
     glm4_moe,
     gpt2,
     gpt_oss,
@@ -47,32 +50,26 @@ FAMILIES = {
     for module in (
         *(llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe, ministral),
         *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
+        *(glm4, exaone4, gemma3),
     )
 }
 # What megatron-core's GPT lacks, for model types that Hugging Face's host cuts all the same.
-_NORMS_BEHIND = (
-    "norms behind attention and MLP (post_attention_layernorm, post_feedforward_layernorm)"
-)
 _FLAT_NORMS = "norms of all query and all key heads together (q_norm, k_norm)"
 _LINEAR = "layers of linear attention (layer_types)"
 INEXPRESSIBLE = {
     "deepseek_v2": "latent attention (kv_lora_rank), which conversion does not know",
     "deepseek_v3": "latent attention (kv_lora_rank), which conversion does not know",
-    "exaone4": _NORMS_BEHIND,
     "falcon_h1": "attention and Mamba side by side in every layer",
-    "gemma2": f"{_NORMS_BEHIND} and soft caps (attn_logit_softcapping, final_logit_softcapping)",
-    "gemma3": f"{_NORMS_BEHIND} and a second rotary base (rope_local_base_freq)",
-    "gemma3_text": f"{_NORMS_BEHIND} and a second rotary base (rope_local_base_freq)",
-    "gemma4": f"{_NORMS_BEHIND} and heads of two sizes (global_head_dim)",
-    "gemma4_text": f"{_NORMS_BEHIND} and heads of two sizes (global_head_dim)",
-    "glm4": "norms behind attention and MLP (post_self_attn_layernorm, post_mlp_layernorm)",
+    "gemma2": "soft caps of scores and logits (attn_logit_softcapping, final_logit_softcapping)",
+    "gemma4": "heads of two sizes (global_head_dim)",
+    "gemma4_text": "heads of two sizes (global_head_dim)",
     "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
     "mimo_v2_flash": "values of another size than keys (v_head_dim)",
     "minimax_m2": _FLAT_NORMS,
     "ministral3": "queries that grow with their position (llama_4_scaling_beta)",
     "nemotron_h": "Mamba layers (layers_block_type)",
-    "olmo2": f"{_NORMS_BEHIND} and {_FLAT_NORMS}",
-    "olmo3": f"{_NORMS_BEHIND} and {_FLAT_NORMS}",
+    "olmo2": _FLAT_NORMS,
+    "olmo3": _FLAT_NORMS,
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_5_text": _LINEAR,
     "qwen3_next": _LINEAR,

@@ -30,6 +30,7 @@ ATTENTION_LAYER = (
     Row("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight[D]"),
     Row("mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias[D]", when="norm-bias"),
 )
+BEHIND_LAYER = tuple(row for row in ATTENTION_LAYER if "layer_norm_" not in row.name)
 GATED_MLP = (
     Row(
         "mlp.linear_fc1.weight",
