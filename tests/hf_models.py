@@ -150,6 +150,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 4,
         },
     ),
+    "olmo2": ("olmo2", SIZE),
+    "minimax m2": (
+        "minimax_m2",
+        SIZE
+        | {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rotary_dim": 8,
+        },
+    ),
     "glm4": ("glm4", SIZE | {"head_dim": 16, "attention_bias": True}),
     "exaone4": ("exaone4", SIZE | MIXED),
     "gemma3": (

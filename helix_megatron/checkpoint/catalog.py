@@ -141,6 +141,7 @@ def layer_tensors(model: ModelConfig, moe: bool) -> list[Entry]:
     columns, experts = model.num_attention_heads * head, model.num_experts or 0
     whole, attention = Cut.REPLICATED, "self_attention."
     always, bias = True, not model.disable_bias_linear
+    flat, keys = model.qk_norm_all_heads, model.num_query_groups * head
     before, behind = not model.no_pre_norms, model.post_norms
     layer_norm, head_norm = model.normalization == "LayerNorm", model.has_qk_norm_weights
     shared = model.moe_shared_expert_intermediate_size if moe else None
@@ -150,9 +151,9 @@ def layer_tensors(model: ModelConfig, moe: bool) -> list[Entry]:
         (layer_norm, f"{attention}linear_qkv.layer_norm_bias", (hidden,), whole),
         (always, f"{attention}linear_qkv.weight", (model.qkv_rows, hidden), Cut.QKV_ROWS),
         (model.has_qkv_bias, f"{attention}linear_qkv.bias", (model.qkv_rows,), Cut.QKV_ROWS),
-        (head_norm, f"{attention}q_layernorm.weight", (head,), whole),
+        (head_norm, f"{attention}q_layernorm.weight", (columns if flat else head,), whole),
         (head_norm and layer_norm, f"{attention}q_layernorm.bias", (head,), whole),
-        (head_norm, f"{attention}k_layernorm.weight", (head,), whole),
+        (head_norm, f"{attention}k_layernorm.weight", (keys if flat else head,), whole),
         (head_norm and layer_norm, f"{attention}k_layernorm.bias", (head,), whole),
         (
             sinks,

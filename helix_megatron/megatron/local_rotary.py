@@ -1,4 +1,4 @@
-"""Another rotary base in layers with a sliding window, as Gemma 3 has it; megatron-core has one for all layers."""
+"""Another rotary base in layers with a sliding window (Gemma 3); megatron-core has one for all layers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def turn_windowed_layers(model: Any, windowed: tuple[bool, ...], base: int, stretch: float) -> None:
     """Give layers with a window angles of their own base.
 
-    A hook on the layer makes them of the angles that it is given. Those of the first pair are the positions, divided
-    by `stretch`, whatever part of a sequence a rank has, and in a cache's steps as well.
+    A hook on the layer makes them of the angles that it is given. Those of the first pair are the positions,
+    divided by `stretch`, whatever part of a sequence a rank has, and in a cache's steps as well.
 
     Args:
         model: a GPTModel with plain rotary embedding of pairs (k, k + d/2).

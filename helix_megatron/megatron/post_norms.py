@@ -1,7 +1,7 @@
-"""Norms behind attention and MLP, as Gemma 3, GLM-4 and EXAONE 4 have them, instead of norms before or beside these.
+"""Norms behind attention and MLP, as Gemma 3, GLM-4 and EXAONE 4 have them.
 
-megatron-core has none. Here the projection that ends attention, or the MLP, normalises its own output before it is
-added to the hidden states. The weight is called `linear_proj.post_layernorm.weight` or
+megatron-core has none. Here the projection that ends attention, or the MLP, normalises its own output before it
+is added to the hidden states. The weight is called `linear_proj.post_layernorm.weight` or
 `linear_fc2.post_layernorm.weight`, and every tensor parallel rank has all of it.
 """
 
@@ -22,7 +22,7 @@ class _Normalised:
     """Mixed into a row-parallel linear layer."""
 
     def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
-        super().__init__(*args, config=config, **kwargs)
+        super().__init__(*args, config=config, **kwargs)  # type: ignore[call-arg]
         size, eps = config.hidden_size, config.layernorm_epsilon
         self.post_layernorm = TorchNorm(config, size, eps)
 
@@ -32,7 +32,7 @@ class _Normalised:
         return self.post_layernorm(output if bias is None else output + bias), None
 
 
-class NormalisedRowParallelLinear(_Normalised, RowParallelLinear):  # type: ignore[misc]
+class NormalisedRowParallelLinear(_Normalised, RowParallelLinear):
     """`RowParallelLinear` with a norm behind it."""
 
 

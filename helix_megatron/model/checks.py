@@ -53,8 +53,8 @@ def check_options(model: ModelSizes) -> None:
     if model.rotary_base_windowed and ("yarn" in model.traits or model.rotary_interleaved):
         raise HelixError(
             with_settings(
-                "<rotary_base_windowed> is of plain rotary embedding of pairs (k, k + d/2). Leave it out, or leave "
-                "out <rotary_interleaved> and <position_embedding_type> yarn."
+                "<rotary_base_windowed> is of plain rotary embedding of pairs (k, k + d/2). Leave it out, or "
+                "leave out <rotary_interleaved> and <position_embedding_type> yarn."
             )
         )
     if model.no_pre_norms and not model.post_norms:
@@ -68,6 +68,15 @@ def check_options(model: ModelSizes) -> None:
             with_settings(
                 "<post_norms> is for dense models with <normalization> RMSNorm. Leave it out, or leave out "
                 "<num_experts>."
+            )
+        )
+    if model.qk_norm_all_heads and (
+        not model.has_qk_norm_weights or model.normalization != "RMSNorm"
+    ):
+        raise HelixError(
+            with_settings(
+                "<qk_norm_all_heads> is of <qk_layernorm> with <normalization> RMSNorm. Add both, or leave it "
+                "out."
             )
         )
     _check_pattern(model, "no_rope_freq")

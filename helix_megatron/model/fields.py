@@ -203,6 +203,10 @@ class ModelFields:
         False, "biases in linear_qkv even so", under="no biases", megatron=True
     )
     qk_layernorm: bool = _function(False, "normalise queries and keys of each head")
+    qk_norm_all_heads: bool = _function(
+        False,
+        "with --qk-layernorm: one norm of all query heads and one of all key heads, as OLMo 2 has",
+    )
     qk_l2_norm: bool = _function(
         False, "normalise queries and keys by their L2 norm, except in layers of --no-rope-freq"
     )

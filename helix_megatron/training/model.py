@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from helix_megatron.megatron.core_attention import context_spec
 from helix_megatron.megatron.dropout import use_layout_free_dropout
+from helix_megatron.megatron.flat_norm import with_flat_norms
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 from helix_megatron.megatron.local_rotary import turn_windowed_layers
 from helix_megatron.megatron.norms import use_available_norms
@@ -113,6 +114,13 @@ def build_chunk(
         spec = use_available_norms(spec)
         if config.context_parallel_size > 1 or run.data.packed_documents:
             spec = context_spec(spec)
+    if run.model.qk_norm_all_heads:
+        spec = with_flat_norms(
+            spec,
+            heads=run.model.num_attention_heads,
+            kv_heads=run.model.num_query_groups,
+            head_dim=run.model.head_dim,
+        )
     if run.model.post_norms:
         spec = with_post_norms(spec, before=not run.model.no_pre_norms)
     spec = helix_spec(spec, config.helix)

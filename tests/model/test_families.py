@@ -178,6 +178,9 @@ def test_logits_are_those_of_transformers(pool, models, name, layout):
     ("name", "parallel"),
     [
         ("llama 3", QUARTERED),
+        ("olmo2", QUARTERED),
+        ("olmo2", {"tensor_model_parallel_size": 2}),
+        ("olmo2", {**QUARTERED, "helix_query_layout": "segments"}),
         ("gpt oss", {**QUARTERED, "expert_model_parallel_size": 4}),
         ("granite", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
         ("gemma", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
@@ -230,6 +233,7 @@ def test_logits_with_other_parallelism(pool, models, name, parallel):
         ("glm4 moe", {"moe_router_topk_scaling_factor": None}),
         ("glm4 moe", {"moe_router_num_groups": None, "moe_router_group_topk": None}),
         ("gemma3", {"rotary_base_windowed": None}),
+        ("minimax m2", {"rotary_percent": 1.0}),
         ("gemma3", {"softmax_scale": None}),
         ("exaone4", {"no_rope_freq": None}),
         ("llama4", {"moe_apply_probs_on_input": False}),

@@ -31,9 +31,11 @@ from helix_megatron.model.families import (
     granitemoe,
     llama,
     llama4,
+    minimax_m2,
     ministral,
     mistral,
     mixtral,
+    olmo2,
     phi3,
     qwen2,
     qwen2_moe,
@@ -50,11 +52,10 @@ FAMILIES = {
     for module in (
         *(llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe, ministral),
         *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
-        *(glm4, exaone4, gemma3),
+        *(glm4, exaone4, gemma3, olmo2, minimax_m2),
     )
 }
 # What megatron-core's GPT lacks, for model types that Hugging Face's host cuts all the same.
-_FLAT_NORMS = "norms of all query and all key heads together (q_norm, k_norm)"
 _LINEAR = "layers of linear attention (layer_types)"
 INEXPRESSIBLE = {
     "deepseek_v2": "latent attention (kv_lora_rank), which conversion does not know",
@@ -65,11 +66,9 @@ INEXPRESSIBLE = {
     "gemma4_text": "heads of two sizes (global_head_dim)",
     "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
     "mimo_v2_flash": "values of another size than keys (v_head_dim)",
-    "minimax_m2": _FLAT_NORMS,
     "ministral3": "queries that grow with their position (llama_4_scaling_beta)",
     "nemotron_h": "Mamba layers (layers_block_type)",
-    "olmo2": _FLAT_NORMS,
-    "olmo3": _FLAT_NORMS,
+    "olmo3": "yarn in layers without a window only (rope_scaling)",
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_5_text": _LINEAR,
     "qwen3_next": _LINEAR,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from helix_megatron.model.families.configuration import LLAMA_LIKE, NO_BIASES, QK_NORM, keys
-from helix_megatron.model.families.family import Family, Row
+from helix_megatron.model.families.family import Family
 from helix_megatron.model.families.pieces import Always, Config, Heads, Tied, needed
 from helix_megatron.model.families.positions import LayerWindows, Rope
-from helix_megatron.model.families.tensors import BEHIND_LAYER, GATED_MLP, LLAMA_OUTER
-
-NORMS = (
-    Row("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight[D]"),
-    Row("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight[D]"),
+from helix_megatron.model.families.tensors import (
+    BEHIND_LAYER,
+    BEHIND_NORMS,
+    GATED_MLP,
+    LLAMA_OUTER,
 )
 
 
@@ -56,6 +56,6 @@ FAMILY = Family(
         QK_NORM,
         Always(post_norms=True, no_pre_norms=True),
     ),
-    rows=BEHIND_LAYER + NORMS + GATED_MLP,
+    rows=BEHIND_LAYER + BEHIND_NORMS + GATED_MLP,
     outer=LLAMA_OUTER,
 )

@@ -25,12 +25,18 @@ ATTENTION_LAYER = (
     ),
     Row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight[H]", when="qk-norm"),
     Row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight[H]", when="qk-norm"),
+    Row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight[Q]", when="flat-norm"),
+    Row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight[K]", when="flat-norm"),
     Row("self_attention.linear_proj.weight", "self_attn.o_proj.weight[D,Q]"),
     Row("self_attention.linear_proj.bias", "self_attn.o_proj.bias[D]", when="bias"),
     Row("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight[D]"),
     Row("mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias[D]", when="norm-bias"),
 )
 BEHIND_LAYER = tuple(row for row in ATTENTION_LAYER if "layer_norm_" not in row.name)
+BEHIND_NORMS = (
+    Row("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight[D]"),
+    Row("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight[D]"),
+)
 GATED_MLP = (
     Row(
         "mlp.linear_fc1.weight",
