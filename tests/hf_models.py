@@ -150,6 +150,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 4,
         },
     ),
+    "ministral3": (
+        "ministral3",
+        SIZE
+        | {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 40,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
     "olmo2": ("olmo2", SIZE),
     "minimax m2": (
         "minimax_m2",

@@ -24,6 +24,7 @@ from helix_megatron.checkpoint.source import write_side_files
 from helix_megatron.checkpoint.targets import Report, Row, Tensors, as_json, manifest_of
 from helix_megatron.model.families import Family, family_for_flags, family_of
 from helix_megatron.model.families.rules import rules_by_source, source_tensors
+from helix_megatron.model.families.towers import is_tower, text_config
 
 READ_AHEAD = (
     2  # tensors of a family's rule that wait for their turn in a file, as multiples of the largest
@@ -34,7 +35,8 @@ class HuggingFaceTarget:
     """A directory as transformers' `save_pretrained` writes it.
 
     When the source is what came from a Hugging Face model and neither dtype nor size of files is asked for, its
-    files have the same tensors under the same names again.
+    files have the same tensors under the same names again. Of a model that sees only the text was converted: it
+    becomes a text model.
     """
 
     kind = "huggingface"
@@ -43,11 +45,15 @@ class HuggingFaceTarget:
     def __init__(self, tensors: Tensors, shard_size: int | None, default_size: int) -> None:
         self.tensors, self.source = tensors, tensors.source
         self._sidecars = self.source.sidecars()
-        original = self._json("config.json")
+        whole = self._json("config.json")
+        original = None if whole is None else dict(text_config(whole))
         flags = self.source.flags
         self.family: Family = family_of(original) if original else family_for_flags(flags)
         self.config = self.family.config(flags, original) | self._dtype_keys(original)
-        index = self._json(INDEX)
+        tower = whole is not None and is_tower(whole)
+        if tower:
+            self.config["architectures"] = [self.family.architecture]
+        index = None if tower else self._json(INDEX)
         files = weight_map(index, self.source.directory / INDEX) if index else {}
         rules = self.family.rules(flags, list(files) or None)
         self._rules_of = rules_by_source(rules)

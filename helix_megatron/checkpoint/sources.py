@@ -31,6 +31,7 @@ from helix_megatron.errors import HelixError
 from helix_megatron.model.description import FUNCTION_FLAGS, complete
 from helix_megatron.model.families import family_of
 from helix_megatron.model.families.rules import Rule, canonical_tensor
+from helix_megatron.model.families.towers import is_tower, text_config
 
 MOST_RANKS = 10**6  # in each direction
 OTHER_FLAGS = (
@@ -55,9 +56,10 @@ class HuggingFaceSource(Source):
     def __init__(self, directory: Path) -> None:
         config = read_json(directory / "config.json")
         self._files = HuggingFaceReader(directory)
-        family = family_of(config)
-        super().__init__(directory, family.model_flags(config))
-        rules = family.rules(self.flags, self._files.names)
+        text = text_config(config)
+        family = family_of(text)
+        super().__init__(directory, family.model_flags(text))
+        rules = family.rules(self.flags, self._files.names, tower=is_tower(config))
         self._rules: dict[str, Rule] = {rule.name: rule for rule in rules}
         assert self.tensors.keys() == self._rules.keys(), "the family's rules are the catalog's"
         for rule in rules:

@@ -24,6 +24,7 @@ from helix_megatron.model.families.rules import (
     rules_by_source,
     source_tensors,
 )
+from helix_megatron.model.families.towers import is_tower, text_config
 
 TOLERANCE = 1e-5
 LAYOUTS = {
@@ -54,9 +55,10 @@ def models(tmp_path_factory):
 def canonical(directory: Path, changed: dict[str, Any] | None = None) -> tuple[dict, dict]:
     """(model flags, canonical tensors) of a directory."""
     config, tensors = read_config(directory), load_file(directory / "model.safetensors")
-    family = family_of(config)
-    flags = family.model_flags(config)
-    rules = family.rules(flags, tensors)
+    text = text_config(config)
+    family = family_of(text)
+    flags = family.model_flags(text)
+    rules = family.rules(flags, tensors, tower=is_tower(config))
     made = {rule.name: canonical_tensor(rule, reader(tensors)) for rule in rules}
     return flags | (changed or {}), made
 

@@ -26,7 +26,7 @@ from helix_megatron.model.families import (
 from helix_megatron.model.families.pieces import HARMLESS, HARMLESS_PREFIXES, READ
 
 
-@pytest.mark.filterwarnings("ignore:attention_chunk_size and attn_temperature_tuning")
+@pytest.mark.filterwarnings("ignore:.* sequences of more than")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_defaults_are_those_of_transformers(name):
     """Published config.json files leave keys out, and mean the default of the model's class."""

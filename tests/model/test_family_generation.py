@@ -69,7 +69,7 @@ def expected(path: str) -> list[list[int]]:
     return answers
 
 
-@pytest.mark.filterwarnings("ignore:attention_chunk_size and attn_temperature_tuning")
+@pytest.mark.filterwarnings("ignore:.* sequences of more than")
 @pytest.mark.parametrize(
     ("name", "ranks"),
     [

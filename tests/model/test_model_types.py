@@ -26,7 +26,7 @@ def test_the_page_has_the_table_of_today():
     assert model_types.PAGE.read_text() == model_types.page()
 
 
-@pytest.mark.filterwarnings("ignore:attention_chunk_size and attn_temperature_tuning")
+@pytest.mark.filterwarnings("ignore:.* sequences of more than")
 def test_every_cell_is_shown_by_a_test():
     """A type that no test of a column runs must not say yes there."""
     table = {
@@ -49,7 +49,7 @@ def test_every_cell_is_shown_by_a_test():
     assert saying("plan", "yes") == converted  # the test below
 
 
-@pytest.mark.filterwarnings("ignore:attention_chunk_size and attn_temperature_tuning")
+@pytest.mark.filterwarnings("ignore:.* sequences of more than")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_planner_counts_the_parameters_of_transformers(tmp_path, name):
     """`helix plan --model config.json` must see every weight of the model: its memory and FLOPs follow."""

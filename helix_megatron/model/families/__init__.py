@@ -33,6 +33,7 @@ from helix_megatron.model.families import (
     llama4,
     minimax_m2,
     ministral,
+    ministral3,
     mistral,
     mixtral,
     olmo2,
@@ -52,7 +53,7 @@ FAMILIES = {
     for module in (
         *(llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe, ministral),
         *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
-        *(glm4, exaone4, gemma3, olmo2, minimax_m2),
+        *(glm4, exaone4, gemma3, olmo2, minimax_m2, ministral3),
     )
 }
 # What megatron-core's GPT lacks, for model types that Hugging Face's host cuts all the same.
@@ -66,7 +67,6 @@ INEXPRESSIBLE = {
     "gemma4_text": "heads of two sizes (global_head_dim)",
     "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
     "mimo_v2_flash": "values of another size than keys (v_head_dim)",
-    "ministral3": "queries that grow with their position (llama_4_scaling_beta)",
     "nemotron_h": "Mamba layers (layers_block_type)",
     "olmo3": "yarn in layers without a window only (rope_scaling)",
     "qwen3_5_moe_text": _LINEAR,

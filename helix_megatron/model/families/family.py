@@ -31,6 +31,7 @@ from helix_megatron.model.families.rules import (
     Transform,
     Transposed,
 )
+from helix_megatron.model.families.towers import head_prefix, text_prefix
 
 # Tensors of old files that hold constants: rotary frequencies and GPT-2's causal masks.
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
@@ -176,31 +177,38 @@ class Family:
 
     # ---------------------------------------------------------------------- tensors
 
-    def rules(self, flags: Mapping[str, Any], names: Collection[str] | None = None) -> list[Rule]:
+    def rules(
+        self,
+        flags: Mapping[str, Any],
+        names: Collection[str] | None = None,
+        *,
+        tower: bool = False,
+    ) -> list[Rule]:
         """One rule per canonical tensor: embeddings, layers in order, final norm, output layer.
 
         Args:
             flags: model flags.
             names: those of the tensors of a checkpoint directory, all of them. They decide the spelling
                 where there are several: without the prefix, or with a copy of a tied embedding.
+            tower: whether the model has more than its text, which is left out.
 
         Raises:
             HelixError: names are missing, or unknown.
         """
         model = ModelConfig.from_flags(flags).unpadded()
-        rules = list(self._rules(model, self._prefix(names)))
-        if not model.untie_embeddings_and_output_weights and names and "lm_head.weight" in names:
-            rules[0] = _with_copy(rules[0], "lm_head.weight")
+        prefix = text_prefix(names, self.prefix) if names else self.prefix
+        beside = head_prefix(names or ())
+        head = f"{beside}lm_head.weight"
+        rules = list(self._rules(model, prefix, beside))
+        if not model.untie_embeddings_and_output_weights and names and head in names:
+            rules[0] = _with_copy(rules[0], head)
         if names is not None:
+            if tower:
+                names = _of_text(names, prefix, self.layer, head)
             self._check_names(rules, names, model.num_layers)
         return rules
 
-    def _prefix(self, names: Collection[str] | None) -> str:
-        if names and not any(name.startswith(self.prefix) for name in names):
-            return ""
-        return self.prefix
-
-    def _rules(self, model: ModelConfig, prefix: str) -> Iterator[Rule]:
+    def _rules(self, model: ModelConfig, prefix: str, head: str) -> Iterator[Rule]:
         """Outer rows up to the embeddings, then layers, then the other outer rows."""
         sizes, present = _sizes(model), _features(model, experts=False)
         outer = [row for row in self.outer if set(row.when.split()) <= present]
@@ -210,7 +218,7 @@ class Family:
         for number, experts in enumerate(model.moe_layers):
             yield from self._layer(model, number, experts, prefix, sizes)
         for row in outer[len(before) :]:
-            own = "" if row.name.startswith("output_layer.") else prefix
+            own = head if row.name.startswith("output_layer.") else prefix
             yield _rule(row, "", own, sizes, model)
 
     def _layer(
@@ -254,6 +262,18 @@ class Family:
                 f"{len(unknown)} tensors do not belong to a {self.name} model with this configuration: "
                 f"{_some(unknown)}. Check that config.json is this model's."
             )
+
+
+def _of_text(names: Collection[str], prefix: str, layer: str, head: str) -> list[str]:
+    """The names of a text tower's tensors; warns of the others."""
+    beside = tuple(f"{prefix}{part}." for part in (layer, "embed_tokens", "norm"))
+    text = [name for name in names if name.startswith(beside) or name == head]
+    if others := sorted(set(names) - set(text)):
+        warnings.warn(
+            f"{len(others)} tensors are not of the model's text, and are left out: {_some(others)}.",
+            stacklevel=4,
+        )
+    return text
 
 
 def _features(model: ModelConfig, *, experts: bool) -> set[str]:
