@@ -1,7 +1,11 @@
-"""Another rotary base in layers with a sliding window (Gemma 3); megatron-core has one for all layers."""
+"""Another rotary base, not scaled, in layers with a sliding window; megatron-core has one for all layers.
+
+Gemma 3 has another base there, and OLMo 3 the same, but yarn in the other layers only.
+"""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,7 +19,8 @@ def turn_windowed_layers(model: Any, windowed: tuple[bool, ...], base: int, stre
     divided by `stretch`, whatever part of a sequence a rank has, and in a cache's steps as well.
 
     Args:
-        model: a GPTModel with plain rotary embedding of pairs (k, k + d/2).
+        model: a GPTModel with rotary embedding of pairs (k, k + d/2). Scaling leaves the first pair as it is,
+            except for linear scaling, which `stretch` undoes.
         windowed: which layers of the whole model have a window.
         base: of their rotary embedding, whose positions are not divided.
         stretch: `seq_len_interpolation_factor` of the model.
@@ -32,6 +37,9 @@ def turn_windowed_layers(model: Any, windowed: tuple[bool, ...], base: int, stre
     for layer in model.decoder.layers:
         if windowed[layer.layer_number - 1]:
             layer.register_forward_pre_hook(turn, with_kwargs=True)
+            own = layer.self_attention.config = copy.copy(layer.self_attention.config)
+            for name in [name for name in vars(own) if name.startswith("yarn_")]:
+                delattr(own, name)  # by which attention would grow cosine and sine
 
 
 def _angles(table: Tensor, base: int, stretch: float) -> Tensor:

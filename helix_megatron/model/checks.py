@@ -50,11 +50,11 @@ def check_options(model: ModelSizes) -> None:
                 "<rotary_seq_len_interpolation_factor>."
             )
         )
-    if model.rotary_base_windowed and ("yarn" in model.traits or model.rotary_interleaved):
+    if model.rotary_base_windowed and model.rotary_interleaved:
         raise HelixError(
             with_settings(
-                "<rotary_base_windowed> is of plain rotary embedding of pairs (k, k + d/2). Leave it out, or "
-                "leave out <rotary_interleaved> and <position_embedding_type> yarn."
+                "<rotary_base_windowed> turns pairs (k, k + d/2), and <rotary_interleaved> others. Leave out "
+                "one of them."
             )
         )
     if model.no_pre_norms and not model.post_norms:

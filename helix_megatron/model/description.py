@@ -190,7 +190,9 @@ class ModelConfig(ModelSizes):
         values["window_size"] = self.window_size if any(windowed) else None
         values["window_attn_skip_freq"] = list(map(int, windowed)) if len({*windowed}) > 1 else None
         values["moe_layer_freq"] = list(map(int, moe)) if len({*moe}) > 1 else 1
-        if not any(windowed) or self.rotary_base_windowed == self.rotary_base:
+        scaled = self.use_rope_scaling or self.rotary_seq_len_interpolation_factor
+        plain = not scaled and "yarn" not in self.traits
+        if not any(windowed) or (plain and self.rotary_base_windowed == self.rotary_base):
             values["rotary_base_windowed"] = None
         without = self.layers_without_rope
         values["no_rope_freq"] = (

@@ -93,7 +93,7 @@ class ModelFields:
     )
     rotary_base_windowed: int | None = _function(
         None,
-        "base period in layers with a sliding window; --rotary-base when not given (Gemma 3)",
+        "base period, without scaling, in layers with a sliding window; as in other layers when not given",
         under="rope",
         largest=10**15,
     )

@@ -18,7 +18,7 @@ from helix_megatron.core.meter import measure
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface import from_pretrained, make_groups, save_pretrained, shard
 
-SPELLINGS = ("glm4_moe", "minimax_m2", "granitemoe", "nemotron_h")
+SPELLINGS = ("minimax_m2", "granitemoe", "nemotron_h")
 FAMILIES = ["llama, cut queries", "qwen2", "qwen3", "gemma", "mixtral", "qwen2_moe", "qwen3_moe"]
 
 

@@ -25,6 +25,7 @@ MODELS = {
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32 "
     "--moe-router-topk-scaling-factor 1.5 --moe-router-load-balancing-type none",
 }
+QUICK = ("norms behind, of all heads", "sinks and yarn")
 
 
 def train(flags: str, world_size: int) -> list[dict[str, Any]]:
@@ -38,7 +39,13 @@ def train(flags: str, world_size: int) -> list[dict[str, Any]]:
     return [metrics.record() for metrics in training(run)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full("training")] * (name not in QUICK))
+        for name in MODELS
+    ],
+)
 def test_losses_and_norms_are_those_of_one_process(pool, name):
     """Gradients of what every rank holds whole, and uses a part of, must be summed over ranks, once."""
     flags = f"{SIZE} {MODELS[name]}"

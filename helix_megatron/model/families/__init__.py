@@ -37,6 +37,7 @@ from helix_megatron.model.families import (
     mistral,
     mixtral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen2_moe,
@@ -53,7 +54,7 @@ FAMILIES = {
     for module in (
         *(llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe, ministral),
         *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
-        *(glm4, exaone4, gemma3, olmo2, minimax_m2, ministral3),
+        *(glm4, exaone4, gemma3, olmo2, olmo3, minimax_m2, ministral3),
     )
 }
 # What megatron-core's GPT lacks, for model types that Hugging Face's host cuts all the same.
@@ -68,7 +69,6 @@ INEXPRESSIBLE = {
     "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
     "mimo_v2_flash": "values of another size than keys (v_head_dim)",
     "nemotron_h": "Mamba layers (layers_block_type)",
-    "olmo3": "yarn in layers without a window only (rope_scaling)",
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_5_text": _LINEAR,
     "qwen3_next": _LINEAR,

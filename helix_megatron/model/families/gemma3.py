@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from helix_megatron.errors import HelixError
 from helix_megatron.model.description import ModelConfig
 from helix_megatron.model.families.configuration import DENSE_SIZE, NO_BIASES, QK_NORM, SIZES, keys
 from helix_megatron.model.families.family import Family, Row
@@ -22,8 +19,9 @@ from helix_megatron.model.families.pieces import (
     Vocabulary,
     needed,
 )
-from helix_megatron.model.families.positions import LayerWindows, Rope
+from helix_megatron.model.families.positions import LayerWindows
 from helix_megatron.model.families.tensors import ATTENTION_LAYER, GATED_MLP, LLAMA_OUTER
+from helix_megatron.model.families.two_bases import TwoBases
 
 LAYER = (
     *(row for row in ATTENTION_LAYER if not row.name.startswith("mlp.")),
@@ -32,55 +30,11 @@ LAYER = (
     *GATED_MLP,
     Row("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight[D]"),
 )
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def windowed(config: Config, layer: int) -> bool:
     """All layers but every sixth."""
     return (layer + 1) % needed(config, "sliding_window_pattern", 6) != 0
-
-
-@dataclass(frozen=True)
-class TwoBases(Rope):
-    """`rope_parameters` of either kind of layer, or the older `rope_theta` and `rope_local_base_freq`.
-
-    The base of layers with a window has no scaling.
-    """
-
-    theta: float = 1e6
-    local: float = 1e4
-    keys: tuple[str, ...] = (
-        "rope_parameters",
-        "rope_theta",
-        "rope_scaling",
-        "rope_local_base_freq",
-    )
-
-    def flags(self, config: Config) -> dict[str, Any]:
-        given = config.get("rope_parameters") or {}
-        if not isinstance(given, Mapping) or given.keys() - {FULL, SLIDING}:
-            raise HelixError(
-                f"config.json sets rope_parameters = {given!r:.80}. It must be an object with {FULL} and "
-                f"{SLIDING}."
-            )
-        full = given.get(FULL) or config.get("rope_scaling") or {}
-        near = given.get(SLIDING) or {}
-        near = {"rope_theta": needed(config, "rope_local_base_freq", self.local), **near}
-        flags = super().flags({**config, "rope_scaling": None, "rope_parameters": full})
-        local = super().flags({"rope_parameters": near})
-        if "factor" in near or flags["position_embedding_type"] != "rope":
-            raise HelixError(
-                f"config.json sets rope_parameters = {given!r:.120}. Of two bases only that of layers "
-                "without a window may be scaled, and by types linear and llama3."
-            )
-        return flags | {"rotary_base_windowed": local["rotary_base"]}
-
-    def config(self, model: ModelConfig) -> dict[str, Any]:
-        full = super().config(model)
-        base = float(model.rotary_base_windowed or model.rotary_base)
-        near = {"rope_type": "default", "rope_theta": base}
-        parameters = {FULL: full["rope_parameters"], SLIDING: near}
-        return full | {"rope_parameters": parameters, "rope_local_base_freq": base}
 
 
 class ScoreScale(Piece):
@@ -115,7 +69,7 @@ FAMILY = Family(
             "hidden_activation", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": {"geglu": True}}
         ),
         Heads(kv_heads=4, head_dim=256),
-        TwoBases(),
+        TwoBases(theta=1e6, local=1e4, local_key="rope_local_base_freq"),
         LayerWindows(
             windowed,
             switch=False,
