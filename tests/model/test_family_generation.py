@@ -18,7 +18,7 @@ from helix_megatron.inference.arguments import add_checkpoint_arguments, inferen
 PROMPTS, NEW_TOKENS = (5, 17), 12
 REFUSED = {"gpt oss": r"has sinks \(softmax_type = learnable\)"}
 # Of the new families those with an option of their own in the engine.
-QUICK = {"smollm3", "granite", "gemma3", "llama4", "minimax m2", "olmo3"}
+QUICK = {"smollm3", "gemma3", "llama4", "minimax m2", "olmo3"}
 
 
 def config_of(path: str, world_size: int) -> Any:
