@@ -79,7 +79,6 @@ class Positions(Piece):
     fields: ClassVar = {
         "max_position_embeddings": "max_position_embeddings",
         "attention_chunk_size": "max_position_embeddings",
-        "attn_temperature_tuning": "use_rope_scaling",  # true or false
         "floor_scale": "max_position_embeddings",
     }
 
