@@ -30,6 +30,8 @@ LLAMA3_ROPE = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+
 # name: (model_type, settings of its configuration)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 2": ("llama", SIZE | {"num_key_value_heads": 4}),
@@ -76,6 +78,172 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3 moe": ("qwen3_moe", SIZE | EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "llama with yarn": (
+        "llama",
+        SIZE
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "ministral": ("ministral", SIZE | MIXED | {"head_dim": 8}),
+    "smollm3": (
+        "smollm3",
+        SIZE
+        | {
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite": (
+        "granite",
+        SIZE
+        | {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 0.7,
+        },
+    ),
+    "ernie4 5": (
+        "ernie4_5",
+        SIZE | {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False},
+    ),
+    "phi3": (
+        "phi3",
+        SIZE
+        | {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+            "sliding_window": 9,
+        },
+    ),
+    "starcoder2": ("starcoder2", SIZE | {"sliding_window": 9}),
+    "granitemoe": (
+        "granitemoe",
+        SIZE
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.6,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        SIZE
+        | {
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "no_rope_layer_interval": 2,
+            "intermediate_size_mlp": 56,
+            "interleave_moe_layer_step": 2,
+            "num_local_experts": 4,
+        },
+    ),
+    "ministral3": (
+        "ministral3",
+        SIZE
+        | {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 40,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
+    "olmo2": ("olmo2", SIZE),
+    "olmo3": (
+        "olmo3",
+        SIZE
+        | MIXED
+        | {
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500000.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 1024,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            },
+        },
+    ),
+    "minimax m2": (
+        "minimax_m2",
+        SIZE
+        | {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rotary_dim": 8,
+        },
+    ),
+    "glm4": ("glm4", SIZE | {"head_dim": 16, "attention_bias": True}),
+    "exaone4": ("exaone4", SIZE | MIXED),
+    "gemma3": (
+        "gemma3_text",
+        SIZE
+        | MIXED
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 3.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "glm4 moe": (
+        "glm4_moe",
+        SIZE
+        | {
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "moe_intermediate_size": 24,
+            "num_experts_per_tok": 2,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
+    "gpt oss": (
+        "gpt_oss",
+        SIZE
+        | MIXED
+        | {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 8.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 1024,
+            },
+        },
+    ),
     "qwen3 moe with a dense layer": (
         "qwen3_moe",
         SIZE | EXPERTS | {"num_hidden_layers": 3, "head_dim": 16, "mlp_only_layers": [1]},
@@ -102,6 +270,9 @@ def save(name: str, directory: Path) -> torch.Tensor:
         for parameter in model.parameters():
             start = parameter.detach().clone() if parameter.dim() == 1 else 0
             parameter.data.normal_(std=0.2).add_(start)
+        for path, buffer in model.named_buffers():
+            if path.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     model.eval()
     model.save_pretrained(directory)
     with torch.no_grad():

@@ -142,6 +142,9 @@ def randomize(model: nn.Module) -> None:
             parameter.add_(0.3 * noise)
         else:
             parameter.copy_(noise * (1.5 / parameter.size(-1) ** 0.5))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape))
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 5) -> Tensor:

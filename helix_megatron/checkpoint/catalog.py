@@ -141,23 +141,35 @@ def layer_tensors(model: ModelConfig, moe: bool) -> list[Entry]:
     columns, experts = model.num_attention_heads * head, model.num_experts or 0
     whole, attention = Cut.REPLICATED, "self_attention."
     always, bias = True, not model.disable_bias_linear
+    flat, keys = model.qk_norm_all_heads, model.num_query_groups * head
+    before, behind = not model.no_pre_norms, model.post_norms
     layer_norm, head_norm = model.normalization == "LayerNorm", model.has_qk_norm_weights
     shared = model.moe_shared_expert_intermediate_size if moe else None
+    sinks, balanced = model.softmax_type == "learnable", model.moe_router_enable_expert_bias
     rows: list[tuple[bool, str, tuple[int, ...], Cut]] = [
-        (always, f"{attention}linear_qkv.layer_norm_weight", (hidden,), whole),
+        (before, f"{attention}linear_qkv.layer_norm_weight", (hidden,), whole),
         (layer_norm, f"{attention}linear_qkv.layer_norm_bias", (hidden,), whole),
         (always, f"{attention}linear_qkv.weight", (model.qkv_rows, hidden), Cut.QKV_ROWS),
         (model.has_qkv_bias, f"{attention}linear_qkv.bias", (model.qkv_rows,), Cut.QKV_ROWS),
-        (head_norm, f"{attention}q_layernorm.weight", (head,), whole),
+        (head_norm, f"{attention}q_layernorm.weight", (columns if flat else head,), whole),
         (head_norm and layer_norm, f"{attention}q_layernorm.bias", (head,), whole),
-        (head_norm, f"{attention}k_layernorm.weight", (head,), whole),
+        (head_norm, f"{attention}k_layernorm.weight", (keys if flat else head,), whole),
         (head_norm and layer_norm, f"{attention}k_layernorm.bias", (head,), whole),
+        (
+            sinks,
+            f"{attention}core_attention.softmax_offset",
+            (model.num_attention_heads,),
+            Cut.ROWS,
+        ),
         (always, f"{attention}linear_proj.weight", (hidden, columns), Cut.PROJ_COLUMNS),
         (bias, f"{attention}linear_proj.bias", (hidden,), whole),
-        (always, "mlp.linear_fc1.layer_norm_weight", (hidden,), whole),
+        (behind, f"{attention}linear_proj.post_layernorm.weight", (hidden,), whole),
+        (before, "mlp.linear_fc1.layer_norm_weight", (hidden,), whole),
+        (behind, "mlp.linear_fc2.post_layernorm.weight", (hidden,), whole),
         (layer_norm, "mlp.linear_fc1.layer_norm_bias", (hidden,), whole),
         (moe, "mlp.router.weight", (experts, hidden), whole),
         (moe and bias, "mlp.router.bias", (experts,), whole),
+        (moe and balanced, "mlp.router.expert_bias", (experts,), whole),
     ]
     entries: list[Entry] = [(suffix, shape, cut) for there, suffix, shape, cut in rows if there]
     if not moe or shared is not None:  # what all tokens pass through

@@ -109,13 +109,15 @@ class HuggingFaceReader:
         except (safetensors.SafetensorError, OSError) as error:
             raise HelixError(damaged(self.directory / file, str(error))) from error
 
-    def read(self, name: str) -> Tensor:
-        """A tensor, mapped from its file: not to be written to."""
+    def read(self, name: str, place: int | None = None) -> Tensor:
+        """A tensor, or its part at one place of the first axis, mapped from its file: not to be written to."""
         file, entry = self._entries[name]
         if self._open is None or self._open[0] != file or self._served > REOPEN_BYTES:
             self._open = None
             self._open, self._served = (file, self.open(file)), 0
-        self._served += entry.nbytes
+        self._served += entry.nbytes // (1 if place is None else entry.shape[0])
+        if place is not None:
+            return self._open[1].get_slice(name)[place]
         return self._open[1].get_tensor(name)
 
     def _entries_of(self, file: str) -> list[Entry]:

@@ -23,6 +23,8 @@ from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.source import write_side_files
 from helix_megatron.checkpoint.targets import Report, Row, Tensors, as_json, manifest_of
 from helix_megatron.model.families import Family, family_for_flags, family_of
+from helix_megatron.model.families.rules import rules_by_source, source_tensors
+from helix_megatron.model.families.towers import is_tower, text_config
 
 READ_AHEAD = (
     2  # tensors of a family's rule that wait for their turn in a file, as multiples of the largest
@@ -33,7 +35,8 @@ class HuggingFaceTarget:
     """A directory as transformers' `save_pretrained` writes it.
 
     When the source is what came from a Hugging Face model and neither dtype nor size of files is asked for, its
-    files have the same tensors under the same names again.
+    files have the same tensors under the same names again. Of a model that sees only the text was converted: it
+    becomes a text model.
     """
 
     kind = "huggingface"
@@ -42,20 +45,26 @@ class HuggingFaceTarget:
     def __init__(self, tensors: Tensors, shard_size: int | None, default_size: int) -> None:
         self.tensors, self.source = tensors, tensors.source
         self._sidecars = self.source.sidecars()
-        original = self._json("config.json")
+        whole = self._json("config.json")
+        original = None if whole is None else dict(text_config(whole))
         flags = self.source.flags
         self.family: Family = family_of(original) if original else family_for_flags(flags)
         self.config = self.family.config(flags, original) | self._dtype_keys(original)
-        index = self._json(INDEX)
+        tower = whole is not None and is_tower(whole)
+        if tower:
+            self.config["architectures"] = [self.family.architecture]
+        index = None if tower else self._json(INDEX)
         files = weight_map(index, self.source.directory / INDEX) if index else {}
         rules = self.family.rules(flags, list(files) or None)
-        self._rule_of = {source: rule for rule in rules for source in rule.sources}
-        entries = [
-            Entry(name, tensors.dtypes[rule.name], tuple(shape))
-            for rule in rules
-            for name, shape in zip(rule.sources, rule.shapes, strict=True)
-        ]
-        if shard_size is None and not tensors.cast and files.keys() >= self._rule_of.keys():
+        self._rules_of = rules_by_source(rules)
+        entries = list(
+            {
+                name: Entry(name, tensors.dtypes[rule.name], tuple(shape))
+                for rule in rules
+                for name, shape in zip(rule.sources, rule.shapes, strict=True)
+            }.values()
+        )
+        if shard_size is None and not tensors.cast and files.keys() >= self._rules_of.keys():
             self._files: dict[str, list[Entry]] = {}
             for entry in entries:
                 self._files.setdefault(files[entry.name], []).append(entry)
@@ -67,7 +76,9 @@ class HuggingFaceTarget:
     def rows(self) -> Iterator[Row]:
         for file in self.units:
             for entry in self._files[file]:
-                origin = self.source.origin(self._rule_of[entry.name].name)
+                first, *others = self._rules_of[entry.name]
+                origin = self.source.origin(first.name)
+                origin += f" and {len(others)} more" if others else ""
                 yield Row(**vars(entry), origin=origin, file=file)
 
     def write(self, unit: str, content: Path, report: Report) -> dict[str, Any]:
@@ -106,10 +117,9 @@ class HuggingFaceTarget:
     def _tensor(self, name: str) -> Tensor:
         """One Hugging Face tensor; its neighbours from the same canonical one wait for their turn."""
         if name not in self._waiting:
-            rule = self._rule_of[name]
-            limit = READ_AHEAD * sum(torch.Size(shape).numel() for shape in rule.shapes)
+            rules = self._rules_of[name]
+            limit = READ_AHEAD * sum(torch.Size(shape).numel() for shape in rules[0].shapes)
             if sum(tensor.numel() for tensor in self._waiting.values()) > limit:
                 self._waiting.clear()
-            parts = rule.from_canonical(self.tensors.read(rule.name))
-            self._waiting.update(zip(rule.sources, parts, strict=True))
+            self._waiting |= source_tensors(rules, self.tensors.read)
         return self._waiting.pop(name)

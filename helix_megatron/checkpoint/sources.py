@@ -30,7 +30,8 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.model.description import FUNCTION_FLAGS, complete
 from helix_megatron.model.families import family_of
-from helix_megatron.model.families.rules import Rule
+from helix_megatron.model.families.rules import Rule, canonical_tensor
+from helix_megatron.model.families.towers import is_tower, text_config
 
 MOST_RANKS = 10**6  # in each direction
 OTHER_FLAGS = (
@@ -55,9 +56,10 @@ class HuggingFaceSource(Source):
     def __init__(self, directory: Path) -> None:
         config = read_json(directory / "config.json")
         self._files = HuggingFaceReader(directory)
-        family = family_of(config)
-        super().__init__(directory, family.model_flags(config))
-        rules = family.rules(self.flags, self._files.names)
+        text = text_config(config)
+        family = family_of(text)
+        super().__init__(directory, family.model_flags(text))
+        rules = family.rules(self.flags, self._files.names, tower=is_tower(config))
         self._rules: dict[str, Rule] = {rule.name: rule for rule in rules}
         assert self.tensors.keys() == self._rules.keys(), "the family's rules are the catalog's"
         for rule in rules:
@@ -76,8 +78,8 @@ class HuggingFaceSource(Source):
         return functools.reduce(torch.promote_types, dtypes)
 
     def read(self, name: str) -> Tensor:
-        rule, dtype = self._rules[name], self.dtype(name)
-        return rule.to_canonical([self._files.read(source).to(dtype) for source in rule.sources])
+        dtype = self.dtype(name)
+        return canonical_tensor(self._rules[name], lambda *part: self._files.read(*part).to(dtype))
 
     def mixed(self, name: str) -> str | None:
         first, *others = ((s, self._files.entry(s).dtype) for s in self._rules[name].sources)
@@ -85,7 +87,9 @@ class HuggingFaceSource(Source):
         return None if other is None else f"{other[0]} is {other[1]} and {first[0]} is {first[1]}"
 
     def origin(self, name: str) -> str:
-        return ", ".join(self._rules[name].sources)
+        rule = self._rules[name]
+        place = "" if rule.place is None else f"[{rule.place}]"
+        return ", ".join(source + place for source in rule.sources)
 
     def sidecars(self) -> dict[str, bytes | Path]:
         return {INDEX: make_index(self._files.files)} | side_files(self.directory)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +15,6 @@ from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
 from helix_megatron.core.layout import contiguous_runs
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface.cuts import Cut, block_cut
-from helix_megatron.model.families.modules import ExpertFiles
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,33 @@ def _read_into(
 
 
 @dataclass(frozen=True)
+class FileNames:
+    """What files call the weights of a model, where that is not what the model calls them.
+
+    Args:
+        renamed: (in the model, in files) of parts of names.
+        matrices: last part of a stacked parameter's name → what files call its matrices, which they keep for
+            each expert: `MODULE.experts.E.NAME.weight`.
+    """
+
+    renamed: tuple[tuple[str, str], ...] = ()
+    matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def plain(self, name: str) -> str:
+        """The name in files of a weight that files hold as the model does."""
+        for own, stored in self.renamed:
+            name = name.replace(own, stored, 1)
+        return name
+
+    def stacked(self, name: str) -> ExpertNames | None:
+        """The names in files of a stacked parameter; None for any other."""
+        path, _, last = self.plain(name).rpartition(".")
+        if not path.endswith(".experts") or last not in self.matrices:
+            return None
+        return ExpertNames(tuple(f"{path}.{{}}.{one}.weight" for one in self.matrices[last]))
+
+
+@dataclass(frozen=True)
 class ExpertNames:
     """The names in files of one stacked parameter's matrices, with `{}` for the number of the expert."""
 
@@ -106,20 +135,37 @@ class ExpertNames:
         return [template.format(expert) for template in self.templates]
 
 
-def file_name(name: str, experts: ExpertFiles | None) -> str:
-    """The name in files of a parameter that is not stacked."""
-    return name if experts is None else name.replace(".mlp.", experts.block)
+def file_names(model_type: str) -> FileNames:
+    """What files call the weights of models of a type, from the library's own table.
+
+    That table says how weights are converted while they are loaded. What it has of another form, such as
+    prefixes of models that see, is not read.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    renamed, matrices = [], {}
+    for row in get_checkpoint_conversion_mapping(model_type) or ():
+        # The patterns as they were written: newer releases add to them.
+        written = getattr(row, "_original_source_patterns", row.source_patterns)
+        target = getattr(row, "_original_target_patterns", row.target_patterns)[0]
+        operations = [type(one).__name__ for one in getattr(row, "operations", ())]
+        if operations[:1] == ["MergeModulelist"] and ".experts." in target:
+            matrices[target.rpartition(".")[2]] = tuple(one.split(".")[-2] for one in written)
+        elif not operations and len(written) == 1:
+            pair = target, re.sub(r"\\(.)", r"\1", written[0])
+            if not any(set(text) & set("^$*+?()[]|\\") for text in pair):
+                renamed.append(pair)
+    return FileNames(tuple(renamed), matrices)
 
 
-def expert_names(name: str, experts: ExpertFiles | None) -> ExpertNames | None:
-    """The names in files of a stacked parameter; None for any other."""
-    if experts is None:
-        return None
-    path, _, last = file_name(name, experts).rpartition(".")
-    if not path.endswith(".experts"):
-        return None
-    matrices = {"gate_up_proj": (experts.gate, experts.up), "down_proj": (experts.down,)}
-    return ExpertNames(tuple(f"{path}.{{}}.{matrix}.weight" for matrix in matrices[last]))
+def stored_weights(model: Any) -> list[tuple[str, Tensor]]:
+    """The parameters and the buffers that files hold, tied ones once."""
+    found: list[tuple[str, Tensor]] = list(model.named_parameters())
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found.append((f"{path}.{name}" if path else name, buffer))
+    return found
 
 
 def missing_names(missing: list[str], directory: Path) -> HelixError:

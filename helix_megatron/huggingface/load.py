@@ -18,18 +18,18 @@ from helix_megatron.core.kernels import AttentionKernel
 from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.files import (
+    FileNames,
     Part,
-    expert_names,
-    file_name,
+    file_names,
     float_dtype,
     missing_names,
     read_experts,
     read_part,
+    stored_weights,
 )
 from helix_megatron.huggingface.shard import shard
 from helix_megatron.huggingface.sharding import sharding_of
-from helix_megatron.model.families import FAMILIES, expert_files, family_of
-from helix_megatron.model.families.modules import ExpertFiles
+from helix_megatron.model.families import FAMILIES, family_of
 
 # Old files keep these tables, which models compute.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -84,7 +84,7 @@ def from_pretrained(
     )
     # While parameters are on the meta device: the library initialises those, too.
     _fill_buffers(model, torch.device(device or "cpu"))
-    _fill_parameters(model, files, expert_files(config.model_type), torch.device(device or "cpu"))
+    _fill_weights(model, files, torch.device(device or "cpu"))
     _load_generation_config(model, directory)
     model.config.name_or_path = str(directory)
     return model.eval()
@@ -138,20 +138,18 @@ def _by_transformers(kind: Any, directory: Path) -> Any:
         ) from error
 
 
-def _fill_parameters(
-    model: Any, files: HuggingFaceReader, experts: ExpertFiles | None, device: torch.device
-) -> None:
-    """Put real parameters in the place of the empty ones; tied ones stay tied."""
-    sharding = sharding_of(model)
+def _fill_weights(model: Any, files: HuggingFaceReader, device: torch.device) -> None:
+    """Put real parameters in the place of the empty ones, tied ones staying tied, and fill stored buffers."""
+    sharding, spelling = sharding_of(model), file_names(model.config.model_type)
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for last, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((module, last))
 
     stored = set(files.names)
-    wanted = dict(model.named_parameters())  # of tied ones the first name, as in files
+    wanted = dict(stored_weights(model))  # of tied ones the first name, as in files
     names_of = {
-        name: _names_in_files(name, experts, stored, empty.size(0) if empty.dim() else 0)
+        name: _names_in_files(name, spelling, stored, empty.size(0) if empty.dim() else 0)
         for name, empty in wanted.items()
     }
     missing = [n for names in names_of.values() for n in names if n not in stored]
@@ -163,11 +161,14 @@ def _fill_parameters(
         cut = sharding.plan.cuts.get(name) if sharding is not None else None
         rank = sharding.rank if sharding is not None else 0
         part = Part(tuple(empty.shape), empty.dtype, device, cut, rank)
-        stacked, names = expert_names(name, experts), names_of[name]
+        stacked, names = spelling.stacked(name), names_of[name]
         if stacked is not None and names[0] in stacked.of(0):
             data = read_experts(files, stacked, part)
         else:
             data = read_part(files, names[0], part)
+        if not isinstance(empty, nn.Parameter):
+            empty.copy_(data)
+            continue
         parameter = nn.Parameter(data, requires_grad=empty.requires_grad)
         vars(parameter).update(vars(empty))  # the marks of a cut parameter
         for module, last in owners[id(empty)]:
@@ -175,18 +176,18 @@ def _fill_parameters(
 
 
 def _names_in_files(
-    name: str, experts: ExpertFiles | None, stored: set[str], num_experts: int
+    name: str, spelling: FileNames, stored: set[str], num_experts: int
 ) -> list[str]:
-    """The tensors in files that make up a parameter.
+    """The tensors in files that make up a weight.
 
     Experts are one by one in files of the Hub; files that keep them stacked are read as well.
     """
-    stacked = expert_names(name, experts)
+    plain, stacked = spelling.plain(name), spelling.stacked(name)
+    for one in (name, plain):
+        if one in stored:
+            return [one]
     if stacked is None:
-        return [name if name in stored else file_name(name, experts)]
-    for plain in (name, file_name(name, experts)):
-        if plain in stored:
-            return [plain]
+        return [plain]
     return [n for expert in range(num_experts) for n in stacked.of(expert)]
 
 

@@ -25,10 +25,8 @@ from helix_megatron.checkpoint.huggingface_io import (
 from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.cuts import Cut
-from helix_megatron.huggingface.files import expert_names, file_name
+from helix_megatron.huggingface.files import file_names, stored_weights
 from helix_megatron.huggingface.sharding import Sharding, sharding_of
-from helix_megatron.model.families import expert_files
-from helix_megatron.model.families.modules import ExpertFiles
 from helix_megatron.model.families.positions import older_spelling
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -40,18 +38,19 @@ def gather_state_dict(model: Any) -> dict[str, Tensor]:
 
     Names and shapes are those of the library's model. Collective over the tensor group.
     """
-    state = {name: whole for name, whole in whole_parameters(model) if whole is not None}
+    state = {name: whole for name, whole in whole_weights(model) if whole is not None}
     if not state:
         return {}
     by_parameter = {id(p): state[name] for name, p in model.named_parameters()}
     everything = model.named_parameters(remove_duplicate=False)  # tied ones under both names
-    return {name: by_parameter[id(parameter)] for name, parameter in everything}
+    return state | {name: by_parameter[id(parameter)] for name, parameter in everything}
 
 
-def whole_parameters(model: Any) -> Iterator[tuple[str, Tensor | None]]:
-    """(name, whole parameter on the CPU) of each parameter, on rank 0 of the tensor group; elsewhere None.
+def whole_weights(model: Any) -> Iterator[tuple[str, Tensor | None]]:
+    """(name, whole weight on the CPU) of each weight, on rank 0 of the tensor group; elsewhere None.
 
-    A tied parameter comes once. Every rank of the tensor group must exhaust the iterator.
+    Weights are parameters and stored buffers. A tied parameter comes once. Every rank of the tensor group must
+    exhaust the iterator.
     """
     sharding = sharding_of(model)
     for name, parameter in _in_order_of_files(model):
@@ -64,8 +63,8 @@ def whole_parameters(model: Any) -> Iterator[tuple[str, Tensor | None]]:
 
 
 def _in_order_of_files(model: Any) -> list[tuple[str, Tensor]]:
-    """The parameters, those with larger elements first: so do `SafetensorsFile`s have them."""
-    return sorted(model.named_parameters(), key=lambda pair: -pair[1].element_size())
+    """The weights, those with larger elements first: so do `SafetensorsFile`s have them."""
+    return sorted(stored_weights(model), key=lambda pair: -pair[1].element_size())
 
 
 def save_pretrained(
@@ -91,7 +90,7 @@ def save_pretrained(
         return
     writer = _Writer(model, sharding, directory, max_file_bytes) if sharding.rank == 0 else None
     error = None
-    for name, whole in whole_parameters(model):
+    for name, whole in whole_weights(model):
         if writer is not None and whole is not None and error is None:
             error = _error_of(lambda w=writer, n=name, t=whole: w.add(n, t))
     if writer is not None and error is None:
@@ -142,7 +141,7 @@ class _Writer:
 
     def __init__(self, model: Any, sharding: Sharding, directory: Path, max_bytes: int) -> None:
         self._model, self._sharding, self._directory = model, sharding, directory
-        self._experts: ExpertFiles | None = expert_files(model.config.model_type)
+        self._spelling = file_names(model.config.model_type)
         entries = []
         for name, parameter in _in_order_of_files(model):
             cut = sharding.plan.cuts.get(name)
@@ -180,9 +179,9 @@ class _Writer:
 
     def _as_stored(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name in files, tensor): stacked experts one by one, as in the files of the Hub."""
-        stacked = expert_names(name, self._experts)
+        stacked = self._spelling.stacked(name)
         if stacked is None:
-            yield file_name(name, self._experts), whole
+            yield self._spelling.plain(name), whole
             return
         for expert, matrices in enumerate(whole):
             pieces = matrices.chunk(len(stacked.templates))

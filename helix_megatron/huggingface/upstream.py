@@ -36,6 +36,10 @@ NEEDS = (
     ),
     Need("transformers:PreTrainedModel.initialize_weights", "from_pretrained has no rotary tables"),
     Need(
+        "transformers.conversion_mapping:get_checkpoint_conversion_mapping",
+        "it is not known what files call the weights of experts",
+    ),
+    Need(
         "transformers:PreTrainedModel.tp_size",
         "a model that the library has cut already would be cut again",
     ),

@@ -37,6 +37,8 @@ class PagedSelfAttention(nn.Module):
         )
         self.window = tuple(config.window_size) if windowed else None
         attention.windows.add(self.window)
+        without_rope = config.no_rope_freq
+        self.rotates = not (without_rope and without_rope[inner.layer_number - 1])
 
     def forward(
         self,
@@ -53,7 +55,7 @@ class PagedSelfAttention(nn.Module):
             query, key, value, *gate = inner.get_query_key_value_tensors(
                 hidden_states, None, output_gate=config.attention_output_gate
             )
-        if rotary_pos_emb is not None:
+        if rotary_pos_emb is not None and self.rotates:
             tables: Any = (rotary_pos_emb, rotary_pos_emb)
             if isinstance(inner, VirtualSelfAttention):
                 tables = inner.own_rotary_tables(rotary_pos_emb)

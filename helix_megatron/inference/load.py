@@ -62,6 +62,9 @@ def load_model(config: InferenceConfig) -> GPTModel:
     model = build_chunk(config.run, settings)
     # Megatron makes learned positions in fp32 whatever it is told.
     model.to(TORCH_DTYPES[config.dtype])
+    for module in model.modules():  # Megatron's routers choose experts by it in fp32
+        if getattr(module, "expert_bias", None) is not None:
+            module.expert_bias = module.expert_bias.float()
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     _fill(model, config)

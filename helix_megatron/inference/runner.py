@@ -154,10 +154,12 @@ class Runner:
 
     def _rotary_table(self, positions: int) -> Tensor | None:
         """Angles [positions, 1, 1, rotary_dim]; None where the model has no rotary embedding."""
-        if self.model.position_embedding_type != "rope":
+        kind = self.model.position_embedding_type
+        if kind not in ("rope", "yarn"):
             return None
         with torch.inference_mode():
-            return self.model.rotary_pos_emb(positions).to(self.device)
+            table = self.model.rotary_pos_emb(positions)
+            return (table[0] if kind == "yarn" else table).to(self.device)
 
 
 def rank_layout(layout: HeadLayout, ranks: int) -> HeadLayout:

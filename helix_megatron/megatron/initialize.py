@@ -41,7 +41,7 @@ def weights_not_drawn(config: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def initialize_weights(model: Any, config: Any, seed: int) -> None:
-    """Draw every matrix of a model chunk, zero its biases; norms keep their constants.
+    """Draw every matrix of a model chunk, zero its biases and sinks; norms keep their constants.
 
     Build the model in `weights_not_drawn`. Every rank draws each of its layers' weights whole, one at a time,
     on the CPU.
@@ -62,7 +62,7 @@ def initialize_weights(model: Any, config: Any, seed: int) -> None:
             item.data.copy_(own_part(item, draw))
             drawn.add(item.data.data_ptr())
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "softmax_offset")):
             parameter.zero_()
         elif parameter.dim() > 1 and parameter.data_ptr() not in drawn:
             raise HelixError(

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from helix_megatron.core.head_norm import head_mean
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.megatron.flat_norm import FlatNorm
 from helix_megatron.megatron.support import STOCK
 
 PARAMETERS = {"LayerNorm": {"weight", "bias"}, "RMSNorm": {"weight"}, "L2Norm": set()}
@@ -75,13 +76,19 @@ class PartitionedNorm(nn.Module):
         return x.to(dtype)
 
 
-def cut_norm(built: nn.Module | None, name: str, attention: Any) -> PartitionedNorm | None:
+def cut_norm(
+    built: nn.Module | None, name: str, attention: Any
+) -> PartitionedNorm | FlatNorm | None:
     """The norm of cut heads that does what `built` does on whole ones; it shares parameters of full length.
 
     Args:
         built: what the stock layer holds as `q_layernorm` or `k_layernorm`; `name` is how it calls it.
         attention: the layer, whose layout, group and configuration count.
     """
+    if isinstance(built, FlatNorm):
+        layout, rank = attention.layout, attention.pg_collection.tp.rank()
+        queries = name == "q_layernorm"
+        return built.on(layout.query_rows(rank) if queries else layout.kv_rows(rank))
     kind, config = norm_kind(built, name), attention.config
     if kind is None or built is None:
         return None

@@ -33,6 +33,7 @@ from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.megatron.checkpoint import permuted
 from helix_megatron.megatron.core_attention import build_exchanged, choose_core
+from helix_megatron.megatron.flat_norm import FlatNorm, whole_key_columns
 from helix_megatron.megatron.notices import say_once
 from helix_megatron.megatron.qk_norm import PartitionedNorm, cut_norm
 from helix_megatron.megatron.support import CUT, STOCK, refusal
@@ -239,6 +240,16 @@ class HelixSelfAttention(VirtualSelfAttention):
 class WholeHeadsSelfAttention(HelixSelfAttention):
     """Query layout `heads`: `gather-kv` right behind the projection; all that follows is stock."""
 
+    q_layernorm: Any
+    k_layernorm: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.q_layernorm, FlatNorm):
+            rank = self.pg_collection.tp.rank()
+            self.q_layernorm = self.q_layernorm.on(self.layout.query_rows(rank))
+            self.k_layernorm = self.k_layernorm.on(whole_key_columns(self.layout, rank))
+
     def _prepare(
         self,
         virtual: Any,
@@ -279,7 +290,7 @@ class WholeHeadsSelfAttention(HelixSelfAttention):
         return query, key if norm is None else norm(key), value, *gate
 
     @functools.cached_property
-    def _cut_key_norm(self) -> PartitionedNorm | None:
+    def _cut_key_norm(self) -> PartitionedNorm | FlatNorm | None:
         return cut_norm(self.k_layernorm, "k_layernorm", self)
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from helix_megatron.errors import HelixError, listed, with_settings
 from helix_megatron.model.patterns import is_pattern
 from helix_megatron.model.sizes import ModelSizes
 
-ACTIVATIONS = ("swiglu", "geglu", "openai_gelu")
+ACTIVATIONS = ("swiglu", "geglu", "quick_geglu", "openai_gelu")
 MOST_EXPERTS = 200_000  # of all layers
 
 
@@ -40,6 +40,51 @@ def check_options(model: ModelSizes) -> None:
             with_settings(
                 "<use_rope_scaling> and <rotary_seq_len_interpolation_factor> scale rotary embedding, and "
                 f"<position_embedding_type> is {model.position_embedding_type}. Leave them out."
+            )
+        )
+    if "yarn" in model.traits and (model.rotary_percent < 1 or model.rotary_interleaved or scaled):
+        raise HelixError(
+            with_settings(
+                "<position_embedding_type> yarn rotates pairs (k, k + d/2) of whole heads. "
+                "Leave out <rotary_percent>, <rotary_interleaved>, <use_rope_scaling> and "
+                "<rotary_seq_len_interpolation_factor>."
+            )
+        )
+    if model.rotary_base_windowed and model.rotary_interleaved:
+        raise HelixError(
+            with_settings(
+                "<rotary_base_windowed> turns pairs (k, k + d/2), and <rotary_interleaved> others. Leave out "
+                "one of them."
+            )
+        )
+    if model.no_pre_norms and not model.post_norms:
+        raise HelixError(
+            with_settings(
+                "<no_pre_norms> leaves no norms at all. Add <post_norms>, or leave it out."
+            )
+        )
+    if model.post_norms and (model.num_experts or model.normalization != "RMSNorm"):
+        raise HelixError(
+            with_settings(
+                "<post_norms> is for dense models with <normalization> RMSNorm. Leave it out, or leave out "
+                "<num_experts>."
+            )
+        )
+    if model.qk_norm_all_heads and (
+        not model.has_qk_norm_weights or model.normalization != "RMSNorm"
+    ):
+        raise HelixError(
+            with_settings(
+                "<qk_norm_all_heads> is of <qk_layernorm> with <normalization> RMSNorm. Add both, or leave it "
+                "out."
+            )
+        )
+    _check_pattern(model, "no_rope_freq")
+    if not model.is_gated and (model.activation_func_clamp_value or model.glu_linear_offset):
+        raise HelixError(
+            with_settings(
+                "<activation_func_clamp_value> and <glu_linear_offset> are of gated MLPs. Leave them out, or "
+                "add <swiglu>, <geglu> or <quick_geglu>."
             )
         )
     if model.window_attn_skip_freq is not None and model.window_size is None:
@@ -93,11 +138,33 @@ def _check_experts(model: ModelSizes) -> None:
                 f"<moe_router_topk> {model.moe_router_topk}: a token has 1 to {model.num_experts} experts."
             )
         )
-    if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
+    softmax = model.moe_router_score_function == "softmax"
+    if model.moe_router_topk == 1 and softmax and not model.moe_router_pre_softmax:
         raise HelixError(
             with_settings(
                 "<moe_router_topk> 1 needs <moe_router_pre_softmax>: the softmax over one expert is always "
                 "1, and the router would not learn."
+            )
+        )
+    if model.moe_router_enable_expert_bias and softmax:
+        raise HelixError(
+            with_settings(
+                "<moe_router_enable_expert_bias> needs <moe_router_score_function> sigmoid: Megatron's router "
+                "adds no bias to a softmax."
+            )
+        )
+    groups, chosen = model.moe_router_num_groups, model.moe_router_group_topk
+    if (groups is None) != (chosen is None) or (groups and chosen and chosen > groups):
+        raise HelixError(
+            with_settings(
+                f"<moe_router_num_groups> is {groups} and <moe_router_group_topk> {chosen}. Give both, the "
+                "second at most the first, or neither."
+            )
+        )
+    if model.moe_apply_probs_on_input and model.moe_router_topk > 1:
+        raise HelixError(
+            with_settings(
+                f"<moe_apply_probs_on_input> needs <moe_router_topk> 1, and it is {model.moe_router_topk}."
             )
         )
     if model.moe_shared_expert_gate and "shared experts" not in model.traits:

@@ -37,7 +37,7 @@ class ModelConfig(ModelSizes):
     """
 
     def __post_init__(self) -> None:
-        for name in ("moe_layer_freq", "window_attn_skip_freq"):
+        for name in ("moe_layer_freq", "window_attn_skip_freq", "no_rope_freq"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_values(self)
@@ -190,6 +190,14 @@ class ModelConfig(ModelSizes):
         values["window_size"] = self.window_size if any(windowed) else None
         values["window_attn_skip_freq"] = list(map(int, windowed)) if len({*windowed}) > 1 else None
         values["moe_layer_freq"] = list(map(int, moe)) if len({*moe}) > 1 else 1
+        scaled = self.use_rope_scaling or self.rotary_seq_len_interpolation_factor
+        plain = not scaled and "yarn" not in self.traits
+        if not any(windowed) or (plain and self.rotary_base_windowed == self.rotary_base):
+            values["rotary_base_windowed"] = None
+        without = self.layers_without_rope
+        values["no_rope_freq"] = (
+            list(map(int, without)) if "rope" in self.traits and any(without) else None
+        )
         if all(moe):  # a model without dense layers has no use for their size
             values["ffn_hidden_size"] = None
         return values
@@ -214,12 +222,20 @@ class ModelConfig(ModelSizes):
         if self.window_size is not None:
             settings["window_size"] = (self.window_size, 0)
             settings["window_attn_skip_freq"] = _as_list(self.window_attn_skip_freq)
+        if any(self.layers_without_rope):
+            settings["no_rope_freq"] = list(map(int, self.layers_without_rope))
         return settings | {
             "rotary_percent": self.rotated_share,
             "add_bias_linear": not self.disable_bias_linear,
             "gated_linear_unit": self.is_gated,
             "qk_layernorm": self.qk_layernorm or self.qk_l2_norm,
         }
+
+    @property
+    def yarn_settings(self) -> dict[str, Any]:
+        """What Megatron reads of its configuration with yarn, and what is no field of it."""
+        names = names_with(ModelConfig, yarn=True) if "yarn" in self.traits else ()
+        return {name: getattr(self, name) for name in names}
 
     @property
     def gpt_settings(self) -> dict[str, Any]:

@@ -18,6 +18,10 @@ def _function(default: Any, help_text: str, **facts: Any) -> Any:
     return setting(default, help_text, **{"decides": FUNCTION, "group": MODEL} | facts)
 
 
+def _yarn(default: Any, help_text: str, **facts: Any) -> Any:
+    return _function(default, f"yarn: {help_text}", **{"under": "yarn", "yarn": True} | facts)
+
+
 def _other(default: Any, help_text: str, **facts: Any) -> Any:
     return setting(default, help_text, **{"group": MODEL} | facts)
 
@@ -79,10 +83,19 @@ class ModelFields:
         largest=10**12,
     )
     position_embedding_type: str = _function(
-        "rope", "position embedding", choices=("rope", "learned_absolute", "none"), gpt=True
+        "rope",
+        "position embedding",
+        choices=("rope", "yarn", "learned_absolute", "none"),
+        gpt=True,
     )
     rotary_base: int = _function(
         10000, "base period of rotary embedding", under="rope", gpt=True, largest=10**15
+    )
+    rotary_base_windowed: int | None = _function(
+        None,
+        "base period, without scaling, in layers with a sliding window; as in other layers when not given",
+        under="rope",
+        largest=10**15,
     )
     rotary_percent: float = _function(
         1.0,
@@ -115,16 +128,53 @@ class ModelFields:
         under="rope scaling",
         gpt=True,
     )
+    yarn_rotary_scaling_factor: float = _yarn(
+        1.0, "how much longer sequences are than before yarn", above=0
+    )
+    yarn_original_max_position_embeddings: int = _yarn(
+        4096, "longest sequence before yarn", largest=10**12
+    )
+    yarn_beta_fast: float = _yarn(
+        32.0,
+        "pairs that turn more often than this within that length keep their frequency",
+        above=0,
+    )
+    yarn_beta_slow: float = _yarn(
+        1.0, "pairs that turn less often than this are slowed by the whole factor", above=0
+    )
+    yarn_mscale: float = _yarn(1.0, "queries and keys grow by (0.1·this·ln(factor) + 1) …")
+    yarn_mscale_all_dim: float = _yarn(0.0, "… divided by (0.1·this·ln(factor) + 1)")
+    yarn_correction_range_round_to_int: bool = _yarn(
+        False, "round the range of pairs between fast and slow to whole numbers"
+    )
+    no_rope_freq: int | tuple[int, ...] | None = _function(
+        None,
+        "every n-th layer has no rotary embedding; or a list with 1 for each that has none, such as [0,0,1]",
+        parse=layer_pattern,
+        under="rope",
+    )
     embedding_multiplier: float = _function(
         1.0,
         "multiply word embeddings by this, rounded to their dtype (Gemma: square root of the hidden size)",
         above=0,
     )
+    residual_multiplier: float = _function(
+        1.0,
+        "multiply what attention and MLP add to the hidden states by this, as Granite does",
+        above=0,
+    )
+    logits_scaling: float = _function(1.0, "divide logits by this, as Granite does", above=0)
     normalization: str = _function(
         "LayerNorm", "norm of the hidden states", choices=("LayerNorm", "RMSNorm"), megatron=True
     )
     norm_epsilon: float = _function(
         1e-5, "epsilon of the norms", above=0, megatron="layernorm_epsilon", config="rms_norm_eps"
+    )
+    post_norms: bool = _function(
+        False, "normalise what attention and MLP add to the hidden states, as Gemma 3 does"
+    )
+    no_pre_norms: bool = _function(
+        False, "no norms before attention and MLP beside --post-norms, as EXAONE 4 has it"
     )
     apply_layernorm_1p: bool = _function(
         False,
@@ -136,13 +186,44 @@ class ModelFields:
     openai_gelu: bool = _function(
         False, "tanh-approximated GELU, as GPT-2 has, instead of the exact one"
     )
+    quick_geglu: bool = _function(
+        False, "gated MLP with x·sigmoid(1.702·x) as its activation, as gpt-oss has"
+    )
+    activation_func_clamp_value: float | None = _function(
+        None,
+        "gated MLP: gate at most this, the other half between minus this and this",
+        above=0,
+        megatron=True,
+    )
+    glu_linear_offset: float = _function(
+        0.0, "gated MLP: added to the half that is no gate", megatron=True
+    )
     disable_bias_linear: bool = _function(False, "no biases in linear layers")
     add_qkv_bias: bool = _function(
         False, "biases in linear_qkv even so", under="no biases", megatron=True
     )
     qk_layernorm: bool = _function(False, "normalise queries and keys of each head")
-    qk_l2_norm: bool = _function(False, "normalise queries and keys by their L2 norm")
+    qk_norm_all_heads: bool = _function(
+        False,
+        "with --qk-layernorm: one norm of all query heads and one of all key heads, as OLMo 2 has",
+    )
+    qk_l2_norm: bool = _function(
+        False, "normalise queries and keys by their L2 norm, except in layers of --no-rope-freq"
+    )
     attention_output_gate: bool = _function(False, "gate the attention output", megatron=True)
+    softmax_scale: float | None = _function(
+        None,
+        "multiply attention scores by this; 1 over the root of a head's dimensions when not given",
+        above=0,
+        megatron=True,
+    )
+    softmax_type: str = _function(
+        "vanilla",
+        "softmax of attention scores: of the keys alone, with a sink of score 0 (off-by-one), or with a sink "
+        "that each query head learns, as gpt-oss has",
+        choices=("vanilla", "off-by-one", "learnable"),
+        megatron=True,
+    )
     window_size: int | None = _function(
         None, "sliding window: keys before the query that it sees", at_least=0, largest=10**12
     )
@@ -207,6 +288,27 @@ class ModelFields:
     moe_router_topk: int = _expert(2, "experts of a token", largest=10_000)
     moe_router_pre_softmax: bool = _expert(
         False, "weigh a token's experts by the softmax over all experts instead of over its own"
+    )
+    moe_router_score_function: str = _expert(
+        "softmax", "what makes weights of a router's logits", choices=("softmax", "sigmoid")
+    )
+    moe_router_enable_expert_bias: bool = _expert(
+        False, "choose experts by their scores plus a bias that balances them and weighs nothing"
+    )
+    moe_router_num_groups: int | None = _expert(
+        None, "groups of experts, of which a token takes the best", largest=10_000
+    )
+    moe_router_group_topk: int | None = _expert(None, "groups of a token", largest=10_000)
+    moe_router_topk_scaling_factor: float | None = _expert(
+        None, "multiply the weights of a token's experts by this", above=0
+    )
+    moe_router_dtype: str | None = _expert(
+        None,
+        "precision of the router; that of the weights when not given",
+        choices=("fp32", "fp64"),
+    )
+    moe_apply_probs_on_input: bool = _expert(
+        False, "multiply a token by its expert's weight before the expert instead of behind it"
     )
     moe_router_load_balancing_type: str = _expert(
         "aux_loss",

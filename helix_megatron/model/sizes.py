@@ -32,12 +32,12 @@ class ModelSizes(ModelFields):
     @property
     def rotated_share(self) -> float:
         """Share of a head's dimensions that is rotated; 0 without rotary embedding."""
-        return self.rotary_percent if self.position_embedding_type == "rope" else 0.0
+        return self.rotary_percent if "rope" in self.traits else 0.0
 
     @property
     def is_gated(self) -> bool:
         """Whether linear_fc1 holds [gate; up]."""
-        return self.swiglu or self.geglu
+        return self.swiglu or self.geglu or self.quick_geglu
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -74,12 +74,23 @@ class ModelSizes(ModelFields):
         return tuple(map(bool, skip))
 
     @cached_property
+    def layers_without_rope(self) -> tuple[bool, ...]:
+        """Which layers have no rotary embedding though the model has: every n-th, or those of a list."""
+        none = self.no_rope_freq
+        if none is None:
+            return (False,) * self.num_layers
+        if isinstance(none, int):
+            return tuple((layer + 1) % none == 0 for layer in range(self.num_layers))
+        return tuple(map(bool, none))
+
+    @cached_property
     def traits(self) -> frozenset[str]:
         """What the model has, of that which makes fields matter."""
-        rope = self.position_embedding_type == "rope"
+        rope = self.position_embedding_type in ("rope", "yarn")
         experts = self.num_experts is not None
         there = {
             "rope": rope,
+            "yarn": self.position_embedding_type == "yarn",
             "rope scaling": rope and self.use_rope_scaling,
             "no biases": self.disable_bias_linear,
             "experts": experts,

@@ -79,7 +79,8 @@ class ModelSpec(ModelConfig):
         counts = {part: [0, 0] for part in ("attention", "qk norms", "mlp", "router")}
         for moe in (False, True) if self.experts else (False,):
             for suffix, shape, cut in layer_tensors(self, moe):
-                part = "qk norms" if "_layernorm." in suffix else "attention"
+                of_heads = suffix.rpartition(".")[0].endswith(("q_layernorm", "k_layernorm"))
+                part = "qk norms" if of_heads else "attention"
                 if suffix.startswith("mlp."):
                     part = "router" if moe else "mlp"
                 elif moe:

@@ -15,14 +15,24 @@ from megatron.core.transformer.module import Float16Module
 
 from helix_megatron.megatron.core_attention import context_spec
 from helix_megatron.megatron.dropout import use_layout_free_dropout
+from helix_megatron.megatron.flat_norm import with_flat_norms
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
+from helix_megatron.megatron.local_rotary import turn_windowed_layers
 from helix_megatron.megatron.norms import use_available_norms
 from helix_megatron.megatron.notices import hide_notices
 from helix_megatron.megatron.optional import available_backends
+from helix_megatron.megatron.post_norms import with_post_norms
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixTransformerConfig
 from helix_megatron.model.description import ModelConfig
-from helix_megatron.training.model_options import activation, can_fuse_activation, scale_embeddings
+from helix_megatron.training.model_options import (
+    activation,
+    can_fuse_activation,
+    divide_logits,
+    leave_heads_without_rope_unnormalised,
+    scale_embeddings,
+    scale_residuals,
+)
 from helix_megatron.training.run import RunConfig, same_named
 from helix_megatron.training.settings import Training
 
@@ -37,7 +47,7 @@ def transformer_config(run: RunConfig) -> HelixTransformerConfig:
         # The batched form pairs messages wrongly with two stages and changes the loss silently.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     on_gpu = torch.cuda.is_available()
-    return HelixTransformerConfig(
+    config = HelixTransformerConfig(
         **model.transformer_settings,
         **settings,
         helix=run.helix,
@@ -52,6 +62,9 @@ def transformer_config(run: RunConfig) -> HelixTransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
     )
+    for name, value in model.yarn_settings.items():  # no fields of Megatron's
+        setattr(config, name, value)
+    return config
 
 
 def parameter_dtype(training: Training) -> torch.dtype:
@@ -101,6 +114,15 @@ def build_chunk(
         spec = use_available_norms(spec)
         if config.context_parallel_size > 1 or run.data.packed_documents:
             spec = context_spec(spec)
+    if run.model.qk_norm_all_heads:
+        spec = with_flat_norms(
+            spec,
+            heads=run.model.num_attention_heads,
+            kv_heads=run.model.num_query_groups,
+            head_dim=run.model.head_dim,
+        )
+    if run.model.post_norms:
+        spec = with_post_norms(spec, before=not run.model.no_pre_norms)
     spec = helix_spec(spec, config.helix)
     place = {"ignore_virtual": False, "vp_stage": virtual_stage}
     hide_notices()
@@ -113,6 +135,14 @@ def build_chunk(
         **run.model.gpt_settings,
     )
     scale_embeddings(model, run.model.embedding_multiplier)
+    scale_residuals(model, run.model.residual_multiplier)
+    divide_logits(model, run.model.logits_scaling)
+    if run.model.rotary_base_windowed:
+        stretch = run.model.rotary_seq_len_interpolation_factor or 1.0
+        windowed, base = run.model.windowed_layers, run.model.rotary_base_windowed
+        turn_windowed_layers(model, windowed, base, stretch)
+    if run.model.qk_l2_norm:
+        leave_heads_without_rope_unnormalised(model, run.model.layers_without_rope)
     leave_communication_to_the_dispatcher(model)
     return model
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
 from torch import Tensor
 
 from helix_megatron.model.description import ModelConfig
@@ -21,6 +22,8 @@ def activation(model: ModelConfig) -> Callable[[Tensor], Tensor]:
     """Activation of the MLP, of its gate where it is gated."""
     if model.swiglu:
         return F.silu
+    if model.quick_geglu:
+        return quick_gelu
     return tanh_gelu if model.geglu or model.openai_gelu else F.gelu
 
 
@@ -30,7 +33,8 @@ def can_fuse_activation(model: ModelConfig) -> bool:
     Its kernel for GELU computes the tanh approximation whatever it is asked for, so the same flags would mean
     one model on a GPU and another on a CPU.
     """
-    return activation(model) is F.silu
+    plain = model.activation_func_clamp_value is None and model.glu_linear_offset == 0
+    return activation(model) is F.silu and plain
 
 
 def scale_embeddings(model: Any, multiplier: float) -> None:
@@ -46,3 +50,40 @@ def scale_embeddings(model: Any, multiplier: float) -> None:
         return output * torch.tensor(multiplier, dtype=output.dtype, device=output.device)
 
     model.embedding.word_embeddings.register_forward_hook(scale)
+
+
+def scale_residuals(model: Any, multiplier: float) -> None:
+    """Multiply what attention and MLP of every layer add to the hidden states, in every forward pass."""
+    if multiplier == 1.0:
+        return
+
+    def scale(
+        module: Any, inputs: Any, output: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        return tuple(None if part is None else part * multiplier for part in output)
+
+    for layer in model.decoder.layers:
+        layer.self_attention.linear_proj.register_forward_hook(scale)
+        layer.mlp.register_forward_hook(scale)
+
+
+def divide_logits(model: Any, divisor: float) -> None:
+    """Divide logits, by dividing the hidden states that the output layer gets.
+
+    So it holds for whoever computes logits from the last norm's output, on whatever rank of the last stage.
+    """
+    norm = getattr(model.decoder, "final_layernorm", None)
+    if divisor != 1.0 and norm is not None:
+        norm.register_forward_hook(lambda module, inputs, output: output / divisor)
+
+
+def leave_heads_without_rope_unnormalised(model: Any, layers: tuple[bool, ...]) -> None:
+    """With `--qk-l2-norm` layers without rotary embedding have no such norm, as in Llama 4.
+
+    Args:
+        model: a GPTModel.
+        layers: which layers of the whole model have no rotary embedding.
+    """
+    for layer in model.decoder.layers:
+        if layers[layer.layer_number - 1]:
+            layer.self_attention.q_layernorm = layer.self_attention.k_layernorm = None

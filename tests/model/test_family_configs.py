@@ -24,6 +24,7 @@ from helix_megatron.model.families import (
 from helix_megatron.model.families.pieces import HARMLESS, HARMLESS_PREFIXES, READ
 
 
+@pytest.mark.filterwarnings("ignore:.* sequences of more than")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_defaults_are_those_of_transformers(name):
     """Published config.json files leave keys out, and mean the default of the model's class."""
@@ -184,115 +185,6 @@ def test_original_configuration_is_kept_where_flags_do_not_speak():
     assert family.config(flags | {"padded_vocab_size": 128}, config) == config
 
 
-UNSUPPORTED = {
-    "yarn": (
-        "llama 2",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-        "rotary embedding of type 'yarn'",
-    ),
-    "dynamic": (
-        "llama 2",
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        "type 'dynamic' (rope_parameters or rope_scaling), which Megatron's GPT does not have. Valid: "
-        "default, linear, llama3.",
-    ),
-    "other llama3 constants": (
-        "llama 3",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 5e5,
-                "factor": 8.0,
-                "low_freq_factor": 2.0,
-            }
-        },
-        "low_freq_factor = 2.0 of llama3 rotary embedding. Megatron's GPT has 1.0 only.",
-    ),
-    "fraction of a theta": (
-        "llama 2",
-        {"rope_parameters": {"rope_theta": 10000.5}},
-        "rope_theta = 10000.5",
-    ),
-    "partial rotary": (
-        "llama 2",
-        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        "partial_rotary_factor = 0.5",
-    ),
-    "unknown rotary key": (
-        "llama 2",
-        {"rope_parameters": {"rope_theta": 1e4, "beta_fast": 32}},
-        "beta_fast",
-    ),
-    "unknown activation": (
-        "llama 2",
-        {"hidden_act": "relu"},
-        "hidden_act = 'relu', which Megatron's GPT does not have in this family. Valid: silu, swish.",
-    ),
-    "attention biases alone": (
-        "llama 2",
-        {"attention_bias": True},
-        "attention_bias = True and mlp_bias = False",
-    ),
-    "biases of Qwen 3": ("qwen3", {"attention_bias": True}, "attention_bias = True"),
-    "quantized": (
-        "mistral",
-        {"quantization_config": {"bits": 4}},
-        "quantization_config = {'bits': 4}, which mistral models do not have here",
-    ),
-    "part of a head": ("llama 2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-    "second names": (
-        "gpt2",
-        {"hidden_size": 64},
-        "hidden_size = 64, which gpt2 models do not have",
-    ),
-    "own code": ("qwen2", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
-    "both directions": (
-        "gemma",
-        {"use_bidirectional_attention": True},
-        "use_bidirectional_attention = True, which Megatron's GPT cannot compute",
-    ),
-    "scale by layer": (
-        "gpt2",
-        {"scale_attn_by_inverse_layer_idx": True},
-        "scale_attn_by_inverse_layer_idx = True",
-    ),
-    "two dropouts": (
-        "gpt2",
-        {"embd_pdrop": 0.0},
-        "resid_pdrop = 0.1 and embd_pdrop = 0.0, and Megatron has one setting for both, --hidden-dropout",
-    ),
-    "heads": ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads = 3"),
-    "one expert": (
-        "mixtral",
-        {"num_experts_per_tok": 1},
-        "num_experts_per_tok = 1 with normalised weights",
-    ),
-    "router noise": ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
-    "no experts": ("qwen3 moe", {"mlp_only_layers": [0, 1]}, "gives experts to none of 2 layers"),
-    "experts 0": ("qwen2 moe", {"num_experts": 0}, "num_experts = 0"),
-    "layer types": (
-        "qwen2",
-        {"layer_types": ["full_attention", "chunked_attention"]},
-        "chunked_attention",
-    ),
-    "windows without a size": (
-        "qwen2",
-        {"layer_types": ["sliding_attention"] * 2},
-        "use_sliding_window is not set or sliding_window is missing",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", UNSUPPORTED)
-def test_what_cannot_be_expressed_is_refused(case):
-    """Ignored silently, each of these would give a model that computes something else."""
-    name, changed, text = UNSUPPORTED[case]
-    config = config_of(name) | changed
-    with pytest.raises(HelixError) as error:
-        family_of(config).model_flags(config)
-    assert text in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [("llama 2", "is_llama_config", True), ("gemma", "attn_logit_softcapping", 50.0)],
@@ -322,8 +214,8 @@ def test_every_key_that_transformers_reads_is_known(name):
 
 def test_unknown_families_are_listed():
     """A user with another model learns which ones there are."""
-    with pytest.raises(HelixError, match=r"'gemma2' is unknown. Valid: llama, .*mean gemma?"):
-        family_of({"model_type": "gemma2"})
+    with pytest.raises(HelixError, match=r"'gemma1' is unknown. Valid: llama, .*mean gemma?"):
+        family_of({"model_type": "gemma1"})
     with pytest.raises(HelixError, match=r"has no model_type.*LlamaForCausalLM"):
         family_of({})
     assert family_of({"architectures": ["MixtralForCausalLM"]}).name == "mixtral"
@@ -339,9 +231,9 @@ def test_a_family_for_a_model_trained_here():
     trained = llama | {"seq_length": 16, "attention_dropout": 0.1, "moe_aux_loss_coeff": 0.5}
     assert family_for_flags(trained).name == "llama"
     with pytest.raises(HelixError) as error:
-        family_for_flags(llama | {"rotary_interleaved": True, "qk_l2_norm": True})
+        family_for_flags(llama | {"attention_output_gate": True, "qk_l2_norm": True})
     assert (
-        "Nearest is llama, which cannot have --rotary-interleaved = True (here: False), --qk-l2-norm = True "
+        "Nearest is llama, which cannot have --qk-l2-norm = True (here: False), --attention-output-gate = True "
         "(here: False)." in str(error.value)
     )
     with pytest.raises(HelixError, match=r"gpt2 models .* cannot have --position-embedding-type"):

@@ -33,13 +33,16 @@ def test_flags_of_before_parse_unchanged():
     """Scripts of users hold these commands: names, types, defaults, choices and numbers of words."""
     actions = {action.option_strings[0]: action for action in build_parser()._actions}
     for flag, was in BEFORE["flags"].items():
-        assert row(actions[flag]) == was, flag
+        kind, default, choices, nargs, name = row(actions[flag])
+        known = choices and [one for one in choices if one in (was[2] or ())]  # others are new
+        assert [kind, default, known, nargs, name] == was, flag
 
 
 def test_manifests_of_before_describe_the_same_model():
     """A checkpoint on disk outlives the code that wrote it: nothing is lost or read as something else."""
     model = ModelConfig.from_flags(BEFORE["manifest"])
-    assert model.to_flags() == BEFORE["manifest"]
+    new = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    assert model.to_flags() == new | BEFORE["manifest"]
     whole = model.joined_heads(2)
     assert (whole.num_attention_heads, whole.num_query_groups, whole.head_dim) == (2, 1, 64)
     assert whole.cut_heads(2) == model
@@ -99,6 +102,8 @@ BASE = (
     "--global-batch-size 4 --lr-decay-iters 40 --train-iters 3 --initial-loss-scale 1024"
 )
 # One other value for every setting that decides the losses; what must change with it, too.
+POST_NORMS = {"num_experts": None, "normalization": "RMSNorm", "post_norms": True}
+YARN = {"position_embedding_type": "yarn", "use_rope_scaling": False}
 DECIDES = {
     "num_layers": (2, {"moe_layer_freq": 2}),
     "hidden_size": 64,
@@ -109,23 +114,42 @@ DECIDES = {
     "seq_length": 64,
     "position_embedding_type": ("none", {"use_rope_scaling": False}),
     "rotary_base": 5000,
+    "rotary_base_windowed": 500,
     "rotary_percent": 0.5,
     "rotary_interleaved": True,
     "rotary_seq_len_interpolation_factor": 2.0,
     "use_rope_scaling": False,
     "rope_scaling_factor": 4.0,
+    "yarn_rotary_scaling_factor": (2.0, YARN),
+    "yarn_original_max_position_embeddings": (64, YARN),
+    "yarn_beta_fast": (8.0, YARN),
+    "yarn_beta_slow": (0.5, YARN),
+    "yarn_mscale": (2.0, YARN),
+    "yarn_mscale_all_dim": (1.0, YARN),
+    "yarn_correction_range_round_to_int": (True, YARN),
+    "no_rope_freq": 2,
     "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
     "normalization": "RMSNorm",
+    "post_norms": (True, POST_NORMS),
+    "no_pre_norms": (True, POST_NORMS),
     "norm_epsilon": 1e-3,
     "apply_layernorm_1p": True,
     "swiglu": True,
     "geglu": True,
     "openai_gelu": True,
+    "quick_geglu": True,
+    "activation_func_clamp_value": (2.0, {"swiglu": True}),
+    "glu_linear_offset": (1.0, {"swiglu": True}),
     "disable_bias_linear": False,
     "add_qkv_bias": True,
     "qk_layernorm": True,
+    "qk_norm_all_heads": (True, {"normalization": "RMSNorm", "qk_layernorm": True}),
     "qk_l2_norm": True,
     "attention_output_gate": True,
+    "softmax_scale": 0.3,
+    "softmax_type": "learnable",
     "window_size": 4,
     "window_attn_skip_freq": (2, {}),
     "untie_embeddings_and_output_weights": True,
@@ -138,6 +162,13 @@ DECIDES = {
     "moe_ffn_hidden_size": 16,
     "moe_router_topk": 3,
     "moe_router_pre_softmax": True,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": (True, {"moe_router_score_function": "sigmoid"}),
+    "moe_router_num_groups": (2, {"moe_router_group_topk": 1}),
+    "moe_router_group_topk": (1, {"moe_router_num_groups": 2}),
+    "moe_router_topk_scaling_factor": 1.5,
+    "moe_router_dtype": "fp32",
+    "moe_apply_probs_on_input": (True, {"moe_router_topk": 1, "moe_router_pre_softmax": True}),
     "moe_router_load_balancing_type": "none",
     "moe_aux_loss_coeff": 0.1,
     "moe_shared_expert_intermediate_size": 24,
@@ -201,8 +232,14 @@ def built(run: RunConfig) -> dict:
     named = {k: getattr(v, "__qualname__", v) for k, v in config.items() if "init_method" not in k}
     model, training = run.model, run.training
     told = {
-        "embedding": model.embedding_multiplier,
-        "l2": model.qk_l2_norm,
+        "multipliers": (
+            model.embedding_multiplier,
+            model.residual_multiplier,
+            model.logits_scaling,
+        ),
+        "qk": (model.qk_l2_norm, model.qk_norm_all_heads),
+        "norms": (model.post_norms, model.no_pre_norms),
+        "windowed": model.rotary_base_windowed,
         "init": model.init_method_std,
     }
     for group in (run.parallel, training, run.optimization):

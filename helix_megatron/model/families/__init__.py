@@ -19,31 +19,61 @@ from typing import Any
 
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.model.families import (
+    ernie4_5,
+    exaone4,
     gemma,
+    gemma3,
+    glm4,
+    glm4_moe,
     gpt2,
+    gpt_oss,
+    granite,
+    granitemoe,
     llama,
+    llama4,
+    minimax_m2,
+    ministral,
+    ministral3,
     mistral,
     mixtral,
+    olmo2,
+    olmo3,
+    phi3,
     qwen2,
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    smollm3,
+    starcoder2,
 )
 from helix_megatron.model.families.family import Family
-from helix_megatron.model.families.modules import ExpertFiles
 
 # In the order in which a model that was trained here looks for a family.
 FAMILIES = {
     module.FAMILY.name: module.FAMILY
-    for module in (llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe)
+    for module in (
+        *(llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe, ministral),
+        *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
+        *(glm4, exaone4, gemma3, olmo2, olmo3, minimax_m2, ministral3),
+    )
+}
+# What megatron-core's GPT lacks, for model types that Hugging Face's host cuts all the same.
+_LINEAR = "layers of linear attention (layer_types)"
+INEXPRESSIBLE = {
+    "deepseek_v2": "latent attention (kv_lora_rank), which conversion does not know",
+    "deepseek_v3": "latent attention (kv_lora_rank), which conversion does not know",
+    "falcon_h1": "attention and Mamba side by side in every layer",
+    "gemma2": "soft caps of scores and logits (attn_logit_softcapping, final_logit_softcapping)",
+    "gemma4": "heads of two sizes (global_head_dim)",
+    "gemma4_text": "heads of two sizes (global_head_dim)",
+    "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
+    "mimo_v2_flash": "values of another size than keys (v_head_dim)",
+    "nemotron_h": "Mamba layers (layers_block_type)",
+    "qwen3_5_moe_text": _LINEAR,
+    "qwen3_5_text": _LINEAR,
+    "qwen3_next": _LINEAR,
 }
 CUTTABLE = {name: family.modules for name, family in FAMILIES.items() if family.modules is not None}
-
-
-def expert_files(model_type: object) -> ExpertFiles | None:
-    """How checkpoint files name the experts of a configuration's `model_type`; None where as the model does."""
-    modules = CUTTABLE.get(model_type) if isinstance(model_type, str) else None
-    return None if modules is None else modules.experts
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -75,8 +105,13 @@ def family_named(name: str) -> Family:
     """The family whose `model_type` is `name`.
 
     Raises:
-        HelixError: unknown; names the nearest.
+        HelixError: megatron-core cannot express it, with what is in the way; or unknown, with the nearest.
     """
+    if name in INEXPRESSIBLE:
+        raise HelixError(
+            f"models of type {name} have {INEXPRESSIBLE[name]}, and megatron-core's GPT does not. Without "
+            "conversion helix_megatron.huggingface cuts them in place."
+        )
     if name not in FAMILIES:
         close = difflib.get_close_matches(name, FAMILIES, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from helix_megatron.errors import HelixError
 from helix_megatron.model.description import ModelConfig
@@ -121,3 +121,104 @@ class Experts(Piece):
             shared = model.moe_shared_expert_intermediate_size
             written["shared_expert_intermediate_size"] = shared
         return written
+
+
+@dataclass(frozen=True)
+class BalancedExperts(Piece):
+    """Experts behind some dense layers, chosen by sigmoids and a bias that balances them, beside shared ones.
+
+    As DeepSeek-V3 and its relatives have them (arXiv 2412.19437): a group of experts counts by its two best,
+    the weights of a token's experts are normalised, and then multiplied by `routed_scaling_factor`.
+
+    Args:
+        number, topk, scaling, dense: when the keys are absent.
+    """
+
+    number: int
+    topk: int
+    scaling: float
+    dense: int
+    keys: tuple[str, ...] = (
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "n_shared_experts",
+        "routed_scaling_factor",
+        "n_group",
+        "topk_group",
+        "first_k_dense_replace",
+        "norm_topk_prob",
+    )
+    fields: ClassVar = {
+        "n_routed_experts": "num_experts",
+        "num_experts_per_tok": "moe_router_topk",
+        "moe_intermediate_size": "moe_ffn_hidden_size",
+        "n_shared_experts": "num_experts",
+        "routed_scaling_factor": "moe_router_topk_scaling_factor",
+        "n_group": "moe_router_num_groups",
+        "topk_group": "moe_router_group_topk",
+        "first_k_dense_replace": "window_size",  # a whole number, or none
+        "norm_topk_prob": "moe_router_pre_softmax",  # true or false
+    }
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        layers, topk = (
+            needed(config, "num_hidden_layers"),
+            needed(config, "num_experts_per_tok", self.topk),
+        )
+        dense = min(needed(config, "first_k_dense_replace", self.dense), layers)
+        if not needed(config, "norm_topk_prob", True) or topk == 1:
+            raise HelixError(
+                f"config.json sets norm_topk_prob = {config.get('norm_topk_prob', True)} and "
+                f"num_experts_per_tok = {topk}. Megatron's router normalises the sigmoids of a token's "
+                "experts, and of one expert it does not. Valid: true, with 2 experts or more."
+            )
+        if dense == layers:
+            raise HelixError(
+                f"config.json sets first_k_dense_replace = {dense}, which gives experts to none of {layers} "
+                "layers."
+            )
+        size = needed(config, "moe_intermediate_size")
+        return {
+            "num_experts": needed(config, "n_routed_experts", self.number),
+            "moe_router_topk": topk,
+            "moe_ffn_hidden_size": size,
+            "moe_layer_freq": [int(layer >= dense) for layer in range(layers)] if dense else 1,
+            "moe_shared_expert_intermediate_size": size * needed(config, "n_shared_experts", 1),
+            "moe_shared_expert_gate": False,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_topk_scaling_factor": float(
+                needed(config, "routed_scaling_factor", self.scaling)
+            ),
+            "moe_router_dtype": "fp32",
+            **self._groups(config, topk),
+        }
+
+    def _groups(self, config: Config, topk: int) -> dict[str, int | None]:
+        groups, chosen = needed(config, "n_group", 1), needed(config, "topk_group", 1)
+        if groups == chosen:
+            return {"moe_router_num_groups": None, "moe_router_group_topk": None}
+        if topk // chosen != 2:
+            raise HelixError(
+                f"config.json sets n_group = {groups}, topk_group = {chosen} and num_experts_per_tok = {topk}. "
+                f"Megatron's router counts a group by its {topk // chosen} best experts, and these models by 2."
+            )
+        return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        if model.num_experts is None:  # a dense model: valid, and then found to differ from it
+            model = dataclasses.replace(model, num_experts=self.number, moe_router_topk=self.topk)
+        size = model.moe_ffn_hidden_size or 1
+        shared = model.moe_shared_expert_intermediate_size or size
+        return {
+            "n_routed_experts": model.num_experts,
+            "num_experts_per_tok": model.moe_router_topk,
+            "moe_intermediate_size": size,
+            "n_shared_experts": max(1, shared // size),
+            "routed_scaling_factor": model.moe_router_topk_scaling_factor or 1.0,
+            "n_group": model.moe_router_num_groups or 1,
+            "topk_group": model.moe_router_group_topk or 1,
+            "first_k_dense_replace": model.moe_layers.index(True),
+            "norm_topk_prob": True,
+        }

@@ -23,6 +23,7 @@ from helix_megatron.model.families.pieces import (
 from helix_megatron.model.families.rules import (
     Copies,
     FusedQueryKeyValue,
+    Interleaved,
     QueryKeyValue,
     Rule,
     Same,
@@ -30,6 +31,7 @@ from helix_megatron.model.families.rules import (
     Transform,
     Transposed,
 )
+from helix_megatron.model.families.towers import head_prefix, text_prefix
 
 # Tensors of old files that hold constants: rotary frequencies and GPT-2's causal masks.
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
@@ -43,8 +45,11 @@ class Row:
     Args:
         name: canonical, below `decoder.layers.N.` for a layer's; `{expert}` is an expert's number.
         sources: Hugging Face names with the letters of their shapes: `self_attn.q_proj.weight[Q,D]`.
-        join: `same`, `transposed`, `stacked`, `qkv` or `fused-qkv`.
+        join: `same`, `transposed`, `stacked`, `interleaved`, `qkv`, `fused-qkv` or `fused-qkv-transposed`.
         when: what a model (a layer) must have for the row to count; see `_features`.
+
+    A row of an expert whose sources have no `{expert}` reads its expert from sources that stack all of them on
+    their first axis.
     """
 
     name: str
@@ -67,6 +72,8 @@ class Family:
         rows: of a layer's tensors; `outer` of the others.
         modules: what its modules are called; None where its models cannot be cut in place.
         aliases: second names that transformers has for keys of the pieces, and that are refused here.
+        predicts_further: files have layers of multi-token prediction behind the last, which transformers leaves
+            out as well.
     """
 
     name: str
@@ -78,6 +85,7 @@ class Family:
     outer: tuple[Row, ...]
     modules: Modules | None = None
     aliases: frozenset[str] = frozenset()
+    predicts_further: bool = False
 
     # ---------------------------------------------------------------- configuration
 
@@ -169,31 +177,38 @@ class Family:
 
     # ---------------------------------------------------------------------- tensors
 
-    def rules(self, flags: Mapping[str, Any], names: Collection[str] | None = None) -> list[Rule]:
+    def rules(
+        self,
+        flags: Mapping[str, Any],
+        names: Collection[str] | None = None,
+        *,
+        tower: bool = False,
+    ) -> list[Rule]:
         """One rule per canonical tensor: embeddings, layers in order, final norm, output layer.
 
         Args:
             flags: model flags.
             names: those of the tensors of a checkpoint directory, all of them. They decide the spelling
                 where there are several: without the prefix, or with a copy of a tied embedding.
+            tower: whether the model has more than its text, which is left out.
 
         Raises:
             HelixError: names are missing, or unknown.
         """
         model = ModelConfig.from_flags(flags).unpadded()
-        rules = list(self._rules(model, self._prefix(names)))
-        if not model.untie_embeddings_and_output_weights and names and "lm_head.weight" in names:
-            rules[0] = _with_copy(rules[0], "lm_head.weight")
+        prefix = text_prefix(names, self.prefix) if names else self.prefix
+        beside = head_prefix(names or ())
+        head = f"{beside}lm_head.weight"
+        rules = list(self._rules(model, prefix, beside))
+        if not model.untie_embeddings_and_output_weights and names and head in names:
+            rules[0] = _with_copy(rules[0], head)
         if names is not None:
-            self._check_names(rules, names)
+            if tower:
+                names = _of_text(names, prefix, self.layer, head)
+            self._check_names(rules, names, model.num_layers)
         return rules
 
-    def _prefix(self, names: Collection[str] | None) -> str:
-        if names and not any(name.startswith(self.prefix) for name in names):
-            return ""
-        return self.prefix
-
-    def _rules(self, model: ModelConfig, prefix: str) -> Iterator[Rule]:
+    def _rules(self, model: ModelConfig, prefix: str, head: str) -> Iterator[Rule]:
         """Outer rows up to the embeddings, then layers, then the other outer rows."""
         sizes, present = _sizes(model), _features(model, experts=False)
         outer = [row for row in self.outer if set(row.when.split()) <= present]
@@ -203,7 +218,7 @@ class Family:
         for number, experts in enumerate(model.moe_layers):
             yield from self._layer(model, number, experts, prefix, sizes)
         for row in outer[len(before) :]:
-            own = "" if row.name.startswith("output_layer.") else prefix
+            own = head if row.name.startswith("output_layer.") else prefix
             yield _rule(row, "", own, sizes, model)
 
     def _layer(
@@ -217,10 +232,24 @@ class Family:
                 for expert in range(copies):
                     yield _rule(row, where, source, sizes, model, expert)
 
-    def _check_names(self, rules: list[Rule], names: Collection[str]) -> None:
+    def _without_prediction(self, names: list[str], num_layers: int) -> list[str]:
+        """The names that are not of layers behind the last one, of which it warns."""
+        layers = re.compile(rf"(?:^|\.){self.layer}\.(\d+)\.")
+        numbers = {name: int(found[1]) for name in names if (found := layers.search(name))}
+        behind = [name for name, number in numbers.items() if number >= num_layers]
+        if behind:
+            warnings.warn(
+                f"{len(behind)} tensors of multi-token prediction are left out: {_some(behind)}.",
+                stacklevel=5,
+            )
+        return [name for name in names if name not in behind]
+
+    def _check_names(self, rules: list[Rule], names: Collection[str], num_layers: int) -> None:
         expected = {source for rule in rules for source in rule.sources}
         missing = sorted(expected - set(names))
         unknown = sorted(n for n in set(names) - expected if not CONSTANTS.search(n))
+        if self.predicts_further:
+            unknown = self._without_prediction(unknown, num_layers)
         if missing:
             close = difflib.get_close_matches(missing[0], unknown, n=1)
             hint = f" There is {close[0]}, which is not expected." if close else ""
@@ -235,13 +264,28 @@ class Family:
             )
 
 
+def _of_text(names: Collection[str], prefix: str, layer: str, head: str) -> list[str]:
+    """The names of a text tower's tensors; warns of the others."""
+    beside = tuple(f"{prefix}{part}." for part in (layer, "embed_tokens", "norm"))
+    text = [name for name in names if name.startswith(beside) or name == head]
+    if others := sorted(set(names) - set(text)):
+        warnings.warn(
+            f"{len(others)} tensors are not of the model's text, and are left out: {_some(others)}.",
+            stacklevel=4,
+        )
+    return text
+
+
 def _features(model: ModelConfig, *, experts: bool) -> set[str]:
     """What rows of tables ask for."""
     found = {
+        "sinks": model.softmax_type == "learnable",
+        "expert-bias": experts and model.moe_router_enable_expert_bias,
         "norm-bias": model.normalization == "LayerNorm",
         "bias": not model.disable_bias_linear,
         "qkv-bias": model.has_qkv_bias,
-        "qk-norm": model.qk_layernorm,
+        "qk-norm": model.qk_layernorm and not model.qk_norm_all_heads,
+        "flat-norm": model.qk_layernorm and model.qk_norm_all_heads,
         "positions": model.position_embedding_type == "learned_absolute",
         "untied": model.untie_embeddings_and_output_weights,
         "experts": experts,
@@ -260,11 +304,15 @@ def _sizes(model: ModelConfig) -> dict[str, int | None]:
         "P": model.max_position_embeddings,
         "D": model.hidden_size,
         "H": d,  # of one head
+        "N": model.num_attention_heads,
         "Q": model.num_attention_heads * d,
         "K": model.num_query_groups * d,
+        "QKV": model.qkv_rows,
         "F": model.ffn_hidden_size,
+        "2F": 2 * (model.ffn_hidden_size or 0),
         "E": model.num_experts,
         "M": model.moe_ffn_hidden_size,
+        "2M": 2 * (model.moe_ffn_hidden_size or 0),
         "S": model.moe_shared_expert_intermediate_size,
         "1": 1,
         "3D": 3 * model.hidden_size,
@@ -280,7 +328,9 @@ def _rule(
         sources.append(prefix + name.format(expert=expert))
         shapes.append(tuple(sizes[letter] for letter in letters.split(",")))
     name = where + row.name.format(expert=expert)
-    return Rule(name, tuple(sources), tuple(shapes), _transform(row.join, model))
+    stacked = "{expert}" in row.name and "{expert}" not in row.sources
+    place = expert if stacked else None
+    return Rule(name, tuple(sources), tuple(shapes), _transform(row.join, model), place)
 
 
 def _transform(join: str, model: ModelConfig) -> Transform:
@@ -289,8 +339,10 @@ def _transform(join: str, model: ModelConfig) -> Transform:
         "same": Same(),
         "transposed": Transposed(),
         "stacked": Stacked(),
+        "interleaved": Interleaved(),
         "qkv": heads,
         "fused-qkv": FusedQueryKeyValue(heads),
+        "fused-qkv-transposed": FusedQueryKeyValue(heads, transposed=True),
     }
     return transforms[join]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from helix_megatron.model.families.configuration import NO_BIASES, RMS_NORM, SILU, SIZES, keys
 from helix_megatron.model.families.experts import Experts
 from helix_megatron.model.families.family import Family, Row
-from helix_megatron.model.families.modules import ExpertFiles, Modules
+from helix_megatron.model.families.modules import Modules
 from helix_megatron.model.families.pieces import Heads, Only, Tied, Vocabulary
 from helix_megatron.model.families.positions import Rope, Window
 from helix_megatron.model.families.tensors import ATTENTION_LAYER, LLAMA_OUTER
@@ -50,5 +50,5 @@ FAMILY = Family(
     ),
     rows=ATTENTION_LAYER + EXPERTS,
     outer=LLAMA_OUTER,
-    modules=Modules("Mixtral", ExpertFiles("w1", "w3", "w2", block=".block_sparse_moe.")),
+    modules=Modules("Mixtral"),
 )

@@ -11,24 +11,10 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ExpertFiles:
-    """How checkpoint files name an expert's weights, which the library keeps stacked in the model.
-
-    `MODULE.experts.E.NAME.weight`, where MODULE is the model's own name with `.mlp.` read as `block`.
-    """
-
-    gate: str
-    up: str
-    down: str
-    block: str = ".mlp."
-
-
-@dataclass(frozen=True)
 class Modules:
-    """prefix: of the class names, as in `LlamaAttention`; experts: None for a dense family."""
+    """prefix: of the class names, as in `LlamaAttention`."""
 
     prefix: str
-    experts: ExpertFiles | None = None
 
     @property
     def attention(self) -> str:
@@ -41,6 +27,3 @@ class Modules:
     @property
     def stacked_experts(self) -> str:
         return f"{self.prefix}Experts"
-
-
-QWEN_FILES = ExpertFiles("gate_proj", "up_proj", "down_proj")

@@ -143,10 +143,14 @@ class Tied(Piece):
 
 @dataclass(frozen=True)
 class Heads(Piece):
-    """Query heads, key-value heads (`kv_heads` when the key is absent) and dimensions of a head."""
+    """Query heads, key-value heads (`kv_heads` when the key is absent) and dimensions of a head.
+
+    With `explicit` the last are always written, since the library's model does not work without.
+    """
 
     kv_heads: int | None = None
     head_dim: int | None = None
+    explicit: bool = False
     keys: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "head_dim")
     fields: ClassVar = {
         "num_attention_heads": "num_attention_heads",
@@ -172,7 +176,7 @@ class Heads(Piece):
     def config(self, model: ModelConfig) -> dict[str, Any]:
         heads, head_dim = model.num_attention_heads, model.head_dim
         written = {"num_attention_heads": heads, "num_key_value_heads": model.num_query_groups}
-        if self.head_dim is not None or head_dim * heads != model.hidden_size:
+        if self.explicit or self.head_dim is not None or head_dim * heads != model.hidden_size:
             written["head_dim"] = head_dim
         return written
 
@@ -244,6 +248,32 @@ class LinearBiases(Piece):
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
         return dict.fromkeys(self.keys, not model.disable_bias_linear)
+
+
+@dataclass(frozen=True)
+class AllBiases(Piece):
+    """One key for the biases of all linear layers; `default` when it is absent."""
+
+    default: bool
+    keys: tuple[str, ...] = ("use_bias",)
+    fields: ClassVar = {"use_bias": "disable_bias_linear"}
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        biases = needed(config, "use_bias", self.default)
+        return {"disable_bias_linear": not biases, "add_qkv_bias": False}
+
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        return {"use_bias": not model.disable_bias_linear}
+
+
+class Unread(Piece):
+    """Keys that a family's files have and that decide nothing of what is converted."""
+
+    def __init__(self, *keys: str) -> None:
+        self.keys = keys
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        return {}
 
 
 class EmbeddingScale(Piece):

@@ -5,9 +5,13 @@ from __future__ import annotations
 from helix_megatron.model.families.configuration import LLAMA_LIKE, keys
 from helix_megatron.model.families.experts import Experts
 from helix_megatron.model.families.family import Family
-from helix_megatron.model.families.modules import QWEN_FILES, Modules
+from helix_megatron.model.families.modules import Modules
 from helix_megatron.model.families.pieces import Always, Heads, Tied, Values
-from helix_megatron.model.families.positions import LayerWindows, Rope
+from helix_megatron.model.families.positions import (
+    LayerWindows,
+    Rope,
+    every_second_below_max_window_layers,
+)
 from helix_megatron.model.families.tensors import LLAMA_LAYER, LLAMA_OUTER, QWEN_EXPERTS
 
 FAMILY = Family(
@@ -19,7 +23,7 @@ FAMILY = Family(
         *LLAMA_LIKE,
         Heads(kv_heads=16),
         Rope(),
-        LayerWindows(alternating=True),
+        LayerWindows(every_second_below_max_window_layers),
         keys(max_position_embeddings=32768, norm_epsilon=1e-6),
         Tied(False),
         Always(disable_bias_linear=True),
@@ -34,5 +38,5 @@ FAMILY = Family(
     ),
     rows=LLAMA_LAYER + QWEN_EXPERTS,
     outer=LLAMA_OUTER,
-    modules=Modules("Qwen2Moe", QWEN_FILES),
+    modules=Modules("Qwen2Moe"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from helix_megatron.model.families.configuration import LLAMA_LIKE, NO_BIASES, QK_NORM, keys
 from helix_megatron.model.families.experts import Experts
 from helix_megatron.model.families.family import Family
-from helix_megatron.model.families.modules import QWEN_FILES, Modules
+from helix_megatron.model.families.modules import Modules
 from helix_megatron.model.families.pieces import Heads, Only, Tied
 from helix_megatron.model.families.positions import Rope, Window
 from helix_megatron.model.families.tensors import LLAMA_LAYER, LLAMA_OUTER, QWEN_EXPERTS
@@ -34,5 +34,5 @@ FAMILY = Family(
     ),
     rows=LLAMA_LAYER + QWEN_EXPERTS,
     outer=LLAMA_OUTER,
-    modules=Modules("Qwen3Moe", QWEN_FILES),
+    modules=Modules("Qwen3Moe"),
 )

@@ -1,6 +1,7 @@
 """From the tensors of a Hugging Face checkpoint to those of a canonical one, and back.
 
-One `Rule` per canonical tensor, so that a conversion holds one of them at a time. Every transform is a
+One `Rule` per canonical tensor, so that a conversion holds one of them at a time. Where a source stacks all
+experts of a layer, many rules share it, and each names its expert's place there. Every transform is a
 permutation of elements: going there and back gives the same bits in every dtype.
 
 Letters, as in `helix_megatron.core.layout`: h query heads, g key-value heads, r = h/g, d dimensions of a head,
@@ -9,7 +10,7 @@ D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,26 +44,37 @@ class Rule:
         sources: names of the Hugging Face tensors.
         shapes: their shapes.
         transform: what joins them.
+        place: which of the experts on the first axis of its sources the tensor is of; None where the sources
+            are its own.
     """
 
     name: str
     sources: tuple[str, ...]
     shapes: tuple[Shape, ...]
     transform: Transform
+    place: int | None = None
+
+    @property
+    def own_shapes(self) -> tuple[Shape, ...]:
+        """Of what the canonical tensor has of each source."""
+        return self.shapes if self.place is None else tuple(shape[1:] for shape in self.shapes)
 
     @property
     def shape(self) -> Shape:
         """Of the canonical tensor."""
-        return self.transform.shape(self.shapes)
+        return self.transform.shape(self.own_shapes)
 
     def to_canonical(self, tensors: Sequence[Tensor]) -> Tensor:
         """The canonical tensor, of the dtype of its sources.
+
+        Args:
+            tensors: the sources, each of its shape in `own_shapes`.
 
         Raises:
             HelixError: a source has another shape than the configuration says, or another dtype than its
                 neighbours.
         """
-        for source, expected, tensor in zip(self.sources, self.shapes, tensors, strict=True):
+        for source, expected, tensor in zip(self.sources, self.own_shapes, tensors, strict=True):
             _check_shape(source, expected, tensor)
             if tensor.dtype != tensors[0].dtype:
                 raise HelixError(
@@ -72,13 +84,38 @@ class Rule:
         return self.transform.join(tensors)
 
     def from_canonical(self, tensor: Tensor) -> list[Tensor]:
-        """The sources, contiguous; the inverse of `to_canonical`, bit for bit.
+        """What the sources have of it, contiguous; the inverse of `to_canonical`, bit for bit.
 
         Raises:
             HelixError: the tensor has another shape than the model flags say.
         """
         _check_shape(self.name, self.shape, tensor)
-        return [part.contiguous() for part in self.transform.split(tensor, self.shapes)]
+        return [part.contiguous() for part in self.transform.split(tensor, self.own_shapes)]
+
+
+def canonical_tensor(rule: Rule, read: Callable[[str, int | None], Tensor]) -> Tensor:
+    """A canonical tensor; `read` gives a source by name, or one expert of a source that stacks them."""
+    return rule.to_canonical([read(source, rule.place) for source in rule.sources])
+
+
+def rules_by_source(rules: Iterable[Rule]) -> dict[str, list[Rule]]:
+    """The rules that make each source: one, or those of all experts that it stacks, in their order."""
+    table: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for source in rule.sources:
+            table.setdefault(source, []).append(rule)
+    return table
+
+
+def source_tensors(rules: Sequence[Rule], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The sources that one entry of `rules_by_source` makes, by name; `read` gives a canonical tensor."""
+    parts = [rule.from_canonical(read(rule.name)) for rule in rules]
+    if rules[0].place is None:
+        return dict(zip(rules[0].sources, parts[0], strict=True))
+    import torch
+
+    stacked = (torch.stack(experts) for experts in zip(*parts, strict=True))
+    return dict(zip(rules[0].sources, stacked, strict=True))
 
 
 class Same:
@@ -173,22 +210,47 @@ class QueryKeyValue:
         return [part.reshape(-1, *rest) for part in parts]
 
 
-@dataclass(frozen=True)
-class FusedQueryKeyValue:
-    """GPT-2's one matrix [D, 3·D], or bias [3·D], of all queries, all keys, all values → as `QueryKeyValue`."""
-
-    heads: QueryKeyValue
+class Interleaved:
+    """One matrix [in, 2·out] whose columns are of gate and up in turn, or such a bias → [gate; up]."""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return tuple(reversed(shapes[0]))
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return self.heads.join(_rows_first(tensors[0]).chunk(3))
+        import torch
+
+        rows = _rows_first(tensors[0])
+        return torch.cat([rows[0::2], rows[1::2]])
 
     def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         import torch
 
-        return [_rows_first(torch.cat(self.heads.split(tensor, shapes)))]
+        return [_rows_first(torch.stack(tensor.chunk(2), 1).flatten(0, 1))]
+
+
+@dataclass(frozen=True)
+class FusedQueryKeyValue:
+    """One matrix, or bias, of all queries [h·d], all keys [g·d], all values [g·d] → as `QueryKeyValue`.
+
+    Its rows are these, or its columns where it is `transposed`, as GPT-2's Conv1D is.
+    """
+
+    heads: QueryKeyValue
+    transposed: bool = False
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return tuple(reversed(shapes[0])) if self.transposed else shapes[0]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        rows = _rows_first(tensors[0]) if self.transposed else tensors[0]
+        keys = self.heads.kv_heads * self.heads.head_dim
+        return self.heads.join(rows.split([len(rows) - 2 * keys, keys, keys]))
+
+    def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        import torch
+
+        rows = torch.cat(self.heads.split(tensor, shapes))
+        return [_rows_first(rows) if self.transposed else rows]
 
 
 def _rows_first(tensor: Tensor) -> Tensor:

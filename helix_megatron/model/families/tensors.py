@@ -1,7 +1,8 @@
 """Tables of tensors that several families share.
 
-Letters of shapes: V vocabulary, P positions, D hidden size, H dimensions of a head, Q all query heads,
-K all key-value heads, F MLP, E experts, M MLP of an expert, S MLP of the shared expert.
+Letters of shapes: V vocabulary, P positions, D hidden size, H dimensions of a head, N query heads, Q all
+dimensions of them, K of all key-value heads, QKV of queries, keys and values, F MLP, E experts, M MLP of an
+expert, S MLP of the shared expert; 2F, 2M and 3D are multiples.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from helix_megatron.model.families.family import Row
 
 ATTENTION_LAYER = (
     Row("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight[D]"),
+    Row("self_attention.linear_qkv.layer_norm_bias", "input_layernorm.bias[D]", when="norm-bias"),
     Row(
         "self_attention.linear_qkv.weight",
         "self_attn.q_proj.weight[Q,D] self_attn.k_proj.weight[K,D] self_attn.v_proj.weight[K,D]",
@@ -23,9 +25,17 @@ ATTENTION_LAYER = (
     ),
     Row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight[H]", when="qk-norm"),
     Row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight[H]", when="qk-norm"),
+    Row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight[Q]", when="flat-norm"),
+    Row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight[K]", when="flat-norm"),
     Row("self_attention.linear_proj.weight", "self_attn.o_proj.weight[D,Q]"),
     Row("self_attention.linear_proj.bias", "self_attn.o_proj.bias[D]", when="bias"),
     Row("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight[D]"),
+    Row("mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias[D]", when="norm-bias"),
+)
+BEHIND_LAYER = tuple(row for row in ATTENTION_LAYER if "layer_norm_" not in row.name)
+BEHIND_NORMS = (
+    Row("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight[D]"),
+    Row("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight[D]"),
 )
 GATED_MLP = (
     Row(
@@ -70,8 +80,24 @@ QWEN_EXPERTS = (
     ),
     Row("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight[1,D]", when="shared-gate"),
 )
+BALANCED_EXPERTS = (
+    *(row for row in QWEN_EXPERTS if "shared" not in row.when),
+    Row("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias[E]", when="expert-bias"),
+    Row(
+        "mlp.shared_experts.linear_fc1.weight",
+        "mlp.shared_experts.gate_proj.weight[S,D] mlp.shared_experts.up_proj.weight[S,D]",
+        "stacked",
+        when="shared",
+    ),
+    Row(
+        "mlp.shared_experts.linear_fc2.weight",
+        "mlp.shared_experts.down_proj.weight[D,S]",
+        when="shared",
+    ),
+)
 LLAMA_OUTER = (
     Row("embedding.word_embeddings.weight", "embed_tokens.weight[V,D]"),
     Row("decoder.final_layernorm.weight", "norm.weight[D]"),
+    Row("decoder.final_layernorm.bias", "norm.bias[D]", when="norm-bias"),
     Row("output_layer.weight", "lm_head.weight[V,D]", when="untied"),
 )

@@ -1,0 +1,98 @@
+"""Converted families generate the tokens that transformers does, through paged caches on several ranks.
+
+The oracle is `transformers`: a forward pass over the whole sequence for each token, without a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+import torch
+from hf_models import MODELS, read_config, save, tokens
+
+from helix_megatron.errors import HelixError
+from helix_megatron.inference.arguments import add_checkpoint_arguments, inference_config
+
+PROMPTS, NEW_TOKENS = (5, 17), 12
+REFUSED = {"gpt oss": r"has sinks \(softmax_type = learnable\)"}
+# Of the new families those with an option of their own in the engine.
+QUICK = {"smollm3", "gemma3", "llama4", "minimax m2", "olmo3"}
+
+
+def config_of(path: str, world_size: int) -> Any:
+    parser = add_checkpoint_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return inference_config(vars(parser.parse_args(["--load", path])), world_size)
+
+
+def generated(path: str) -> list[list[int]] | None:
+    """Greedy tokens for two prompts of different lengths, on rank 0."""
+    import torch.distributed as dist
+    from inference_models import Collected
+
+    from helix_megatron.inference.batching_flags import EngineOptions
+    from helix_megatron.inference.engine import follow
+    from helix_megatron.inference.request import Request, Sampling
+    from helix_megatron.inference.start import start
+
+    options = EngineOptions(max_context=64, page_size=4, cache_memory=0.001)
+    runner, engine = start(config_of(path, dist.get_world_size()), options, max_waiting=8)
+    if engine is None:
+        follow(runner)
+        return None
+    collected = [Collected() for _ in PROMPTS]
+    sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0)
+    engine.submit(
+        [
+            Request(tuple(tokens()[row, :length].tolist()), sampling, listener)
+            for row, (length, listener) in enumerate(zip(PROMPTS, collected, strict=True))
+        ]
+    )
+    engine.stop()
+    engine.run()
+    return [one.tokens for one in collected]
+
+
+@torch.no_grad()
+def expected(path: str) -> list[list[int]]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    answers = []
+    for row, length in enumerate(PROMPTS):
+        ids = tokens()[row : row + 1, :length]
+        for _ in range(NEW_TOKENS):
+            logits = model(ids, use_cache=False).logits[:, -1:]
+            ids = torch.cat([ids, logits.argmax(-1)], dim=1)
+        answers.append(ids[0, length:].tolist())
+    return answers
+
+
+@pytest.mark.filterwarnings("ignore:.* sequences of more than")
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        pytest.param(name, ranks, marks=[pytest.mark.full("conversion")] * (not quick))
+        for name in MODELS
+        for ranks in (1, 4)
+        for quick in [name in QUICK and ranks == 4]
+        if name not in REFUSED
+    ],
+)
+def test_converted_families_generate_what_transformers_does(pool, tmp_path, name, ranks):
+    """Whatever an engine leaves out of a layer shows in some token."""
+    save(name, tmp_path)
+    found = pool.run(generated, str(tmp_path), world_size=ranks, timeout=300)[0]
+    wanted = expected(str(tmp_path))
+    assert found == wanted
+    assert len({tuple(one) for one in wanted}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_engine_lacks_is_refused(tmp_path, name):
+    """A sentence before the first rank starts, in place of other tokens."""
+    save(name, tmp_path)
+    assert read_config(tmp_path)["model_type"]
+    with pytest.raises(HelixError, match=REFUSED[name]):
+        config_of(str(tmp_path), 1)

@@ -1,0 +1,161 @@
+"""What conversion refuses, and with which words; what it shortens, with a warning."""
+
+from __future__ import annotations
+
+import pytest
+from hf_models import config_of
+
+from helix_megatron.errors import HelixError
+from helix_megatron.huggingface.forms import SHOWN
+from helix_megatron.model.families import FAMILIES, INEXPRESSIBLE, family_of
+
+UNSUPPORTED = {
+    "yarn that grows otherwise": (
+        "llama 2",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}},
+        "attention_factor = 1.0 of yarn rotary embedding. Megatron's GPT has what follows from factor, mscale "
+        "and mscale_all_dim only, here 1.1386",
+    ),
+    "longrope": (
+        "phi3",
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        "rotary embedding of type 'longrope'",
+    ),
+    "no biases of gpt-oss": ("gpt oss", {"attention_bias": False}, "attention_bias = False"),
+    "another gate of gpt-oss": ("gpt oss", {"swiglu_alpha": 1.0}, "swiglu_alpha = 1.0"),
+    "sigmoids that are not normalised": (
+        "glm4 moe",
+        {"norm_topk_prob": False},
+        "norm_topk_prob = False and num_experts_per_tok = 2",
+    ),
+    "groups by three experts": (
+        "glm4 moe",
+        {"num_experts_per_tok": 3, "topk_group": 1},
+        "topk_group = 1 and num_experts_per_tok = 3. Megatron's router counts a group by its 3 best",
+    ),
+    "two experts of Llama 4": ("llama4", {"num_experts_per_tok": 2}, "num_experts_per_tok = 2"),
+    "layers without rope": ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers = [1]"),
+    "dynamic": (
+        "llama 2",
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "type 'dynamic' (rope_parameters or rope_scaling), which Megatron's GPT does not have. Valid: "
+        "default, linear, llama3, yarn.",
+    ),
+    "other llama3 constants": (
+        "llama 3",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 2.0,
+            }
+        },
+        "low_freq_factor = 2.0 of llama3 rotary embedding. Megatron's GPT has 1.0 only.",
+    ),
+    "fraction of a theta": (
+        "llama 2",
+        {"rope_parameters": {"rope_theta": 10000.5}},
+        "rope_theta = 10000.5",
+    ),
+    "partial rotary": (
+        "llama 2",
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor = 0.5",
+    ),
+    "unknown rotary key": (
+        "llama 2",
+        {"rope_parameters": {"rope_theta": 1e4, "beta_fast": 32}},
+        "beta_fast",
+    ),
+    "unknown activation": (
+        "llama 2",
+        {"hidden_act": "relu"},
+        "hidden_act = 'relu', which Megatron's GPT does not have in this family. Valid: silu, swish.",
+    ),
+    "attention biases alone": (
+        "llama 2",
+        {"attention_bias": True},
+        "attention_bias = True and mlp_bias = False",
+    ),
+    "biases of Qwen 3": ("qwen3", {"attention_bias": True}, "attention_bias = True"),
+    "quantized": (
+        "mistral",
+        {"quantization_config": {"bits": 4}},
+        "quantization_config = {'bits': 4}, which mistral models do not have here",
+    ),
+    "part of a head": ("llama 2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    "second names": (
+        "gpt2",
+        {"hidden_size": 64},
+        "hidden_size = 64, which gpt2 models do not have",
+    ),
+    "own code": ("qwen2", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+    "both directions": (
+        "gemma",
+        {"use_bidirectional_attention": True},
+        "use_bidirectional_attention = True, which Megatron's GPT cannot compute",
+    ),
+    "scale by layer": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True},
+        "scale_attn_by_inverse_layer_idx = True",
+    ),
+    "two dropouts": (
+        "gpt2",
+        {"embd_pdrop": 0.0},
+        "resid_pdrop = 0.1 and embd_pdrop = 0.0, and Megatron has one setting for both, --hidden-dropout",
+    ),
+    "heads": ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+    "one expert": (
+        "mixtral",
+        {"num_experts_per_tok": 1},
+        "num_experts_per_tok = 1 with normalised weights",
+    ),
+    "router noise": ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+    "no experts": ("qwen3 moe", {"mlp_only_layers": [0, 1]}, "gives experts to none of 2 layers"),
+    "experts 0": ("qwen2 moe", {"num_experts": 0}, "num_experts = 0"),
+    "layer types": (
+        "qwen2",
+        {"layer_types": ["full_attention", "chunked_attention"]},
+        "chunked_attention",
+    ),
+    "windows without a size": (
+        "qwen2",
+        {"layer_types": ["sliding_attention"] * 2},
+        "use_sliding_window is not set or sliding_window is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_cannot_be_expressed_is_refused(case):
+    """Ignored silently, each of these would give a model that computes something else."""
+    name, changed, text = UNSUPPORTED[case]
+    config = config_of(name) | changed
+    with pytest.raises(HelixError) as error:
+        family_of(config).model_flags(config)
+    assert text in str(error.value)
+
+
+def test_what_megatron_lacks_is_named():
+    """A type that Hugging Face's host cuts converts, or is refused for what is in the way."""
+    with pytest.raises(
+        HelixError, match=r"gemma2 have soft caps .*attn_logit_softcapping.*, and megatron-core"
+    ):
+        family_of({"model_type": "gemma2"})
+    assert not INEXPRESSIBLE.keys() & FAMILIES.keys()
+    assert {*INEXPRESSIBLE, *FAMILIES} >= SHOWN
+
+
+def test_llama_4_is_converted_for_the_sequences_that_megatron_computes():
+    """Chunks and grown queries change nothing before their first border."""
+    config = config_of("llama4") | {"attention_chunk_size": 32, "floor_scale": 30}
+    family = family_of(config)
+    with pytest.warns(UserWarning, match=r"more than 29 tokens.*config.json: 64"):
+        flags = family.model_flags(config)
+    assert flags["max_position_embeddings"] == 29
+    with pytest.warns(UserWarning, match="29 tokens"):
+        assert family.config(flags, config) == config
+    with pytest.raises(HelixError, match=r"floor_scale = 1, and queries then grow"):
+        family.model_flags(config | {"floor_scale": 1})
