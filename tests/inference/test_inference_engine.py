@@ -142,7 +142,8 @@ def logits_of_steps(
     """Logits after every piece, sequence by sequence; None but on rank 0."""
     runner, _ = models.make_engine(text, world_size, cache, dtype=dtype)
     if gathers:
-        runner.attention.gathers_up_to = 1 << 30
+        for attention in runner.attentions:
+            attention.gathers_up_to = 1 << 30
     lengths = (5, 1, 19)
     found: list[list[Any]] = [[] for _ in lengths]
     for plan in plans(lengths, models.prompts((30, 24, 40)), runner.book.members):
