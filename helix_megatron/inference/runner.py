@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from helix_megatron.core.caches import SEGMENTS, cache_layout
 from helix_megatron.core.caches.attention import StepAttention
 from helix_megatron.core.caches.paged import KeptHeads, PagedCache, Window
-from helix_megatron.core.caches.pages import PageBook
+from helix_megatron.core.caches.pages import PageBook, Piece
 from helix_megatron.core.caches.windows import BookPair, Reach, WindowBook
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.inference.step import StepPlan
@@ -56,8 +56,7 @@ class Runner(ABC):
         positions = np.concatenate([np.arange(p.start, p.stop) for p in plan.pieces])
         ends = np.cumsum([len(piece.tokens) for piece in plan.pieces]) - 1
         wanted = [end for end, piece in zip(ends, plan.pieces, strict=True) if piece.wanted]
-        for attention in self.attentions:
-            attention.prepare(plan.pieces)
+        self._prepare(plan.pieces)
         return self._compute(tokens, positions, np.asarray(wanted, dtype=np.int64))
 
     @abstractmethod
@@ -71,10 +70,19 @@ class Runner(ABC):
             wanted: the rows among them whose logits are wanted.
         """
 
+    def _prepare(self, pieces: Sequence[Piece]) -> None:
+        """What all layers need alike for a step of these pieces."""
+        for attention in self.attentions:
+            attention.prepare(pieces)
+
+    def _drop(self, sequence: int) -> None:  # noqa: B027 - most models have nothing beside pages
+        """Forget what is kept of a sequence beside its pages."""
+
     def _keep_books(self, plan: StepPlan) -> None:
         for sequence in plan.drops:
             if sequence in self.book:  # it may have come and gone between two steps
                 self.book.drop(sequence)
+                self._drop(sequence)
         for piece in plan.pieces:
             if piece.sequence not in self.book:
                 self.book.add(piece.sequence, piece.member, piece.expected)

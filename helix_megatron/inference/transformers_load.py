@@ -33,6 +33,7 @@ class Described:
         longest: the positions for which the engine computes what the library does; None: its configuration does
             not say.
         attention: the forms of its attention modules, by path.
+        recurrent: the paths of its layers that keep a state and no keys, all of which every rank has whole.
         bound: why no sequence can be longer than that, as the rest of a sentence; empty where one can.
         latent_dim: dimensions of a latent with its rotated part; None where keys and values are whole heads.
     """
@@ -40,6 +41,7 @@ class Described:
     vocab_size: int
     longest: int | None
     attention: Mapping[str, AttentionForm]
+    recurrent: tuple[str, ...] = ()
     bound: str = ""
     latent_dim: int | None = None
 
@@ -149,15 +151,10 @@ def described(model: Any) -> Described:
     if not attention:
         raise HelixError(f"{type(model).__name__} has no attention module of a decoder.")
     recurrent = {
-        type(model.get_submodule(path.rpartition(".")[0])).__name__
+        path.rpartition(".")[0]: None
         for path, module in model.named_modules()
         if isinstance(module, nn.Conv1d)
     }
-    if recurrent:
-        raise HelixError(
-            f"{listed(sorted(recurrent))} of a {kind} model keeps a state of its own, and the engine keeps "
-            f"keys and values only. {INSTEAD}"
-        )
     latents = {
         model.get_submodule(path).kv_a_proj_with_mqa.out_features
         for path, form in attention.items()
@@ -170,7 +167,7 @@ def described(model: Any) -> Described:
         )
     longest, bound = _longest(config)
     latent = latents.pop() if latents else None
-    return Described(config.vocab_size, longest, attention, bound, latent)
+    return Described(config.vocab_size, longest, attention, tuple(recurrent), bound, latent)
 
 
 def _longest(config: Any) -> tuple[int | None, str]:
@@ -224,4 +221,4 @@ def load(
     )
     model.requires_grad_(False)
     shared = groups.tensor if described.latent_dim is not None else groups.intra_head
-    return PagedModel(model, list(described.attention), groups.tensor, shared)
+    return PagedModel(model, list(described.attention), described.recurrent, groups.tensor, shared)

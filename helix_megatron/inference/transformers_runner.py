@@ -19,6 +19,7 @@ from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.forms import SHOWN
 from helix_megatron.inference.runner import Pools, Runner, books_of, make_book
 from helix_megatron.inference.transformers_attention import INSTEAD, NAME, Asked, Layer, register
+from helix_megatron.inference.transformers_states import States
 from helix_megatron.model.families import CUTTABLE
 
 PROBE = 16  # tokens with which a model is compared with itself
@@ -33,12 +34,18 @@ class PagedModel:
     Args:
         model: of `transformers`, whole or cut by `helix_megatron.huggingface`, in eval mode.
         attention: the paths of its attention modules.
+        recurrent: the paths of its layers that keep a state and no keys.
         group: the ranks that hold the model together.
         head_group: those among them that share key-value heads.
     """
 
     def __init__(
-        self, model: Any, attention: Sequence[str], group: ProcessGroup, head_group: ProcessGroup
+        self,
+        model: Any,
+        attention: Sequence[str],
+        recurrent: Sequence[str],
+        group: ProcessGroup,
+        head_group: ProcessGroup,
     ) -> None:
         self.model, self.group, self.head_group = model, group, head_group
         parameter = next(model.parameters())
@@ -47,6 +54,7 @@ class PagedModel:
         self.before = None
         if kind not in CUTTABLE and kind not in SHOWN:
             self.before = self.logits(*_probe())
+        self.states = States(model, recurrent)
         register()
         model.set_attn_implementation(NAME)
         self.layers: list[Layer] = []
@@ -131,6 +139,13 @@ class TransformersRunner(Runner):
         if model.before is not None:
             self._check_probe(model.before)
 
+    def _prepare(self, pieces: Sequence[Piece]) -> None:
+        super()._prepare(pieces)
+        self.model.states.begin(pieces)
+
+    def _drop(self, sequence: int) -> None:
+        self.model.states.drop(sequence)
+
     def _compute(
         self, tokens: np.ndarray, positions: np.ndarray, wanted: np.ndarray
     ) -> Tensor | None:
@@ -146,10 +161,10 @@ class TransformersRunner(Runner):
         grown = self.book.grow(0, len(tokens))
         if not grown:
             return  # a cache of less than the probe
-        for attention in self.attentions:
-            attention.prepare([piece])
+        self._prepare([piece])
         after = self.model.logits(tokens, positions, rows)
         self.book.drop(0)
+        self._drop(0)
         error = float((after - before).abs().max() / before.abs().max())
         if not error <= (1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2):
             raise HelixError(

@@ -33,10 +33,9 @@ LENGTHS = (1, 3, 17, 40)
 CACHES = ("batch", "sequence")
 EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 8}
 LATENT = ("deepseek_v2", "deepseek_v3")
-RECURRENT = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "nemotron_h", "falcon_h1")
 # In the quick tier: alternating windows with sinks, with soft caps, and of other head sizes; values narrower
-# than keys; latents; chunks and temperatures by position.
-QUICK = ("gpt_oss", "gemma2", "gemma4", "mimo_v2_flash", "deepseek_v3", "llama4")
+# than keys; latents; states beside pages.
+QUICK = ("gpt_oss", "gemma2", "gemma4", "mimo_v2_flash", "deepseek_v3", "qwen3_5")
 
 
 def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
@@ -76,7 +75,7 @@ def make_runner(model: Any, cache: str, pages: Any = 200, m: int | None = None) 
     groups = make_groups(ranks, segments)
     shard(model, segments, tensor_group=groups.tensor, intra_head_group=groups.intra_head)
     shared = groups.tensor if facts.latent_dim else groups.intra_head
-    paged = PagedModel(model, list(facts.attention), groups.tensor, shared)
+    paged = PagedModel(model, list(facts.attention), facts.recurrent, groups.tensor, shared)
     layout = facts.layout(ranks, segments)
     sizes = {"cache": cache, "pages": pages, "page_size": PAGE, "vocab_size": VOCABULARY}
     return TransformersRunner(paged, layout, **sizes)
@@ -120,7 +119,7 @@ def several(cases: list[tuple[str, str]], **options: Any) -> list[dict[str, Any]
 
 CASES = [
     pytest.param(family, ranks, marks=[pytest.mark.full("inference")] * (quick != ranks))
-    for place, family in enumerate(sorted(set(BY_FORM) - set(RECURRENT)))
+    for place, family in enumerate(sorted(BY_FORM))
     for ranks in (1, 2, 4)
     for quick in [(2, 4)[place % 2] if family in QUICK else 0]
 ]
@@ -139,7 +138,11 @@ def test_greedy_tokens_are_those_of_the_library(pool, family, ranks):
 
 @pytest.mark.parametrize(
     ("family", "m"),
-    [("gpt_oss", 2), pytest.param("deepseek_v3", None, marks=pytest.mark.full("inference"))],
+    [
+        ("gpt_oss", 2),
+        ("qwen3_next", 2),
+        pytest.param("deepseek_v3", None, marks=pytest.mark.full("inference")),
+    ],
 )
 def test_preempted_sequences_get_the_same_tokens(pool, family, m):
     """Pages for one long sequence and little more: the others are computed anew."""
@@ -247,15 +250,6 @@ def test_what_latents_cannot_do_is_said():
 
 
 # ------------------------------------------------------------------------------ from files
-
-
-@pytest.mark.parametrize("family", RECURRENT)
-def test_states_of_other_layers_are_refused(family):
-    """By the name of their class, before a weight is read."""
-    from helix_megatron.inference.transformers_load import described
-
-    with pytest.raises(HelixError, match="keeps a state of its own, and the engine keeps keys"):
-        described(tiny_model(family))
 
 
 @pytest.fixture(scope="module")
