@@ -6,13 +6,18 @@ import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from helix_megatron.core.kernels.paged import paged_kernel
 from helix_megatron.core.kernels.partial import PartialKernel, partial_kernel, unfused
 from helix_megatron.core.masks import shown
+
+if TYPE_CHECKING:
+    from helix_megatron.core.kernels.paged_triton import Tiles
 
 Window = tuple[int, int] | None
 # On a CPU a long run of neighbouring pages is read where it lies; on a GPU one kernel for many short sequences
@@ -173,7 +178,11 @@ class PagedWork:
         self._kernel: PartialKernel = partial_kernel(device)
         self._view_from = VIEW_FROM.get(device.type, NEVER)
         self._copy_up_to = COPY_UP_TO.get(device.type, NEVER)
-        self._prepared = {window: self._prepare(window) for window in windows}
+        self._paged = paged_kernel(device.type).kernel
+        self._prepared: dict[Window, list[_Item]] = {}
+        self._tiles: dict[Window, Tiles] = {}
+        for window in windows:
+            self._tiles_of(window) if self._paged else self._items(window)
 
     def attend(
         self,
@@ -195,6 +204,16 @@ class PagedWork:
         Returns:
             o [queries, H, E], lse [queries, H] in at least fp32; 0 and -inf for a query that sees no key.
         """
+        if self._paged and self._paged.takes(q_THD, k_PSGD, v_PSGE):
+            return self._paged.attend(
+                q_THD,
+                k_PSGD,
+                v_PSGE,
+                self._tiles_of(window),
+                scale=scale,
+                softcap=softcap,
+                back=None if window is None or window[0] < 0 else window[0],
+            )
         wide = torch.promote_types(q_THD.dtype, torch.float32)
         items, kernel = self._items(window), self._kernel
         if softcap is not None or k_PSGD.size(-1) != v_PSGE.size(-1):
@@ -254,6 +273,31 @@ class PagedWork:
         if window not in self._prepared:
             self._prepared[window] = self._prepare(window)
         return self._prepared[window]
+
+    def _tiles_of(self, window: Window) -> Tiles:
+        """The same for a kernel that reads pages where they lie."""
+        if window not in self._tiles:
+            self._tiles[window] = self._cut_tiles(window)
+        return self._tiles[window]
+
+    def _cut_tiles(self, window: Window) -> Tiles:
+        assert self._paged is not None
+        size = self.page_size
+        most = max((stop - start for start, stop in (p.rows for p in self.pieces)), default=1)
+        queries = min(self._paged.QUERIES, 1 << (most - 1).bit_length())
+        width = max((len(piece.pages) for piece in self.pieces), default=1)
+        pages = np.zeros((len(self.pieces), width), dtype=np.int32)
+        rows, every = [], 1
+        for number, piece in enumerate(self.pieces):
+            keys, block = len(piece.positions), int(piece.positions[0]) // size
+            pages[number, : len(piece.pages)] = np.maximum(piece.pages, 0)
+            if keys > size:
+                every = int(piece.positions[size]) // size - block
+            seen = self._first_visible(piece, window) // size
+            for at in range(*piece.rows, queries):
+                count, start = min(queries, piece.rows[1] - at), piece.start + at - piece.rows[0]
+                rows.append((number, at, count, start, keys, seen, block))
+        return self._paged.make_tiles(rows, on_device(pages, self._device), queries, every)
 
     def _prepare(self, window: Window) -> list[_Item]:
         items: list[_Item] = []
