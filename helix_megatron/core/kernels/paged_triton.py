@@ -212,7 +212,8 @@ def constants(
         "ROWS": max(ROWS, triton.next_power_of_2(tiles.queries * heads)),
         "CAPPED": capped,
     }
-    return settings, {"num_warps": 8 if max(d, e) > 128 else 4, "num_stages": 2}
+    few_rows = settings["ROWS"] == ROWS
+    return settings, {"num_warps": 8 if max(d, e) > 128 and few_rows else 4, "num_stages": 2}
 
 
 def make_tiles(rows: Sequence[Sequence[int]], pages_BP: Tensor, queries: int, every: int) -> Tiles:
