@@ -58,8 +58,8 @@ from torch.utils._pytree import tree_iter  # noqa: E402
 from helix_megatron import parallel_state  # noqa: E402
 from helix_megatron.core.caches.pages import Piece  # noqa: E402
 from helix_megatron.graph.without_data import new_process  # noqa: E402
+from helix_megatron.inference.megatron_runner import MegatronRunner  # noqa: E402
 from helix_megatron.inference.request import Sampling  # noqa: E402
-from helix_megatron.inference.runner import Runner  # noqa: E402
 from helix_megatron.inference.sampler import sample  # noqa: E402
 from helix_megatron.inference.step import StepPlan  # noqa: E402
 from helix_megatron.megatron.initialize import weights_not_drawn  # noqa: E402
@@ -266,7 +266,7 @@ def infer(watch: Watch, flags: str, cache: str) -> None:
     lengths = (40, 3, 17, 1)
     with model_on(flags, rank=0) as (run, model), torch.no_grad():
         model.eval()
-        runner = Runner(
+        runner = MegatronRunner(
             model,
             run.layout,
             cache=cache,

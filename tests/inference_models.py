@@ -59,11 +59,12 @@ def make_engine(
     import torch.distributed as dist
 
     from helix_megatron.inference.engine import Engine
-    from helix_megatron.inference.runner import Runner, make_book
+    from helix_megatron.inference.megatron_runner import MegatronRunner
+    from helix_megatron.inference.runner import make_book
     from helix_megatron.inference.scheduler import Scheduler
 
     args, model = build(text, world_size, dtype)
-    runner = Runner(
+    runner = MegatronRunner(
         model,
         args.layout,
         cache=cache,

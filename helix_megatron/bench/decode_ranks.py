@@ -28,7 +28,8 @@ from helix_megatron.core.layout import HeadLayout
 from helix_megatron.core.meter import EXCHANGE, measure
 from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
-from helix_megatron.inference.runner import Runner, make_book
+from helix_megatron.inference.megatron_runner import MegatronRunner
+from helix_megatron.inference.runner import books_of, make_book
 from helix_megatron.inference.step import Piece, StepPlan
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 from helix_megatron.training.arguments import parse_args
@@ -143,9 +144,9 @@ class Paged:
             "vocab_size": VOCABULARY,
         }
         pages = _pages_needed(case, cache, self.layout.segments)
-        self.runner = Runner(model, self.layout, cache=cache, pages=pages, **sizes)
-        self.book = self.runner.book
-        self.me = self.runner.attention.me if self.book.members > 1 else 0
+        self.runner = MegatronRunner(model, self.layout, cache=cache, pages=pages, **sizes)
+        (self.book,) = books_of(self.runner.book)  # layers without windows
+        self.me = self.runner.attentions[0].me if self.book.members > 1 else 0
         for layer in model.decoder.layers:
             if self.gathers:
                 _label_gather(layer.self_attention.inner)
@@ -154,7 +155,7 @@ class Paged:
 
     @property
     def cache_bytes(self) -> int:
-        return self.runner.cache.k.nbytes + self.runner.cache.v.nbytes
+        return self.runner.cache.nbytes
 
     def fill(self, layer: int, sequence: int, whole: Whole) -> None:
         positions = self.book.positions(sequence, self.me, self.case.context - 1)
@@ -172,7 +173,7 @@ class Paged:
             return x_SGD[:, [_stock_head(self.case, self.rank)]]
         layout = self.layout
         x_SGD = x_SGD[:, list(layout.kv_heads(self.rank))]
-        if self.runner.cache.k.size(-1) == layout.segment_dim:
+        if self.runner.cache.k[0].size(-1) == layout.segment_dim:
             return x_SGD[..., layout.segment_dims(self.rank % layout.segments)]
         if layout.query_layout == "heads":
             return x_SGD
@@ -254,7 +255,7 @@ def _label_gather(attention: Any) -> None:
 def _pages_needed(case: DecodeCase, cache: str, members: int) -> int:
     """Pages of the fullest pool, found in books that are large enough."""
     blocks = -(-case.context // PAGE_SIZE)
-    book = make_book(cache, members, case.sequences * blocks, PAGE_SIZE)
+    (book,) = books_of(make_book(cache, members, case.sequences * blocks, PAGE_SIZE))
     _grow(book, case)
     return max(pool.total - pool.free for pool in book.pools)
 

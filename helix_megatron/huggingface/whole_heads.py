@@ -54,20 +54,24 @@ class KeyValueHeads:
             x_BLGPC, self.layout, self.group, purpose=GATHER, canonical=canonical
         )
 
-    def segment(self, x_BUSD: Tensor) -> Tensor:
-        """[B, u, S, d] of wanted heads → [B, g/n, S, d/m]: this rank's part of all heads of its group."""
-        width = x_BUSD.size(-1) // self.layout.segments
-        own = slice(self.member * width, (self.member + 1) * width)
+    def all_heads(self, x_BUSD: Tensor) -> Tensor:
+        """[B, u, S, d] of wanted heads → [B, g/n, S, d]: all heads of the group."""
         group_heads = list(range(self.layout.group_kv_heads))
         if self.wanted == group_heads:
-            return x_BUSD[..., own].contiguous()
+            return x_BUSD
         x_mBUSD = gather(x_BUSD.contiguous(), self.group, purpose="exchange/cache")
         everyone = [attended_heads(self.layout, m) for m in range(self.layout.segments)]
         holders = [
             next((m, heads.index(head)) for m, heads in enumerate(everyone) if head in heads)
             for head in group_heads
         ]
-        return torch.stack([x_mBUSD[m, :, place, :, own] for m, place in holders], dim=1)
+        return torch.stack([x_mBUSD[m, :, place] for m, place in holders], dim=1)
+
+    def segment(self, x_BUSD: Tensor) -> Tensor:
+        """[B, u, S, d] of wanted heads → [B, g/n, S, d/m]: this rank's part of all heads of its group."""
+        width = x_BUSD.size(-1) // self.layout.segments
+        own = slice(self.member * width, (self.member + 1) * width)
+        return self.all_heads(x_BUSD)[..., own].contiguous()
 
 
 class WholeHeadAttention(layers.Partitioned):

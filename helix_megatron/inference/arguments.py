@@ -10,14 +10,18 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.errors import HelixError
-from helix_megatron.flags import INPUT, INPUT_DIRECTORY, add_flags, whole
+from helix_megatron.errors import HelixError, counted, listed
+from helix_megatron.flags import INPUT, INPUT_DIRECTORY, add_flags, flag_of, whole
 from helix_megatron.model.description import MODEL_FLAGS, ModelConfig
 from helix_megatron.training.run import RunConfig
 from helix_megatron.training.settings import Checkpoints, Parallelism, Training
+
+if TYPE_CHECKING:
+    from helix_megatron.inference.transformers_load import Described
 
 RANKS = whole(largest=4096)  # of one machine
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
@@ -30,12 +34,33 @@ OVERRIDES = tuple(
 RANK_SETTINGS = ("distributed_backend", "distributed_timeout_minutes", "nproc_per_node")
 
 
+IMPLEMENTATIONS = ("auto", "megatron", "transformers")
+
+
+@dataclass(frozen=True)
+class TransformersRun:
+    """A model that the code of `transformers` computes, cut by `helix_megatron.huggingface`.
+
+    Args:
+        described: what its configuration says.
+        world_size: ranks, all of which hold it together.
+        segments: m.
+        parallel: back end and timeout of the process groups.
+    """
+
+    described: Described
+    world_size: int
+    segments: int
+    parallel: Parallelism
+
+
 @dataclass(frozen=True)
 class InferenceConfig:
     """A model that is to be loaded, and how.
 
     Args:
-        run: the model, on all ranks as one copy: no pipeline and no data parallelism.
+        run: the model, on all ranks as one copy: no pipeline and no data parallelism. The kind says whose code
+            computes it.
         dtype: of weights and activations, one of `DTYPES`.
         load_path: directory of the checkpoint; `load_kind` is that of `checkpoint.sources`.
         tokenizer: as asked for; None takes what lies with the checkpoint.
@@ -43,13 +68,21 @@ class InferenceConfig:
         notes: sentences that tell people what was chosen for them.
     """
 
-    run: RunConfig
+    run: RunConfig | TransformersRun
     dtype: str
     load_path: str
     load_kind: str
     tokenizer: str | None = None
     trust_checkpoint: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model has."""
+        if isinstance(self.run, TransformersRun):
+            return self.run.described.vocab_size
+        assert self.run.model.vocab_size is not None
+        return self.run.model.vocab_size
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -76,6 +109,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         default="auto",
         help="precision; auto is fp32 on CPU and the checkpoint's on a GPU (default: %(default)s)",
     )
+    group.add_argument(
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        default="auto",
+        help="whose code computes the model: megatron-core's, or that of transformers for Hugging Face models; "
+        "auto takes megatron-core's where conversion knows the model (default: %(default)s)",
+    )
     add_flags(group, Checkpoints, ("trust_checkpoint",))
     add_flags(group, Training, ("seed",))
     _add_ranks(parser)
@@ -100,6 +140,8 @@ def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceCo
     from helix_megatron.inference import model_flags as describe
 
     tensor = _tensor_parallel_size(options["tensor_model_parallel_size"], world_size)
+    if _by_transformers(options):
+        return _transformers_config(options, world_size)
     checkpoint = describe.open_description(
         options["load"], options["ckpt_step"], trust=options["trust_checkpoint"]
     )
@@ -160,6 +202,77 @@ def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceCo
         options["tokenizer"],
         options["trust_checkpoint"],
         tuple(notes),
+    )
+
+
+def _by_transformers(options: Mapping[str, Any]) -> bool:
+    """Whether the code of `transformers` computes the model."""
+    from helix_megatron.checkpoint.foreign import read_json
+    from helix_megatron.checkpoint.huggingface_io import snapshot_of
+    from helix_megatron.model.families import FAMILIES
+
+    path = Path(options["load"])
+    config = snapshot_of(path) / "config.json" if path.is_dir() else path
+    asked = options["implementation"]
+    if not config.is_file():
+        if asked == "transformers":
+            raise HelixError(
+                f"--implementation transformers computes Hugging Face models, and {path} has no config.json. "
+                "Leave the flag out."
+            )
+        return False
+    kind = read_json(config).get("model_type")
+    return asked == "transformers" or (
+        asked == "auto" and isinstance(kind, str) and kind not in FAMILIES
+    )
+
+
+def _transformers_config(options: Mapping[str, Any], world_size: int) -> InferenceConfig:
+    from helix_megatron.checkpoint.huggingface_io import snapshot_of
+    from helix_megatron.inference import model_flags
+    from helix_megatron.inference.transformers_load import describe
+
+    wrong = [name for name in (*OVERRIDES, "ckpt_step") if options.get(name) is not None]
+    wrong += [
+        name
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size")
+        if options[name] is not None
+    ]
+    if options["helix_attention"] != "exact":
+        wrong.append("helix_attention")
+    if options["helix_query_layout"] == "segments":
+        wrong.append("helix_query_layout")
+    if wrong:
+        raise HelixError(
+            f"{listed(map(flag_of, wrong))}: the code of transformers computes this model as its config.json "
+            "says, with whole query heads, and cuts every expert. Leave it out."
+        )
+    path = snapshot_of(Path(options["load"]))
+    described = describe(path)
+    segments = described.segments(world_size, options["intra_head_parallel_size"])
+    note = (
+        f"The model is computed by the code of transformers, cut for {counted(world_size, 'rank')}"
+    )
+    if described.latent_dim is not None:
+        note += "; its latents are kept once on all of them together"
+    elif segments > 1:
+        note += f"; every key-value head is cut into {segments} segments"
+    return InferenceConfig(
+        TransformersRun(
+            described,
+            world_size,
+            segments,
+            Parallelism(
+                distributed_backend=options["distributed_backend"],
+                distributed_timeout_minutes=options["distributed_timeout_minutes"],
+            ),
+        ),
+        model_flags.precision_of_files(path, options["dtype"]),
+        str(path),
+        "huggingface",
+        options["tokenizer"],
+        options["trust_checkpoint"],
+        (f"{note}.",),
     )
 
 

@@ -50,6 +50,14 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         help="a file with one prompt",
     )
     group.add_argument(
+        "--prompt-tokens",
+        action="append",
+        default=[],
+        metavar="JSON",
+        help="a prompt as token ids, such as '[1, 2, 3]'; may be given again. A model without a tokenizer then "
+        "gives token ids",
+    )
+    group.add_argument(
         "--chat",
         action="store_true",
         help="prompts are what a user says to the model's chat template",
@@ -106,7 +114,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     ignore_megatron_warnings()
     with exit_on_error(program):
         options = build_parser(program).parse_args(arguments)
-        _prompts(options)
+        _check_prompts(options)
         if not all(options.stop):
             raise HelixError(
                 "--stop is an empty text, which every output begins with. Leave it out."
@@ -163,12 +171,16 @@ def ranks_together(
         raise problem
 
 
-def opened(config: InferenceConfig) -> Tokens:
-    """The tokenizer, and on rank 0 a word on what was chosen for the user."""
+def opened(config: InferenceConfig, *, needed: bool = True) -> Tokens:
+    """The tokenizer, and on rank 0 a word on what was chosen for the user.
+
+    Args:
+        needed: whether text is turned into tokens. If not, a model may have no tokenizer.
+    """
     from helix_megatron.inference.tokens import open_tokens
 
     first = os.environ.get("RANK", "0") == "0"
-    tokens = open_tokens(config, say if first else lambda text: None)
+    tokens = open_tokens(config, say if first else lambda text: None, needed=needed)
     for note in config.notes if first else ():
         say(note)
     return tokens
@@ -185,12 +197,14 @@ def _generate(
     from helix_megatron.inference.start import start
 
     end_with_parent()
-    tokens = opened(config)
-    prompts = _prompts(options)
+    asked_ids = _token_prompts(options)
+    texts = _prompts(options)
+    tokens = opened(config, needed=bool(texts or options.stop))
+    prompts = [*texts, *(json.dumps(ids) for ids in asked_ids)]
     asked = [
         tuple(_encode(tokens, prompt, options.chat) if prompt or options.chat else [])
-        for prompt in prompts
-    ]
+        for prompt in texts
+    ] + asked_ids
     most = min(engine_options.max_sequences, len(prompts))
     engine_options = dataclasses.replace(engine_options, max_sequences=most)
     longest = max(map(len, asked)) + options.max_tokens
@@ -335,9 +349,37 @@ def _prompts(options: argparse.Namespace) -> list[str]:
             prompts.append(Path(name).read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise HelixError(f"cannot read the prompt file {name}: {error}.") from error
-    if not prompts:
-        raise HelixError("there is no prompt. Give --prompt TEXT or --prompt-file FILE.")
     return prompts
+
+
+def _token_prompts(options: argparse.Namespace) -> list[tuple[int, ...]]:
+    """The prompts of `--prompt-tokens`; whether the model has such tokens is the engine's to say."""
+    prompts = []
+    for text in options.prompt_tokens:
+        try:
+            ids = json.loads(text)
+        except (ValueError, RecursionError):
+            ids = None
+        if not isinstance(ids, list) or not ids or any(type(one) is not int for one in ids):
+            raise HelixError(
+                f"--prompt-tokens {text[:80]!r} is no list of token ids. Give whole numbers in JSON, such as "
+                "--prompt-tokens '[1, 2, 3]'."
+            )
+        prompts.append(tuple(ids))
+    return prompts
+
+
+def _check_prompts(options: argparse.Namespace) -> None:
+    texts, ids = _prompts(options), _token_prompts(options)
+    if not texts and not ids:
+        raise HelixError(
+            "there is no prompt. Give --prompt TEXT, --prompt-file FILE or --prompt-tokens '[1, 2, 3]'."
+        )
+    if ids and options.chat:
+        raise HelixError(
+            "--chat puts the text of a prompt into the model's template, and --prompt-tokens has no text. "
+            "Leave one of them out."
+        )
 
 
 def _encode(tokens: Tokens, prompt: str, chat: bool) -> list[int]:

@@ -64,7 +64,7 @@ class Engine:
         # position, for one on every rank.
         layout = runner.layout
         copies = layout.num_ranks if scheduler.book.members == 1 else layout.head_groups
-        self._page_bytes = runner.cache.page_bytes * copies
+        self._page_bytes = [nbytes * copies for nbytes in runner.cache.page_bytes]
 
     # ------------------------------------------------------------- from any thread
 
@@ -99,14 +99,15 @@ class Engine:
 
     def stats(self) -> Stats:
         scheduler = self._scheduler
-        used = scheduler.book.used
+        book = scheduler.book
+        pages = zip(book.used_by_kind, self._page_bytes, strict=True)
         return dataclasses.replace(
             self._counters,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._arrived),
-            pages_used=used,
+            pages_used=book.used,
             pages_total=scheduler.book.total,
-            cache_bytes_used=used * self._page_bytes,
+            cache_bytes_used=sum(used * nbytes for used, nbytes in pages),
             preemptions=scheduler.preemptions,
         )
 

@@ -12,7 +12,9 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
-from helix_megatron.core.caches.attention import StepAttention
+from helix_megatron.core.caches.attention import Scores, StepAttention
+from helix_megatron.core.caches.paged import Window
+from helix_megatron.core.collectives import gather
 from helix_megatron.megatron.self_attention import HelixSelfAttention, VirtualSelfAttention
 
 
@@ -20,6 +22,8 @@ class PagedSelfAttention(nn.Module):
     """In the place of a `SelfAttention`, whose projections, norms and gate it uses.
 
     Tokens of all sequences of a step lie one after the other: hidden states are [T, 1, hidden].
+
+    Made on all ranks together.
 
     Args:
         inner: the layer of the model, stock's or one of this package's.
@@ -31,12 +35,10 @@ class PagedSelfAttention(nn.Module):
         super().__init__()
         self.inner, self.index, self.attention = inner, index, attention
         config = inner.config
-        self.scale = config.softmax_scale or inner.hidden_size_per_attention_head**-0.5
-        windowed = is_layer_window_attention(
-            config.window_size, config.window_attn_skip_freq, max(1, inner.layer_number)
-        )
-        self.window = tuple(config.window_size) if windowed else None
-        attention.windows.add(self.window)
+        scale = config.softmax_scale or inner.hidden_size_per_attention_head**-0.5
+        window = layer_window(config, inner.layer_number)
+        attention.windows.add(window)
+        self.scores = Scores(scale, window, sinks_H=_sinks(inner, attention))
         without_rope = config.no_rope_freq
         self.rotates = not (without_rope and without_rope[inner.layer_number - 1])
 
@@ -75,10 +77,33 @@ class PagedSelfAttention(nn.Module):
             query[:tokens].squeeze(1),
             key[:tokens].squeeze(1),
             value[:tokens].squeeze(1),
-            scale=self.scale,
-            window=self.window,
+            self.scores,
         )
         core = F.pad(output.flatten(1), (0, 0, 0, len(query) - tokens)).unsqueeze(1)
         if gate:
             core = inner._apply_output_gate(core, *gate)
         return inner.linear_proj(core)
+
+
+def layer_window(config: Any, number: int) -> Window:
+    """The window of a layer, counted from 1."""
+    windowed = is_layer_window_attention(
+        config.window_size, config.window_attn_skip_freq, max(1, number)
+    )
+    return tuple(config.window_size) if windowed else None
+
+
+def layer_windows(config: Any) -> list[Window]:
+    """Of all layers of a model."""
+    return [layer_window(config, number) for number in range(1, config.num_layers + 1)]
+
+
+def _sinks(inner: Any, attention: StepAttention) -> Tensor | None:
+    """The sinks of the head group's query heads [h/n], where the layer's softmax has any. Collective."""
+    offset = getattr(inner.core_attention, "softmax_offset", None)
+    if offset is None:
+        return None
+    own = offset.detach().flatten()
+    if own.numel() == attention.layout.group_heads:
+        return own
+    return gather(own, attention.group, purpose="load").flatten()

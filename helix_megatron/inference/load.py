@@ -26,6 +26,7 @@ from helix_megatron.megatron.outcomes import on_every_rank
 from helix_megatron.megatron.random import seed_model_parallel
 from helix_megatron.training.model import build_chunk, transformer_config
 from helix_megatron.training.pretrain import initialize_groups
+from helix_megatron.training.run import RunConfig
 
 TORCH_DTYPES = {
     "fp32": torch.float32,
@@ -37,6 +38,7 @@ TORCH_DTYPES = {
 
 def inference_groups(config: InferenceConfig) -> None:
     """Megatron's and Helix's process groups, and random states. Collective."""
+    assert isinstance(config.run, RunConfig)
     cpu_runtime.install()
     available_backends().check()
     initialize_groups(config.run)
@@ -55,6 +57,7 @@ def load_model(config: InferenceConfig) -> GPTModel:
         HelixError: a damaged checkpoint, or one that lacks tensors or has too many, by name. On all ranks
             alike.
     """
+    assert isinstance(config.run, RunConfig)
     settings = transformer_config(config.run)
     settings.params_dtype = settings.pipeline_dtype = TORCH_DTYPES[config.dtype]
     # Otherwise every rank makes each weight whole before it keeps its part, and all of them are overwritten.
@@ -73,6 +76,7 @@ def load_model(config: InferenceConfig) -> GPTModel:
 
 
 def _fill(model: GPTModel, config: InferenceConfig) -> None:
+    assert isinstance(config.run, RunConfig)
     path, model_config = Path(config.load_path), config.run.model
     vocabulary, rows = model_config.vocab_size, model_config.padded_vocab_size
     assert vocabulary is not None and rows is not None

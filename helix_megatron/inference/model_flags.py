@@ -235,6 +235,23 @@ def precision(checkpoint: Source, asked: str) -> str:
 
     if asked != "auto":
         return asked
+    return _precision(checkpoint.dtype(WORDS), torch.cuda.is_available())
+
+
+def precision_of_files(directory: Path, asked: str) -> str:
+    """`precision` of a Hugging Face model's files."""
+    import torch
+
+    from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
+    from helix_megatron.huggingface.files import float_dtype
+
+    if asked != "auto":
+        return asked
+    return _precision(float_dtype(HuggingFaceReader(directory)), torch.cuda.is_available())
+
+
+def _precision(own: Any, on_gpu: bool) -> str:
+    import torch
+
     names = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    own = names.get(checkpoint.dtype(WORDS), "fp32")
-    return own if torch.cuda.is_available() else "fp32"
+    return names.get(own, "fp32") if on_gpu else "fp32"

@@ -1,88 +1,45 @@
-"""One rank's share of a step: embedding, layers, cache and logits."""
+"""One rank's share of a step, whosever code computes the model, and how its pages are kept."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core import parallel_state as megatron_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from helix_megatron import parallel_state
 from helix_megatron.core.caches import SEGMENTS, cache_layout
-from helix_megatron.core.caches.attention import LocalAttention, StepAttention
-from helix_megatron.core.caches.paged import PagedCache
-from helix_megatron.core.caches.pages import PageBook
+from helix_megatron.core.caches.attention import StepAttention
+from helix_megatron.core.caches.paged import KeptHeads, PagedCache, Window
+from helix_megatron.core.caches.pages import PageBook, Piece
+from helix_megatron.core.caches.windows import BookPair, Reach, WindowBook
 from helix_megatron.core.layout import HeadLayout
-from helix_megatron.core.observe import purpose
-from helix_megatron.errors import HelixError
-from helix_megatron.inference.layer import PagedSelfAttention
 from helix_megatron.inference.step import StepPlan
 
 
-class Runner:
-    """A model with a paged cache on this rank.
+class Runner(ABC):
+    """A model with a paged cache on this rank, whosever code the model is.
 
-    Args:
-        model: a `GPTModel` in eval mode, all its layers on this rank's tensor parallel group. Its
-            self-attention layers are replaced.
-        layout: how the model's heads are cut.
-        cache: the name of a cache layout.
-        pages: how many pages this rank's pool has.
-        page_size: how many positions a page has.
-        max_context: how many positions the longest sequence has.
-        vocab_size: how many tokens there are; rows of the vocabulary beyond them are padding.
-        attention: `exact` or `segment-local`.
+    Subclasses make the pages that the model needs, and compute its logits.
 
-    Raises:
-        HelixError: the layout of the cache does not fit the attention.
+    Attributes:
+        group: the ranks that hold the model together.
+        layout: how heads of the cache lie on them.
+        book, cache: the pages of all members, and this rank's.
+        attentions: of each kind of layers, see `KeptHeads.kind`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        layout: HeadLayout,
-        *,
-        cache: str,
-        pages: int,
-        page_size: int,
-        max_context: int,
-        vocab_size: int,
-        attention: str = "exact",
-    ) -> None:
-        self.model, self.vocab_size = model, vocab_size
-        self.group: ProcessGroup = megatron_state.get_tensor_model_parallel_group()
-        self.layout = layout = rank_layout(layout, self.group.size())
-        head_group: Any = parallel_state.get_intra_head_parallel_group()
-        local = is_local(layout, attention)
-        if attention == "segment-local" and layout.segments > 1 and cache != SEGMENTS:
-            raise HelixError(
-                f"cache layout {cache} keeps whole heads, and segment-local attention has none. Try "
-                "--cache-layout segment."
-            )
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.book = make_book(cache, 1 if local else layout.segments, pages, page_size)
-        self.cache = PagedCache(
-            model.config.num_layers,
-            pages,
-            page_size,
-            layout.group_kv_heads,
-            kept_dims(layout, cache, local),
-            self.dtype,
-            self.device,
-        )
-        attention_of = LocalAttention if local else cache_layout(cache).attention
-        self.attention: StepAttention = attention_of(layout, head_group, self.book, self.cache)
-        for index, layer in enumerate(model.decoder.layers):
-            layer.self_attention = PagedSelfAttention(layer.self_attention, index, self.attention)
-        self._rotary = self._rotary_table(max_context)
+    group: ProcessGroup
+    layout: HeadLayout
+    device: torch.device
+    dtype: torch.dtype
+    book: PageBook | BookPair
+    cache: PagedCache
+    attentions: list[StepAttention]
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor | None:
@@ -95,71 +52,42 @@ class Runner:
         self._keep_books(plan)
         if not plan.pieces:
             return None
-        hidden = self._hidden(plan)
+        tokens = np.concatenate([piece.tokens for piece in plan.pieces])
+        positions = np.concatenate([np.arange(p.start, p.stop) for p in plan.pieces])
         ends = np.cumsum([len(piece.tokens) for piece in plan.pieces]) - 1
         wanted = [end for end, piece in zip(ends, plan.pieces, strict=True) if piece.wanted]
-        if not wanted:
-            return None
-        return self._logits(hidden[torch.tensor(wanted, device=self.device)])
+        self._prepare(plan.pieces)
+        return self._compute(tokens, positions, np.asarray(wanted, dtype=np.int64))
+
+    @abstractmethod
+    def _compute(
+        self, tokens: np.ndarray, positions: np.ndarray, wanted: np.ndarray
+    ) -> Tensor | None:
+        """Logits as `run` returns them.
+
+        Args:
+            tokens, positions: of the step, int64 [T].
+            wanted: the rows among them whose logits are wanted.
+        """
+
+    def _prepare(self, pieces: Sequence[Piece]) -> None:
+        """What all layers need alike for a step of these pieces."""
+        for attention in self.attentions:
+            attention.prepare(pieces)
+
+    def _drop(self, sequence: int) -> None:  # noqa: B027 - most models have nothing beside pages
+        """Forget what is kept of a sequence beside its pages."""
 
     def _keep_books(self, plan: StepPlan) -> None:
         for sequence in plan.drops:
             if sequence in self.book:  # it may have come and gone between two steps
                 self.book.drop(sequence)
+                self._drop(sequence)
         for piece in plan.pieces:
             if piece.sequence not in self.book:
                 self.book.add(piece.sequence, piece.member, piece.expected)
             grown = self.book.grow(piece.sequence, piece.stop)
             assert grown, "rank 0 has asked its own books, which are alike"
-
-    def _hidden(self, plan: StepPlan) -> Tensor:
-        """[T, hidden] after the last norm."""
-        model = self.model
-        tokens = np.concatenate([piece.tokens for piece in plan.pieces])
-        positions = np.concatenate([np.arange(p.start, p.stop) for p in plan.pieces])
-        sequence_parallel = model.config.sequence_parallel
-        if sequence_parallel:  # equal parts for all ranks; what fills them up attends to nothing
-            filler = -len(tokens) % self.group.size()
-            tokens, positions = (np.pad(array, (0, filler)) for array in (tokens, positions))
-        tokens_1T, positions_1T = (
-            torch.from_numpy(array).to(self.device).unsqueeze(0) for array in (tokens, positions)
-        )
-        self.attention.prepare(plan.pieces)
-        hidden = model.embedding(input_ids=tokens_1T, position_ids=positions_1T)
-        rotary = None if self._rotary is None else self._rotary[positions_1T[0]]
-        hidden = model.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary)
-        if sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.group
-            )
-        return hidden[: self.attention.tokens, 0]
-
-    def _logits(self, hidden_BH: Tensor) -> Tensor | None:
-        """Logits of some tokens, gathered from the ranks' parts of the vocabulary to rank 0."""
-        model = self.model
-        weight = model.output_layer.weight
-        if model.share_embeddings_and_output_weights:
-            weight = model.shared_embedding_or_output_weight()
-        logits = F.linear(hidden_BH, weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.group.size() > 1:
-            first = self.group.rank() == 0
-            parts = [torch.empty_like(logits) for _ in range(self.group.size())] if first else None
-            with purpose("logits"):
-                dist.gather(logits, parts, group=self.group, group_dst=0)
-            if parts is None:
-                return None
-            logits = torch.cat(parts, dim=-1)
-        return logits[:, : self.vocab_size]
-
-    def _rotary_table(self, positions: int) -> Tensor | None:
-        """Angles [positions, 1, 1, rotary_dim]; None where the model has no rotary embedding."""
-        kind = self.model.position_embedding_type
-        if kind not in ("rope", "yarn"):
-            return None
-        with torch.inference_mode():
-            table = self.model.rotary_pos_emb(positions)
-            return (table[0] if kind == "yarn" else table).to(self.device)
 
 
 def rank_layout(layout: HeadLayout, ranks: int) -> HeadLayout:
@@ -177,8 +105,55 @@ def kept_dims(layout: HeadLayout, cache: str, local: bool) -> int:
     return layout.segment_dim if local or cache == SEGMENTS else layout.head_dim
 
 
-def make_book(cache: str, members: int, pages: int, page_size: int) -> PageBook:
+def kept_heads(
+    layout: HeadLayout, cache: str, local: bool, pools: Pools, windows: Sequence[Window]
+) -> list[KeptHeads]:
+    """What a rank keeps of each layer of a model whose layers have the same heads, and these windows."""
+    dims = kept_dims(layout, cache, local)
+    shape = (layout.group_kv_heads, dims, dims)
+    return [KeptHeads(pages, *shape, kind=kind) for pages, kind in map(pools.of, windows)]
+
+
+@dataclass(frozen=True)
+class Pools:
+    """How many pages a rank has for each kind of layers.
+
+    Args:
+        every: for layers that see everything; 0 where there are none.
+        windowed: for layers with windows whose pages are freed; 0 where there are none.
+        reach: how far those see.
+    """
+
+    every: int
+    windowed: int = 0
+    reach: Reach | None = None
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        windowed = f"{self.windowed:,} pages of layers with windows" if self.windowed else ""
+        every = f"{self.every:,} pages" if self.every else ""
+        return " and ".join(filter(None, (every, windowed)))
+
+    def of(self, window: Window) -> tuple[int, int]:
+        """(pages, kind) of a layer with that window, see `KeptHeads`."""
+        if self.reach is None or window is None or not 0 <= window[0] <= self.reach.back:
+            return self.every, 0
+        return self.windowed, int(self.every > 0)
+
+
+def make_book(cache: str, members: int, pages: int | Pools, page_size: int) -> PageBook | BookPair:
     """The books of a cache layout over `members` ranks of a head group."""
     placement = cache_layout(cache).placement
-    pools = 1 if placement == "all" else members
-    return PageBook(pools, pages, page_size, dealt=placement == "dealt")
+    count, dealt = 1 if placement == "all" else members, placement == "dealt"
+    pools = pages if isinstance(pages, Pools) else Pools(pages)
+    every = PageBook(count, pools.every, page_size, dealt=dealt)
+    if pools.reach is None:
+        return every
+    windowed = WindowBook(count, pools.windowed, page_size, dealt=dealt, reach=pools.reach)
+    return BookPair(every, windowed) if pools.every else windowed
+
+
+def books_of(book: PageBook | BookPair) -> Sequence[PageBook]:
+    """The book of each kind of layers."""
+    return book.books if isinstance(book, BookPair) else (book,)

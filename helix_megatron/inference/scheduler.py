@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from helix_megatron.core.caches.pages import PageBook
+from helix_megatron.core.caches.windows import BookPair
 from helix_megatron.inference.request import FinishReason, Request, Sampling
 from helix_megatron.inference.step import Piece, StepPlan
 
@@ -53,7 +54,7 @@ class Scheduler:
         prefill_chunk: the most tokens of prompts in one step, over all sequences.
     """
 
-    def __init__(self, book: PageBook, max_sequences: int, prefill_chunk: int) -> None:
+    def __init__(self, book: PageBook | BookPair, max_sequences: int, prefill_chunk: int) -> None:
         self.book, self.max_sequences, self.prefill_chunk = book, max_sequences, prefill_chunk
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []

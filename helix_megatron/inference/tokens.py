@@ -40,17 +40,23 @@ GIVE = (
 )
 
 
-def open_tokens(config: InferenceConfig, note: Callable[[str], None] = lambda text: None) -> Tokens:
+def open_tokens(
+    config: InferenceConfig,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    needed: bool = True,
+) -> Tokens:
     """The tokenizer that `--tokenizer` names, else the one that lies with the checkpoint.
 
     Args:
         note: told what was chosen where the flag does not say it.
+        needed: whether there is text to be turned into tokens. If not, and there is no tokenizer, tokens are
+            written as their numbers.
 
     Raises:
         HelixError: no tokenizer, or one that cannot be read or is of another model.
     """
-    vocabulary, load = config.run.model.vocab_size, Path(config.load_path)
-    assert vocabulary is not None
+    vocabulary, load = config.vocab_size, Path(config.load_path)
     if config.tokenizer == "byte":
         return ByteTokens(vocabulary)
     if config.tokenizer is not None:
@@ -68,6 +74,9 @@ def open_tokens(config: InferenceConfig, note: Callable[[str], None] = lambda te
         end = "" if vocabulary == BYTES else f", token {BYTES} ends a document"
         note(f"The model has {vocabulary} tokens and no tokenizer: every byte is a token{end}.")
         return ByteTokens(vocabulary)
+    if not needed:
+        note("The model has no tokenizer: tokens are written as their numbers.")
+        return NumberTokens(vocabulary, configured_stops(load) | configured_stops(load / SIDECARS))
     raise HelixError(
         f"no tokenizer lies with {load}, and its model has {vocabulary} tokens. {GIVE} if every byte is a "
         "token."
@@ -153,6 +162,19 @@ class ByteStream:
         return self._decoder.decode(b"", final=True)
 
 
+class NumberStream:
+    """The numbers of tokens, those that are hidden left out."""
+
+    def __init__(self, hidden: Collection[int]) -> None:
+        self._hidden = hidden
+
+    def add(self, tokens: Sequence[int]) -> str:
+        return "".join(f" {token}" for token in tokens if token not in self._hidden)
+
+    def finish(self) -> str:
+        return ""
+
+
 # ------------------------------------------------------------------------- tokenizers
 
 
@@ -214,6 +236,21 @@ class ByteTokens(_Tokens):
 
     def decoder(self, after: Sequence[int] = ()) -> TextStream:
         return ByteStream()
+
+
+class NumberTokens(_Tokens):
+    """The tokens of a model without a tokenizer: their text is their numbers, and no text can be encoded."""
+
+    owner = "a model without a tokenizer"
+
+    def __init__(self, vocab_size: int, stop_tokens: Collection[int] = ()) -> None:
+        self.vocab_size, self.stop_tokens = vocab_size, frozenset(stop_tokens)
+
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        raise HelixError(f"the model has no tokenizer, so text has no tokens. {GIVE}.")
+
+    def decoder(self, after: Sequence[int] = ()) -> TextStream:
+        return NumberStream(self.stop_tokens)
 
 
 class FileTokens(_Tokens):

@@ -90,9 +90,11 @@ def check_broken(case: DecodeCase, fault: str) -> str:
             if what == "a key":
                 cache.k[1].flatten(0, 1)[5] = -cache.k[1].flatten(0, 1)[5]
             elif what == "dimensions":
-                cache.v.copy_(cache.v.roll(1, dims=-1))
+                for value in cache.v:
+                    value.copy_(value.roll(1, dims=-1))
             elif what == "nan":
-                cache.v.fill_(float("nan"))
+                for value in cache.v:
+                    value.fill_(float("nan"))
         with pytest.raises(HelixError) as error:
             decode_ranks.check_equal(contestants, case)
         return str(error.value)

@@ -255,7 +255,7 @@ def cache_bytes(text: str, world_size: int, cache: str, pages: int, count: int) 
     tokens = np.zeros(61, dtype=np.int64)
     pieces = [Piece(n, 0, tokens, n % runner.book.members, 61, True) for n in range(count)]
     runner.run(StepPlan(pieces=tuple(pieces)))
-    return runner.cache.k.nbytes + runner.cache.v.nbytes, runner.book.used
+    return sum(pool.nbytes for pool in runner.cache.k + runner.cache.v), runner.book.used
 
 
 def stock_cache_bytes(text: str, world_size: int, count: int) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from helix_megatron.core.caches.paged import LocalPiece, PagedCache, PagedWork
+from helix_megatron.core.caches.paged import KeptHeads, LocalPiece, PagedCache, PagedWork
 from helix_megatron.core.kernels.partial import fused_on_cpu, merge, partial_kernel, unfused
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import Sampling
@@ -133,9 +133,10 @@ def test_paged_attention_equals_attention_over_gathered_keys(dtype, window):
     """Runs of pages, scattered pages, sequences of every length together, chunks, and keys that are nowhere."""
     torch.manual_seed(3)
     page_size, pages, groups, heads, dims = 4, 400, 2, 6, 8
-    cache = PagedCache(1, pages, page_size, groups, dims, dtype, torch.device("cpu"))
-    cache.k.normal_()
-    cache.v.normal_()
+    kept = KeptHeads(pages, groups, dims, dims)
+    cache = PagedCache([kept], page_size, dtype, torch.device("cpu"))
+    cache.k[0].normal_()
+    cache.v[0].normal_()
     random = np.random.default_rng(4)
     pieces, rows = [], 0
     free = list(random.permutation(np.arange(100, pages)))

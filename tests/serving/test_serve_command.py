@@ -363,7 +363,15 @@ def test_generate_streams_to_the_terminal(checkpoint, expected):
             ["--prompt", "x", "--top-p", "0"],
             "--top-p is 0.0. It must be a finite number above 0 and at most 1.",
         ),
-        ([], "there is no prompt. Give --prompt TEXT or --prompt-file FILE."),
+        (
+            [],
+            "there is no prompt. Give --prompt TEXT, --prompt-file FILE or --prompt-tokens '[1, 2, 3]'.",
+        ),
+        (["--prompt-tokens", "[1, true]"], "--prompt-tokens '[1, true]' is no list of token ids."),
+        (
+            ["--prompt-tokens", "[1]", "--chat"],
+            "--prompt-tokens has no text. Leave one of them out.",
+        ),
         (["--prompt-file", "/nowhere"], "cannot read the prompt file /nowhere"),
         (["--prompt", "x", "--nproc-per-node", "3"], "cannot be dealt to 3 tensor parallel ranks"),
         (["--prompt", "x", "--stop", ""], "--stop is an empty text"),

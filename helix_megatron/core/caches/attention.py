@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +22,24 @@ if TYPE_CHECKING:
 
     from helix_megatron.core.caches.paged import PagedCache, PagedWork, Window
     from helix_megatron.core.caches.pages import PageBook, Piece
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a layer makes of the products of queries and keys before they weigh values.
+
+    Args:
+        scale: of the products.
+        window: (left, right) as in `AttentionMask`.
+        softcap: bounds scores smoothly, softcap · tanh(score / softcap); None does not.
+        sinks_H: one more term exp(sink) in the softmax of each query head of the head group, [h/n], as of a key
+            whose value is 0; None: there are none.
+    """
+
+    scale: float
+    window: Window = None
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
 
 
 class StepAttention(ABC):
@@ -43,8 +62,9 @@ class StepAttention(ABC):
 
         self.layout, self.group, self.book, self.cache = layout, group, book, cache
         self.me = group.rank()
-        self.device, self.dtype = cache.k.device, cache.k.dtype
+        self.device, self.dtype = cache.device, cache.dtype
         self.tokens = 0
+        self._attention: PagedWork
         self.windows: set[Window] = set()
         on_nccl = backend_of(group, self.device) == "nccl"
         self.gathers_up_to = GATHERED_BYTES if on_nccl else 0
@@ -59,19 +79,42 @@ class StepAttention(ABC):
         """What all layers need alike."""
 
     @abstractmethod
-    def attend(
-        self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, scale: float, window: Window
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, scores: Scores) -> Tensor:
         """Keep the new keys and values, and attend.
 
         Args:
             layer: from 0.
             q: [T, *layout.rank_query_shape].
-            k_TGC, v_TGC: [T, g/n, d/m].
+            k_TGC, v_TGC: this rank's segments, [T, g/n, d/m]; or, where every member has them whole anyway,
+                [T, g/n, d], and then nothing of them is sent (`batch` and `sequence`, queries dealt whole).
 
         Returns:
-            The output in the shape of q.
+            The output, [T, heads, dimensions of values] in the order of q.
         """
+
+    def _here(self, layer: int, q_THD: Tensor, scores: Scores, *, sinks: bool = True) -> Any:
+        """Attention of whole heads to the keys in this rank's pages: o [T, H, E] and lse [T, H].
+
+        Args:
+            sinks: whether this rank's part is the one that has them.
+        """
+        from helix_megatron.core.kernels.partial import with_sinks
+
+        o, lse = self._attention.attend(
+            q_THD,
+            self.cache.k[layer],
+            self.cache.v[layer],
+            scale=scores.scale,
+            window=scores.window,
+            softcap=scores.softcap,
+        )
+        if scores.sinks_H is None or not sinks:
+            return o, lse
+        return with_sinks(o, lse, scores.sinks_H)
+
+    def _is_whole(self, layer: int, k_TGD: Tensor) -> bool:
+        """Whether new keys are whole heads, as they are kept."""
+        return k_TGD.size(-1) == self.cache.k[layer].size(-1)
 
     def _gathers(self, nbytes: int, ranks: int) -> bool:
         """Whether everybody may get all of it, which is faster for small messages of few ranks.
@@ -126,25 +169,28 @@ class LocalAttention(StepAttention):
         self._slots_T = self._slots(pieces, 0)
         self._attention = self._work(pieces, 0)
 
-    def attend(
-        self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, scale: float, window: Window
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, scores: Scores) -> Tensor:
         self.cache.write(layer, self._slots_T, k_TGC, v_TGC)
-        keys, values = self.cache.k[layer], self.cache.v[layer]
-        return self._attention.attend(q, keys, values, scale=scale, window=window)[0]
+        return self._here(layer, q, scores)[0]
 
 
-def whole_heads(q_mThd: Tensor, kv_mtGC: Tensor, layout: HeadLayout) -> tuple[Tensor, Tensor]:
-    """Queries and keys (or values) of a group from what its members sent, in one order of dimensions.
+def whole_queries(q_mThd: Tensor, layout: HeadLayout) -> Tensor:
+    """Queries of a group from what its members sent: [m, T, *rank_query_shape] → [T, h/n, d]."""
+    from helix_megatron.core.exchanges.segments import join
 
-    [m, T, *rank_query_shape] → [T, h/n, d], [m, T', G, d/m] → [T', G, d].
+    if layout.query_layout == "heads":
+        return q_mThd.transpose(0, 1).flatten(1, 2)
+    return join(q_mThd)
+
+
+def whole_keys(kv_mtGC: Tensor, layout: HeadLayout) -> Tensor:
+    """Keys (or values) of a group from its members' segments, in the order of dimensions that queries have.
+
+    [m, T', G, d/m] → [T', G, d].
     """
     from helix_megatron.core.exchanges.segments import join, join_canonical
 
-    if layout.query_layout == "heads":
-        q_THD = q_mThd.transpose(0, 1).flatten(1, 2)
-        return q_THD, join_canonical(kv_mtGC, layout)
-    return join(q_mThd), join(kv_mtGC)
+    return join_canonical(kv_mtGC, layout) if layout.query_layout == "heads" else join(kv_mtGC)
 
 
 def parts_of_members(o_THD: Tensor, layout: HeadLayout) -> Tensor:

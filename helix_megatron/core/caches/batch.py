@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from helix_megatron.core.caches.attention import (
+    Scores,
     StepAttention,
     parts_of_members,
     uneven_swap,
-    whole_heads,
+    whole_keys,
+    whole_queries,
 )
 from helix_megatron.core.caches.base import CacheLayout, Collective, DecodeShape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from helix_megatron.core.caches.paged import Window
     from helix_megatron.core.caches.pages import Piece
 
 
@@ -36,27 +37,27 @@ class BatchAttention(StepAttention):
         self._order = self._index(order)
         self._back = self._index(np.argsort(order))
         self._counts = np.bincount(owners, minlength=m).tolist()
+        self._own = self._index(np.flatnonzero(owners == self.me))
         own = [piece for piece in pieces if piece.member == self.me]
         self._slots_t = self._slots(own, self.me)
         self._attention = self._work(own, self.me)
 
-    def attend(
-        self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, scale: float, window: Window
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, scores: Scores) -> Tensor:
         import torch
 
-        queries = q[0].numel()
-        sent = torch.cat([q.flatten(1), k_TGC.flatten(1), v_TGC.flatten(1)], dim=1)[self._order]
-        came = self._to_keepers(sent)
-        q_mthd = came[..., :queries].unflatten(2, q.shape[1:])
-        kv_mtGC = came[..., queries:].unflatten(2, (2 * k_TGC.size(1), -1))
-        q_tHD, kv_tGD = whole_heads(q_mthd, kv_mtGC, self.layout)
-        k_tGD, v_tGD = kv_tGD.chunk(2, dim=1)
+        whole, queries = self._is_whole(layer, k_TGC), q[0].numel()
+        kv = () if whole else (torch.cat([k_TGC, v_TGC], dim=1).flatten(1),)
+        came = self._to_keepers(torch.cat([q.flatten(1), *kv], dim=1)[self._order])
+        q_tHD = whole_queries(came[..., :queries].unflatten(2, q.shape[1:]), self.layout)
+        if whole:
+            k_tGD, v_tGD = k_TGC[self._own], v_TGC[self._own]
+        else:
+            kv_mtGC = came[..., queries:].unflatten(2, (2 * k_TGC.size(1), -1))
+            k_tGD, v_tGD = whole_keys(kv_mtGC, self.layout).chunk(2, dim=1)
         self.cache.write(layer, self._slots_t, k_tGD, v_tGD)
-        keys, values = self.cache.k[layer], self.cache.v[layer]
-        o_tHD, _ = self._attention.attend(q_tHD, keys, values, scale=scale, window=window)
+        o_tHD, _ = self._here(layer, q_tHD, scores)
         came = self._from_keepers(parts_of_members(o_tHD, self.layout).flatten(2))
-        return came[self._back].unflatten(1, q.shape[1:])
+        return came[self._back].unflatten(1, (q.size(1), -1))
 
     def _to_keepers(self, sent_TW: Tensor) -> Tensor:
         """[T, W] in the order of the keepers → [m, T', W]: every member's part of the tokens kept here."""

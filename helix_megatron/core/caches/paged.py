@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from helix_megatron.core.kernels.partial import PartialKernel, partial_kernel
+from helix_megatron.core.kernels.paged import paged_kernel
+from helix_megatron.core.kernels.partial import PartialKernel, partial_kernel, unfused
 from helix_megatron.core.masks import shown
+
+if TYPE_CHECKING:
+    from helix_megatron.core.kernels.paged_triton import Tiles
 
 Window = tuple[int, int] | None
 # On a CPU a long run of neighbouring pages is read where it lies; on a GPU one kernel for many short sequences
@@ -22,39 +28,85 @@ COPY_UP_TO = {"cpu": 2048}
 NEVER = 1 << 62
 
 
+@dataclass(frozen=True)
+class KeptHeads:
+    """What a rank keeps of one layer.
+
+    Args:
+        pages: of the layer's pool.
+        heads: key-value heads.
+        key_dim, value_dim: dimensions of a key, and of a value.
+        latent: whether a value is the first dimensions of its key, and kept with it only.
+        kind: which of the books has the layer's pages, where there are two (`windows.BookPair`).
+    """
+
+    pages: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    latent: bool = False
+    kind: int = 0
+
+    @property
+    def position_size(self) -> int:
+        """Elements that one position takes."""
+        return self.heads * (self.key_dim + (0 if self.latent else self.value_dim))
+
+
 class PagedCache:
-    """Keys and values of all layers of one rank: k, v [layers, pages, page_size, G, D].
+    """Keys and values of one rank: k[layer] [pages, page_size, G, D], v[layer] [pages, page_size, G, E].
 
     In memory each head's positions lie one after the other: a query head reads one key-value head only.
 
     Args:
-        layers: of the model.
-        pages, page_size: of this rank's pool; positions of a page.
-        heads, dims: of the keys and values that are kept.
+        layers: what each layer keeps.
+        page_size: positions of a page.
     """
 
     def __init__(
         self,
-        layers: int,
-        pages: int,
+        layers: Sequence[KeptHeads],
         page_size: int,
-        heads: int,
-        dims: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (layers, heads, pages, page_size, dims)
-        self.k, self.v = (_zeros(shape, dtype, device).permute(0, 2, 3, 1, 4) for _ in range(2))
+        self.layers, self.page_size, self.dtype, self.device = layers, page_size, dtype, device
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+        for kept in layers:
+            shape = (kept.heads, kept.pages, page_size)
+            key = _zeros((*shape, kept.key_dim), dtype, device).permute(1, 2, 0, 3)
+            self.k.append(key)
+            if kept.latent:
+                self.v.append(key[..., : kept.value_dim])
+            else:
+                value = _zeros((*shape, kept.value_dim), dtype, device).permute(1, 2, 0, 3)
+                self.v.append(value)
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of a page, keys and values of all layers."""
-        return (self.k.nbytes + self.v.nbytes) // max(1, self.k.size(1))
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(kept.pages * kept.position_size for kept in self.layers) * self._page_elements
 
-    def write(self, layer: int, slots: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
-        """Put new keys and values into their slots, int64 [T]."""
+    @property
+    def _page_elements(self) -> int:
+        return self.page_size * self.dtype.itemsize
+
+    @property
+    def page_bytes(self) -> tuple[int, ...]:
+        """Bytes of a page of each kind of layers: keys and values of all layers of that kind."""
+        kinds = range(1 + max(kept.kind for kept in self.layers))
+        return tuple(
+            sum(kept.position_size for kept in self.layers if kept.kind == kind)
+            * self._page_elements
+            for kind in kinds
+        )
+
+    def write(self, layer: int, slots: Tensor, k_TGD: Tensor, v_TGE: Tensor) -> None:
+        """Put new keys and values into their slots, int64 [T]; of a latent the key is all."""
         self.k[layer].flatten(0, 1).index_copy_(0, slots, k_TGD)
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v_TGD)
+        if not self.layers[layer].latent:
+            self.v[layer].flatten(0, 1).index_copy_(0, slots, v_TGE)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -75,7 +127,8 @@ class LocalPiece:
     """Consecutive queries of one sequence, and its keys in this rank's pool.
 
     rows: first and last+1 of the queries; start: position of the first.
-    pages: of the keys; positions: of the keys, ascending, as they lie in the pages, none after the last query.
+    pages: of the keys; those that lie before the window may be freed ones.
+    positions: of the keys, ascending, as they lie in the pages, none after the last query.
     """
 
     rows: tuple[int, int]
@@ -125,35 +178,64 @@ class PagedWork:
         self._kernel: PartialKernel = partial_kernel(device)
         self._view_from = VIEW_FROM.get(device.type, NEVER)
         self._copy_up_to = COPY_UP_TO.get(device.type, NEVER)
-        self._prepared = {window: self._prepare(window) for window in windows}
+        self._paged = paged_kernel(device.type).kernel
+        self._prepared: dict[Window, list[_Item]] = {}
+        self._tiles: dict[Window, Tiles] = {}
+        for window in windows:
+            self._tiles_of(window) if self._paged else self._items(window)
 
     def attend(
-        self, q_THD: Tensor, k_PSGD: Tensor, v_PSGE: Tensor, *, scale: float, window: Window
+        self,
+        q_THD: Tensor,
+        k_PSGD: Tensor,
+        v_PSGE: Tensor,
+        *,
+        scale: float,
+        window: Window,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of every query to its visible keys in one layer's pool.
 
         Args:
             q_THD: [queries, H, D].
             k_PSGD, v_PSGE: [pages, page_size, G, D].
-            window: (left, right) as in `AttentionMask`.
+            window, softcap: as in `Scores`.
 
         Returns:
             o [queries, H, E], lse [queries, H] in at least fp32; 0 and -inf for a query that sees no key.
         """
+        if self._paged and self._paged.takes(q_THD, k_PSGD, v_PSGE):
+            return self._paged.attend(
+                q_THD,
+                k_PSGD,
+                v_PSGE,
+                self._tiles_of(window),
+                scale=scale,
+                softcap=softcap,
+                back=None if window is None or window[0] < 0 else window[0],
+            )
         wide = torch.promote_types(q_THD.dtype, torch.float32)
-        items = self._items(window)
+        items, kernel = self._items(window), self._kernel
+        if softcap is not None or k_PSGD.size(-1) != v_PSGE.size(-1):
+            kernel = functools.partial(unfused, softcap=softcap)  # the fused one knows neither
         if len(items) == 1 and items[0].blind is None and items[0].rows.numel() == self.queries:
-            return self._attend(items[0], q_THD, k_PSGD, v_PSGE, scale)
+            return self._attend(kernel, items[0], q_THD, k_PSGD, v_PSGE, scale)
         o = q_THD.new_zeros(*q_THD.shape[:2], v_PSGE.size(-1))
         lse = q_THD.new_full(q_THD.shape[:2], float("-inf"), dtype=wide)
         for item in items:
-            part, part_lse = self._attend(item, q_THD, k_PSGD, v_PSGE, scale)
+            part, part_lse = self._attend(kernel, item, q_THD, k_PSGD, v_PSGE, scale)
             rows = item.rows.flatten()
             o[rows], lse[rows] = part, part_lse
         return o, lse
 
     def _attend(
-        self, item: _Item, q_THD: Tensor, k_PSGD: Tensor, v_PSGE: Tensor, scale: float
+        self,
+        kernel: PartialKernel,
+        item: _Item,
+        q_THD: Tensor,
+        k_PSGD: Tensor,
+        v_PSGE: Tensor,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Of the queries of an item: [B·L, H, E] and [B·L, H]."""
         batch, length = item.rows.shape
@@ -162,10 +244,10 @@ class PagedWork:
         k_BGSD, v_BGSE = self._keys(item, k_PSGD), self._keys(item, v_PSGE)
         if length == 1:  # the heads that share a key are the queries of one head: it is read once
             q = q_BLHD.squeeze(1).unflatten(1, (groups, heads // groups))
-            o, lse = self._kernel(q, k_BGSD, v_BGSE, item.bias, scale)
+            o, lse = kernel(q, k_BGSD, v_BGSE, item.bias, scale)
             o, lse = o.flatten(1, 2), lse.flatten(1, 2)
         else:
-            o, lse = self._kernel(q_BLHD.transpose(1, 2), k_BGSD, v_BGSE, item.bias, scale)
+            o, lse = kernel(q_BLHD.transpose(1, 2), k_BGSD, v_BGSE, item.bias, scale)
             o, lse = o.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
         if item.blind is not None:
             blind = item.blind.flatten()
@@ -191,6 +273,31 @@ class PagedWork:
         if window not in self._prepared:
             self._prepared[window] = self._prepare(window)
         return self._prepared[window]
+
+    def _tiles_of(self, window: Window) -> Tiles:
+        """The same for a kernel that reads pages where they lie."""
+        if window not in self._tiles:
+            self._tiles[window] = self._cut_tiles(window)
+        return self._tiles[window]
+
+    def _cut_tiles(self, window: Window) -> Tiles:
+        assert self._paged is not None
+        size = self.page_size
+        most = max((stop - start for start, stop in (p.rows for p in self.pieces)), default=1)
+        queries = min(self._paged.QUERIES, 1 << (most - 1).bit_length())
+        width = max((len(piece.pages) for piece in self.pieces), default=1)
+        pages = np.zeros((len(self.pieces), width), dtype=np.int32)
+        rows, every = [], 1
+        for number, piece in enumerate(self.pieces):
+            keys, block = len(piece.positions), int(piece.positions[0]) // size
+            pages[number, : len(piece.pages)] = np.maximum(piece.pages, 0)
+            if keys > size:
+                every = int(piece.positions[size]) // size - block
+            seen = self._first_visible(piece, window) // size
+            for at in range(*piece.rows, queries):
+                count, start = min(queries, piece.rows[1] - at), piece.start + at - piece.rows[0]
+                rows.append((number, at, count, start, keys, seen, block))
+        return self._paged.make_tiles(rows, on_device(pages, self._device), queries, every)
 
     def _prepare(self, window: Window) -> list[_Item]:
         items: list[_Item] = []
@@ -220,7 +327,7 @@ class PagedWork:
         return int(np.searchsorted(piece.positions, piece.start - window[0]))
 
     def _is_run(self, piece: LocalPiece, first: int) -> bool:
-        pages = piece.pages
+        pages = piece.pages[first // self.page_size :]
         neighbours = pages[-1] - pages[0] == len(pages) - 1 and (np.diff(pages) == 1).all()
         return bool(neighbours and len(piece.positions) - first >= self._view_from)
 
@@ -230,10 +337,10 @@ class PagedWork:
         bias, blind = None, None
         if rows.size(1) > 1:
             bias, blind = self._mask(piece, first, window)
-        if self._is_run(piece, first):
-            at = piece.pages[0] * size
-            return _Item(rows, (at + first, at + keys), None, (0, 0), bias, blind)
         skipped = first // size
+        if self._is_run(piece, first):
+            at = (piece.pages[skipped] - skipped) * size
+            return _Item(rows, (at + first, at + keys), None, (0, 0), bias, blind)
         pages = on_device(np.array([piece.pages[skipped : -(-keys // size)]]), self._device)
         return _Item(
             rows, None, pages, (first - skipped * size, keys - skipped * size), bias, blind

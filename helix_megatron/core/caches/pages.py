@@ -225,6 +225,11 @@ class PageBook:
         return self.total - sum(pool.free for pool in self.pools)
 
     @property
+    def used_by_kind(self) -> tuple[int, ...]:
+        """`used` of each kind of layers that have books of their own, see `windows`; here there is one."""
+        return (self.used,)
+
+    @property
     def total(self) -> int:
         """Pages of all pools."""
         return sum(pool.total for pool in self.pools)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from helix_megatron.core.caches.attention import StepAttention
+from helix_megatron.core.caches.attention import Scores, StepAttention
 from helix_megatron.core.caches.base import CacheLayout, Collective, DecodeShape
 from helix_megatron.core.masks import AttentionMask
 
@@ -42,16 +42,16 @@ class SegmentAttention(StepAttention):
             else:
                 self._keys.append(self._index(np.asarray(pages)))
 
-    def attend(
-        self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, scale: float, window: Window
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, scores: Scores) -> Tensor:
         import torch
 
         from helix_megatron.core.collectives import all_reduce
+        from helix_megatron.core.kernels.partial import with_sinks
 
+        window = scores.window
         self.cache.write(layer, self._slots_T, k_TGC, v_TGC)
         wide = torch.promote_types(q.dtype, torch.float32)
-        q_TGRC = (self._segments(q).to(wide) * scale).unflatten(1, (k_TGC.size(1), -1))
+        q_TGRC = (self._segments(q).to(wide) * scores.scale).unflatten(1, (k_TGC.size(1), -1))
         partial, row = [], 0
         for piece, keys in zip(self._pieces, self._keys, strict=True):
             k_SGC = _read(self.cache.k[layer], keys, piece.stop).to(wide)
@@ -59,18 +59,24 @@ class SegmentAttention(StepAttention):
             partial.append(torch.einsum("lgrc,sgc->grls", q_LGRC, k_SGC))
             row += len(piece.tokens)
         summed = all_reduce(
-            torch.cat([scores.reshape(-1) for scores in partial]),
+            torch.cat([part.reshape(-1) for part in partial]),
             self.group,
             purpose="exchange/segment",
         )
+        if scores.softcap is not None:
+            summed = scores.softcap * (summed / scores.softcap).tanh()
         outputs, at = [], 0
         for piece, keys, own in zip(self._pieces, self._keys, partial, strict=True):
-            scores = summed[at : at + own.numel()].view_as(own)
+            s_GRLS = summed[at : at + own.numel()].view_as(own)
             at += own.numel()
             if len(piece.tokens) > 1 or window is not None:
-                scores.masked_fill_(_hidden(piece, window, self.device), float("-inf"))
+                s_GRLS.masked_fill_(_hidden(piece, window, self.device), float("-inf"))
             v_SGC = _read(self.cache.v[layer], keys, piece.stop).to(wide)
-            outputs.append(torch.einsum("grls,sgc->lgrc", scores.softmax(-1), v_SGC).flatten(1, 2))
+            o_LHC = torch.einsum("grls,sgc->lgrc", s_GRLS.softmax(-1), v_SGC).flatten(1, 2)
+            if scores.sinks_H is not None:
+                lse_LH = s_GRLS.logsumexp(-1).flatten(0, 1).t()
+                o_LHC, _ = with_sinks(o_LHC, lse_LH, scores.sinks_H)
+            outputs.append(o_LHC)
         return self._own_heads(torch.cat(outputs).to(q.dtype))
 
     def _segments(self, q: Tensor) -> Tensor:

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from helix_megatron.core.caches.attention import (
+    Scores,
     StepAttention,
     concatenated,
     parts_of_members,
     uneven_swap,
-    whole_heads,
+    whole_keys,
+    whole_queries,
 )
 from helix_megatron.core.caches.base import CacheLayout, Collective, DecodeShape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from helix_megatron.core.caches.paged import Window
     from helix_megatron.core.caches.pages import Piece
 
 
@@ -44,20 +45,21 @@ class SequenceAttention(StepAttention):
         self._slots_t = self._index(concatenated(slots))
         self._attention = self._work(pieces, self.me)
 
-    def attend(
-        self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, scale: float, window: Window
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, scores: Scores) -> Tensor:
         import torch
 
         from helix_megatron.core.kernels.partial import merge
 
         m, tokens = self.layout.segments, q.size(0)
-        q_mThd, kv_mtGC = self._spread(q, torch.cat([k_TGC, v_TGC], dim=1))
-        q_THD, kv_tGD = whole_heads(q_mThd, kv_mtGC, self.layout)
-        k_tGD, v_tGD = kv_tGD.chunk(2, dim=1)
+        if self._is_whole(layer, k_TGC):
+            own = self._tokens_of[self.me]
+            q_mThd, k_tGD, v_tGD = self._queries(q), k_TGC[own], v_TGC[own]
+        else:
+            q_mThd, kv_mtGC = self._spread(q, torch.cat([k_TGC, v_TGC], dim=1))
+            k_tGD, v_tGD = whole_keys(kv_mtGC, self.layout).chunk(2, dim=1)
         self.cache.write(layer, self._slots_t, k_tGD, v_tGD)
-        keys, values = self.cache.k[layer], self.cache.v[layer]
-        o_THD, lse_TH = self._attention.attend(q_THD, keys, values, scale=scale, window=window)
+        q_THD = whole_queries(q_mThd, self.layout)
+        o_THD, lse_TH = self._here(layer, q_THD, scores, sinks=self.me == 0)
 
         o_mThd = parts_of_members(o_THD.to(lse_TH.dtype), self.layout)
         if self.layout.query_layout == "heads":
@@ -68,8 +70,14 @@ class SequenceAttention(StepAttention):
         partial = self._swap(partial, "exchange/sequence")
         return merge(partial[..., :-1], partial[..., -1]).to(q.dtype)
 
+    def _queries(self, q: Tensor) -> Tensor:
+        """Every member's queries, [m, *q]."""
+        from helix_megatron.core.collectives import gather
+
+        return gather(q, self.group, purpose="exchange/sequence")
+
     def _spread(self, q: Tensor, kv_TGC: Tensor) -> tuple[Tensor, Tensor]:
-        """Every member's queries [m, T, *q], and its keys and values [m, T', 2G, C] of positions kept here."""
+        """`_queries`, and every member's keys and values [m, T', 2G, C] of positions kept here."""
         import torch
 
         from helix_megatron.core.collectives import gather

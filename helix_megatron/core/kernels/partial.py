@@ -25,13 +25,24 @@ fp64 for fp64 inputs."""
 
 
 def unfused(
-    q_BHLD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, bias: Tensor | None, scale: float
+    q_BHLD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSE: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """In plain torch, on any device: writes the scores to memory, in at least fp32."""
+    """In plain torch, on any device: writes the scores to memory, in at least fp32.
+
+    Args:
+        softcap: makes softcap · tanh(score / softcap) of each score, before the bias.
+    """
     groups = k_BGSD.size(1)
     wide = torch.promote_types(q_BHLD.dtype, torch.float32)
     q_BGRLD = q_BHLD.to(wide).unflatten(1, (groups, -1)) * scale
     scores = q_BGRLD @ k_BGSD.to(wide).transpose(2, 3).unsqueeze(2)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if bias is not None:
         bias = bias.to(wide)[(None,) * (4 - bias.dim())]
         scores = (scores.flatten(1, 2) + bias).unflatten(1, (groups, -1))
@@ -56,6 +67,12 @@ def partial_kernel(device: torch.device) -> PartialKernel:
     """The fastest of this module for a device."""
     has_flash = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
     return fused_on_cpu if device.type == "cpu" and has_flash else unfused
+
+
+def with_sinks(o_THD: Tensor, lse_TH: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to one more key in each head, of score `sinks_H` and value 0: o and lse with it."""
+    sunk_TH = torch.logaddexp(lse_TH, sinks_H.to(lse_TH.dtype))
+    return (o_THD * (lse_TH - sunk_TH).exp().unsqueeze(-1)).to(o_THD.dtype), sunk_TH
 
 
 def merge(o_mTHD: Tensor, lse_mTH: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+"""One rank's share of a step of a `transformers` model, cut in place, whose attention is the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from helix_megatron.core.caches import cache_layout
+from helix_megatron.core.caches.attention import LocalAttention
+from helix_megatron.core.caches.paged import KeptHeads, PagedCache
+from helix_megatron.core.caches.pages import Piece
+from helix_megatron.core.layout import HeadLayout
+from helix_megatron.errors import HelixError
+from helix_megatron.huggingface.forms import SHOWN
+from helix_megatron.inference.runner import Pools, Runner, books_of, make_book
+from helix_megatron.inference.transformers_attention import INSTEAD, NAME, Asked, Layer, register
+from helix_megatron.inference.transformers_states import States
+from helix_megatron.model.families import CUTTABLE
+
+PROBE = 16  # tokens with which a model is compared with itself
+
+
+class PagedModel:
+    """A model whose attention modules answer to the engine, and what they turned out to ask for.
+
+    It runs once, on all ranks together: so what every layer keeps, its window and its sinks are those of the
+    model's own code, whatever its configuration calls them.
+
+    Args:
+        model: of `transformers`, whole or cut by `helix_megatron.huggingface`, in eval mode.
+        attention: the paths of its attention modules.
+        recurrent: the paths of its layers that keep a state and no keys.
+        group: the ranks that hold the model together.
+        head_group: those among them that share key-value heads.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        attention: Sequence[str],
+        recurrent: Sequence[str],
+        group: ProcessGroup,
+        head_group: ProcessGroup,
+    ) -> None:
+        self.model, self.group, self.head_group = model, group, head_group
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        kind = getattr(model.config, "model_type", None)
+        self.before = None
+        if kind not in CUTTABLE and kind not in SHOWN:
+            self.before = self.logits(*_probe())
+        self.states = States(model, recurrent)
+        register()
+        model.set_attn_implementation(NAME)
+        self.layers: list[Layer] = []
+        for path in attention:
+            module = model.get_submodule(path)
+            module.step_layer = Layer(module, head_group)
+            self.layers.append(module.step_layer)
+        self.logits(*_probe())
+        silent = [
+            path for path, layer in zip(attention, self.layers, strict=True) if layer.asked is None
+        ]
+        if silent:
+            raise HelixError(
+                f"{type(model).__name__} computes the attention of {silent[0]} without the library's attention "
+                f"functions, so the engine has no part in it. {INSTEAD}"
+            )
+        for index, layer in enumerate(self.layers):
+            layer.index = index
+
+    @property
+    def asked(self) -> list[Asked]:
+        """What each layer asked for."""
+        return [layer.asked for layer in self.layers if layer.asked is not None]
+
+    def kept(self, pools: Pools) -> list[KeptHeads]:
+        """What a rank keeps of each layer."""
+        return [asked.kept(*pools.of(asked.scores.window)) for asked in self.asked]
+
+    @torch.inference_mode()
+    def logits(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> Tensor:
+        """Logits [rows, vocabulary] of some rows of a step's tokens, in at least fp32, on all ranks."""
+        ids, places, wanted = (
+            torch.from_numpy(array).to(self.device) for array in (tokens, positions, rows)
+        )
+        output = self.model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=places.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=wanted,
+        )
+        logits: Tensor = output.logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class TransformersRunner(Runner):
+    """A `PagedModel` with pages.
+
+    Args:
+        model: what computes.
+        layout: how the heads of its cache lie on the ranks.
+        cache: the name of a cache layout that keeps whole heads.
+        pages: how many pages this rank's pools have.
+        page_size: how many positions a page has.
+        vocab_size: how many tokens there are.
+
+    Raises:
+        HelixError: a model of a type that is not known gives other logits in the engine than by itself.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        layout: HeadLayout,
+        *,
+        cache: str,
+        pages: int | Pools,
+        page_size: int,
+        vocab_size: int,
+    ) -> None:
+        self.model, self.layout, self.vocab_size = model, layout, vocab_size
+        self.group, self.device, self.dtype = model.group, model.device, model.dtype
+        self.book = make_book(cache, layout.segments, pages, page_size)
+        kept = model.kept(pages if isinstance(pages, Pools) else Pools(pages))
+        self.cache = PagedCache(kept, page_size, self.dtype, self.device)
+        attention_of = LocalAttention if layout.segments == 1 else cache_layout(cache).attention
+        self.attentions = [
+            attention_of(layout, model.head_group, book, self.cache) for book in books_of(self.book)
+        ]
+        for layer, asked, own in zip(model.layers, model.asked, kept, strict=True):
+            layer.attention = self.attentions[own.kind]
+            layer.attention.windows.add(asked.scores.window)
+        if model.before is not None:
+            self._check_probe(model.before)
+
+    def _prepare(self, pieces: Sequence[Piece]) -> None:
+        super()._prepare(pieces)
+        self.model.states.begin(pieces)
+
+    def _drop(self, sequence: int) -> None:
+        self.model.states.drop(sequence)
+
+    def _compute(
+        self, tokens: np.ndarray, positions: np.ndarray, wanted: np.ndarray
+    ) -> Tensor | None:
+        rows = wanted if len(wanted) else np.zeros(1, dtype=np.int64)
+        logits = self.model.logits(tokens, positions, rows)
+        return logits[:, : self.vocab_size] if len(wanted) and self.group.rank() == 0 else None
+
+    def _check_probe(self, before: Tensor) -> None:
+        """Raise unless a step gives the logits that the model gave by itself. Collective."""
+        tokens, positions, rows = _probe()
+        piece = Piece(0, 0, tokens, 0, len(tokens), True)
+        self.book.add(0, 0, len(tokens))
+        grown = self.book.grow(0, len(tokens))
+        if not grown:
+            return  # a cache of less than the probe
+        self._prepare([piece])
+        after = self.model.logits(tokens, positions, rows)
+        self.book.drop(0)
+        self._drop(0)
+        error = float((after - before).abs().max() / before.abs().max())
+        if not error <= (1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2):
+            raise HelixError(
+                f"models of type {self.model.model.config.model_type} are not known to this release, and this "
+                f"one gives other logits in the engine than by itself, by {error:.1e} of the largest. {INSTEAD}"
+            )
+
+
+def _probe() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens that every model has, their positions, and all rows."""
+    places = np.arange(PROBE)
+    return places * 5 % 11, places, places
