@@ -221,10 +221,13 @@ def _by_transformers(options: Mapping[str, Any]) -> bool:
                 "Leave the flag out."
             )
         return False
-    kind = read_json(config).get("model_type")
-    return asked == "transformers" or (
-        asked == "auto" and isinstance(kind, str) and kind not in FAMILIES
-    )
+    content = read_json(config)
+    kind = content.get("model_type")
+    unknown = isinstance(kind, str) and kind not in FAMILIES
+    # The engine has no pages for what megatron-core makes of latents, and no states.
+    layers = content.get("layer_types") or ()
+    other = content.get("kv_lora_rank") or "linear_attention" in layers
+    return asked == "transformers" or (asked == "auto" and bool(unknown or other))
 
 
 def _transformers_config(options: Mapping[str, Any], world_size: int) -> InferenceConfig:

@@ -40,7 +40,8 @@ REFUSED = (
         "multi_latent_attention",
         False,
         EVERYWHERE,
-        "multi-latent attention has no key-value heads to cut",
+        "multi-latent attention has no key-value heads to cut: it trains with plain tensor parallelism, and "
+        "helix generate and helix serve keep its latents once on all ranks",
     ),
     Refused(
         "experimental_attention_variant",

@@ -333,3 +333,32 @@ def test_flags_that_do_not_fit_are_refused(saved, flags, text):
 
     with pytest.raises(HelixError, match=text):
         inference_config(options_of(saved, *flags), 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "asked", "wanted"),
+    [
+        ({"model_type": "llama"}, "auto", False),
+        ({"model_type": "llama"}, "transformers", True),
+        ({"model_type": "of tomorrow"}, "auto", True),
+        ({"model_type": "of tomorrow"}, "megatron", False),
+        ({"model_type": "llama", "kv_lora_rank": 16}, "auto", True),
+        ({"model_type": "llama", "layer_types": ["linear_attention"]}, "auto", True),
+        (None, "auto", False),
+    ],
+)
+def test_whose_code_computes_the_model(tmp_path, content, asked, wanted):
+    """megatron-core's where conversion knows the model and the engine its layers, unless a flag says whose."""
+    from helix_megatron.inference.arguments import _by_transformers
+
+    if content is not None:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    assert _by_transformers({"load": str(tmp_path), "implementation": asked}) is wanted
+
+
+def test_transformers_computes_hugging_face_models_only(tmp_path):
+    """A checkpoint of Megatron has no code there."""
+    from helix_megatron.inference.arguments import inference_config
+
+    with pytest.raises(HelixError, match=r"has no config\.json\. Leave the flag out"):
+        inference_config(options_of(tmp_path, "--implementation", "transformers"), 1)
