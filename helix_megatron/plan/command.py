@@ -64,6 +64,8 @@ SIZES = (
     Size("tp", "--tensor-model-parallel-size", "P", True, "tensor parallel ranks p = m·n"),
     Size("segments", "--intra-head-parallel-size", "M", True, "segments m of a head"),
     Size("pp", "--pipeline-model-parallel-size", "PP", True, "pipeline stages"),
+    Size("first", "--decoder-first-pipeline-num-layers", "L", False, "layers of the first stage"),
+    Size("last", "--decoder-last-pipeline-num-layers", "L", False, "layers of the last stage"),
     Size("vp", "--virtual-pipeline-model-parallel-size", "VP", False, "chunks of a stage"),
     Size("cp", "--context-parallel-size", "CP", True, "context parallel ranks"),
     Size("ep", "--expert-model-parallel-size", "EP", True, "ranks for experts"),

@@ -99,10 +99,11 @@ def speed_text(plan: Plan, p: Prediction) -> str:
 
 def pipeline_text(plan: Plan, p: Prediction) -> str:
     """How the layers' sums make a step."""
-    layers, vp = plan.model.num_layers / p.layout.pp, p.layout.vp
+    dealt, vp = p.layout.stages(plan.model.num_layers), p.layout.vp
+    layers = str(dealt[0]) if len({*dealt}) == 1 else ", ".join(map(str, dealt))
     chunks = f" / {vp} chunks" if vp > 1 else ""
     return (
-        f"{p.micro_batches} micro-batches × {layers:g} layers a stage × the sums above. Pipeline: slowest "
+        f"{p.micro_batches} micro-batches × {layers} layers a stage × the sums above. Pipeline: slowest "
         f"stage × {p.micro_batches} + the others once{chunks}."
     )
 

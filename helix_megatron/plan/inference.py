@@ -55,7 +55,7 @@ def cache_bytes(
 def inference_memory(model: ModelSpec, layout: Layout, job: Job, software: Software) -> Memory:
     """Weights, the cache of all sequences of a replica, and the work space of a micro-batch."""
     weights = (rank_weights(model, layout) + expert_weights(model, layout)) * software.weight_bytes
-    layers = model.num_layers / layout.pp
+    layers = max(layout.stages(model.num_layers))
     sequences = job.global_batch // layout.dp
     cache = layers * cache_bytes(model, layout, sequences, job.sequence, software.element)
     cache /= layout.cp
@@ -68,18 +68,27 @@ def inference_memory(model: ModelSpec, layout: Layout, job: Job, software: Softw
 
 
 class StageSeconds(NamedTuple):
-    """Of one micro-batch: layers of one pipeline stage, the embedding on the first, the output on the last, and
-    the message to the next stage, for which each waits."""
+    """Of one micro-batch: the layers of each pipeline stage, the embedding on the first, the output on the
+    last, and the message to the next stage, for which each waits."""
 
-    layers: float
+    layers: tuple[float, ...]
     embedding: float
     output: float
     message: float
 
-    def of(self, stage: int, stages: int) -> float:
-        """All that one stage does."""
-        ends = self.embedding * (stage == 0) + self.output * (stage == stages - 1)
-        return self.layers + self.message + ends
+    @property
+    def stages(self) -> list[float]:
+        """All that each stage does."""
+        seconds = [layers + self.message for layers in self.layers]
+        seconds[0] += self.embedding
+        seconds[-1] += self.output
+        return seconds
+
+
+def _per_stage(scenario: Scenario, layout: Layout, seconds: float) -> tuple[float, ...]:
+    """Seconds of all layers, dealt to the stages."""
+    layers = scenario.model.num_layers
+    return tuple(seconds * own / layers for own in layout.stages(layers))
 
 
 def prefill_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
@@ -89,7 +98,7 @@ def prefill_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
     cost = layers_cost(scenario, strip(layout))
     rows = layout.micro_batch * job.sequence / layout.cp
     return StageSeconds(
-        cost.forward / layout.pp,
+        _per_stage(scenario, layout, cost.forward),
         stream_seconds(cluster.chip, 2 * rows * model.hidden_size * software.element),
         sum(step.seconds for step in _output_steps(scenario, layout)),
         _hop(scenario, layout, rows),
@@ -103,7 +112,7 @@ def decode_stage_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
         for steps, count in _decode_layers(scenario, layout)
     )
     return StageSeconds(
-        layers / layout.pp,
+        _per_stage(scenario, layout, layers),
         0.0,
         sum(step.seconds for step in _output_steps(scenario, layout)),
         _hop(scenario, layout, layout.micro_batch),
@@ -123,12 +132,13 @@ def predict_prefill(scenario: Scenario, layout: Layout) -> Prediction:
     model, job, _, software = scenario
     batches = layout.micro_batches(job.global_batch)
     each = prefill_seconds(scenario, layout)
-    per_stage = [each.of(stage, layout.pp) for stage in range(layout.pp)]
+    per_stage = each.stages
     seconds = pipeline_seconds(per_stage, batches)
     busy = max(per_stage) * batches
+    layers = each.layers[per_stage.index(max(per_stage))]
     terms = {
-        "layers": batches * each.layers,
-        "embedding and output": busy - batches * (each.layers + each.message),
+        "layers": batches * layers,
+        "embedding and output": busy - batches * (layers + each.message),
         "pipeline messages, exposed": batches * each.message,
         "pipeline bubble": seconds - busy,
     }
@@ -159,13 +169,14 @@ def predict_decode(scenario: Scenario, layout: Layout) -> Prediction:
     each = decode_stage_seconds(scenario, layout)
     counted = [(step, float(batches)) for step in _output_steps(scenario, layout)]
     for steps, count in _decode_layers(scenario, layout):
-        counted += [(step, count / layout.pp * batches) for step in steps]
+        share = layout.stages(model.num_layers)[-1] / model.num_layers
+        counted += [(step, count * share * batches) for step in steps]
     # A token goes through all stages before the next of its sequence can start; more micro-batches than
     # stages wait for each other.
-    through = sum(each.of(stage, layout.pp) for stage in range(layout.pp))
-    seconds = max(through, batches * each.of(layout.pp - 1, layout.pp))
+    through, most = sum(each.stages), max(each.stages)
+    seconds = max(through, batches * most)
     terms = {
-        "layers": layout.pp * each.layers,
+        "layers": sum(each.layers),
         "output": each.output,
         "pipeline messages": layout.pp * each.message,
         "waiting for other micro-batches": seconds - through,
@@ -180,7 +191,7 @@ def predict_decode(scenario: Scenario, layout: Layout) -> Prediction:
         memory=inference_memory(model, layout, job, software),
         terms=terms,
         traffic=added([*traffic_of(counted), *messages]),
-        bubble=max(0.0, 1 - batches * (each.layers + each.output) / seconds) * (layout.pp > 1),
+        bubble=max(0.0, 1 - batches * (most - each.message) / seconds) * (layout.pp > 1),
         model_flops=flops,
         micro_batches=batches,
     )

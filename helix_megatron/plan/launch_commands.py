@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from helix_megatron.core.exchanges import NO_EXCHANGE
+from helix_megatron.errors import listed
 from helix_megatron.flags import flag_of
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.stages import is_accounted
 
 # Model flags that only describe where the model came from, or follow from others.
+MEGATRON_LM = "../Megatron-LM/pretrain_gpt.py"
 LEFT_OUT = ("padded_vocab_size", "max_position_embeddings", "attention_dropout", "hidden_dropout")
 
 
@@ -45,9 +48,7 @@ def layout_words(model: ModelSpec, layout: Layout, job: Job, software: Software)
         "tensor_model_parallel_size": layout.tp,
         **_cut(layout),
         "pipeline_model_parallel_size": layout.pp if layout.pp > 1 else None,
-        "num_layers_per_virtual_pipeline_stage": (
-            model.num_layers // layout.pp // layout.vp if layout.vp > 1 else None
-        ),
+        **_stages(model, layout),
         "context_parallel_size": layout.cp if layout.cp > 1 else None,
         **_experts(model, layout),
         "sequence_parallel": layout.sequence_parallel,
@@ -65,6 +66,22 @@ def layout_words(model: ModelSpec, layout: Layout, job: Job, software: Software)
     if model.learned_positions:
         flags["max_position_embeddings"] = max(model.learned_positions, job.sequence)
     return flag_words(flags)
+
+
+def _stages(model: ModelSpec, layout: Layout) -> dict[str, Any]:
+    """Flags of stages that are cut into chunks, and of a first or last stage with other numbers of layers."""
+    ends = layout.first, layout.last
+    if not any(ends):
+        each = model.num_layers // layout.pp // layout.vp
+        return {"num_layers_per_virtual_pipeline_stage": each if layout.vp > 1 else None}
+    flags: dict[str, Any] = {
+        "num_virtual_stages_per_pipeline_rank": layout.vp if layout.vp > 1 else None
+    }
+    if is_accounted(model.num_layers, layout.pp, *ends):
+        named = (f"account_for_{end}_in_pipeline_split" for end in ("embedding", "loss"))
+        return flags | dict(zip(named, map(bool, ends), strict=True))
+    names = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    return flags | {name: own or None for name, own in zip(names, ends, strict=True)}
 
 
 def _cut(layout: Layout) -> dict[str, Any]:
@@ -92,7 +109,9 @@ def command_words(plan: Plan, layout: Layout) -> list[str]:
 
 def training_command(plan: Plan, layout: Layout) -> str:
     """One command for every node; data, learning rate and checkpoints are the user's to add."""
-    start = [*_torchrun(layout.gpus, plan.cluster), "scripts/pretrain_gpt.py"]
+    even = not (layout.first or layout.last)
+    script = "scripts/pretrain_gpt.py" if even else f"-m helix_megatron.launch {MEGATRON_LM}"
+    start = [*_torchrun(layout.gpus, plan.cluster), script]
     return " \\\n".join([" ".join(start), *_wrapped(command_words(plan, layout))])
 
 
@@ -194,6 +213,12 @@ def deepspeed_config(plan: Plan, layout: Layout) -> tuple[dict[str, Any] | None,
 def caveats(plan: Plan, layout: Layout) -> list[str]:
     """What a user should know before pasting."""
     found = []
+    if plan.job.task == "train" and (layout.first or layout.last):
+        found.append(
+            f"The stages have {listed(layout.stages(plan.model.num_layers))} layers. "
+            "scripts/pretrain_gpt.py deals layers evenly, and the script of Megatron-LM can deal them so: the "
+            f"command is for that ({MEGATRON_LM})."
+        )
     if plan.job.task == "prefill" and layout.segments > 1:
         found.append(
             "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "

@@ -55,22 +55,25 @@ def outer_weights(model: ModelSpec, layout: Layout, stage: int) -> float:
 
 def rank_weights(model: ModelSpec, layout: Layout, stage: int | None = None) -> float:
     """Parameters of a rank without experts; of the fullest stage, unless one is named."""
-    return _rank_weights(model, Layout(tp=layout.tp, pp=layout.pp), stage)
+    cut = Layout(tp=layout.tp, pp=layout.pp, first=layout.first, last=layout.last)
+    return _rank_weights(model, cut, stage)
 
 
 @functools.lru_cache(maxsize=4096)
 def _rank_weights(model: ModelSpec, layout: Layout, stage: int | None) -> float:
-    stages = (0, layout.pp - 1) if stage is None else (stage,)
-    outer = max(outer_weights(model, layout, s) for s in stages)
-    return model.num_layers / layout.pp * layer_weights(model, layout) + outer
+    dealt, layer = layout.stages(model.num_layers), layer_weights(model, layout)
+    stages = layout.ends if stage is None else (stage,)
+    return max(dealt[s] * layer + outer_weights(model, layout, s) for s in stages)
 
 
-def expert_weights(model: ModelSpec, layout: Layout) -> float:
-    """Parameters of experts on one rank."""
+def expert_weights(model: ModelSpec, layout: Layout, stage: int | None = None) -> float:
+    """Parameters of experts on one rank; of the stage with the most layers, unless one is named."""
     if not model.experts:
         return 0.0
     here = model.experts / layout.ep * model.expert_parameters / layout.etp
-    return model.expert_layers / layout.pp * here
+    dealt = layout.stages(model.num_layers)
+    share = (max(dealt) if stage is None else dealt[stage]) / model.num_layers
+    return model.expert_layers * share * here
 
 
 def optimizer_bytes(software: Software) -> int:
@@ -82,13 +85,18 @@ def training_states(
     model: ModelSpec, layout: Layout, software: Software, stage: int | None = None
 ) -> Memory:
     """Weights, gradients and Adam's states in mixed precision, without activations."""
-    degrees = Layout(*layout[:6])  # those of parallelism: the rest decides nothing here
+    # Those of parallelism: the rest decides nothing here.
+    degrees = Layout(*layout[:6], first=layout.first, last=layout.last)
+    if stage is None and len(layout.ends) > 2:
+        found = [_states(model, degrees, software, end) for end in layout.ends]
+        return max(found, key=lambda states: states.total)
     return _states(model, degrees, software, stage)
 
 
 @functools.lru_cache(maxsize=16384)
 def _states(model: ModelSpec, layout: Layout, software: Software, stage: int | None) -> Memory:
-    dense, experts = rank_weights(model, layout, stage), expert_weights(model, layout)
+    dense = rank_weights(model, layout, stage)
+    experts = expert_weights(model, layout, stage)
     held = dense + experts
     states = held
     if software.distributed_optimizer:
@@ -109,7 +117,7 @@ def training_memory(
     and the last, which computes the loss.
     """
     states = training_states(model, layout, software, stage)
-    stages = {0, layout.pp - 1} if stage is None else {stage}
+    stages = layout.ends if stage is None else (stage,)
     which = RECOMPUTE.index(layout.recompute)
     activations = max(_activations(model, layout, job, software, s)[which] for s in stages)
     return dataclasses.replace(states, activations=activations)
@@ -120,13 +128,13 @@ def training_bytes(
 ) -> tuple[float, ...]:
     """Totals of `training_memory` with each of `RECOMPUTE`, for searches."""
     states = training_states(model, layout, software).total
-    found = [_activations(model, layout, job, software, s) for s in {0, layout.pp - 1}]
+    found = [_activations(model, layout, job, software, s) for s in layout.ends]
     return tuple(states + max(of_stage) for of_stage in zip(*found, strict=True))
 
 
 def layers_in_flight(layout: Layout, model: ModelSpec, batches: int, stage: int = 0) -> float:
     """Layers whose activations a stage holds at once, over all micro-batches (`schedule.order_of`)."""
-    per_stage = model.num_layers / layout.pp
+    per_stage = layout.stages(model.num_layers)[stage]
     if layout.pp == 1:
         return per_stage
     if layout.vp == 1:
@@ -154,7 +162,7 @@ def _activations(
         # it has sent forward (deallocate_pipeline_outputs), the CPU's loop does not.
         held += hidden * (1 if stage == 0 else 2)
         if software.local_modules and stage < layout.pp - 1:
-            held += hidden * flight * layout.pp * layout.vp / model.num_layers
+            held += hidden * flight * layout.vp / layout.stages(model.num_layers)[stage]
     return (
         held + flight * layer.kept + max(output, layer.work),
         held + flight * (layer.kept - layer.core) + max(output, layer.core + layer.work),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from helix_megatron.errors import divisors, listed
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.settings import Job
+from helix_megatron.plan.stages import dealings
 
 Refusal = tuple[str, str] | None
 INDIVISIBLE = "not divisible"
@@ -62,11 +63,11 @@ def of_context_parallel(job: Job, cp: int, *, asked: bool) -> Refusal:
 
 
 def of_stages(layers: int, pp: int) -> Refusal:
-    """Layers that pipeline stages share evenly."""
-    if layers % pp == 0:
+    """Layers that pipeline stages share, evenly but for the first stage and the last."""
+    if dealings(layers, pp):
         return None
-    reason = f"{layers} layers cannot be dealt to {pp} stages; nearest that divide them: "
-    return INDIVISIBLE, reason + nearest(layers, pp)
+    reason = f"{layers} layers cannot be dealt to {pp} stages, even with fewer on the first and the last; "
+    return INDIVISIBLE, f"{reason}nearest that divide them: {nearest(layers, pp)}"
 
 
 def of_batch(batch: int, dp: int, micro_batch: int) -> Refusal:

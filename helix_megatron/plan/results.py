@@ -43,6 +43,8 @@ class Limits:
     recompute: str | None = None
     sequence_parallel: bool | None = None
     cache: str | None = None
+    first: int | None = None
+    last: int | None = None
     max_tp: int | None = None
 
     def allow(self, layout: Layout) -> bool:

@@ -117,12 +117,17 @@ def _cost(steps: Iterable[Step], core_axes: Container[str] = ()) -> Cost:
 
 
 class Iteration(NamedTuple):
-    """What `predict_training` and the search share: seconds, and the parts that reports name."""
+    """What `predict_training` and the search share: seconds, and the parts that reports name.
+
+    layers, per_micro_batch: of the busiest stage; forward, backward, recomputed and message, without embedding
+    and loss.
+    """
 
     seconds: float
+    layers: int
     pipeline: float
     busy: float
-    per_micro_batch: tuple[float, float, float, float]  # forward, backward, recomputed, message
+    per_micro_batch: tuple[float, float, float, float]
     hop: float
     data_parallel: tuple[tuple[float, float, float], tuple[float, float, float]]
     final: float
@@ -137,14 +142,16 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     batches = layout.micro_batches(job.global_batch)
     cost = layers_cost(scenario, stripped)
     first, last = (outer_cost(scenario, stripped, end) for end in (True, False))
-    forward, backward = cost.forward / layout.pp, cost.backward / layout.pp
-    recomputed = {"none": 0.0, "selective": cost.attention, "full": cost.forward}[layout.recompute]
-    recomputed /= layout.pp
-    layers = forward + backward + recomputed
-    message, hop = messages(scenario, layout, layers)
-    per_stage = [layers + message] * layout.pp
+    again = {"none": 0.0, "selective": cost.attention, "full": cost.forward}[layout.recompute]
+    dealt = layout.stages(model.num_layers)
+    all_layers = (cost.forward + cost.backward + again) / model.num_layers
+    message, hop = messages(scenario, layout, all_layers * min(dealt))
+    per_stage = [own * all_layers + message for own in dealt]
     per_stage[0] += first.forward + first.backward
     per_stage[-1] += last.forward + last.backward
+    own = dealt[per_stage.index(max(per_stage))]
+    share = own / model.num_layers
+    forward, backward, recomputed = (s * share for s in (cost.forward, cost.backward, again))
     pipeline = pipeline_seconds(per_stage, batches, layout.vp, hop)
     room = hw.OVERLAP_ROOM * layout.vp if software.dp_overlap else 0.0
     plain = layout._replace(recompute="none", vp=1, micro_batch=1)
@@ -157,6 +164,7 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     final = sum(collective_seconds(cluster, "all-reduce", size, group) for _, size, group in summed)
     return Iteration(
         seconds=pipeline + exposed + final + optimizer + hw.ITERATION_OVERHEAD,
+        layers=own,
         pipeline=pipeline,
         busy=max(per_stage) * batches,
         per_micro_batch=(forward, backward, recomputed, message),
