@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from helix_megatron.arguments import Parser, exit_on_error
+from helix_megatron.attention_rates import KERNELS
 from helix_megatron.config import HelixConfig
-from helix_megatron.core.caches import NAMES
+from helix_megatron.core.caches import NAMES as CACHES
 from helix_megatron.core.exchanges import EXACT
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.flags import OUTPUT_DIRECTORY, OUTPUT_FILE, OUTPUT_TEXT, whole
@@ -26,8 +27,7 @@ from helix_megatron.outputs import (
 )
 from helix_megatron.plan.clusters import CLUSTERS, LOCAL, cluster_of
 from helix_megatron.plan.memory import RECOMPUTE
-from helix_megatron.plan.models import ModelSpec, model_of, model_of_arguments
-from helix_megatron.plan.presets import PRESETS
+from helix_megatron.plan.models import NAMES, ModelSpec, model_of, model_of_arguments
 from helix_megatron.plan.results import SLOWER, Limits, Plan
 from helix_megatron.plan.search import search
 from helix_megatron.plan.settings import (
@@ -82,7 +82,7 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser = Parser(prog=program, description=description)
     add = parser.add_argument
     gpus = whole(largest=MOST_GPUS)
-    model = f"a preset ({listed(PRESETS)}), a config.json, or Megatron flags in one string"
+    model = f"a preset ({listed(NAMES)}), a config.json, or Megatron flags in one string"
     add("--model", metavar="MODEL", help=model)
     add("--gpus", type=gpus, required=True, metavar="N", help="GPUs to use, all of them")
     cluster = f"a preset ({listed([*CLUSTERS, LOCAL])}) or a YAML file (default: %(default)s)"
@@ -95,6 +95,8 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     sequences = whole(largest=MOST_SEQUENCES)
     add("--global-batch", type=sequences, metavar="B", help=batch)
     add("--precision", choices=PRECISIONS, help="(default: bf16, fp32 where the chip has no bf16)")
+    kernel = "what computes attention; auto is what runs with Transformer Engine and torch (default: auto)"
+    add("--kernel", choices=KERNELS, default="auto", help=kernel)
     fixed = parser.add_argument_group("fix a part of the layout")
     for size in SIZES:
         words = {"metavar": size.metavar, "help": size.help}
@@ -105,7 +107,7 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
         ("--helix-exchange", "exchange", [e.name for e in EXACT], "the exchange"),
         ("--helix-query-layout", "query_layout", ("heads", "segments"), "the query layout"),
         ("--recompute-granularity", "recompute", RECOMPUTE, "recomputation"),
-        ("--cache", "cache", NAMES, "decode: where a head group keeps keys and values"),
+        ("--cache", "cache", CACHES, "decode: where a head group keeps keys and values"),
     ):
         fixed.add_argument(flag, dest=field, choices=choices, help=text)
     return parser
@@ -139,7 +141,9 @@ def plan_of(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
             f"{limits.query_layout}: {valid}."
         )
     job = Job(args.task, args.sequence_length, batch)
-    return search(model, args.gpus, cluster, job, Software(precision=precision), limits)
+    return search(
+        model, args.gpus, cluster, job, Software(precision=precision, kernel=args.kernel), limits
+    )
 
 
 def _check_sizes(args: argparse.Namespace, batch: int) -> None:
@@ -165,7 +169,7 @@ def _model(args: argparse.Namespace, rest: Sequence[str]) -> ModelSpec:
         )
     if args.model is None and not rest:
         raise HelixError(
-            f"no model: give --model ({listed(list(PRESETS)[:4])}, … or a config.json), or Megatron's model "
+            f"no model: give --model ({listed(NAMES[:4])}, … or a config.json), or Megatron's model "
             "flags (--num-layers, --hidden-size, --num-attention-heads, …)."
         )
     return model_of(args.model) if args.model is not None else model_of_arguments(rest)

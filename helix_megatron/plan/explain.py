@@ -27,17 +27,17 @@ A_STEP = {
 def kinds_of_layers(plan: Plan, layout: Layout) -> Iterator[tuple[str, int, tuple[Step, ...]]]:
     """(name, how many, steps) of the kinds of layers that the model has."""
     model, sequence = plan.model, plan.job.sequence
-    for experts, windowed, count in layer_kinds(model):
-        name = ("MoE" if experts else "dense") + (" with window" if windowed else "")
+    for kind in layer_kinds(model):
         if plan.job.task == "decode":
+            windowed = kind.mixer == "window"
             context = min(sequence, model.window_size or sequence) if windowed else sequence
-            steps = decode_steps(plan.scenario, strip(layout), context, experts)
+            steps = decode_steps(plan.scenario, strip(layout), context, kind)
         elif plan.job.task == "prefill":
-            steps = layer_steps(for_inference(plan.scenario), layout, experts, windowed)
+            steps = layer_steps(for_inference(plan.scenario), layout, kind)
             steps = tuple(step for step in steps if step.phase == FORWARD)
         else:
-            steps = layer_steps(plan.scenario, layout, experts, windowed)
-        yield name, count, steps
+            steps = layer_steps(plan.scenario, layout, kind)
+        yield kind.name(model), kind.layers, steps
 
 
 def attention_times(plan: Plan, layout: Layout) -> tuple[float, float]:

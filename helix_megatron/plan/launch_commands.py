@@ -10,6 +10,7 @@ from helix_megatron.errors import listed
 from helix_megatron.flags import flag_of
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
+from helix_megatron.plan.mixers import ORDINARY
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.settings import Job, Software
@@ -109,6 +110,9 @@ def command_words(plan: Plan, layout: Layout) -> list[str]:
 
 def training_command(plan: Plan, layout: Layout) -> str:
     """One command for every node; data, learning rate and checkpoints are the user's to add."""
+    if plan.model.special != ORDINARY:
+        what = listed(plan.model.special.names) or "layers of one part each"
+        return f"# This row is a forecast. scripts/pretrain_gpt.py does not build {plan.model.name}: {what}."
     even = not (layout.first or layout.last)
     script = "scripts/pretrain_gpt.py" if even else f"-m helix_megatron.launch {MEGATRON_LM}"
     start = [*_torchrun(layout.gpus, plan.cluster), script]
@@ -159,6 +163,8 @@ def serving_words(plan: Plan, layout: Layout, nodes: int) -> list[str]:
 
 def not_served(model: ModelSpec, layout: Layout) -> str:
     """Why `helix serve` cannot run a layout, as a clause; empty if it can."""
+    if model.special != ORDINARY:
+        return f"it has no {listed(model.special.names)}"
     if layout.pp > 1:
         return "it has no pipeline parallelism"
     if layout.cp > 1:
@@ -194,6 +200,8 @@ def launch_text(plan: Plan, layout: Layout) -> str:
 
 def deepspeed_config(plan: Plan, layout: Layout) -> tuple[dict[str, Any] | None, str]:
     """(DeepSpeed's configuration, "") or (None, why there is none)."""
+    if plan.model.special != ORDINARY:
+        return None, f"it is not known there: {listed(plan.model.special.names)}"
     for degree, name in ((layout.pp, "pipeline"), (layout.cp, "context"), (layout.ep, "expert")):
         if degree > 1:
             reason = f"no {name} parallelism, and this layout has {degree}"

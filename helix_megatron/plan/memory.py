@@ -7,9 +7,11 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from helix_megatron.attention_rates import WRITING, kernel_that_runs
 from helix_megatron.core.exchanges import COSTS
-from helix_megatron.hardware import FRAMEWORK_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
+from helix_megatron.hardware import CHIPS, FRAMEWORK_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
 from helix_megatron.plan.layouts import Layout, attention_shape, strip
+from helix_megatron.plan.mixers import ORDINARY
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.settings import Job, Software
 
@@ -211,7 +213,7 @@ def layer_activations(
     if model.expert_layers:
         experts = _experts(model, layout, software, own, product)
         experts += tokens * model.shared_ffn / layout.tp * (model.fc1_factor + 1) * element
-        share = model.expert_layers / model.num_layers
+        share = model.expert_layers / (model.expert_layers + model.dense_layers)
         inner = share * experts + (1 - share) * inner
     gathered = tokens * hidden * element if layout.tp > 1 else 0.0
     # Backward, the MLP comes first: it is gone when attention needs its work space.
@@ -222,7 +224,39 @@ def layer_activations(
     # The kernel's output for one sequence is already in the order that linear_proj reads.
     in_order = COSTS[layout.exchange].output_in_order and layout.micro_batch == 1
     copied = 0.0 if in_order else width * product
+    if model.special != ORDINARY:
+        return _mixed(model, layout, software, tokens, own, (norms, core, copied, inner, work))
     return LayerActivations(norms + core + copied + inner, core, work)
+
+
+def _mixed(
+    model: ModelSpec,
+    layout: Layout,
+    software: Software,
+    tokens: float,
+    own: float,
+    ordinary: tuple[float, float, float, float, float],
+) -> LayerActivations:
+    """The average layer of a model with linear or latent attention, or with layers that are only one of both.
+
+    Windows are counted as whole attention of the other layers' heads.
+    """
+    norms, core, copied, inner, work = ordinary
+    special, element, layers = model.special, software.element, model.num_layers
+    attention = model.attention_layers / layers
+    if special.latent:
+        latent, heads = special.latent, model.num_attention_heads / layout.tp
+        core = tokens * heads * (2 * latent.key + 2 * latent.value) * element
+        copied = own * 2 * (latent.query_rank + latent.cached) * element
+    linear = 0.0
+    if special.linear:
+        of_one = special.linear.rows + special.linear.channels + 2 * special.linear.columns
+        linear = tokens * of_one / layout.tp * element * special.linear_layers / layers
+    if special.separate:  # one norm and one of the two parts
+        norms, mlps = norms / 2, (model.dense_layers + model.expert_layers) / layers
+        inner *= mlps
+    core = attention * core
+    return LayerActivations(norms + core + attention * copied + linear + inner, core, work)
 
 
 def _experts(
@@ -234,8 +268,8 @@ def _experts(
     rows = copies * layout.etp
     inner = rows * model.moe_ffn / layout.etp
     kept = inner * ((model.fc1_factor + 1) * software.element + product)
-    kept += rows * model.hidden_size * product
-    return kept + 4 * copies * model.hidden_size * software.element
+    kept += rows * model.expert_width * product
+    return kept + 4 * copies * model.expert_width * software.element
 
 
 def _core_attention(
@@ -257,11 +291,18 @@ def _core_attention(
     pairs = layout.micro_batch * local.heads * job.sequence**2 / layout.cp
     if model.rotary != "none" and m == 1:
         size += (queries + keys) * element  # values are a view of all that linear_qkv has written
-    if local.query_dim <= software.widest and cost.fusible:
+    kernel = kernel_that_runs(
+        CHIPS["h100"],  # which kernels write scores is the same on all
+        local.query_dim,
+        grouped=model.num_query_groups < model.num_attention_heads,
+        training=True,
+        asked=software.kernel,
+        exchange=layout.exchange,
+    )
+    if kernel not in WRITING and not writes_scores:
         return size + 4 * tokens * local.heads, 0.0
     dropped = pairs if software.dropout else 0.0
-    if m > 1 and not writes_scores:
-        # torch's own attention without a fused kernel: everything in fp32.
+    if kernel == "math" and not writes_scores:  # torch's own attention: everything in fp32
         return size + pairs * 4 + (queries + keys + values) * (4 - element) + dropped, pairs * 8
     # Probabilities in fp32 and in 16 bits, and the mask that hides the future, a byte for each pair.
     size += pairs * (4 + element) + job.sequence**2 / layout.cp + dropped

@@ -26,6 +26,8 @@ def of_tensor_parallel(model: ModelSpec, tp: int) -> Refusal:
         widths["FFN hidden size"] = model.ffn
     if model.shared_ffn:
         widths["hidden size of the shared experts"] = model.shared_ffn
+    if model.special.linear:
+        widths[f"number of {model.special.linear.name} heads"] = model.special.linear.heads
     for name, size in widths.items():
         if size % tp:
             reason = f"{name} {size} is not divisible by {tp}; nearest that divide it: "
@@ -47,6 +49,14 @@ def of_whole_heads(model: ModelSpec, tp: int) -> Refusal:
         )
         return INDIVISIBLE, f"{reason}; nearest: {nearest(kv_heads, tp)}"
     return None
+
+
+def of_cut_heads(model: ModelSpec) -> Refusal:
+    """Attention whose heads Helix does not cut."""
+    if model.special.latent is None:
+        return None
+    why = "latent attention has one head of latents and no key-value heads to cut; it is planned as plain TP, "
+    return "not modelled", why + "with the latent on every rank"
 
 
 def of_context_parallel(job: Job, cp: int, *, asked: bool) -> Refusal:

@@ -23,8 +23,8 @@ from helix_megatron.plan.memory import (
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.operators import (
     attention_part,
-    attention_steps,
     layer_kinds,
+    mixer_steps,
     mlp_part,
     mlp_steps,
     outer_steps,
@@ -88,12 +88,12 @@ def layers_cost(scenario: Scenario, stripped: Layout) -> Cost:
     """All layers of the model, one micro-batch."""
     forward = backward = core = 0.0
     part = attention_part(stripped)
-    for experts, windowed, count in layer_kinds(scenario.model):
-        attention = _cost(attention_steps(scenario, part, windowed), part.core_axes)
-        mlp = _cost(mlp_steps(scenario, mlp_part(stripped), experts))
-        forward += count * (attention.forward + mlp.forward)
-        backward += count * (attention.backward + mlp.backward)
-        core += count * attention.attention
+    for kind in layer_kinds(scenario.model):
+        mixer = _cost(mixer_steps(scenario, part, kind.mixer), part.core_axes)
+        mlp = _cost(mlp_steps(scenario, mlp_part(stripped), kind.mlp))
+        forward += kind.layers * (mixer.forward + mlp.forward)
+        backward += kind.layers * (mixer.backward + mlp.backward)
+        core += kind.layers * mixer.attention
     return Cost(forward, backward, core)
 
 

@@ -48,7 +48,7 @@ def search(
         problem = f"chip {cluster.chip.name} has no {lacking[0]}."
         raise HelixError(problem, valid=cluster.chip.flops, valid_name="precisions there")
     # Which groups cross domains depends on how many GPUs there are.
-    cluster = dataclasses.replace(cluster, gpus=gpus)
+    cluster = dataclasses.replace(cluster, gpus=gpus, domain=cluster.used_domain(gpus))
     plan = Plan(model, cluster, job, software, gpus)
     limits = limits or Limits()
     collecting = gc.isenabled()
@@ -116,6 +116,8 @@ class _Search:
         layouts = ("segments",) if self.job.task == "decode" else ("heads", "segments")
         for m in divisors(tp):
             what = f"TP {tp}, m {m}"
+            if m > 1 and not self._allowed("m > 1", refusals.of_cut_heads(self.model)):
+                continue
             if m == 1:
                 if self._allowed(what, refusals.of_whole_heads(self.model, tp), tp=tp, segments=1):
                     yield 1, "segments"
@@ -124,7 +126,8 @@ class _Search:
                 # Query layout heads needs what segments needs, and whole heads for every rank.
                 refusal: refusals.Refusal = None
                 try:
-                    head_layout(self.model, tp, m, query_layout)
+                    for model in {self.model, self.model.local_model}:
+                        head_layout(model, tp, m, query_layout)
                 except HelixError as error:
                     refusal = refusals.INDIVISIBLE, error.worded(as_flag)
                 sizes = {"tp": tp, "segments": m, "query_layout": query_layout}

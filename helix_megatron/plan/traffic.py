@@ -57,14 +57,14 @@ def layer_traffic(
     """Of the layers of one stage alone, the last unless another is named."""
     stripped, model = strip(layout), scenario.model
     share = layout.stages(model.num_layers)[stage] / model.num_layers
-    for experts, windowed, count in layer_kinds(model):
-        for step in layer_steps(scenario, stripped, experts, windowed):
+    for kind in layer_kinds(model):
+        for step in layer_steps(scenario, stripped, kind):
             if not step.axis or step.phase not in phases:
                 continue
             core = step.axis in layout.core_axes
             again = layout.recompute == "full" or (layout.recompute == "selective" and core)
             times = 2 if again and step.phase == FORWARD else 1
-            yield Traffic.of(step, times * batches * count * share)
+            yield Traffic.of(step, times * batches * kind.layers * share)
 
 
 def message_bytes(model: ModelSpec, layout: Layout, job: Job, software: Software) -> float:
