@@ -263,8 +263,7 @@ def attention_rate(
     if kernel in OLDER and measured.family != chip.family:
         return rate * 1e12 * chip.units / measured.units
     precision = "bf16" if "bf16" in chip.flops else next(iter(chip.flops))
-    own = chip.flops[precision] * chip.sustained[precision]
-    return rate * 1e12 * own / (measured.flops["bf16"] * measured.sustained["bf16"])
+    return rate * 1e12 * chip.flops[precision] / measured.flops["bf16"]
 
 
 def _measured(kernel: str, chip: Chip) -> list[Rate]:

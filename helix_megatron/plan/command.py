@@ -16,7 +16,7 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.core.caches import NAMES as CACHES
 from helix_megatron.core.exchanges import EXACT
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.flags import OUTPUT_DIRECTORY, OUTPUT_FILE, OUTPUT_TEXT, whole
+from helix_megatron.flags import OUTPUT_DIRECTORY, OUTPUT_FILE, OUTPUT_TEXT, real, whole
 from helix_megatron.outputs import (
     PICTURES,
     STANDARD_OUTPUT,
@@ -94,6 +94,14 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     batch = "sequences of a step over all GPUs (default: 4 for each GPU, 1 in inference)"
     sequences = whole(largest=MOST_SEQUENCES)
     add("--global-batch", type=sequences, metavar="B", help=batch)
+    served = parser.add_argument_group("with --task serve, in place of length and batch")
+    rate = "requests a second over all GPUs (default: as many as the GPUs can serve)"
+    served.add_argument("--request-rate", type=real(above=0), metavar="R", help=rate)
+    for name, default in (("prompt", 1024), ("output", 256)):
+        text = f"tokens of the {name} of a request (default: %(default)s)"
+        served.add_argument(
+            f"--{name}-tokens", type=tokens, default=default, metavar="T", help=text
+        )
     add("--precision", choices=PRECISIONS, help="(default: bf16, fp32 where the chip has no bf16)")
     kernel = "what computes attention; auto is what runs with Transformer Engine and torch (default: auto)"
     add("--kernel", choices=KERNELS, default="auto", help=kernel)
@@ -141,6 +149,8 @@ def plan_of(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
             f"{limits.query_layout}: {valid}."
         )
     job = Job(args.task, args.sequence_length, batch)
+    if args.task == "serve":  # what its layouts are: those of decode, with a sequence for each GPU
+        job = Job("decode", args.prompt_tokens + args.output_tokens, args.gpus)
     return search(
         model, args.gpus, cluster, job, Software(precision=precision, kernel=args.kernel), limits
     )
@@ -200,12 +210,33 @@ def plan_main(argv: Sequence[str] | None = None, program: str = "helix plan") ->
     add("--row", type=whole(), metavar="ROW", help=row)
     with exit_on_error(program):
         args, rest = parser.parse_known_args(argv)
+        if args.task == "serve":
+            return _serve(args, rest)
         check_file("plot", args.plot, PICTURES)
         check_file("json", args.json)
         if args.write is not None:
             check_free(_plan_files(args.write), overwrite=args.overwrite)
         return _show(plan_of(args, rest), args)
     raise AssertionError("exit_on_error leaves by itself")
+
+
+def _serve(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from helix_megatron.plan.load import Load
+    from helix_megatron.plan.load_report import load_json, print_load, served
+
+    for name in ("plot", "write", "explain"):
+        if getattr(args, name) is not None:
+            raise HelixError(f"--{name} shows a single step, and --task serve many. Leave it out.")
+    check_file("json", args.json)
+    plan = plan_of(args, rest)
+    rate = args.request_rate or float("inf")
+    load = Load(rate, args.prompt_tokens, args.output_tokens)
+    found = served(plan, load)
+    if args.json is not None:
+        write_text(args.json, json.dumps(load_json(plan, load, found), indent=1) + "\n")
+    with results_alone(args.json):
+        print_load(plan, load, found, args.rows)
+    return 0 if found else 1
 
 
 def _plan_files(directory: str) -> list[Path]:

@@ -12,7 +12,7 @@ from helix_megatron.plan.models import ModelSpec
 
 # Beyond every cluster and every job there is; a search stays a matter of seconds.
 MOST_GPUS, MOST_SEQUENCES, MOST_TOKENS = 200_000, 10**8, 10**8
-TASKS = ("train", "prefill", "decode")
+TASKS = ("train", "prefill", "decode", "serve")  # serve: prefill and decode under a load
 PRECISIONS = ("bf16", "fp8", "fp32")
 
 

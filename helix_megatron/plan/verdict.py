@@ -7,15 +7,12 @@ from collections.abc import Callable
 
 from helix_megatron.errors import divisors, listed
 from helix_megatron.hardware import FRAMEWORK_BYTES
+from helix_megatron.plan.evidence import band
 from helix_megatron.plan.inference import average_cache_bytes
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.memory import training_states
 from helix_megatron.plan.results import Plan, Row
 from helix_megatron.plan.stages import dealings
-
-# Differences below this are within what the model can tell apart: neighbours of one published table (same model
-# and GPUs) are predicted to a few per cent.
-MARGIN = 0.03
 
 RIVALS: dict[str, Callable[[Layout], bool]] = {
     "Helix (m > 1)": lambda layout: layout.segments > 1,
@@ -62,16 +59,17 @@ def verdict(plan: Plan) -> tuple[bool, str]:
     if stock is None:
         return True, f"Helix helps: nothing runs here without cutting heads. Best: {cut}."
     gain = stock.seconds / helix.seconds - 1
-    if gain > MARGIN:
+    margin = max(band(plan.scenario, row.layout).apart for row in (helix, stock))
+    if gain > margin:
         return True, (
             f"Helix helps: {cut} is {100 * gain:.1f} % faster (simulated) than the best layout with whole "
             f"heads, {whole}.{_why(plan, helix, stock)}"
         )
-    if gain > -MARGIN:
+    if gain > -margin:
         return False, (
-            f"Helix does not help here: its best layout, {cut}, and the best with whole heads, {whole}, are "
-            f"{100 * abs(gain):.1f} % apart, which is within the error of the prediction. Take the one with "
-            "whole heads."
+            f"No verdict: the best layout that cuts heads, {cut}, and the best with whole heads, {whole}, are "
+            f"{100 * abs(gain):.1f} % apart, and the planner's comparisons of published runs like these err by "
+            f"{100 * margin:.0f} %. Try both, or take the one with whole heads."
         )
     slower = 100 * (helix.seconds / stock.seconds - 1)
     return False, (
