@@ -15,7 +15,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from helix_megatron.plan.layouts import Layout
@@ -49,8 +49,7 @@ class Band:
 @functools.cache
 def rows() -> tuple[dict[str, Any], ...]:
     """All of `evidence.json`."""
-    text = files("helix_megatron.plan").joinpath("evidence.json").read_text(encoding="utf-8")
-    return tuple(json.loads(text))
+    return tuple(json.loads(Path(__file__).with_name("evidence.json").read_text(encoding="utf-8")))
 
 
 def band(scenario: Scenario, layout: Layout) -> Band:

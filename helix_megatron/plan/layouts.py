@@ -62,8 +62,9 @@ class Layout(NamedTuple):
     def ends(self) -> tuple[int, ...]:
         """Stages of which one needs the most memory, and one the most time: the first, the last, and where
         these have other numbers of layers the second."""
-        between = (1,) if self.pp > 2 and (self.first or self.last) else ()
-        return tuple(dict.fromkeys((0, *between, self.pp - 1)))
+        if self.pp > 2 and (self.first or self.last):
+            return 0, 1, self.pp - 1
+        return (0, self.pp - 1) if self.pp > 1 else (0,)
 
     def micro_batches(self, global_batch: int) -> int:
         return global_batch // (self.dp * self.micro_batch)

@@ -88,6 +88,8 @@ def training_states(
 ) -> Memory:
     """Weights, gradients and Adam's states in mixed precision, without activations."""
     # Those of parallelism: the rest decides nothing here.
+    if not (layout.first or layout.last):
+        return _states(model, Layout(*layout[:6]), software, stage)
     degrees = Layout(*layout[:6], first=layout.first, last=layout.last)
     if stage is None and len(layout.ends) > 2:
         found = [_states(model, degrees, software, end) for end in layout.ends]

@@ -146,12 +146,16 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     dealt = layout.stages(model.num_layers)
     all_layers = (cost.forward + cost.backward + again) / model.num_layers
     message, hop = messages(scenario, layout, all_layers * min(dealt))
-    per_stage = [own * all_layers + message for own in dealt]
+    if layout.first or layout.last:
+        per_stage = [own * all_layers + message for own in dealt]
+    else:
+        per_stage = [dealt[0] * all_layers + message] * layout.pp
     per_stage[0] += first.forward + first.backward
     per_stage[-1] += last.forward + last.backward
-    own = dealt[per_stage.index(max(per_stage))]
+    slowest = max(per_stage)
+    own = dealt[per_stage.index(slowest)]
     share = own / model.num_layers
-    forward, backward, recomputed = (s * share for s in (cost.forward, cost.backward, again))
+    forward, backward, recomputed = cost.forward * share, cost.backward * share, again * share
     pipeline = pipeline_seconds(per_stage, batches, layout.vp, hop)
     room = hw.OVERLAP_ROOM * layout.vp if software.dp_overlap else 0.0
     plain = layout._replace(recompute="none", vp=1, micro_batch=1)
@@ -166,7 +170,7 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
         seconds=pipeline + exposed + final + optimizer + hw.ITERATION_OVERHEAD,
         layers=own,
         pipeline=pipeline,
-        busy=max(per_stage) * batches,
+        busy=slowest * batches,
         per_micro_batch=(forward, backward, recomputed, message),
         hop=hop,
         data_parallel=((*reduced, exposed_reduced), (*gathered, exposed_gathered)),
