@@ -249,5 +249,9 @@ ITERATION_OVERHEAD = 20e-3
 # Beside which share of the last backward (first forward) data parallel communication can run: buckets are ready
 # one after the other, and the last has nothing beside it (assumption).
 OVERLAP_ROOM = 0.9
-# Memory that CUDA, NCCL and the allocator's fragments take.
+# Memory that CUDA, NCCL and the allocator's fragments take: what is counted, and the range that it may lie in.
+# The allocator reserves 2.8 to 6.9 % more than is allocated at the peak (MooreThreads/SimuMax, B200 release
+# v1.2: seven layouts of Llama 3 and DeepSeek in Megatron-LM). CUDA's context and NCCL's buffers lie outside of
+# it (1 to 3 GB: an assumption; they grow with the number of groups).
 FRAMEWORK_BYTES = 4e9
+FRAGMENTS, OUTSIDE_BYTES = (0.028, 0.069), (1e9, 3e9)

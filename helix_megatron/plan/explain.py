@@ -111,7 +111,11 @@ def pipeline_text(plan: Plan, p: Prediction) -> str:
 def memory_text(plan: Plan, p: Prediction) -> str:
     """How much of the fullest GPU is used."""
     used, capacity = p.memory.total / 1e9, plan.cluster.chip.memory / 1e9
-    return f"{used:.2f} GB on the fullest GPU (simulated), of {capacity:.0f} GB."
+    text = f"{used:.2f} GB on the fullest GPU (simulated), of {capacity:.0f} GB."
+    most = used + (p.memory.framework_range[1] - p.memory.framework) / 1e9
+    if most > capacity:
+        text += f" It may be {most:.1f} GB with fragments and NCCL, which would not fit."
+    return text
 
 
 # ------------------------------------------------------------------------------ tables
@@ -161,7 +165,8 @@ def memory_table(plan: Plan, p: Prediction) -> Table:
         }
     else:
         what |= {"cache": "keys and values", "activations": "work space of a micro-batch"}
-    what["framework"] = "CUDA, NCCL, fragments (assumed)"
+    least, most = (size / 1e9 for size in p.memory.framework_range)
+    what["framework"] = f"CUDA, NCCL, fragments: {least:.1f} to {most:.1f}; counted as"
     rows = [(name, text, f"{getattr(p.memory, name) / 1e9:.2f}") for name, text in what.items()]
     return ("memory", "of what", "GB"), rows
 

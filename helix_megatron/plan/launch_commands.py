@@ -239,5 +239,7 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
             "fp8 needs Transformer Engine: add --fp8-format hybrid to Megatron-LM's script."
         )
         if layout.segments > 1:
-            found.append("Helix refuses fp8 so far: this row is a forecast.")
+            found.append(
+                "fp8 parameters (--fp8-param-gather) are refused with cut heads; leave them out."
+            )
     return found

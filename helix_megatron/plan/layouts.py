@@ -59,6 +59,13 @@ class Layout(NamedTuple):
         return found
 
     @property
+    def degrees(self) -> Layout:
+        """The layout without what weights and their states do not depend on."""
+        if self.first or self.last:
+            return Layout(*self[:6], first=self.first, last=self.last)
+        return Layout(*self[:6])
+
+    @property
     def ends(self) -> tuple[int, ...]:
         """Stages of which one needs the most memory, and one the most time: the first, the last, and where
         these have other numbers of layers the second."""

@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 from helix_megatron.attention_rates import WRITING, kernel_that_runs
 from helix_megatron.core.exchanges import COSTS
-from helix_megatron.hardware import CHIPS, FRAMEWORK_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
+from helix_megatron.hardware import (
+    CHIPS,
+    FRAGMENTS,
+    FRAMEWORK_BYTES,
+    GRADIENT_BYTES,
+    OPTIMIZER_BYTES,
+    OUTSIDE_BYTES,
+)
 from helix_megatron.plan.layouts import Layout, attention_shape, strip
 from helix_megatron.plan.mixers import ORDINARY
 from helix_megatron.plan.models import ModelSpec
@@ -33,6 +40,16 @@ class Memory:
     def total(self) -> float:
         states = self.weights + self.gradients + self.optimizer
         return states + self.activations + self.cache + self.framework
+
+    @property
+    def framework_range(self) -> tuple[float, float]:
+        """The least and the most that CUDA, NCCL and fragments may take."""
+        allocated = self.total - self.framework
+        least, most = (
+            share * allocated + outside
+            for share, outside in zip(FRAGMENTS, OUTSIDE_BYTES, strict=True)
+        )
+        return least, most
 
 
 def layer_weights(model: ModelSpec, layout: Layout) -> float:
@@ -87,11 +104,8 @@ def training_states(
     model: ModelSpec, layout: Layout, software: Software, stage: int | None = None
 ) -> Memory:
     """Weights, gradients and Adam's states in mixed precision, without activations."""
-    # Those of parallelism: the rest decides nothing here.
-    if not (layout.first or layout.last):
-        return _states(model, Layout(*layout[:6]), software, stage)
-    degrees = Layout(*layout[:6], first=layout.first, last=layout.last)
-    if stage is None and len(layout.ends) > 2:
+    degrees = layout.degrees
+    if stage is None and (layout.first or layout.last):
         found = [_states(model, degrees, software, end) for end in layout.ends]
         return max(found, key=lambda states: states.total)
     return _states(model, degrees, software, stage)

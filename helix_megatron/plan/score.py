@@ -158,8 +158,7 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     forward, backward, recomputed = cost.forward * share, cost.backward * share, again * share
     pipeline = pipeline_seconds(per_stage, batches, layout.vp, hop)
     room = hw.OVERLAP_ROOM * layout.vp if software.dp_overlap else 0.0
-    plain = layout._replace(recompute="none", vp=1, micro_batch=1)
-    reduced, gathered = _data_parallel(model, plain, cluster, software)
+    reduced, gathered = _data_parallel(model, layout.degrees, cluster, software)
     exposed_reduced = max(0.0, reduced[1] - room * (backward + recomputed))
     exposed_gathered = max(0.0, gathered[1] - room * forward)
     optimizer = _optimizer_seconds(model, layout, cluster, software)

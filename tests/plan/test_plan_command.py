@@ -209,7 +209,9 @@ def test_every_printed_command_parses(tmp_path, capsys, task, model):
 
 
 # Flags of programs that are not ours: torchrun, nvidia-smi, and Megatron-LM's own script for fp8.
-OTHERS = "nproc-per-node nnodes rdzv-backend rdzv-endpoint query-gpu format fp8-format"
+OTHERS = (
+    "nproc-per-node nnodes rdzv-backend rdzv-endpoint query-gpu format fp8-format fp8-param-gather"
+)
 OTHERS += (
     " account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split"  # Megatron-LM's
 )

@@ -10,10 +10,12 @@ import pytest
 import held_out
 import validate_planner
 from held_out import Result, figures, grown, results_of, rows_of
+from helix_megatron.hardware import OUTSIDE_BYTES
 from helix_megatron.plan import evidence
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.evidence import NEAREST, band
 from helix_megatron.plan.layouts import Layout
+from helix_megatron.plan.memory import Memory
 from helix_megatron.plan.models import model_of
 from helix_megatron.plan.search import search
 from helix_megatron.plan.settings import Job, Scenario, Software
@@ -51,6 +53,27 @@ def test_tables_that_were_left_out_are_predicted(results, name, most, better):
 def test_memory_is_within_three_per_cent_of_published_peaks(results):
     """31 peaks of allocated memory on B200, from TP 1 to 8, with pipeline and context parallelism."""
     assert results["simumax_b200: b200, bf16, dense"].memory <= 3
+
+
+@pytest.mark.parametrize(
+    ("allocated", "reserved"),
+    [
+        (66.55, 70.88),
+        (60.68, 62.53),
+        (39.07, 40.18),
+        (28.29, 29.12),
+        (45.63, 48.79),
+        (44.70, 47.05),
+    ],
+)
+def test_fragments_lie_in_their_range(allocated, reserved):
+    """GiB at the peak, allocated and reserved: MooreThreads/SimuMax, B200 release v1.2."""
+    memory = Memory(weights=allocated * 2**30)
+    least, most = memory.framework_range
+    fragments = (reserved - allocated) * 2**30
+    assert least - OUTSIDE_BYTES[0] <= fragments * 1.02 and fragments <= 1.02 * (
+        most - OUTSIDE_BYTES[1]
+    )
 
 
 def test_layouts_are_ranked_as_they_were_measured(results):
