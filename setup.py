@@ -37,7 +37,7 @@ setup(
     package_data={
         "helix_megatron": ["py.typed"],
         "helix_megatron.graph.page": ["*.html", "*.css", "*.js"],
-        "helix_megatron.plan": ["*.jinja"],
+        "helix_megatron.plan": ["*.jinja", "*.json"],
         "helix_megatron.training": ["*.jinja"],
     },
     python_requires=">=3.11",

@@ -27,6 +27,7 @@ class Chip:
     sustained: precision → share of the curve of matrix products (`GEMM_*`) that long runs reach under the
         power limit; the only number of this package that was fitted to training runs.
     launch: seconds that a kernel costs beside its work.
+    family: the generation, by which attention kernels are chosen and rated (`attention_rates`).
     """
 
     name: str
@@ -37,6 +38,7 @@ class Chip:
     source: str
     sustained: dict[str, float] = field(default_factory=dict)
     launch: float = 2e-6
+    family: str = "hopper"
 
 
 CHIPS = {
@@ -50,6 +52,7 @@ CHIPS = {
             108,
             "NVIDIA A100 80GB SXM data sheet",
             {"bf16": 0.87},
+            family="ampere",
         ),
         Chip(
             "h100",
@@ -87,7 +90,19 @@ CHIPS = {
             8.0e12,
             148,
             "NVIDIA GB200 NVL72 data sheet, per GPU",
-            {"bf16": 0.80, "fp8": 0.75},  # an assumption, measured nowhere
+            {"bf16": 0.53, "fp8": 0.51},  # as B200
+            family="blackwell",
+        ),
+        Chip(
+            "b200",
+            {"bf16": 2.25e15, "fp8": 4.5e15},
+            180e9,
+            7.7e12,
+            148,
+            "NVIDIA DGX B200 data sheet, per GPU",
+            # Fitted to simumax_b200 (bf16) and to the dense fp8 rows of megatron_bridge, B200 and GB200.
+            {"bf16": 0.53, "fp8": 0.51},
+            family="blackwell",
         ),
         Chip(
             "cpu",
@@ -98,6 +113,7 @@ CHIPS = {
             "one CPU core with torch over gloo: the order of magnitude of what was seen on small machines",
             {"bf16": 1.0, "fp32": 1.0},
             launch=20e-6,
+            family="cpu",
         ),
     )
 }
@@ -161,21 +177,12 @@ MEMORY_EFFICIENCY = 0.8
 
 # ------------------------------------------------------------------------- attention
 
-# Fused causal attention forward on H100, attention_prefill_h100_sxm: rate(s) = peak · s / (s + half).
-# head_dim → (peak / bf16 peak, half for multi-head, half for grouped-query attention). Two points each
-# (2048 and 8192) of the largest batches. 512 is not FlashAttention 3's: a slower kernel.
-ATTENTION_CURVE = {
-    64: (0.54, 2000.0, 840.0),
-    128: (0.70, 1640.0, 860.0),
-    192: (0.79, 1640.0, 750.0),
-    256: (0.82, 1640.0, 660.0),
-    512: (0.40, 640.0, 435.0),
-}
-# Backward computes 2.5 times the FLOPs (five products instead of two: scores again, and the gradients of
-# probabilities, values, keys and queries) at 0.8 of the rate: FlashAttention-3,
-# arXiv 2407.08608, figures 5 and 6 (forward 648, backward 561 TFLOP/s; shorter sequences less).
+# A fused kernel's backward computes 2.5 times the FLOPs: five products instead of two, scores again, and the
+# gradients of probabilities, values, keys and queries (arXiv 2307.08691). Rates: `attention_rates`.
 ATTENTION_BACKWARD_FLOPS = 2.5
-ATTENTION_BACKWARD_RATE = 0.8
+# Share of the peak that chunked scans of linear attention reach: their products are of 64 to 128 rows, and as
+# many bytes move beside them (an assumption: no public table was found).
+LINEAR_SHARE = 0.2
 # FP32 products run without tensor cores: 67 TFLOP/s beside 989 in bf16 (H100 SXM data sheet), 19.5 beside 312
 # on A100.
 FP32_SHARE = 67 / 989
@@ -242,5 +249,9 @@ ITERATION_OVERHEAD = 20e-3
 # Beside which share of the last backward (first forward) data parallel communication can run: buckets are ready
 # one after the other, and the last has nothing beside it (assumption).
 OVERLAP_ROOM = 0.9
-# Memory that CUDA, NCCL and the allocator's fragments take.
+# Memory that CUDA, NCCL and the allocator's fragments take: what is counted, and the range that it may lie in.
+# The allocator reserves 2.8 to 6.9 % more than is allocated at the peak (MooreThreads/SimuMax, B200 release
+# v1.2: seven layouts of Llama 3 and DeepSeek in Megatron-LM). CUDA's context and NCCL's buffers lie outside of
+# it (1 to 3 GB: an assumption; they grow with the number of groups).
 FRAMEWORK_BYTES = 4e9
+FRAGMENTS, OUTSIDE_BYTES = (0.028, 0.069), (1e9, 3e9)

@@ -16,12 +16,13 @@ from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec, model_of, spec_of_flags
 from helix_megatron.plan.presets import PRESETS
 from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.stages import dealings
 
 # vTrain (arXiv 2312.12391) measured Megatron-LM of before sequence parallelism and flash attention: every layer
 # recomputed ("use_checkpoint"), 1F1B, unfused attention with dropout, no overlap of all-reduces, gradients
 # reduced at once after the last backward ("use_gradient_bucket": false) by 800 Gbit/s a node (its config/).
 MEGATRON_2021 = Software(
-    fused_attention=False,
+    kernel="unfused",
     tp_overlap="none",
     dp_overlap=False,
     distributed_optimizer=False,
@@ -37,7 +38,11 @@ VOCABULARY = 51200  # vTrain's tables name none: GPT-2's, padded, as in Megatron
 
 @dataclass(frozen=True)
 class Run:
-    """One row: what ran, and the seconds of an iteration that were measured."""
+    """One row: what ran, and the seconds of an iteration that were measured.
+
+    cluster: where it ran, if not where all of the table did. memory: bytes of the fullest GPU, if they were
+    measured: without what CUDA and NCCL take.
+    """
 
     label: str
     model: ModelSpec
@@ -45,20 +50,24 @@ class Run:
     job: Job
     software: Software
     seconds: float
+    cluster: str = ""
+    memory: float = 0.0
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of table: columns that it must have and those that it may, its cluster, how a row is read."""
+    """A kind of table: columns that it must have and those that it may, its cluster, how a row is read, and the
+    column with the number of GPUs, if it has one."""
 
     columns: tuple[str, ...]
     optional: tuple[str, ...]
     cluster: str
     precision: str
     read: Callable[[dict[str, str]], Run]
+    gpus: str = "gpus"
 
 
-def _number(row: dict[str, str], column: str, default: int | None = None) -> int:
+def number_in(row: dict[str, str], column: str, default: int | None = None) -> int:
     """A whole number; `default` for an optional cell that is empty or whose column is missing."""
     text = (row.get(column) or "").strip()
     if default is not None and text.lower() in EMPTY:
@@ -72,7 +81,7 @@ def _number(row: dict[str, str], column: str, default: int | None = None) -> int
     return int(value)
 
 
-def _positive(row: dict[str, str], column: str) -> float:
+def positive_in(row: dict[str, str], column: str) -> float:
     text = (row.get(column) or "").strip().replace(",", "")
     try:
         value = float(text)
@@ -96,22 +105,24 @@ def gpt_flags(layers: int, hidden: int, heads: int, sequence: int) -> dict[str, 
 
 
 def _read_a100(row: dict[str, str]) -> Run:
-    layers, hidden, heads = (_number(row, c) for c in ("layers", "hidden_size", "attention_heads"))
-    sequence = _number(row, "sequence_length")
+    layers, hidden, heads = (
+        number_in(row, c) for c in ("layers", "hidden_size", "attention_heads")
+    )
+    sequence = number_in(row, "sequence_length")
     flags = gpt_flags(layers, hidden, heads, sequence)
-    tp, pp = _number(row, "tensor_parallel"), _number(row, "pipeline_parallel")
+    tp, pp = number_in(row, "tensor_parallel"), number_in(row, "pipeline_parallel")
     layout = Layout(
         tp=tp,
         pp=pp,
-        dp=_number(row, "data_parallel", max(1, _number(row, "gpus") // (tp * pp))),
-        micro_batch=_number(row, "micro_batch"),
+        dp=number_in(row, "data_parallel", max(1, number_in(row, "gpus") // (tp * pp))),
+        micro_batch=number_in(row, "micro_batch"),
         recompute="full",
     )
-    job = Job("train", sequence, _number(row, "global_batch"))
+    job = Job("train", sequence, number_in(row, "global_batch"))
     model = spec_of_flags("the table", flags, "the table")
     name = (row.get("billion_parameters") or "").strip() or f"{model.parameters / 1e9:.1f}"
     model = dataclasses.replace(model, name=f"{name}B")
-    seconds = _positive(row, "iteration_milliseconds") / 1e3
+    seconds = positive_in(row, "iteration_milliseconds") / 1e3
     return Run(model.name, model, layout, job, MEGATRON_2021, seconds)
 
 
@@ -145,12 +156,24 @@ def _model_named(name: str) -> ModelSpec:
     return model_of(preset_of(name))
 
 
+def with_ends(model: ModelSpec, layout: Layout) -> Layout:
+    """The layout with fewer layers on the first and the last stage, where its stages do not divide the layers.
+
+    Raises:
+        HelixError: they cannot be dealt so either.
+    """
+    ways = dealings(model.num_layers, layout.pp)
+    if not ways:
+        raise HelixError(f"{model.num_layers} layers cannot be dealt to {layout.pp} stages.")
+    return layout._replace(first=ways[0][0], last=ways[0][1])
+
+
 def _read_h100(row: dict[str, str]) -> Run:
     name = (row["model"] or "").strip()
     model = _model_named(name)
-    tp, pp = _number(row, "tensor_parallel"), _number(row, "pipeline_parallel")
-    cp = _number(row, "context_parallel", 1)
-    gpus, batch = _number(row, "gpus"), _number(row, "global_batch")
+    tp, pp = number_in(row, "tensor_parallel"), number_in(row, "pipeline_parallel")
+    cp = number_in(row, "context_parallel", 1)
+    gpus, batch = number_in(row, "gpus"), number_in(row, "global_batch")
     if gpus % (tp * pp * cp):
         raise HelixError(f"{gpus} GPUs are no multiple of TP {tp} × PP {pp} × CP {cp}.")
     layout = Layout(
@@ -158,16 +181,17 @@ def _read_h100(row: dict[str, str]) -> Run:
         pp=pp,
         cp=cp,
         dp=gpus // (tp * pp * cp),
-        vp=_number(row, "virtual_pipeline", 1),
-        ep=_number(row, "expert_parallel", 1),
-        etp=tp if model.experts and _number(row, "expert_parallel", 1) == 1 else 1,
-        micro_batch=_number(row, "micro_batch"),
+        vp=number_in(row, "virtual_pipeline", 1),
+        ep=number_in(row, "expert_parallel", 1),
+        etp=tp if model.experts and number_in(row, "expert_parallel", 1) == 1 else 1,
+        micro_batch=number_in(row, "micro_batch"),
         sequence_parallel=tp > 1,
     )
-    job = Job("train", _number(row, "sequence_length"), batch)
+    layout = with_ends(model, layout)
+    job = Job("train", number_in(row, "sequence_length"), batch)
     # GPT-3 is trained with dropout, the others without (the configurations' hidden_dropout).
     software = dataclasses.replace(NEMO, dropout=model.name.startswith("gpt3"))
-    rate = _positive(row, "tokens_per_second_per_gpu")
+    rate = positive_in(row, "tokens_per_second_per_gpu")
     return Run(name, model, layout, job, software, batch * job.sequence / rate / gpus)
 
 
@@ -215,7 +239,7 @@ class Table:
     ignored: list[str]
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, kinds: Sequence[Kind] = KINDS) -> Table:
     """The runs of a table.
 
     Raises:
@@ -229,7 +253,7 @@ def read_table(path: Path) -> Table:
     except (UnicodeDecodeError, csv.Error) as error:
         raise HelixError(f"{path} is no CSV table: {error}.") from error
     header = [name.strip() for name in lines[0]] if lines else []
-    kind = _kind_of(path, header)
+    kind = _kind_of(path, header, kinds)
     runs, refused = [], []
     for line, cells in enumerate(lines[1:], start=2):
         if not any(cell.strip() for cell in cells):
@@ -239,7 +263,7 @@ def read_table(path: Path) -> Table:
             if len(cells) > len(header):
                 raise HelixError(f"it has {len(cells)} cells, and the header {len(header)}.")
             run = kind.read(row)
-            _check(run, row)
+            _check(run, row, kind.gpus)
             runs.append(run)
         except HelixError as error:
             refused.append((line, str(error)))
@@ -250,16 +274,16 @@ def read_table(path: Path) -> Table:
     return Table(kind, runs, refused, [name for name in header if name and name not in known])
 
 
-def _kind_of(path: Path, header: Sequence[str]) -> Kind:
+def _kind_of(path: Path, header: Sequence[str], kinds: Sequence[Kind]) -> Kind:
     """The kind whose columns the header has."""
 
     def missing(kind: Kind) -> list[str]:
         return [c for c in kind.columns if c not in header and c not in kind.optional]
 
-    for kind in KINDS:
+    for kind in kinds:
         if not missing(kind):
             return kind
-    nearest = min(KINDS, key=lambda kind: len(missing(kind)))
+    nearest = min(kinds, key=lambda kind: len(missing(kind)))
     hints = [
         f" {name} is unknown: did you mean {close[0]}?"
         for name in header
@@ -272,8 +296,9 @@ def _kind_of(path: Path, header: Sequence[str]) -> Kind:
     )
 
 
-def _check(run: Run, row: dict[str, str]) -> None:
-    layout, gpus = run.layout, _number(row, "gpus")
+def _check(run: Run, row: dict[str, str], column: str) -> None:
+    layout = run.layout
+    gpus = number_in(row, column) if column else layout.gpus
     if layout.gpus != gpus:
         raise HelixError(f"{layout.describe()} makes {layout.gpus} GPUs, and the row has {gpus}.")
     unit = layout.dp * layout.micro_batch
@@ -282,8 +307,7 @@ def _check(run: Run, row: dict[str, str]) -> None:
             f"global batch {run.job.global_batch} is no multiple of {layout.dp} replicas × micro-batch "
             f"{layout.micro_batch}."
         )
-    if run.model.num_layers % layout.pp:
-        raise HelixError(f"{run.model.num_layers} layers cannot be dealt to {layout.pp} stages.")
+    layout.stages(run.model.num_layers)
     if run.model.num_attention_heads % layout.tp:
         raise HelixError(
             f"{run.model.num_attention_heads} heads cannot be dealt to TP {layout.tp}."

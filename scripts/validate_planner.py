@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""`python scripts/validate_planner.py TABLE.csv`: predictions against published training runs.
+"""`python scripts/validate_planner.py [TABLE.csv …]`: predictions against published runs.
 
-A table has the columns of vTrain's iteration times (A100, bf16) or of NVIDIA NeMo's throughput (DGX H100, FP8);
-its header says which. No constant of the model belongs to a row: the only number that was fitted to such tables
-is the share of its peak that a chip sustains, one for each chip and precision (`Chip.sustained`).
-`--hold-out` shows what that is worth: it is fitted again without each model, and that model predicted.
+Without a table, or with several, it prints how far the planner is off in each that is published in this
+repository (`scripts/published`) and in those that are named, none of them fitted to itself (`held_out`),
+and fails where an error has grown since the last accepted version. With one table it prints every row.
+
+A table has the columns of vTrain's iteration times (A100, bf16), of NVIDIA NeMo's throughput (DGX H100,
+FP8), or of one in `scripts/published`; its header says which. No constant of the model belongs to a row:
+the only number that was fitted to such tables is the share of its peak that a chip sustains
+(`Chip.sustained`). `--hold-out` fits it again without each model, and predicts that model.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 import sys
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from held_out import OWN, figures, grown, read_figures, results_of, rows_of, rows_text
 from helix_megatron.arguments import Parser, exit_on_error
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.flags import INPUT_FILE, OUTPUT_TEXT
@@ -25,20 +29,17 @@ from helix_megatron.plan.clusters import Cluster, cluster_of
 from helix_megatron.plan.score import Prediction, predict_training
 from helix_megatron.plan.settings import Scenario
 from helix_megatron.tables import text_table
+from published_tables import FOLDER, groups_of, published, with_share
 from training_tables import Run, read_table
 
 PROGRAM = "python scripts/validate_planner.py"
+ACCEPTED = FOLDER / "errors.json"
+EVIDENCE = Path(__file__).parents[1] / "helix_megatron" / "plan" / "evidence.json"
 
 
 def predict(runs: Sequence[Run], cluster: Cluster) -> list[Prediction]:
     """What the planner says of each."""
     return [predict_training(Scenario(r.model, r.job, cluster, r.software), r.layout) for r in runs]
-
-
-def with_share(cluster: Cluster, precision: str, share: float) -> Cluster:
-    """The cluster with another sustained share of its chip's peak."""
-    sustained = {**cluster.chip.sustained, precision: share}
-    return dataclasses.replace(cluster, chip=dataclasses.replace(cluster.chip, sustained=sustained))
 
 
 def fit_share(runs: Sequence[Run], cluster: Cluster, precision: str) -> float:
@@ -196,18 +197,48 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summarise(paths: Sequence[Path], accept: bool) -> int:
+    """Print the errors of the published tables and of others; 1 where one has grown."""
+    results = results_of([group for path in (*published(), *paths) for group in groups_of(path)])
+    found, right = (sum(result.pairs[i] for result in results) for i in (0, 1))
+    head = ("table", "rows", "error", "guess", "memory", "worst", "which row")
+    rows = []
+    for result in results:
+        error, row = result.worst
+        memory = "" if result.memory is None else f"{result.memory:.1f}%"
+        figures_ = f"{result.mean:.1f}%", f"{result.guess:.1f}%", memory, f"{error:+.0f}%"
+        rows.append((result.group.name, str(len(result.group.points)), *figures_, row))
+    print(text_table(head, rows, left=1, indent=""))
+    for result in results:
+        if result.fitted_on != OWN:
+            print(f"{result.group.name}: the sustained share is {result.fitted_on}")
+    print(f"order: {right} of {found} pairs that differ by more than 5 % ({right / found:.1%})")
+    now, before = figures(results), read_figures(ACCEPTED)
+    if accept:
+        write_text(str(ACCEPTED), json.dumps(before | now, indent=1) + "\n")
+        write_text(str(EVIDENCE), rows_text(rows_of(results)))
+        return 0
+    problems = grown(now, before)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures of a table."""
     parser = Parser(
         prog=PROGRAM,
         description="Compare simulated iteration times with a table of measured ones.",
     )
-    parser.add_argument("table", type=INPUT_FILE, metavar="TABLE.csv")
+    parser.add_argument("tables", type=INPUT_FILE, metavar="TABLE.csv", nargs="*")
     parser.add_argument(
         "--cluster", type=INPUT_FILE, help="where it ran; the table's kind decides when not given"
     )
     parser.add_argument(
         "--hold-out", action="store_true", help="also fit the sustained share without each model"
+    )
+    parser.add_argument(
+        "--accept", action="store_true", help="of all tables: the errors are those to compare with"
     )
     parser.add_argument(
         "--json",
@@ -218,7 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_error(PROGRAM):
         args = parser.parse_args(argv)
         check_file("json", args.json)
-        result = evaluate(Path(args.table), args.cluster, args.hold_out)
+        if len(args.tables) != 1:
+            return summarise([Path(table) for table in args.tables], args.accept)
+        result = evaluate(Path(args.tables[0]), args.cluster, args.hold_out)
         if args.json is not None:
             write_text(args.json, json.dumps(result, indent=2) + "\n")
         with results_alone(args.json):

@@ -60,6 +60,15 @@ class Cluster:
                     "per second of one GPU, such as 50e9."
                 )
 
+    def used_domain(self, gpus: int) -> int:
+        """How many GPUs of a domain a job of so many takes.
+
+        All, or where these do not divide it the most in eights that do: 256 on racks of 72 take 64 of each.
+        """
+        if gpus <= self.domain or self.domain % 8 or gpus % self.domain == 0:
+            return self.domain
+        return max((d for d in range(8, self.domain + 1, 8) if gpus % d == 0), default=self.domain)
+
 
 H100, H200, A100 = CHIPS["h100"], CHIPS["h200"], CHIPS["a100"]
 VTRAIN = "as in vTrain (arXiv 2312.12391)"
@@ -70,6 +79,9 @@ CLUSTERS = {
     for cluster in (
         Cluster("dgx-h100", H100, 8, *NVLINK4, *NDR, "DGX H100: 8 GPUs, 8 NICs of 400 Gbit/s"),
         Cluster("dgx-h200", H200, 8, *NVLINK4, *NDR, "DGX H200: 8 GPUs, 8 NICs of 400 Gbit/s"),
+        Cluster(
+            "dgx-b200", CHIPS["b200"], 8, *NVLINK5, *NDR, "DGX B200: 8 GPUs, 8 NICs of 400 Gbit/s"
+        ),
         Cluster("dgx-a100", A100, 8, *NVLINK3, *HDR, "DGX A100 80GB: 8 GPUs, 8 NICs of 200 Gbit/s"),
         Cluster(
             "a100-4-nics", A100, 8, *NVLINK3, *HDR_HALF, f"8 A100 and 800 Gbit/s a node, {VTRAIN}"
@@ -91,6 +103,7 @@ LOCAL_LINKS = {
     "h100-pcie": PCIE5,
     "h200": NVLINK4,
     "gb200": NVLINK5,
+    "b200": NVLINK5,
 }
 
 # What a number of a file may be, beyond all machines there are: with any of them costs stay finite.

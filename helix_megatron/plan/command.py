@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from helix_megatron.arguments import Parser, exit_on_error
+from helix_megatron.attention_rates import KERNELS
 from helix_megatron.config import HelixConfig
-from helix_megatron.core.caches import NAMES
+from helix_megatron.core.caches import NAMES as CACHES
 from helix_megatron.core.exchanges import EXACT
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.flags import OUTPUT_DIRECTORY, OUTPUT_FILE, OUTPUT_TEXT, whole
+from helix_megatron.flags import OUTPUT_DIRECTORY, OUTPUT_FILE, OUTPUT_TEXT, real, whole
 from helix_megatron.outputs import (
     PICTURES,
     STANDARD_OUTPUT,
@@ -26,8 +27,7 @@ from helix_megatron.outputs import (
 )
 from helix_megatron.plan.clusters import CLUSTERS, LOCAL, cluster_of
 from helix_megatron.plan.memory import RECOMPUTE
-from helix_megatron.plan.models import ModelSpec, model_of, model_of_arguments
-from helix_megatron.plan.presets import PRESETS
+from helix_megatron.plan.models import NAMES, ModelSpec, model_of, model_of_arguments
 from helix_megatron.plan.results import SLOWER, Limits, Plan
 from helix_megatron.plan.search import search
 from helix_megatron.plan.settings import (
@@ -64,6 +64,8 @@ SIZES = (
     Size("tp", "--tensor-model-parallel-size", "P", True, "tensor parallel ranks p = m·n"),
     Size("segments", "--intra-head-parallel-size", "M", True, "segments m of a head"),
     Size("pp", "--pipeline-model-parallel-size", "PP", True, "pipeline stages"),
+    Size("first", "--decoder-first-pipeline-num-layers", "L", False, "layers of the first stage"),
+    Size("last", "--decoder-last-pipeline-num-layers", "L", False, "layers of the last stage"),
     Size("vp", "--virtual-pipeline-model-parallel-size", "VP", False, "chunks of a stage"),
     Size("cp", "--context-parallel-size", "CP", True, "context parallel ranks"),
     Size("ep", "--expert-model-parallel-size", "EP", True, "ranks for experts"),
@@ -80,7 +82,7 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser = Parser(prog=program, description=description)
     add = parser.add_argument
     gpus = whole(largest=MOST_GPUS)
-    model = f"a preset ({listed(PRESETS)}), a config.json, or Megatron flags in one string"
+    model = f"a preset ({listed(NAMES)}), a config.json, or Megatron flags in one string"
     add("--model", metavar="MODEL", help=model)
     add("--gpus", type=gpus, required=True, metavar="N", help="GPUs to use, all of them")
     cluster = f"a preset ({listed([*CLUSTERS, LOCAL])}) or a YAML file (default: %(default)s)"
@@ -92,7 +94,17 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     batch = "sequences of a step over all GPUs (default: 4 for each GPU, 1 in inference)"
     sequences = whole(largest=MOST_SEQUENCES)
     add("--global-batch", type=sequences, metavar="B", help=batch)
+    served = parser.add_argument_group("with --task serve, in place of length and batch")
+    rate = "requests a second over all GPUs (default: as many as the GPUs can serve)"
+    served.add_argument("--request-rate", type=real(above=0), metavar="R", help=rate)
+    for name, default in (("prompt", 1024), ("output", 256)):
+        text = f"tokens of the {name} of a request (default: %(default)s)"
+        served.add_argument(
+            f"--{name}-tokens", type=tokens, default=default, metavar="T", help=text
+        )
     add("--precision", choices=PRECISIONS, help="(default: bf16, fp32 where the chip has no bf16)")
+    kernel = "what computes attention; auto is what runs with Transformer Engine and torch (default: auto)"
+    add("--kernel", choices=KERNELS, default="auto", help=kernel)
     fixed = parser.add_argument_group("fix a part of the layout")
     for size in SIZES:
         words = {"metavar": size.metavar, "help": size.help}
@@ -103,7 +115,7 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
         ("--helix-exchange", "exchange", [e.name for e in EXACT], "the exchange"),
         ("--helix-query-layout", "query_layout", ("heads", "segments"), "the query layout"),
         ("--recompute-granularity", "recompute", RECOMPUTE, "recomputation"),
-        ("--cache", "cache", NAMES, "decode: where a head group keeps keys and values"),
+        ("--cache", "cache", CACHES, "decode: where a head group keeps keys and values"),
     ):
         fixed.add_argument(flag, dest=field, choices=choices, help=text)
     return parser
@@ -137,7 +149,11 @@ def plan_of(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
             f"{limits.query_layout}: {valid}."
         )
     job = Job(args.task, args.sequence_length, batch)
-    return search(model, args.gpus, cluster, job, Software(precision=precision), limits)
+    if args.task == "serve":  # what its layouts are: those of decode, with a sequence for each GPU
+        job = Job("decode", args.prompt_tokens + args.output_tokens, args.gpus)
+    return search(
+        model, args.gpus, cluster, job, Software(precision=precision, kernel=args.kernel), limits
+    )
 
 
 def _check_sizes(args: argparse.Namespace, batch: int) -> None:
@@ -163,7 +179,7 @@ def _model(args: argparse.Namespace, rest: Sequence[str]) -> ModelSpec:
         )
     if args.model is None and not rest:
         raise HelixError(
-            f"no model: give --model ({listed(list(PRESETS)[:4])}, … or a config.json), or Megatron's model "
+            f"no model: give --model ({listed(NAMES[:4])}, … or a config.json), or Megatron's model "
             "flags (--num-layers, --hidden-size, --num-attention-heads, …)."
         )
     return model_of(args.model) if args.model is not None else model_of_arguments(rest)
@@ -194,12 +210,33 @@ def plan_main(argv: Sequence[str] | None = None, program: str = "helix plan") ->
     add("--row", type=whole(), metavar="ROW", help=row)
     with exit_on_error(program):
         args, rest = parser.parse_known_args(argv)
+        if args.task == "serve":
+            return _serve(args, rest)
         check_file("plot", args.plot, PICTURES)
         check_file("json", args.json)
         if args.write is not None:
             check_free(_plan_files(args.write), overwrite=args.overwrite)
         return _show(plan_of(args, rest), args)
     raise AssertionError("exit_on_error leaves by itself")
+
+
+def _serve(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from helix_megatron.plan.load import Load
+    from helix_megatron.plan.load_report import load_json, print_load, served
+
+    for name in ("plot", "write", "explain"):
+        if getattr(args, name) is not None:
+            raise HelixError(f"--{name} shows a single step, and --task serve many. Leave it out.")
+    check_file("json", args.json)
+    plan = plan_of(args, rest)
+    rate = args.request_rate or float("inf")
+    load = Load(rate, args.prompt_tokens, args.output_tokens)
+    found = served(plan, load)
+    if args.json is not None:
+        write_text(args.json, json.dumps(load_json(plan, load, found), indent=1) + "\n")
+    with results_alone(args.json):
+        print_load(plan, load, found, args.rows)
+    return 0 if found else 1
 
 
 def _plan_files(directory: str) -> list[Path]:

@@ -167,9 +167,14 @@ def _dims(heads: HeadLayout, segment: int) -> list[list[int]]:
 
 def _layers(plan: Plan, layout: Layout, stage: int) -> list[list[int]]:
     """[first, end) of the layers of a stage, one run for each chunk."""
-    each = plan.model.num_layers // layout.pp // layout.vp
-    starts = [(chunk * layout.pp + stage) * each for chunk in range(layout.vp)]
-    return [[start, start + each] for start in starts]
+    cut = layout.chunks(plan.model.num_layers)
+    runs, start = [], 0
+    for chunk in range(layout.vp):
+        for place, chunks in enumerate(cut):
+            if place == stage:
+                runs.append([start, start + chunks[chunk]])
+            start += chunks[chunk]
+    return runs
 
 
 def weights(plan: Plan, layout: Layout, heads: HeadLayout) -> Iterator[dict[str, Any]]:
@@ -235,7 +240,7 @@ def checks(plan: Plan, p: Prediction, heads: HeadLayout) -> list[dict[str, Any]]
     """What can be checked of the plan, with its figure."""
     layout, model = p.layout, plan.model
     total = layout.tp * layout.cp * layout.dp * layout.pp
-    per_stage = model.num_layers // layout.pp
+    dealt = layout.stages(model.num_layers)
     columns = sorted(c for rank in range(layout.tp) for c in heads.proj_columns(rank).tolist())
     rows = sorted(r for rank in range(layout.tp) for r in _qkv_rows(plan, layout, heads, rank))
     used, limit = p.memory.total / 1e9, plan.cluster.chip.memory / 1e9
@@ -251,8 +256,10 @@ def checks(plan: Plan, p: Prediction, heads: HeadLayout) -> list[dict[str, Any]]
             f"{len(columns)} columns",
         ),
         "layers of all stages add up": (
-            per_stage * layout.pp == model.num_layers,
-            f"{per_stage} × {layout.pp} = {model.num_layers}",
+            sum(dealt) == model.num_layers,
+            f"{dealt[0]} × {layout.pp} = {model.num_layers}"
+            if len({*dealt}) == 1
+            else f"{' + '.join(map(str, dealt))} = {model.num_layers}",
         ),
         "batch = micro-batch × micro-batches × DP": (
             math.prod(batch) == plan.job.global_batch,

@@ -27,17 +27,17 @@ A_STEP = {
 def kinds_of_layers(plan: Plan, layout: Layout) -> Iterator[tuple[str, int, tuple[Step, ...]]]:
     """(name, how many, steps) of the kinds of layers that the model has."""
     model, sequence = plan.model, plan.job.sequence
-    for experts, windowed, count in layer_kinds(model):
-        name = ("MoE" if experts else "dense") + (" with window" if windowed else "")
+    for kind in layer_kinds(model):
         if plan.job.task == "decode":
+            windowed = kind.mixer == "window"
             context = min(sequence, model.window_size or sequence) if windowed else sequence
-            steps = decode_steps(plan.scenario, strip(layout), context, experts)
+            steps = decode_steps(plan.scenario, strip(layout), context, kind)
         elif plan.job.task == "prefill":
-            steps = layer_steps(for_inference(plan.scenario), layout, experts, windowed)
+            steps = layer_steps(for_inference(plan.scenario), layout, kind)
             steps = tuple(step for step in steps if step.phase == FORWARD)
         else:
-            steps = layer_steps(plan.scenario, layout, experts, windowed)
-        yield name, count, steps
+            steps = layer_steps(plan.scenario, layout, kind)
+        yield kind.name(model), kind.layers, steps
 
 
 def attention_times(plan: Plan, layout: Layout) -> tuple[float, float]:
@@ -99,10 +99,11 @@ def speed_text(plan: Plan, p: Prediction) -> str:
 
 def pipeline_text(plan: Plan, p: Prediction) -> str:
     """How the layers' sums make a step."""
-    layers, vp = plan.model.num_layers / p.layout.pp, p.layout.vp
+    dealt, vp = p.layout.stages(plan.model.num_layers), p.layout.vp
+    layers = str(dealt[0]) if len({*dealt}) == 1 else ", ".join(map(str, dealt))
     chunks = f" / {vp} chunks" if vp > 1 else ""
     return (
-        f"{p.micro_batches} micro-batches × {layers:g} layers a stage × the sums above. Pipeline: slowest "
+        f"{p.micro_batches} micro-batches × {layers} layers a stage × the sums above. Pipeline: slowest "
         f"stage × {p.micro_batches} + the others once{chunks}."
     )
 
@@ -110,7 +111,11 @@ def pipeline_text(plan: Plan, p: Prediction) -> str:
 def memory_text(plan: Plan, p: Prediction) -> str:
     """How much of the fullest GPU is used."""
     used, capacity = p.memory.total / 1e9, plan.cluster.chip.memory / 1e9
-    return f"{used:.2f} GB on the fullest GPU (simulated), of {capacity:.0f} GB."
+    text = f"{used:.2f} GB on the fullest GPU (simulated), of {capacity:.0f} GB."
+    most = used + (p.memory.framework_range[1] - p.memory.framework) / 1e9
+    if most > capacity:
+        text += f" It may be {most:.1f} GB with fragments and NCCL, which would not fit."
+    return text
 
 
 # ------------------------------------------------------------------------------ tables
@@ -160,7 +165,8 @@ def memory_table(plan: Plan, p: Prediction) -> Table:
         }
     else:
         what |= {"cache": "keys and values", "activations": "work space of a micro-batch"}
-    what["framework"] = "CUDA, NCCL, fragments (assumed)"
+    least, most = (size / 1e9 for size in p.memory.framework_range)
+    what["framework"] = f"CUDA, NCCL, fragments: {least:.1f} to {most:.1f}; counted as"
     rows = [(name, text, f"{getattr(p.memory, name) / 1e9:.2f}") for name, text in what.items()]
     return ("memory", "of what", "GB"), rows
 

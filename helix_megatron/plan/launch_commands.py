@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from helix_megatron.core.exchanges import NO_EXCHANGE
+from helix_megatron.errors import listed
 from helix_megatron.flags import flag_of
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
+from helix_megatron.plan.mixers import ORDINARY
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.stages import is_accounted
 
 # Model flags that only describe where the model came from, or follow from others.
+MEGATRON_LM = "../Megatron-LM/pretrain_gpt.py"
 LEFT_OUT = ("padded_vocab_size", "max_position_embeddings", "attention_dropout", "hidden_dropout")
 
 
@@ -45,9 +49,7 @@ def layout_words(model: ModelSpec, layout: Layout, job: Job, software: Software)
         "tensor_model_parallel_size": layout.tp,
         **_cut(layout),
         "pipeline_model_parallel_size": layout.pp if layout.pp > 1 else None,
-        "num_layers_per_virtual_pipeline_stage": (
-            model.num_layers // layout.pp // layout.vp if layout.vp > 1 else None
-        ),
+        **_stages(model, layout),
         "context_parallel_size": layout.cp if layout.cp > 1 else None,
         **_experts(model, layout),
         "sequence_parallel": layout.sequence_parallel,
@@ -65,6 +67,22 @@ def layout_words(model: ModelSpec, layout: Layout, job: Job, software: Software)
     if model.learned_positions:
         flags["max_position_embeddings"] = max(model.learned_positions, job.sequence)
     return flag_words(flags)
+
+
+def _stages(model: ModelSpec, layout: Layout) -> dict[str, Any]:
+    """Flags of stages that are cut into chunks, and of a first or last stage with other numbers of layers."""
+    ends = layout.first, layout.last
+    if not any(ends):
+        each = model.num_layers // layout.pp // layout.vp
+        return {"num_layers_per_virtual_pipeline_stage": each if layout.vp > 1 else None}
+    flags: dict[str, Any] = {
+        "num_virtual_stages_per_pipeline_rank": layout.vp if layout.vp > 1 else None
+    }
+    if is_accounted(model.num_layers, layout.pp, *ends):
+        named = (f"account_for_{end}_in_pipeline_split" for end in ("embedding", "loss"))
+        return flags | dict(zip(named, map(bool, ends), strict=True))
+    names = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    return flags | {name: own or None for name, own in zip(names, ends, strict=True)}
 
 
 def _cut(layout: Layout) -> dict[str, Any]:
@@ -92,7 +110,12 @@ def command_words(plan: Plan, layout: Layout) -> list[str]:
 
 def training_command(plan: Plan, layout: Layout) -> str:
     """One command for every node; data, learning rate and checkpoints are the user's to add."""
-    start = [*_torchrun(layout.gpus, plan.cluster), "scripts/pretrain_gpt.py"]
+    if plan.model.special != ORDINARY:
+        what = listed(plan.model.special.names) or "layers of one part each"
+        return f"# This row is a forecast. scripts/pretrain_gpt.py does not build {plan.model.name}: {what}."
+    even = not (layout.first or layout.last)
+    script = "scripts/pretrain_gpt.py" if even else f"-m helix_megatron.launch {MEGATRON_LM}"
+    start = [*_torchrun(layout.gpus, plan.cluster), script]
     return " \\\n".join([" ".join(start), *_wrapped(command_words(plan, layout))])
 
 
@@ -140,6 +163,8 @@ def serving_words(plan: Plan, layout: Layout, nodes: int) -> list[str]:
 
 def not_served(model: ModelSpec, layout: Layout) -> str:
     """Why `helix serve` cannot run a layout, as a clause; empty if it can."""
+    if model.special != ORDINARY:
+        return f"it has no {listed(model.special.names)}"
     if layout.pp > 1:
         return "it has no pipeline parallelism"
     if layout.cp > 1:
@@ -175,6 +200,8 @@ def launch_text(plan: Plan, layout: Layout) -> str:
 
 def deepspeed_config(plan: Plan, layout: Layout) -> tuple[dict[str, Any] | None, str]:
     """(DeepSpeed's configuration, "") or (None, why there is none)."""
+    if plan.model.special != ORDINARY:
+        return None, f"it is not known there: {listed(plan.model.special.names)}"
     for degree, name in ((layout.pp, "pipeline"), (layout.cp, "context"), (layout.ep, "expert")):
         if degree > 1:
             reason = f"no {name} parallelism, and this layout has {degree}"
@@ -194,6 +221,12 @@ def deepspeed_config(plan: Plan, layout: Layout) -> tuple[dict[str, Any] | None,
 def caveats(plan: Plan, layout: Layout) -> list[str]:
     """What a user should know before pasting."""
     found = []
+    if plan.job.task == "train" and (layout.first or layout.last):
+        found.append(
+            f"The stages have {listed(layout.stages(plan.model.num_layers))} layers. "
+            "scripts/pretrain_gpt.py deals layers evenly, and the script of Megatron-LM can deal them so: the "
+            f"command is for that ({MEGATRON_LM})."
+        )
     if plan.job.task == "prefill" and layout.segments > 1:
         found.append(
             "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "
@@ -206,5 +239,7 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
             "fp8 needs Transformer Engine: add --fp8-format hybrid to Megatron-LM's script."
         )
         if layout.segments > 1:
-            found.append("Helix refuses fp8 so far: this row is a forecast.")
+            found.append(
+                "fp8 parameters (--fp8-param-gather) are refused with cut heads; leave them out."
+            )
     return found

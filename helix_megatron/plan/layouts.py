@@ -10,6 +10,7 @@ from helix_megatron.core.exchanges import COSTS, NO_EXCHANGE, AttentionShape
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.plan.collective_time import Group
 from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.stages import chunk_layers, stage_layers
 
 
 class Layout(NamedTuple):
@@ -17,7 +18,8 @@ class Layout(NamedTuple):
 
     tp = m·n; segments is m. exchange is `none` where m is 1. ep deals experts to ranks of CP × DP × TP, each
     expert cut over etp. vp: chunks of layers that a pipeline stage holds. recompute: none, selective, full.
-    cache: where decode keeps keys and values (`inference`).
+    cache: where decode keeps keys and values (`inference`). first, last: layers of those pipeline stages, 0
+    where they have as many as the others (`stages`).
     """
 
     tp: int = 1
@@ -34,6 +36,8 @@ class Layout(NamedTuple):
     sequence_parallel: bool = False
     recompute: str = "none"
     cache: str = "heads"
+    first: int = 0
+    last: int = 0
 
     @property
     def gpus(self) -> int:
@@ -43,6 +47,31 @@ class Layout(NamedTuple):
     def head_groups(self) -> int:
         """n."""
         return self.tp // self.segments
+
+    def stages(self, layers: int) -> tuple[int, ...]:
+        """Layers of each pipeline stage."""
+        return stage_layers(layers, self.pp, self.first, self.last)
+
+    def chunks(self, layers: int) -> tuple[tuple[int, ...], ...]:
+        """Layers of [stage][chunk]."""
+        found = chunk_layers(layers, self.pp, self.vp, self.first, self.last)
+        assert found is not None, "a layout whose stages cannot be cut into its chunks"
+        return found
+
+    @property
+    def degrees(self) -> Layout:
+        """The layout without what weights and their states do not depend on."""
+        if self.first or self.last:
+            return Layout(*self[:6], first=self.first, last=self.last)
+        return Layout(*self[:6])
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Stages of which one needs the most memory, and one the most time: the first, the last, and where
+        these have other numbers of layers the second."""
+        if self.pp > 2 and (self.first or self.last):
+            return 0, 1, self.pp - 1
+        return (0, self.pp - 1) if self.pp > 1 else (0,)
 
     def micro_batches(self, global_batch: int) -> int:
         return global_batch // (self.dp * self.micro_batch)
@@ -95,20 +124,26 @@ class Layout(NamedTuple):
         return ("exchange", "cp") if COSTS[self.exchange].in_core else ("cp",)
 
     def describe(self) -> str:
-        """`TP 16 = 4 × 4 · PP 2 · DP 4 …`, as a row of a table names it."""
+        """`TP 16 = m 4 × n 4 · PP 8 · DP 4 · last 15`, as a row of a table names it.
+
+        The last stage has 15 layers there, and the others have more.
+        """
         parts = [f"TP {self.tp}"]
         if self.segments > 1:
             parts[0] += f" = m {self.segments} × n {self.head_groups}"
         for name in ("cp", "pp", "vp", "ep", "dp"):
             if getattr(self, name) > 1:
                 parts.append(f"{name.upper()} {getattr(self, name)}")
+        parts += [
+            f"{name} {getattr(self, name)}" for name in ("first", "last") if getattr(self, name)
+        ]
         return " · ".join(parts)
 
 
 @functools.lru_cache(maxsize=65536)
 def strip(layout: Layout) -> Layout:
     """The layout without what the steps of a layer do not depend on."""
-    return layout._replace(pp=1, dp=1, vp=1, recompute="none")
+    return layout._replace(pp=1, dp=1, vp=1, recompute="none", first=0, last=0)
 
 
 @functools.lru_cache(maxsize=4096)

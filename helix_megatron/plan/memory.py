@@ -7,9 +7,18 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from helix_megatron.attention_rates import WRITING, kernel_that_runs
 from helix_megatron.core.exchanges import COSTS
-from helix_megatron.hardware import FRAMEWORK_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
+from helix_megatron.hardware import (
+    CHIPS,
+    FRAGMENTS,
+    FRAMEWORK_BYTES,
+    GRADIENT_BYTES,
+    OPTIMIZER_BYTES,
+    OUTSIDE_BYTES,
+)
 from helix_megatron.plan.layouts import Layout, attention_shape, strip
+from helix_megatron.plan.mixers import ORDINARY
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.settings import Job, Software
 
@@ -31,6 +40,16 @@ class Memory:
     def total(self) -> float:
         states = self.weights + self.gradients + self.optimizer
         return states + self.activations + self.cache + self.framework
+
+    @property
+    def framework_range(self) -> tuple[float, float]:
+        """The least and the most that CUDA, NCCL and fragments may take."""
+        allocated = self.total - self.framework
+        least, most = (
+            share * allocated + outside
+            for share, outside in zip(FRAGMENTS, OUTSIDE_BYTES, strict=True)
+        )
+        return least, most
 
 
 def layer_weights(model: ModelSpec, layout: Layout) -> float:
@@ -55,22 +74,25 @@ def outer_weights(model: ModelSpec, layout: Layout, stage: int) -> float:
 
 def rank_weights(model: ModelSpec, layout: Layout, stage: int | None = None) -> float:
     """Parameters of a rank without experts; of the fullest stage, unless one is named."""
-    return _rank_weights(model, Layout(tp=layout.tp, pp=layout.pp), stage)
+    cut = Layout(tp=layout.tp, pp=layout.pp, first=layout.first, last=layout.last)
+    return _rank_weights(model, cut, stage)
 
 
 @functools.lru_cache(maxsize=4096)
 def _rank_weights(model: ModelSpec, layout: Layout, stage: int | None) -> float:
-    stages = (0, layout.pp - 1) if stage is None else (stage,)
-    outer = max(outer_weights(model, layout, s) for s in stages)
-    return model.num_layers / layout.pp * layer_weights(model, layout) + outer
+    dealt, layer = layout.stages(model.num_layers), layer_weights(model, layout)
+    stages = layout.ends if stage is None else (stage,)
+    return max(dealt[s] * layer + outer_weights(model, layout, s) for s in stages)
 
 
-def expert_weights(model: ModelSpec, layout: Layout) -> float:
-    """Parameters of experts on one rank."""
+def expert_weights(model: ModelSpec, layout: Layout, stage: int | None = None) -> float:
+    """Parameters of experts on one rank; of the stage with the most layers, unless one is named."""
     if not model.experts:
         return 0.0
     here = model.experts / layout.ep * model.expert_parameters / layout.etp
-    return model.expert_layers / layout.pp * here
+    dealt = layout.stages(model.num_layers)
+    share = (max(dealt) if stage is None else dealt[stage]) / model.num_layers
+    return model.expert_layers * share * here
 
 
 def optimizer_bytes(software: Software) -> int:
@@ -82,13 +104,17 @@ def training_states(
     model: ModelSpec, layout: Layout, software: Software, stage: int | None = None
 ) -> Memory:
     """Weights, gradients and Adam's states in mixed precision, without activations."""
-    degrees = Layout(*layout[:6])  # those of parallelism: the rest decides nothing here
+    degrees = layout.degrees
+    if stage is None and (layout.first or layout.last):
+        found = [_states(model, degrees, software, end) for end in layout.ends]
+        return max(found, key=lambda states: states.total)
     return _states(model, degrees, software, stage)
 
 
 @functools.lru_cache(maxsize=16384)
 def _states(model: ModelSpec, layout: Layout, software: Software, stage: int | None) -> Memory:
-    dense, experts = rank_weights(model, layout, stage), expert_weights(model, layout)
+    dense = rank_weights(model, layout, stage)
+    experts = expert_weights(model, layout, stage)
     held = dense + experts
     states = held
     if software.distributed_optimizer:
@@ -109,7 +135,7 @@ def training_memory(
     and the last, which computes the loss.
     """
     states = training_states(model, layout, software, stage)
-    stages = {0, layout.pp - 1} if stage is None else {stage}
+    stages = layout.ends if stage is None else (stage,)
     which = RECOMPUTE.index(layout.recompute)
     activations = max(_activations(model, layout, job, software, s)[which] for s in stages)
     return dataclasses.replace(states, activations=activations)
@@ -120,13 +146,13 @@ def training_bytes(
 ) -> tuple[float, ...]:
     """Totals of `training_memory` with each of `RECOMPUTE`, for searches."""
     states = training_states(model, layout, software).total
-    found = [_activations(model, layout, job, software, s) for s in {0, layout.pp - 1}]
+    found = [_activations(model, layout, job, software, s) for s in layout.ends]
     return tuple(states + max(of_stage) for of_stage in zip(*found, strict=True))
 
 
 def layers_in_flight(layout: Layout, model: ModelSpec, batches: int, stage: int = 0) -> float:
     """Layers whose activations a stage holds at once, over all micro-batches (`schedule.order_of`)."""
-    per_stage = model.num_layers / layout.pp
+    per_stage = layout.stages(model.num_layers)[stage]
     if layout.pp == 1:
         return per_stage
     if layout.vp == 1:
@@ -154,7 +180,7 @@ def _activations(
         # it has sent forward (deallocate_pipeline_outputs), the CPU's loop does not.
         held += hidden * (1 if stage == 0 else 2)
         if software.local_modules and stage < layout.pp - 1:
-            held += hidden * flight * layout.pp * layout.vp / model.num_layers
+            held += hidden * flight * layout.vp / layout.stages(model.num_layers)[stage]
     return (
         held + flight * layer.kept + max(output, layer.work),
         held + flight * (layer.kept - layer.core) + max(output, layer.core + layer.work),
@@ -203,7 +229,7 @@ def layer_activations(
     if model.expert_layers:
         experts = _experts(model, layout, software, own, product)
         experts += tokens * model.shared_ffn / layout.tp * (model.fc1_factor + 1) * element
-        share = model.expert_layers / model.num_layers
+        share = model.expert_layers / (model.expert_layers + model.dense_layers)
         inner = share * experts + (1 - share) * inner
     gathered = tokens * hidden * element if layout.tp > 1 else 0.0
     # Backward, the MLP comes first: it is gone when attention needs its work space.
@@ -214,7 +240,39 @@ def layer_activations(
     # The kernel's output for one sequence is already in the order that linear_proj reads.
     in_order = COSTS[layout.exchange].output_in_order and layout.micro_batch == 1
     copied = 0.0 if in_order else width * product
+    if model.special != ORDINARY:
+        return _mixed(model, layout, software, tokens, own, (norms, core, copied, inner, work))
     return LayerActivations(norms + core + copied + inner, core, work)
+
+
+def _mixed(
+    model: ModelSpec,
+    layout: Layout,
+    software: Software,
+    tokens: float,
+    own: float,
+    ordinary: tuple[float, float, float, float, float],
+) -> LayerActivations:
+    """The average layer of a model with linear or latent attention, or with layers that are only one of both.
+
+    Windows are counted as whole attention of the other layers' heads.
+    """
+    norms, core, copied, inner, work = ordinary
+    special, element, layers = model.special, software.element, model.num_layers
+    attention = model.attention_layers / layers
+    if special.latent:
+        latent, heads = special.latent, model.num_attention_heads / layout.tp
+        core = tokens * heads * (2 * latent.key + 2 * latent.value) * element
+        copied = own * 2 * (latent.query_rank + latent.cached) * element
+    linear = 0.0
+    if special.linear:
+        of_one = special.linear.rows + special.linear.channels + 2 * special.linear.columns
+        linear = tokens * of_one / layout.tp * element * special.linear_layers / layers
+    if special.separate:  # one norm and one of the two parts
+        norms, mlps = norms / 2, (model.dense_layers + model.expert_layers) / layers
+        inner *= mlps
+    core = attention * core
+    return LayerActivations(norms + core + attention * copied + linear + inner, core, work)
 
 
 def _experts(
@@ -226,8 +284,8 @@ def _experts(
     rows = copies * layout.etp
     inner = rows * model.moe_ffn / layout.etp
     kept = inner * ((model.fc1_factor + 1) * software.element + product)
-    kept += rows * model.hidden_size * product
-    return kept + 4 * copies * model.hidden_size * software.element
+    kept += rows * model.expert_width * product
+    return kept + 4 * copies * model.expert_width * software.element
 
 
 def _core_attention(
@@ -249,11 +307,18 @@ def _core_attention(
     pairs = layout.micro_batch * local.heads * job.sequence**2 / layout.cp
     if model.rotary != "none" and m == 1:
         size += (queries + keys) * element  # values are a view of all that linear_qkv has written
-    if local.query_dim <= software.widest and cost.fusible:
+    kernel = kernel_that_runs(
+        CHIPS["h100"],  # which kernels write scores is the same on all
+        local.query_dim,
+        grouped=model.num_query_groups < model.num_attention_heads,
+        training=True,
+        asked=software.kernel,
+        exchange=layout.exchange,
+    )
+    if kernel not in WRITING and not writes_scores:
         return size + 4 * tokens * local.heads, 0.0
     dropped = pairs if software.dropout else 0.0
-    if m > 1 and not writes_scores:
-        # torch's own attention without a fused kernel: everything in fp32.
+    if kernel == "math" and not writes_scores:  # torch's own attention: everything in fp32
         return size + pairs * 4 + (queries + keys + values) * (4 - element) + dropped, pairs * 8
     # Probabilities in fp32 and in 16 bits, and the mask that hides the future, a byte for each pair.
     size += pairs * (4 + element) + job.sequence**2 / layout.cp + dropped

@@ -18,8 +18,12 @@ from helix_megatron.errors import HelixError, did_you_mean, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import MODEL_FLAGS, SIZES, ModelConfig, padded_rows
 from helix_megatron.model.fields import add_model_flags
+from helix_megatron.plan.mixers import ORDINARY, Special
+from helix_megatron.plan.outlines import outline_of, text_config
 from helix_megatron.plan.presets import PRESETS
+from helix_megatron.plan.published_sizes import CONFIGS
 
+NAMES = (*PRESETS, *CONFIGS)
 VOCABULARY = 51200  # of a model whose flags name none: GPT-2's, padded
 
 
@@ -30,6 +34,10 @@ class ModelSpec(ModelConfig):
     name: str = ""
     flags: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    special: Special = ORDINARY
+    attention_layers: int = field(init=False)  # with softmax attention, windows included
+    windows: int = field(init=False)  # how many of them have a sliding window
+    expert_width: int = field(init=False)  # of what experts read and write
     width: int = field(init=False)  # dimensions of all query heads, h·d
     norm_tensors: int = field(init=False)  # of one norm: a weight, and LayerNorm's bias
     norms_queries: bool = field(init=False)
@@ -49,6 +57,9 @@ class ModelSpec(ModelConfig):
         super().__post_init__()
         learned = self.position_embedding_type == "learned_absolute"
         shared = self.moe_shared_expert_intermediate_size if self.num_experts else None
+        special, layers = self.special, self.num_layers
+        attention = special.attention_layers if special.separate else layers - special.linear_layers
+        mlps = layers - special.linear_layers - attention if special.separate else layers
         for name, count in {
             "width": self.num_attention_heads * self.head_dim,
             "norm_tensors": 1 if self.normalization == "RMSNorm" else 2,
@@ -59,7 +70,10 @@ class ModelSpec(ModelConfig):
             "moe_ffn": self.moe_ffn_hidden_size or 0,
             "shared_ffn": shared or 0,
             "expert_layers": sum(self.moe_layers),
-            "dense_layers": self.num_layers - sum(self.moe_layers),
+            "dense_layers": mlps - sum(self.moe_layers),
+            "attention_layers": attention,
+            "windows": round(attention * sum(self.windowed_layers) / layers),
+            "expert_width": special.expert_width or self.hidden_size,
             "learned_positions": self.max_position_embeddings if learned else 0,
             "embeddings": 2 if self.untie_embeddings_and_output_weights else 1,
         }.items():
@@ -86,15 +100,38 @@ class ModelSpec(ModelConfig):
                 elif moe:
                     continue  # attention is that of any layer
                 counts[part][cut is Cut.REPLICATED] += math.prod(shape)
+        if self.special.latent:
+            own = self.special.latent.parameters(self.hidden_size, self.num_attention_heads)
+            counts["attention"] = [own[0], own[1] + self.norm_parameters]
+        if self.special.expert_width:
+            counts["router"][1] += 2 * self.hidden_size * self.special.expert_width
         return counts
+
+    @functools.cached_property
+    def local_model(self) -> ModelSpec:
+        """The model whose attention the layers with a window have."""
+        if self.special.local is None:
+            return self
+        groups, dims = self.special.local
+        others = {"num_query_groups": groups, "kv_channels": dims, "special": ORDINARY}
+        return dataclasses.replace(self, **others)  # type: ignore[arg-type]
 
     def _on_rank(self, part: str, tensor_parallel: int) -> float:
         cut, whole = self._layer_parameters[part]
         return cut / tensor_parallel + whole
 
     def attention_parameters(self, tensor_parallel: int = 1) -> float:
-        """Of one layer's attention with its norm, on one of so many tensor parallel ranks."""
-        return sum(self._on_rank(part, tensor_parallel) for part in ("attention", "qk norms"))
+        """Of an average layer's attention with its norm, on one of so many tensor parallel ranks."""
+
+        def of(model: ModelSpec) -> float:
+            return sum(model._on_rank(part, tensor_parallel) for part in ("attention", "qk norms"))
+
+        found = (self.attention_layers - self.windows) * of(self)
+        found += self.windows * of(self.local_model)
+        if self.special.linear:
+            own = self.special.linear.parameters(self.hidden_size) / tensor_parallel
+            found += self.special.linear_layers * (own + self.norm_parameters)
+        return found / self.num_layers
 
     def mlp_parameters(self, tensor_parallel: int = 1) -> float:
         """Of one dense layer's MLP with its norm."""
@@ -107,6 +144,8 @@ class ModelSpec(ModelConfig):
     @functools.cached_property
     def expert_parameters(self) -> float:
         """Of one expert."""
+        if self.special.expert_width:
+            return self.special.expert_width * self.moe_ffn * (self.fc1_factor + 1)
         return sum(math.prod(shape) for _, shape, _ in mlp_tensors(self, self.moe_ffn))
 
     def replicated_parameters(self, experts_here: float = 0.0) -> float:
@@ -139,6 +178,14 @@ class ModelSpec(ModelConfig):
 
     def flops_per_token(self, sequence: int) -> float:
         """Model FLOPs of a token in training, without recomputation: 6 per weight used, and attention."""
+        if self.special != ORDINARY:
+            looked_up = self.padded_vocab(1, 1) * (self.embeddings - 1) * self.hidden_size
+            full = (self.attention_layers - self.windows) * self.attended(sequence)
+            seen = min(sequence, 2 * (self.window_size or sequence))
+            windowed = self.windows * self.local_model.attended(seen)
+            scan = self.special.linear.scan_flops if self.special.linear else 0.0
+            pairs = full + windowed + self.special.linear_layers * scan
+            return 6 * (self.active_parameters - looked_up) + 3 * pairs
         weights = self.num_layers * (self.qkv_rows + self.width)
         weights += self.dense_layers * self.ffn * (self.fc1_factor + 1)
         per_token = self.moe_ffn * self.moe_router_topk + self.shared_ffn
@@ -146,6 +193,12 @@ class ModelSpec(ModelConfig):
         weights += self.padded_vocab(1, 1)
         attention = 4 * self.num_layers * self.width * sequence / 2  # causal
         return 6 * weights * self.hidden_size + 3 * attention
+
+    def attended(self, sequence: float) -> float:
+        """FLOPs of a token's scores and values in one layer, forward, under a causal mask."""
+        latent = self.special.latent
+        dims = latent.key + latent.value if latent else 2 * self.head_dim
+        return self.num_attention_heads * dims * sequence
 
 
 def model_of(text: str) -> ModelSpec:
@@ -157,6 +210,8 @@ def model_of(text: str) -> ModelSpec:
     if text.lower() in PRESETS:
         flags, source = PRESETS[text.lower()]
         return spec_of_flags(text.lower(), flags, source)
+    if text.lower() in CONFIGS:
+        return spec_of_config(text.lower(), CONFIGS[text.lower()], "config.json on huggingface.co")
     if text.lstrip().startswith("--"):
         try:
             return model_of_arguments(shlex.split(text))
@@ -168,9 +223,9 @@ def model_of(text: str) -> ModelSpec:
     if path.suffix == ".json" or path.exists():
         return read_config(path)
     raise HelixError(
-        f"model {text!r} is no preset and no config.json. Presets: {listed(PRESETS)}. Or give the path of a "
+        f"model {text!r} is no preset and no config.json. Presets: {listed(NAMES)}. Or give the path of a "
         "config.json, or Megatron flags (--num-layers, --hidden-size, --num-attention-heads, …).",
-        remedy=did_you_mean(text.lower(), PRESETS),
+        remedy=did_you_mean(text.lower(), NAMES),
     )
 
 
@@ -180,18 +235,30 @@ def read_config(path: Path) -> ModelSpec:
     Raises:
         HelixError: unreadable, of an unknown family, or with settings that its family here does not have.
     """
-    from helix_megatron.model.families import family_of
-
     try:
         config = read_json(path)
     except HelixError as error:
         raise HelixError(f"cannot read model file {error}") from error
+    name = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
     try:
-        flags = family_of(config).model_flags(config)
+        return spec_of_config(name, config, str(path))
     except HelixError as error:
         raise HelixError(f"model file {path}: {error}") from error
-    name = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
-    return spec_of_flags(name, flags, str(path))
+
+
+def spec_of_config(name: str, config: Mapping[str, Any], source: str) -> ModelSpec:
+    """A model from the content of a config.json: by its outline, or as the conversion reads it.
+
+    Raises:
+        HelixError: of an unknown family, or with settings that its family here does not have.
+    """
+    from helix_megatron.model.families import family_of
+
+    config = text_config(config)
+    outline = outline_of(config)
+    if outline is None:
+        outline = family_of(config).model_flags(config), ORDINARY
+    return dataclasses.replace(spec_of_flags(name, outline[0], source), special=outline[1])
 
 
 def model_of_arguments(arguments: Sequence[str]) -> ModelSpec:

@@ -8,33 +8,74 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import NamedTuple
 
+from helix_megatron.attention_rates import kernel_that_runs
 from helix_megatron.core.exchanges import COSTS, NO_EXCHANGE, AttentionShape
-from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS
+from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS, LINEAR_SHARE
 from helix_megatron.plan.layouts import Layout, attention_shape, strip
 from helix_megatron.plan.models import ModelSpec
-from helix_megatron.plan.roofline import AttentionWork, attention_seconds
+from helix_megatron.plan.roofline import AttentionWork, attention_seconds, stream_seconds
 from helix_megatron.plan.settings import Scenario, Software
 from helix_megatron.plan.steps import BACKWARD, FORWARD, LayerRecorder, Step
 
 
+class LayerKind(NamedTuple):
+    """Layers that are alike. mixer: attention, window (attention with a sliding window), linear or none; mlp:
+    dense, experts or none."""
+
+    mixer: str
+    mlp: str
+    layers: int
+
+    def name(self, model: ModelSpec) -> str:
+        """As reports call it: `dense`, `MoE with window`, `MoE, gated delta net`, `Mamba 2`."""
+        linear = model.special.linear.name if model.special.linear else ""
+        if self.mlp == "none":
+            return linear if self.mixer == "linear" else "attention"
+        mixers = {"window": " with window", "linear": f", {linear}"}
+        return ("MoE" if self.mlp == "experts" else "dense") + mixers.get(self.mixer, "")
+
+
 @functools.lru_cache(maxsize=64)
-def layer_kinds(model: ModelSpec) -> tuple[tuple[bool, bool, int], ...]:
-    """(experts, windowed, how many) of the model's layers; windows are taken to be spread evenly."""
+def layer_kinds(model: ModelSpec) -> tuple[LayerKind, ...]:
+    """The kinds of the model's layers; windows and linear attention are taken to be spread evenly."""
+    linear = model.special.linear_layers
+    mixers = {"window": model.windows, "linear": linear}
+    mlps = {"dense": model.dense_layers, "experts": model.expert_layers}
+    if model.special.separate:
+        mixers["attention"] = model.attention_layers - model.windows
+        kinds = [LayerKind(mixer, "none", count) for mixer, count in mixers.items()]
+        kinds += [LayerKind("none", mlp, count) for mlp, count in mlps.items()]
+        return tuple(kind for kind in kinds if kind.layers)
     kinds = []
-    for experts, count in ((False, model.dense_layers), (True, model.expert_layers)):
-        narrow = round(count * sum(model.windowed_layers) / model.num_layers)
-        kinds += [(experts, True, narrow), (experts, False, count - narrow)]
-    return tuple(kind for kind in kinds if kind[2])
+    for mlp, count in mlps.items():
+        rest = count
+        for mixer, many in mixers.items():
+            own = min(rest, round(count * many / model.num_layers))
+            kinds.append(LayerKind(mixer, mlp, own))
+            rest -= own
+        kinds.append(LayerKind("attention", mlp, rest))
+    return tuple(kind for kind in kinds if kind.layers)
 
 
-def layer_steps(
-    scenario: Scenario, layout: Layout, experts: bool = False, windowed: bool = False
-) -> tuple[Step, ...]:
+def layer_steps(scenario: Scenario, layout: Layout, kind: LayerKind) -> tuple[Step, ...]:
     """One layer, forward and backward, without recomputation."""
-    attention = attention_steps(scenario, attention_part(layout), windowed)
-    return attention + mlp_steps(scenario, mlp_part(layout), experts)
+    mixer = mixer_steps(scenario, attention_part(layout), kind.mixer)
+    return mixer + mlp_steps(scenario, mlp_part(layout), kind.mlp)
+
+
+def mixer_steps(scenario: Scenario, layout: Layout, mixer: str) -> tuple[Step, ...]:
+    """What a layer has before its MLP: attention, or linear attention, or nothing."""
+    if mixer == "none":
+        return ()
+    if mixer == "linear":
+        return linear_steps(scenario, layout)
+    if mixer == "window":
+        scenario = scenario._replace(model=scenario.model.local_model)
+    if scenario.model.special.latent:
+        return latent_steps(scenario, layout)
+    return attention_steps(scenario, layout, mixer == "window")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -84,10 +125,86 @@ def attention_steps(scenario: Scenario, layout: Layout, windowed: bool) -> tuple
 
 
 @functools.lru_cache(maxsize=8192)
-def mlp_steps(scenario: Scenario, layout: Layout, experts: bool) -> tuple[Step, ...]:
-    """Norm and MLP, dense or of experts, of one layer."""
+def linear_steps(scenario: Scenario, layout: Layout) -> tuple[Step, ...]:
+    """Norm, projections, convolution and scan of a layer of linear attention, cut by its own heads."""
+    record, linear = LayerRecorder(scenario, layout), scenario.model.special.linear
+    assert linear is not None, "a model without linear attention"
+    tokens, tp, hidden = record.tokens, layout.tp, scenario.model.hidden_size
+    record.norm("input norm")
+    record.column_parallel("linear_in", tokens, linear.rows / tp, hidden)
+    record.stream("convolution", tokens * linear.channels / tp, 2, 4)
+    peak = record.chip.flops[record.software.unquantised] * LINEAR_SHARE
+    flops = tokens * linear.scan_flops / tp
+    moved = 2 * tokens * (linear.rows + linear.columns) / tp * record.element
+    least = stream_seconds(record.chip, moved)
+    seconds = max(flops / peak, least), max(2 * flops / peak, 2 * least)
+    text = f"[{linear.heads / tp:g} heads of {linear.key} × {linear.value}], {linear.name}"
+    record.attention(text, flops, moved, seconds, 2.0)
+    record.row_parallel("linear_out", tokens, hidden, linear.columns / tp)
+    record.residual("attention residual")
+    return tuple(record.steps)
+
+
+@functools.lru_cache(maxsize=8192)
+def latent_steps(scenario: Scenario, layout: Layout) -> tuple[Step, ...]:
+    """Norm, compressions, projections and core attention of latent attention: plain tensor parallelism."""
+    record, model = LayerRecorder(scenario, layout), scenario.model
+    latent, heads, tokens = (
+        model.special.latent,
+        model.num_attention_heads / layout.tp,
+        record.tokens,
+    )
+    assert latent is not None, "a model without latent attention"
+    hidden, rank = model.hidden_size, latent.query_rank
+    record.norm("input norm")
+    # The compressions are on every rank, over its own tokens where sequence parallelism deals them out.
+    record.gemm("linear_down", record.own, rank + latent.cached, hidden)
+    record.stream("norms of latents", record.own * (rank + latent.kv_rank), 2, 4)
+    if rank:
+        record.column_parallel("linear_q_up", tokens, heads * latent.key, rank)
+    else:
+        record.column_parallel("linear_q", tokens, heads * latent.key, hidden)
+    record.column_parallel(
+        "linear_kv_up", tokens, heads * (latent.nope + latent.value), latent.kv_rank
+    )
+    record.stream("rotary embedding", 2 * tokens * heads * latent.key, 2, 2)
+    queries = scenario.job.sequence / layout.cp
+    kernel = kernel_that_runs(
+        record.chip,
+        latent.key,
+        grouped=False,
+        training=scenario.job.task == "train",
+        asked=record.software.kernel,
+    )
+    work = AttentionWork(
+        flops=model.attended(scenario.job.sequence) / layout.tp * tokens,
+        batch_heads=layout.micro_batch * heads,
+        queries=queries,
+        keys=scenario.job.sequence,
+        head_dim=latent.key,
+        grouped=False,
+        positions=queries,
+        kernel=kernel,
+    )
+    precision = record.software.unquantised
+    seconds = attention_seconds(record.chip, work, precision=precision)
+    text = (
+        f"[{layout.micro_batch}, {heads:g} heads, {scenario.job.sequence}, {latent.key}], {kernel}"
+    )
+    moved = tokens * heads * 2 * (latent.key + latent.value) * record.element
+    times = ATTENTION_BACKWARD_FLOPS if work.fused else 2.0
+    record.attention(text, work.flops, moved, seconds, times)
+    record.row_parallel("linear_proj", tokens, hidden, heads * latent.value)
+    record.residual("attention residual")
+    return tuple(record.steps)
+
+
+@functools.lru_cache(maxsize=8192)
+def mlp_steps(scenario: Scenario, layout: Layout, mlp: str) -> tuple[Step, ...]:
+    """Norm and MLP, dense or of experts, of one layer; nothing where it has none."""
     record = LayerRecorder(scenario, layout)
-    (record.experts_mlp if experts else record.mlp)()
+    if mlp != "none":
+        (record.experts_mlp if mlp == "experts" else record.mlp)()
     return tuple(record.steps)
 
 
@@ -96,9 +213,9 @@ def _core_attention(record: LayerRecorder, sequence: int, window: int | None) ->
     shape = attention_shape(model, layout, sequence, record.element, window)
     cost = COSTS[layout.exchange]
     assert not cost.supports(shape), f"{cost.name}: {cost.supports(shape)}"
-    work = attention_work(model, layout, shape)
-    how: dict[str, Any] = {"widest": software.widest, "precision": software.unquantised}
-    seconds = attention_seconds(record.chip, work, dropout=software.dropout, **how)
+    work = attention_work(record.scenario, layout, shape)
+    precision = software.unquantised
+    seconds = attention_seconds(record.chip, work, dropout=software.dropout, precision=precision)
     sent = cost.bytes(shape)
     size = sent * layout.segments / max(1, layout.segments - 1)
     size /= 2 if cost.collective == "all-reduce" else 1
@@ -118,8 +235,8 @@ def _core_attention(record: LayerRecorder, sequence: int, window: int | None) ->
             beside = busy * (layout.cp - 1) / layout.cp
             record.collective(name, phase, "all-gather", many * size, group, "cp", beside=beside)
     heads = work.batch_heads / layout.micro_batch
-    text = f"[{layout.micro_batch}, {heads:g} heads, {sequence}, {work.head_dim}]"
-    times = ATTENTION_BACKWARD_FLOPS if work.fused(software.widest) else 2.0
+    text = f"[{layout.micro_batch}, {heads:g} heads, {sequence}, {work.head_dim}], {work.kernel}"
+    times = ATTENTION_BACKWARD_FLOPS if work.fused else 2.0
     moved = _attention_bytes(work, model, software)
     record.attention(text, work.flops, moved, seconds, times)
 
@@ -131,15 +248,16 @@ def _attention_bytes(work: AttentionWork, model: ModelSpec, software: Software) 
     kv_heads = max(1.0, work.batch_heads / shared)
     ends = 2 * work.batch_heads * work.queries + 2 * kv_heads * work.keys
     scores = work.score_bytes
-    if not work.fused(software.widest) and not scores:
+    if not work.fused and not scores:
         # Written and read.
-        scores = 2 * software.element * work.batch_heads * work.queries * work.keys
+        element = 4 if work.kernel == "math" else software.element
+        scores = 2 * element * work.batch_heads * work.queries * work.keys
     return ends * work.head_dim * software.element + scores
 
 
-def attention_work(model: ModelSpec, layout: Layout, shape: AttentionShape) -> AttentionWork:
+def attention_work(scenario: Scenario, layout: Layout, shape: AttentionShape) -> AttentionWork:
     """What is left to compute on one rank, as the exchange states it."""
-    cost = COSTS[layout.exchange]
+    model, cost = scenario.model, COSTS[layout.exchange]
     local = cost.local_heads(shape.layout)
     window = shape.window[0] if shape.window is not None else shape.key_length
     return AttentionWork(
@@ -151,7 +269,20 @@ def attention_work(model: ModelSpec, layout: Layout, shape: AttentionShape) -> A
         grouped=model.num_query_groups < model.num_attention_heads,
         positions=min(shape.key_length / layout.cp, max(window, 128)),
         score_bytes=cost.score_bytes(shape),
-        fusible=cost.fusible,
+        kernel=attention_kernel(scenario, layout, local.query_dim),
+    )
+
+
+def attention_kernel(scenario: Scenario, layout: Layout, dims: int) -> str:
+    """The kernel of core attention over heads of so many dimensions."""
+    model, job, cluster, software = scenario
+    return kernel_that_runs(
+        cluster.chip,
+        dims,
+        grouped=model.num_query_groups < model.num_attention_heads,
+        training=job.task == "train",
+        asked=software.kernel,
+        exchange=layout.exchange,
     )
 
 

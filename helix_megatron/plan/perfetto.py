@@ -36,14 +36,14 @@ def chunk_seconds(plan: Plan, layout: Layout) -> tuple[list[list[float]], list[l
     scenario, task = plan.scenario, plan.job.task
     if task != "train":
         seconds_of = prefill_seconds if task == "prefill" else decode_stage_seconds
-        each = seconds_of(scenario, layout)
-        stages = [[each.of(stage, layout.pp)] for stage in range(layout.pp)]
+        stages = [[seconds] for seconds in seconds_of(scenario, layout).stages]
         return stages, [[0.0]] * layout.pp, 0.0  # messages are waited for, inside the stages
     found = iteration(scenario, layout)
     ahead, back, recomputed, message = found.per_micro_batch
+    cut, waits = layout.chunks(scenario.model.num_layers), message / 2 / layout.vp
     forward, backward = (
-        [[seconds / layout.vp] * layout.vp for _ in range(layout.pp)]
-        for seconds in (ahead + message / 2, back + recomputed + message / 2)
+        [[seconds * own / found.layers + waits for own in chunks] for chunks in cut]
+        for seconds in (ahead, back + recomputed)
     )
     first, last = (outer_cost(scenario, strip(layout), end) for end in (True, False))
     forward[0][0] += first.forward

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from helix_megatron.errors import listed
+from helix_megatron.plan.evidence import band
 from helix_megatron.plan.explain import attention_times
 from helix_megatron.plan.launch_commands import caveats, command_words, deepspeed_config
 from helix_megatron.plan.results import Plan, Row
@@ -39,6 +41,8 @@ def print_plan(
     print_rejected(plan, console, everything=all_rejected)
     helps, text = verdict(plan)
     console.print()
+    if plan.rows:
+        console.print(f"Row 1: {band(plan.scenario, plan.rows[0].layout).text()}.", highlight=False)
     if missing_rival(plan):
         console.print(missing_rival(plan), highlight=False)
     console.print(text, style="bold green" if helps else "bold", highlight=False)
@@ -132,6 +136,7 @@ def prediction_json(plan: Plan, p: Prediction) -> dict[str, Any]:
         "simulated_seconds": p.seconds,
         "simulated_tokens_per_second": p.tokens_per_second,
         "model_flops_per_second_per_gpu": p.flops_per_gpu,
+        "error_of_published_rows_like_this": dataclasses.asdict(band(plan.scenario, p.layout)),
         "micro_batches": p.micro_batches,
         "bubble": p.bubble,
         "attention_seconds_per_layer": {"core": core, "exchange": exchange},

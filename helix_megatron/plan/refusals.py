@@ -5,6 +5,7 @@ from __future__ import annotations
 from helix_megatron.errors import divisors, listed
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.settings import Job
+from helix_megatron.plan.stages import dealings
 
 Refusal = tuple[str, str] | None
 INDIVISIBLE = "not divisible"
@@ -25,6 +26,8 @@ def of_tensor_parallel(model: ModelSpec, tp: int) -> Refusal:
         widths["FFN hidden size"] = model.ffn
     if model.shared_ffn:
         widths["hidden size of the shared experts"] = model.shared_ffn
+    if model.special.linear:
+        widths[f"number of {model.special.linear.name} heads"] = model.special.linear.heads
     for name, size in widths.items():
         if size % tp:
             reason = f"{name} {size} is not divisible by {tp}; nearest that divide it: "
@@ -48,6 +51,14 @@ def of_whole_heads(model: ModelSpec, tp: int) -> Refusal:
     return None
 
 
+def of_cut_heads(model: ModelSpec) -> Refusal:
+    """Attention whose heads Helix does not cut."""
+    if model.special.latent is None:
+        return None
+    why = "latent attention has one head of latents and no key-value heads to cut; it is planned as plain TP, "
+    return "not modelled", why + "with the latent on every rank"
+
+
 def of_context_parallel(job: Job, cp: int, *, asked: bool) -> Refusal:
     """A sequence that a ring of ranks shares; `asked` lets its parts be as small as they come."""
     if job.task == "decode":
@@ -62,11 +73,11 @@ def of_context_parallel(job: Job, cp: int, *, asked: bool) -> Refusal:
 
 
 def of_stages(layers: int, pp: int) -> Refusal:
-    """Layers that pipeline stages share evenly."""
-    if layers % pp == 0:
+    """Layers that pipeline stages share, evenly but for the first stage and the last."""
+    if dealings(layers, pp):
         return None
-    reason = f"{layers} layers cannot be dealt to {pp} stages; nearest that divide them: "
-    return INDIVISIBLE, reason + nearest(layers, pp)
+    reason = f"{layers} layers cannot be dealt to {pp} stages, even with fewer on the first and the last; "
+    return INDIVISIBLE, f"{reason}nearest that divide them: {nearest(layers, pp)}"
 
 
 def of_batch(batch: int, dp: int, micro_batch: int) -> Refusal:

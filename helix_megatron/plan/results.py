@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from helix_megatron.plan.clusters import Cluster
@@ -43,13 +43,19 @@ class Limits:
     recompute: str | None = None
     sequence_parallel: bool | None = None
     cache: str | None = None
+    first: int | None = None
+    last: int | None = None
     max_tp: int | None = None
 
     def allow(self, layout: Layout) -> bool:
         """Whether a layout is what the user asked for."""
-        wanted = layout._asdict()
-        fixed = self.__dict__.items()
-        return all(value in (None, wanted[key]) for key, value in fixed if key != "max_tp")
+        return all(getattr(layout, key) == value for key, value in self.fixed)
+
+    @functools.cached_property
+    def fixed(self) -> tuple[tuple[str, Any], ...]:
+        """(field of `Layout`, value) of all that is fixed."""
+        own = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return tuple((name, value) for name, value in own if value is not None and name != "max_tp")
 
 
 @dataclass(frozen=True)

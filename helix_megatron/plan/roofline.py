@@ -6,6 +6,7 @@ import functools
 import math
 from typing import NamedTuple
 
+from helix_megatron import attention_rates as rates
 from helix_megatron import hardware as hw
 
 
@@ -41,7 +42,8 @@ class AttentionWork(NamedTuple):
     """Core attention of one rank, one layer: what an exchange leaves to compute.
 
     flops: of visible pairs, forward. score_bytes: scores written to memory by the exchange itself (fp32,
-    score-reduce); 0 elsewhere. fusible: a fused kernel may exist. positions: keys that a query can see at most.
+    score-reduce); 0 elsewhere. positions: keys that a query can see at most. kernel: what computes it
+    (`attention_rates`).
     """
 
     flops: float
@@ -52,38 +54,43 @@ class AttentionWork(NamedTuple):
     grouped: bool
     positions: float
     score_bytes: float = 0.0
-    fusible: bool = True
+    kernel: str = "cudnn"
 
-    def fused(self, widest: int) -> bool:
-        """Whether a fused kernel for heads of up to `widest` dimensions does it; 0: there is none."""
-        return self.fusible and self.head_dim <= widest
+    @property
+    def fused(self) -> bool:
+        """Whether scores stay on the chip."""
+        return self.kernel not in rates.WRITING and not self.score_bytes
 
 
 def attention_seconds(
     chip: hw.Chip,
     work: AttentionWork,
     *,
-    widest: int,
     dropout: bool = False,
     precision: str = "bf16",
 ) -> tuple[float, float]:
     """(forward, backward) of core attention in bf16 or fp32."""
     if not work.flops:
         return 0.0, 0.0
-    if work.fused(widest):
-        forward = work.flops / attention_rate(chip, work, precision) + chip.launch
-        scale = hw.ATTENTION_BACKWARD_FLOPS / hw.ATTENTION_BACKWARD_RATE
-        return forward, (forward - chip.launch) * scale + 2 * chip.launch
-    return _unfused(chip, work, precision, dropout)
-
-
-def attention_rate(chip: hw.Chip, work: AttentionWork, precision: str = "bf16") -> float:
-    """FLOP/s of a fused forward kernel."""
-    peak, many, few = _attention_curve(work.head_dim)
-    half = few if work.grouped else many
-    rate = chip.flops[precision] * chip.sustained[precision] * peak
+    if not work.fused:
+        return _unfused(chip, work, precision, dropout)
+    if work.kernel == rates.CPU_KERNEL:
+        rate = chip.flops[precision] * chip.sustained[precision]
+        forward, backward = rate, rate
+    else:
+        grouped, shape = work.grouped, (work.kernel, chip, work.head_dim, work.positions)
+        forward, backward = (
+            rates.attention_rate(*shape, causal=True, grouped=grouped, backward=back)
+            for back in (False, True)
+        )
+    # A block of 128 queries for each multiprocessor keeps the chip busy.
     busy = min(1.0, work.batch_heads * math.ceil(work.queries / 128) / chip.units)
-    return rate * work.positions / (work.positions + half) * max(busy, 1 / chip.units)
+    busy = max(busy, 1 / chip.units)
+    more = hw.ATTENTION_BACKWARD_FLOPS * work.flops
+    return (
+        work.flops / (forward * busy) + chip.launch,
+        more / (backward * busy) + 2 * chip.launch,
+    )
 
 
 def decode_seconds(chip: hw.Chip, cache_bytes: float, score_bytes: float = 0.0) -> float:
@@ -92,33 +99,25 @@ def decode_seconds(chip: hw.Chip, cache_bytes: float, score_bytes: float = 0.0) 
     return hw.DECODE_ATTENTION_START + (cache_bytes + hw.SCORE_PASSES * score_bytes) / rate
 
 
-@functools.lru_cache(maxsize=256)
-def _attention_curve(head_dim: int) -> tuple[float, float, float]:
-    """Interpolated linearly over head dimensions."""
-    dims = sorted(hw.ATTENTION_CURVE)
-    if head_dim <= dims[0]:
-        peak, many, few = hw.ATTENTION_CURVE[dims[0]]
-        return peak * head_dim / dims[0], many, few
-    if head_dim >= dims[-1]:
-        return hw.ATTENTION_CURVE[dims[-1]]
-    above = next(d for d in dims if d >= head_dim)
-    below = max(d for d in dims if d < head_dim)
-    weight = (head_dim - below) / (above - below)
-    pairs = zip(hw.ATTENTION_CURVE[below], hw.ATTENTION_CURVE[above], strict=True)
-    peak, many, few = ((1 - weight) * low + weight * high for low, high in pairs)
-    return peak, many, few
-
-
 def _unfused(
     chip: hw.Chip, work: AttentionWork, precision: str, dropout: bool
 ) -> tuple[float, float]:
     """Two batched products with every score computed and written, whatever the mask hides."""
-    if work.score_bytes:  # the exchange's own scores, always in fp32
+    if work.score_bytes or work.kernel == "math":  # in fp32, whatever the model's precision
         wide = "fp32" in chip.flops
         rate = chip.flops["fp32"] if wide else chip.flops[precision] * hw.FP32_SHARE
-        products = work.flops / rate
-        passes = stream_seconds(chip, hw.SCORE_PASSES * work.score_bytes, hw.SCORE_PASSES)
-        return products + passes, 2 * (products + passes)
+        pairs = work.batch_heads * work.queries * work.keys
+        # torch computes all pairs, and the exchange only those that can be seen.
+        flops, written = (
+            (work.flops, work.score_bytes)
+            if work.score_bytes
+            else (
+                4 * pairs * work.head_dim,
+                4 * pairs,
+            )
+        )
+        passes = stream_seconds(chip, hw.SCORE_PASSES * written, hw.SCORE_PASSES)
+        return flops / rate + passes, 2 * (flops / rate + passes)
     sizes = (work.queries, work.keys, work.head_dim)
     scores = gemm_seconds(chip, *sizes, precision, work.batch_heads)
     values = gemm_seconds(chip, sizes[0], sizes[2], sizes[1], precision, work.batch_heads)

@@ -23,8 +23,8 @@ from helix_megatron.plan.memory import (
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.operators import (
     attention_part,
-    attention_steps,
     layer_kinds,
+    mixer_steps,
     mlp_part,
     mlp_steps,
     outer_steps,
@@ -88,12 +88,12 @@ def layers_cost(scenario: Scenario, stripped: Layout) -> Cost:
     """All layers of the model, one micro-batch."""
     forward = backward = core = 0.0
     part = attention_part(stripped)
-    for experts, windowed, count in layer_kinds(scenario.model):
-        attention = _cost(attention_steps(scenario, part, windowed), part.core_axes)
-        mlp = _cost(mlp_steps(scenario, mlp_part(stripped), experts))
-        forward += count * (attention.forward + mlp.forward)
-        backward += count * (attention.backward + mlp.backward)
-        core += count * attention.attention
+    for kind in layer_kinds(scenario.model):
+        mixer = _cost(mixer_steps(scenario, part, kind.mixer), part.core_axes)
+        mlp = _cost(mlp_steps(scenario, mlp_part(stripped), kind.mlp))
+        forward += kind.layers * (mixer.forward + mlp.forward)
+        backward += kind.layers * (mixer.backward + mlp.backward)
+        core += kind.layers * mixer.attention
     return Cost(forward, backward, core)
 
 
@@ -117,12 +117,17 @@ def _cost(steps: Iterable[Step], core_axes: Container[str] = ()) -> Cost:
 
 
 class Iteration(NamedTuple):
-    """What `predict_training` and the search share: seconds, and the parts that reports name."""
+    """What `predict_training` and the search share: seconds, and the parts that reports name.
+
+    layers, per_micro_batch: of the busiest stage; forward, backward, recomputed and message, without embedding
+    and loss.
+    """
 
     seconds: float
+    layers: int
     pipeline: float
     busy: float
-    per_micro_batch: tuple[float, float, float, float]  # forward, backward, recomputed, message
+    per_micro_batch: tuple[float, float, float, float]
     hop: float
     data_parallel: tuple[tuple[float, float, float], tuple[float, float, float]]
     final: float
@@ -137,18 +142,23 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     batches = layout.micro_batches(job.global_batch)
     cost = layers_cost(scenario, stripped)
     first, last = (outer_cost(scenario, stripped, end) for end in (True, False))
-    forward, backward = cost.forward / layout.pp, cost.backward / layout.pp
-    recomputed = {"none": 0.0, "selective": cost.attention, "full": cost.forward}[layout.recompute]
-    recomputed /= layout.pp
-    layers = forward + backward + recomputed
-    message, hop = messages(scenario, layout, layers)
-    per_stage = [layers + message] * layout.pp
+    again = {"none": 0.0, "selective": cost.attention, "full": cost.forward}[layout.recompute]
+    dealt = layout.stages(model.num_layers)
+    all_layers = (cost.forward + cost.backward + again) / model.num_layers
+    message, hop = messages(scenario, layout, all_layers * min(dealt))
+    if layout.first or layout.last:
+        per_stage = [own * all_layers + message for own in dealt]
+    else:
+        per_stage = [dealt[0] * all_layers + message] * layout.pp
     per_stage[0] += first.forward + first.backward
     per_stage[-1] += last.forward + last.backward
+    slowest = max(per_stage)
+    own = dealt[per_stage.index(slowest)]
+    share = own / model.num_layers
+    forward, backward, recomputed = cost.forward * share, cost.backward * share, again * share
     pipeline = pipeline_seconds(per_stage, batches, layout.vp, hop)
     room = hw.OVERLAP_ROOM * layout.vp if software.dp_overlap else 0.0
-    plain = layout._replace(recompute="none", vp=1, micro_batch=1)
-    reduced, gathered = _data_parallel(model, plain, cluster, software)
+    reduced, gathered = _data_parallel(model, layout.degrees, cluster, software)
     exposed_reduced = max(0.0, reduced[1] - room * (backward + recomputed))
     exposed_gathered = max(0.0, gathered[1] - room * forward)
     optimizer = _optimizer_seconds(model, layout, cluster, software)
@@ -157,8 +167,9 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     final = sum(collective_seconds(cluster, "all-reduce", size, group) for _, size, group in summed)
     return Iteration(
         seconds=pipeline + exposed + final + optimizer + hw.ITERATION_OVERHEAD,
+        layers=own,
         pipeline=pipeline,
-        busy=max(per_stage) * batches,
+        busy=slowest * batches,
         per_micro_batch=(forward, backward, recomputed, message),
         hop=hop,
         data_parallel=((*reduced, exposed_reduced), (*gathered, exposed_gathered)),

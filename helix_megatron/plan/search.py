@@ -20,6 +20,7 @@ from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.results import Limits, Plan, Rejected, Row
 from helix_megatron.plan.score import iteration, layers_cost
 from helix_megatron.plan.settings import Job, Software
+from helix_megatron.plan.stages import chunk_layers, dealings, stage_layers
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 
@@ -47,7 +48,7 @@ def search(
         problem = f"chip {cluster.chip.name} has no {lacking[0]}."
         raise HelixError(problem, valid=cluster.chip.flops, valid_name="precisions there")
     # Which groups cross domains depends on how many GPUs there are.
-    cluster = dataclasses.replace(cluster, gpus=gpus)
+    cluster = dataclasses.replace(cluster, gpus=gpus, domain=cluster.used_domain(gpus))
     plan = Plan(model, cluster, job, software, gpus)
     limits = limits or Limits()
     collecting = gc.isenabled()
@@ -115,6 +116,8 @@ class _Search:
         layouts = ("segments",) if self.job.task == "decode" else ("heads", "segments")
         for m in divisors(tp):
             what = f"TP {tp}, m {m}"
+            if m > 1 and not self._allowed("m > 1", refusals.of_cut_heads(self.model)):
+                continue
             if m == 1:
                 if self._allowed(what, refusals.of_whole_heads(self.model, tp), tp=tp, segments=1):
                     yield 1, "segments"
@@ -123,7 +126,8 @@ class _Search:
                 # Query layout heads needs what segments needs, and whole heads for every rank.
                 refusal: refusals.Refusal = None
                 try:
-                    head_layout(self.model, tp, m, query_layout)
+                    for model in {self.model, self.model.local_model}:
+                        head_layout(model, tp, m, query_layout)
                 except HelixError as error:
                     refusal = refusals.INDIVISIBLE, error.worded(as_flag)
                 sizes = {"tp": tp, "segments": m, "query_layout": query_layout}
@@ -223,12 +227,24 @@ class _Search:
             if not self._allowed(f"DP {dp}, micro-batch {size}", refusal, dp=dp, micro_batch=size):
                 continue
             batches = self.job.global_batch // (dp * size)
-            for vp in self._chunks(pp, batches):
-                placed = layer._replace(pp=pp, dp=dp, vp=vp)
-                self._consider(self._expert_parallel(layer, placed))
+            for first, last in self._dealings(pp):
+                for vp in self._chunks(pp, batches, first, last):
+                    placed = layer._replace(pp=pp, dp=dp, vp=vp, first=first, last=last)
+                    self._consider(self._expert_parallel(layer, placed))
 
-    def _chunks(self, pp: int, batches: int) -> Iterator[int]:
-        per_stage = self.model.num_layers // pp
+    def _dealings(self, pp: int) -> Iterator[tuple[int, int]]:
+        """(layers of the first stage, of the last) to try: those of the search, and what the user asks for."""
+        layers, asked = self.model.num_layers, (self.limits.first or 0, self.limits.last or 0)
+        yield from dealings(layers, pp)
+        if any(asked) and pp > 1 and asked not in dealings(layers, pp):
+            try:
+                stage_layers(layers, pp, *asked)
+                yield asked
+            except HelixError as error:
+                self.reject(f"PP {pp}", refusals.INDIVISIBLE, str(error), pp=pp)
+
+    def _chunks(self, pp: int, batches: int, first: int, last: int) -> Iterator[int]:
+        layers = self.model.num_layers
         yield 1
         if pp == 1 or not self.training:
             return
@@ -237,7 +253,9 @@ class _Search:
             why = f"the interleaved schedule needs micro-batches in multiples of {pp}"
             self.reject(what, refusals.INDIVISIBLE, why, pp=pp)
             return
-        yield from divisors(per_stage)[1:]
+        for chunks in divisors(max(stage_layers(layers, pp, first, last)))[1:]:
+            if chunk_layers(layers, pp, chunks, first, last):
+                yield chunks
 
     def _expert_parallel(self, layer: Layout, placed: Layout) -> list[Layout]:
         """The ways to deal experts whose weights and states fit, those with the fastest layers first."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from helix_megatron.errors import HelixError, listed
-from helix_megatron.hardware import FUSED_HEAD_DIM, WEIGHT_BYTES
+from helix_megatron.hardware import WEIGHT_BYTES
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.models import ModelSpec
 
 # Beyond every cluster and every job there is; a search stays a matter of seconds.
 MOST_GPUS, MOST_SEQUENCES, MOST_TOKENS = 200_000, 10**8, 10**8
-TASKS = ("train", "prefill", "decode")
+TASKS = ("train", "prefill", "decode", "serve")  # serve: prefill and decode under a load
 PRECISIONS = ("bf16", "fp8", "fp32")
 
 
@@ -42,7 +42,7 @@ class Job:
 class Software:
     """How the run is done; the defaults are the training script's on GPUs with what Megatron recommends.
 
-    fused_attention: a flash kernel for heads of up to fused_head_dim. tp_overlap: what of tensor parallel
+    kernel: of core attention, one of `attention_rates.KERNELS`. tp_overlap: what of tensor parallel
     communication runs beside matrix products: `none`; `backward`, as megatron-core overlaps it with the ones of
     backward; `full`, with Transformer Engine's user buffers forward too. dp_overlap: gradients are
     reduced during the last backward pass and weights gathered during the next forward. distributed_optimizer:
@@ -53,8 +53,7 @@ class Software:
     """
 
     precision: str = "bf16"
-    fused_attention: bool = True
-    fused_head_dim: int = FUSED_HEAD_DIM
+    kernel: str = "auto"
     tp_overlap: str = "backward"
     dp_overlap: bool = True
     distributed_optimizer: bool = True
@@ -62,11 +61,6 @@ class Software:
     dropout: bool = False
     scatter_gather: bool = False
     local_modules: bool = False
-
-    @property
-    def widest(self) -> int:
-        """Dimensions of the widest head that has a fused attention kernel."""
-        return self.fused_head_dim if self.fused_attention else 0
 
     @property
     def element(self) -> int:

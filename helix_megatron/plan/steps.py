@@ -158,6 +158,7 @@ class LayerRecorder(Recorder):
     """
 
     def __init__(self, scenario: Scenario, layout: Layout) -> None:
+        self.scenario = scenario
         self.model, job, cluster, self.software = scenario
         super().__init__(cluster, self.software.precision, self.software.element)
         self.layout = layout
@@ -247,9 +248,11 @@ class LayerRecorder(Recorder):
         counts, ep = 8.0 * model.experts, layout.ep_group
         self.collective("expert loads", FORWARD, "all-reduce", counts, layout.tp_group, "tp")
         self.collective("tokens per expert", FORWARD, "all-gather", layout.ep * counts, ep, "ep")
-        copies = self.own * model.moe_router_topk
-        self.stream("permutation", copies * hidden, 2, 2)
-        size, weights = copies * hidden * self.element, copies * self.element
+        copies, width = self.own * model.moe_router_topk, model.expert_width
+        if width != hidden:
+            self.gemm("latent down", self.own, width, hidden)
+        self.stream("permutation", copies * width, 2, 2)
+        size, weights = copies * width * self.element, copies * self.element
         gathered, experts_here = copies * layout.etp, model.experts / layout.ep
         expert_group = Group(layout.etp)
         for phase in (FORWARD, BACKWARD):
@@ -259,14 +262,16 @@ class LayerRecorder(Recorder):
             gathers = (size + weights) * layout.etp
             self.collective("expert input", phase, kind, gathers, expert_group, "tp")
         rows, ffn = gathered / experts_here, model.moe_ffn / layout.etp
-        self.gemm("experts fc1", rows, ffn * model.fc1_factor, hidden, batch=experts_here)
+        self.gemm("experts fc1", rows, ffn * model.fc1_factor, width, batch=experts_here)
         self.activation(gathered * ffn)
-        self.gemm("experts fc2", rows, hidden, ffn, batch=experts_here)
+        self.gemm("experts fc2", rows, width, ffn, batch=experts_here)
         for phase in (FORWARD, BACKWARD):
             kind = "reduce-scatter" if phase == FORWARD else "all-gather"
             self.collective("expert output", phase, kind, size * layout.etp, expert_group, "tp")
             self.collective("combine", phase, "all-to-all", size, ep, "ep")
-        self.stream("permutation back", copies * hidden, 2, 2)
+        self.stream("permutation back", copies * width, 2, 2)
+        if width != hidden:
+            self.gemm("latent up", self.own, hidden, width)
         if model.shared_ffn:
             tokens = self.own * layout.tp if layout.sequence_parallel else self.own
             self._two_linears("shared ", tokens, model.shared_ffn / layout.tp)

@@ -52,17 +52,19 @@ def layer_traffic(
     layout: Layout,
     batches: int,
     phases: tuple[str, ...] = (FORWARD, BACKWARD),
+    stage: int = -1,
 ) -> Iterator[Traffic]:
-    """Of the layers of one stage alone."""
+    """Of the layers of one stage alone, the last unless another is named."""
     stripped, model = strip(layout), scenario.model
-    for experts, windowed, count in layer_kinds(model):
-        for step in layer_steps(scenario, stripped, experts, windowed):
+    share = layout.stages(model.num_layers)[stage] / model.num_layers
+    for kind in layer_kinds(model):
+        for step in layer_steps(scenario, stripped, kind):
             if not step.axis or step.phase not in phases:
                 continue
             core = step.axis in layout.core_axes
             again = layout.recompute == "full" or (layout.recompute == "selective" and core)
             times = 2 if again and step.phase == FORWARD else 1
-            yield Traffic.of(step, times * batches * count / layout.pp)
+            yield Traffic.of(step, times * batches * kind.layers * share)
 
 
 def message_bytes(model: ModelSpec, layout: Layout, job: Job, software: Software) -> float:
@@ -88,15 +90,17 @@ def final_reductions(
     On one pipeline stage, or without one the most on any.
     """
     last = stage in (None, layout.pp - 1)
+    dealt = layout.stages(model.num_layers)
+    share = (max(dealt) if stage is None else dealt[stage]) / model.num_layers
     found = []
     if layout.sequence_parallel:
         here = model.experts / layout.ep if model.experts and layout.etp == 1 else 0.0
-        held = model.replicated_parameters(here) / layout.pp
+        held = model.replicated_parameters(here) * share
         held += model.norm_parameters if last else 0.0
         found.append(("tp", held * GRADIENT_BYTES, layout.tp_group))
     if model.norms_queries:
         per_layer = 2 * model.head_dim * model.norm_tensors
-        size = per_layer * model.num_layers / layout.pp * GRADIENT_BYTES
+        size = per_layer * model.num_layers * share * GRADIENT_BYTES
         found.append(("tp", size, layout.tp_group))
     if layout.pp > 1 and model.embeddings == 1 and (last or stage == 0):
         rows = model.padded_vocab(layout.tp) / layout.tp
@@ -122,7 +126,7 @@ def stage_traffic(
         hop: seconds of one message; message: those that a micro-batch waits for.
     """
     model, job, cluster, software = scenario
-    rows = list(layer_traffic(scenario, layout, batches))
+    rows = list(layer_traffic(scenario, layout, batches, stage=stage))
     for first, where in ((True, 0), (False, layout.pp - 1)):
         if stage == where:
             steps = outer_steps(scenario, strip(layout), first=first)

@@ -209,7 +209,12 @@ def test_every_printed_command_parses(tmp_path, capsys, task, model):
 
 
 # Flags of programs that are not ours: torchrun, nvidia-smi, and Megatron-LM's own script for fp8.
-OTHERS = "nproc-per-node nnodes rdzv-backend rdzv-endpoint query-gpu format fp8-format"
+OTHERS = (
+    "nproc-per-node nnodes rdzv-backend rdzv-endpoint query-gpu format fp8-format fp8-param-gather"
+)
+OTHERS += (
+    " account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split"  # Megatron-LM's
+)
 
 
 def test_every_flag_that_the_planner_names_exists():
@@ -349,8 +354,9 @@ def test_a_trace_holds_the_whole_pipeline(tmp_path, capsys):
             "--micro-batch 3 does not divide --global-batch 64. Valid: 1, 2, 4, 8, 16, 32, 64; or try",
         ),
         (
-            "12 --pipeline-model-parallel-size 3",
-            "PP 3: 8 layers cannot be dealt to 3 stages; nearest that divide them: 2, 4",
+            "12 --pipeline-model-parallel-size 6",
+            "PP 6: 8 layers cannot be dealt to 6 stages, even with fewer on the first and the last; nearest "
+            "that divide them: 4, 8",
         ),
         (
             "8 --helix-exchange gather-kv --helix-query-layout segments",

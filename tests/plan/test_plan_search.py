@@ -105,7 +105,7 @@ def test_reasons_name_the_nearest_that_fits(plan):
     """A rejected row says why, and what would not be rejected."""
     reasons = {rejected.what: rejected.reason for rejected in plan_of(gpus=96, batch=96).rejected}
     assert "hidden size 4096 is not divisible by 3; nearest that divide it: 2, 4" in reasons["TP 3"]
-    assert "nearest that divide them: 2, 4" in reasons["PP 3"]
+    assert "nearest that divide them: 16, 32" in reasons["PP 24"]
     slower = [r.reason for r in plan.rejected if r.kind == "slower exchange"]
     assert all("slower than with" in reason for reason in slower)
     assert slower

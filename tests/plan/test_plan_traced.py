@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+from helix_megatron.attention_rates import CPU_KERNEL
 from helix_megatron.bench.traffic_layer import Layer
 from helix_megatron.core.exchanges import EXACT
 from helix_megatron.plan.clusters import CLUSTERS
@@ -25,7 +26,7 @@ IN_FULL_TIER = functools.partial(pytest.param, marks=pytest.mark.full("graph"))
 RANKS, TOKENS = 16, 10000
 CLUSTER = CLUSTERS["dgx-h100"]
 # What runs on a CPU: Megatron's unfused modules, a fused attention kernel for heads of any width.
-TRACED = Software(local_modules=True, fused_head_dim=1 << 30, distributed_optimizer=False)
+TRACED = Software(local_modules=True, kernel=CPU_KERNEL, distributed_optimizer=False)
 
 
 def one_layer(kv_heads: int):
@@ -118,7 +119,8 @@ def check_step(
     job = Job("train", sequence, batches)
     software = dataclasses.replace(
         TRACED,
-        fused_attention=layout.segments > 1,  # Megatron's own local attention writes its scores
+        # Megatron's own local attention writes its scores.
+        kernel=CPU_KERNEL if layout.segments > 1 else "unfused",
     )
     found: Counter[tuple[str, str]] = Counter()
     for row in predict_training(Scenario(model, job, CLUSTER, software), layout, stage).traffic:

@@ -1,0 +1,134 @@
+"""`helix plan --task serve`: every layout that a server has, under one load, as a table and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from helix_megatron.plan.evidence import band
+from helix_megatron.plan.launch_commands import not_served, serving_command
+from helix_megatron.plan.load import Load, Served, serve
+from helix_megatron.plan.results import Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def served(plan: Plan, load: Load) -> list[Served]:
+    """What every layout that `helix serve` runs does under the load.
+
+    Those that sustain the rate come first, from the shortest time of an answer; then the others, from the
+    highest throughput. Of layouts that differ in the micro-batch of the search alone, one.
+    """
+    found: dict[Any, Served] = {}
+    for row in plan.rows:
+        layout = row.layout
+        key = layout._replace(micro_batch=1)
+        if key in found or not_served(plan.model, layout):
+            continue
+        result = serve(plan.scenario, key, load)
+        if result is not None:
+            found[key] = result
+    ranked = list(found.values())
+    ranked.sort(key=lambda s: (not s.sustained, answer(s, load) if s.sustained else -s.throughput))
+    return ranked
+
+
+def answer(one: Served, load: Load) -> float:
+    """Seconds of a whole answer."""
+    return one.first + load.output * one.token
+
+
+def load_json(plan: Plan, load: Load, found: list[Served]) -> dict[str, Any]:
+    """Everything, as data."""
+    rows = []
+    for one in found:
+        layout = one.layout._asdict() | {"description": one.layout.describe()}
+        rows.append(one._asdict() | {"layout": layout})
+    error = dataclasses.asdict(band(plan.scenario, found[0].layout)) if found else None
+    return {
+        "simulated": True,
+        "model": plan.model.name,
+        "cluster": plan.cluster.name,
+        "load": {k: v for k, v in load._asdict().items() if v != float("inf")},
+        "error_of_published_rows_like_this": error,
+        "rows": rows,
+    }
+
+
+def print_load(plan: Plan, load: Load, found: list[Served], count: int) -> None:
+    """The table, what it is worth, and the command of the first row."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console: Console = Console(width=160, markup=False, emoji=False, highlight=False)
+    saturated = load.rate == float("inf")
+    rate = "as many requests as it can serve" if saturated else f"{load.rate:g} requests a second"
+    console.print(
+        f"{plan.model.name} on {plan.gpus} × {plan.cluster.chip.name}, {plan.cluster.name}: {rate}, prompts of "
+        f"{load.prompt} tokens, answers of {load.output}, {plan.software.precision}. All figures are simulated."
+    )
+    if not found:
+        console.print(
+            "Nothing fits: not one sequence of this length beside the weights. Try more GPUs."
+        )
+        return
+    table = Table(title="Layouts by the time of an answer; those that cannot keep up come last")
+    table.add_column("#", justify="right")
+    table.add_column("layout")
+    table.add_column("cache")
+    for title in ("at once", "fit", "tokens/s", "ms to first", "ms per token", "keeps up"):
+        table.add_column(title, justify="right")
+    for number, one in enumerate(found[:count], start=1):
+        cut = one.layout.segments > 1
+        table.add_row(
+            str(number),
+            one.layout.describe(),
+            one.layout.cache if cut else "whole heads",
+            f"{one.sequences:.0f}",
+            str(one.fitting),
+            f"{one.throughput:,.0f}",
+            f"{one.first * 1e3:,.0f}",
+            f"{one.token * 1e3:.2f}",
+            "–" if saturated else "yes" if one.sustained else "no",
+        )
+    console.print(table)
+    console.print("at once, fit: sequences of one replica; tokens/s: of answers, all GPUs.")
+    console.print(
+        f"Time per token: {band(plan.scenario, found[0].layout).text()}. Time to first: not validated."
+    )
+    console.print(verdict_text(plan, load, found))
+    layout = found[0].layout
+    batch = max(1, round(found[0].sequences)) * layout.dp
+    job = dataclasses.replace(plan.job, global_batch=batch)
+    console.print("\n" + serving_command(dataclasses.replace(plan, job=job), layout))
+
+
+def verdict_text(plan: Plan, load: Load, found: list[Served]) -> str:
+    """Whether cutting heads helps under this load, or no verdict."""
+    best = {
+        cut: next((s for s in found if (s.layout.segments > 1) == cut), None)
+        for cut in (True, False)
+    }
+    helix, stock = best[True], best[False]
+    if helix is None or stock is None:
+        which = "with whole heads" if helix is None else "that cut heads"
+        return f"Only layouts {which} are left."
+    cut, whole = helix.layout.describe(), stock.layout.describe()
+    if helix.sustained != stock.sustained:
+        keeps, other = (cut, whole) if helix.sustained else (whole, cut)
+        helps = "helps" if helix.sustained else "does not help here"
+        return f"Helix {helps}: {keeps} keeps up, and {other} does not."
+    if helix.sustained:
+        ratio, what = answer(stock, load) / answer(helix, load) - 1, "answers"
+    else:
+        ratio, what = helix.throughput / stock.throughput - 1, "serves"
+    margin = max(band(plan.scenario, one.layout).apart for one in (helix, stock))
+    if abs(ratio) <= margin:
+        return (
+            f"No verdict: {cut} and {whole} are {100 * abs(ratio):.1f} % apart, and comparisons like these err "
+            f"by {100 * margin:.0f} %."
+        )
+    if ratio > 0:
+        return f"Helix helps: {cut} {what} {100 * ratio:.0f} % faster (simulated) than {whole}."
+    return f"Helix does not help here: {whole} {what} faster (simulated) than {cut} by {-100 * ratio:.0f} %."

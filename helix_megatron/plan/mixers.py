@@ -1,0 +1,122 @@
+"""What models of 2026 have beside ordinary attention, as sizes: linear or latent attention, two kinds of heads.
+
+megatron-core cuts linear attention by its own heads, as ordinary tensor parallelism, and latent attention by
+its query heads, with the latent on every rank. Helix cuts neither: it cuts the attention layers between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CHUNK = 64  # tokens that a chunked scan of linear attention computes at once
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A layer of linear attention: a gated delta net (arXiv 2412.06464) or Mamba 2 (arXiv 2405.21060).
+
+    heads: by which tensor parallelism cuts it. rows: of its input projections, columns: of the output
+    projection's input. channels: of the convolution before it. key, value: dimensions of a head's keys and
+    values. state: elements of a sequence's state, all heads.
+    """
+
+    name: str
+    heads: int
+    rows: int
+    columns: int
+    channels: int
+    kernel: int
+    key: int
+    value: int
+
+    @property
+    def state(self) -> int:
+        return self.heads * self.key * self.value
+
+    def parameters(self, hidden: int) -> int:
+        """Of one layer: projections, convolution, and three numbers and a norm for each head."""
+        cut = (self.rows + self.columns) * hidden + self.channels * self.kernel
+        return cut + 3 * self.heads + self.value
+
+    @property
+    def scan_flops(self) -> float:
+        """Of a token, forward: attention inside its chunk, and reading and writing the state. An estimate."""
+        inside = CHUNK * (self.key + self.value)
+        return 2.0 * self.heads * (inside + 2 * self.key * self.value)
+
+
+def gated_delta_net(key_heads: int, value_heads: int, key: int, value: int, kernel: int) -> Linear:
+    """As Qwen3-Next and Qwen3.5 have it: queries, keys, values, gate, and two numbers for each head."""
+    keys, values = key_heads * key, value_heads * value
+    rows = 2 * keys + 2 * values + 2 * value_heads
+    name = "gated delta net"
+    return Linear(name, value_heads, rows, values, 2 * keys + values, kernel, key, value)
+
+
+def mamba2(heads: int, dims: int, groups: int, state: int, kernel: int) -> Linear:
+    """As Nemotron-H has it: gate, inputs, and for each group what writes and reads the state."""
+    inner, channels = heads * dims, heads * dims + 2 * groups * state
+    return Linear("Mamba 2", heads, inner + channels + heads, inner, channels, kernel, state, dims)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    query_rank, kv_rank: of the compressions; 0 where queries are not compressed. rope, nope: rotated and plain
+    dimensions of queries and keys; value: dimensions of values.
+    """
+
+    query_rank: int
+    kv_rank: int
+    rope: int
+    nope: int
+    value: int
+
+    @property
+    def key(self) -> int:
+        """Dimensions of a query and a key."""
+        return self.rope + self.nope
+
+    @property
+    def cached(self) -> int:
+        """Elements that a position leaves in a layer's cache: the latent, and one rotated key."""
+        return self.kv_rank + self.rope
+
+    def parameters(self, hidden: int, heads: int) -> tuple[int, int]:
+        """(cut by tensor parallelism, whole on every rank) of one layer, without its norm."""
+        queries, rank = heads * self.key, self.query_rank
+        cut = (rank or hidden) * queries + self.kv_rank * heads * (self.nope + self.value)
+        cut += heads * self.value * hidden
+        whole = hidden * (rank + self.cached) + rank + self.kv_rank
+        return cut, whole
+
+
+@dataclass(frozen=True)
+class Special:
+    """What of a model the flags of Megatron's GPT do not say.
+
+    linear, linear_layers: layers that have linear attention in place of attention. separate: a layer is
+    attention, or linear attention, or an MLP, as in Nemotron-H; attention_layers of them are the first.
+    latent: attention of all layers. local: (key-value heads, dimensions) of layers with a window, where the
+    others have other ones. expert_width: of what experts read and write, where that is not the hidden size.
+    """
+
+    linear: Linear | None = None
+    linear_layers: int = 0
+    separate: bool = False
+    attention_layers: int = 0
+    latent: Latent | None = None
+    local: tuple[int, int] | None = None
+    expert_width: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """What the training script does not build, as a reader calls it."""
+        found = [self.linear.name] if self.linear else []
+        found += ["latent attention"] if self.latent else []
+        found += ["heads of two kinds"] if self.local else []
+        return found + (["experts behind a narrower projection"] if self.expert_width else [])
+
+
+ORDINARY = Special()

@@ -1,0 +1,214 @@
+"""Sizes of models that the conversion does not know: config.json → model flags, and what these do not say.
+
+Only sizes: the planner counts parameters, bytes and FLOPs, and needs neither the router's function nor how
+rotary frequencies are scaled. Both config.json files and presets are read by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from helix_megatron.errors import HelixError
+from helix_megatron.plan.mixers import Latent, Linear, Special, gated_delta_net, mamba2
+
+Config = Mapping[str, Any]
+Outline = tuple[dict[str, Any], Special]
+
+
+def outline_of(config: Config) -> Outline | None:
+    """Model flags and what they leave out; None where the model type has no outline.
+
+    Raises:
+        HelixError: a size is missing; names the key.
+    """
+    read = OUTLINES.get(str(config.get("model_type", "")))
+    try:
+        return None if read is None else read(config)
+    except KeyError as error:
+        problem = f"config.json has no {error.args[0]}, which {config['model_type']} models have."
+        raise HelixError(problem) from error
+    except (TypeError, AttributeError) as error:
+        raise HelixError(
+            f"config.json has a value of another type than a size: {error}."
+        ) from error
+
+
+def text_config(config: Config) -> Config:
+    """The part of a config.json that describes the language model, where it describes others as well."""
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return config
+    outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    return outer | dict(inner)
+
+
+def _usual(config: Config, **others: Any) -> dict[str, Any]:
+    """What nearly all have: sizes, grouped-query attention, a gated MLP, RMSNorm and no biases."""
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "group_query_attention": True,
+        "num_query_groups": config["num_key_value_heads"],
+        "kv_channels": config["head_dim"],
+        "ffn_hidden_size": config.get("intermediate_size"),
+        "vocab_size": config["vocab_size"],
+        "max_position_embeddings": config.get("max_position_embeddings"),
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "disable_bias_linear": True,
+        "swiglu": True,
+        "normalization": "RMSNorm",
+    } | others
+
+
+def _experts(
+    config: Config, number: str, ffn: int, shared: int = 0, dense: int = 0
+) -> dict[str, Any]:
+    """Experts in all layers but the first `dense`."""
+    layers = config["num_hidden_layers"]
+    return {
+        "num_experts": config[number],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_ffn_hidden_size": ffn,
+        "moe_shared_expert_intermediate_size": shared or None,
+        "moe_layer_freq": [0] * dense + [1] * (layers - dense) if dense else 1,
+    }
+
+
+def _layer_types(config: Config, name: str) -> list[int]:
+    return [int(kind == name) for kind in config["layer_types"]]
+
+
+def _qwen3_5(config: Config) -> Outline:
+    delta = gated_delta_net(
+        config["linear_num_key_heads"],
+        config["linear_num_value_heads"],
+        config["linear_key_head_dim"],
+        config["linear_value_head_dim"],
+        config["linear_conv_kernel_dim"],
+    )
+    flags = _usual(config, qk_layernorm=True, attention_output_gate=True, rotary_percent=0.25)
+    if "num_experts" in config:
+        shared = config["shared_expert_intermediate_size"]
+        flags |= _experts(config, "num_experts", config["moe_intermediate_size"], shared)
+    every = config.get("full_attention_interval", 4)
+    layers = config["num_hidden_layers"]
+    return flags, Special(linear=delta, linear_layers=layers - layers // every)
+
+
+def _nemotron_h(config: Config) -> Outline:
+    kinds: Sequence[str] = config.get("layers_block_type") or [
+        {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}[letter]
+        for letter in config["hybrid_override_pattern"]
+    ]
+    scan: Linear = mamba2(
+        config["mamba_num_heads"],
+        config["mamba_head_dim"],
+        config["n_groups"],
+        config["ssm_state_size"],
+        config["conv_kernel"],
+    )
+    flags = _usual(config, swiglu=False, position_embedding_type="none", num_layers=len(kinds))
+    if "moe" in kinds:
+        flags |= _experts(
+            config,
+            "n_routed_experts",
+            config["moe_intermediate_size"],
+            config["moe_shared_expert_intermediate_size"],
+        )
+        flags["moe_layer_freq"] = [int(kind == "moe") for kind in kinds]
+    return flags, Special(
+        linear=scan,
+        linear_layers=kinds.count("mamba"),
+        separate=True,
+        attention_layers=kinds.count("attention"),
+        expert_width=config.get("moe_latent_size") or 0,
+    )
+
+
+def _gemma4(config: Config) -> Outline:
+    """The global layers are those that flags describe: they have the fewest key-value heads."""
+    flags = _usual(
+        config,
+        swiglu=False,
+        geglu=True,
+        qk_layernorm=True,
+        num_query_groups=config["num_global_key_value_heads"],
+        kv_channels=config["global_head_dim"],
+        window_size=config["sliding_window"],
+        window_attn_skip_freq=_layer_types(config, "sliding_attention"),
+    )
+    if config.get("num_experts"):  # a dense MLP beside them, as a shared expert is
+        topk = {"num_experts_per_tok": config["top_k_experts"]}
+        ffn, dense = config["moe_intermediate_size"], config["intermediate_size"]
+        flags |= _experts({**config, **topk}, "num_experts", ffn, dense)
+    return flags, Special(local=(config["num_key_value_heads"], config["head_dim"]))
+
+
+def _gpt_oss(config: Config) -> Outline:
+    flags = _usual(
+        config,
+        disable_bias_linear=False,
+        window_size=config["sliding_window"],
+        window_attn_skip_freq=_layer_types(config, "sliding_attention"),
+    )
+    return flags | _experts(config, "num_local_experts", config["intermediate_size"]), Special()
+
+
+def _glm4_moe(config: Config) -> Outline:
+    ffn, dense = config["moe_intermediate_size"], config["first_k_dense_replace"]
+    flags = _usual(config, add_qkv_bias=True, rotary_percent=0.5)
+    flags["qk_layernorm"] = bool(config.get("use_qk_norm"))
+    shared = ffn * config["n_shared_experts"]
+    return flags | _experts(config, "n_routed_experts", ffn, shared, dense), Special()
+
+
+def _minimax_m2(config: Config) -> Outline:
+    flags = _usual(config, rotary_percent=config["rotary_dim"] / config["head_dim"])
+    return flags | _experts(config, "num_local_experts", config["intermediate_size"]), Special()
+
+
+def _llama4(config: Config) -> Outline:
+    """Chunks of attention are counted as whole sequences: they are longer than most jobs."""
+    if config.get("interleave_moe_layer_step", 1) != 1:
+        raise HelixError(
+            "llama4 models whose MoE layers take turns with dense ones (Maverick) have dense layers of another "
+            "width, which the planner does not know. It knows Scout."
+        )
+    ffn = config["intermediate_size"]
+    flags = _usual(config, moe_router_pre_softmax=True)
+    return flags | _experts(config, "num_local_experts", ffn, shared=ffn), Special()
+
+
+def _deepseek_v3(config: Config) -> Outline:
+    latent = Latent(
+        config.get("q_lora_rank") or 0,
+        config["kv_lora_rank"],
+        config["qk_rope_head_dim"],
+        config["qk_nope_head_dim"],
+        config["v_head_dim"],
+    )
+    flags = _usual({**config, "head_dim": latent.value})
+    ffn, dense = config["moe_intermediate_size"], config["first_k_dense_replace"]
+    shared = ffn * config["n_shared_experts"]
+    flags |= _experts(config, "n_routed_experts", ffn, shared, dense)
+    return flags, Special(latent=latent)
+
+
+OUTLINES: dict[str, Callable[[Config], Outline]] = {
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_text": _qwen3_5,
+    "qwen3_5_moe": _qwen3_5,
+    "qwen3_5_moe_text": _qwen3_5,
+    "qwen3_next": _qwen3_5,
+    "nemotron_h": _nemotron_h,
+    "gemma4_text": _gemma4,
+    "gpt_oss": _gpt_oss,
+    "glm4_moe": _glm4_moe,
+    "minimax_m2": _minimax_m2,
+    "llama4_text": _llama4,
+    "deepseek_v2": _deepseek_v3,
+    "deepseek_v3": _deepseek_v3,
+    "kimi_k2": _deepseek_v3,
+}

@@ -1,0 +1,165 @@
+"""The models of 2026: their sizes against published ones, and what the planner makes of their layers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from refusals import refusal
+
+from helix_megatron.errors import HelixError
+from helix_megatron.plan.clusters import CLUSTERS
+from helix_megatron.plan.command import plan_main
+from helix_megatron.plan.explain import kinds_of_layers
+from helix_megatron.plan.inference import inference_memory
+from helix_megatron.plan.layouts import Layout
+from helix_megatron.plan.models import model_of
+from helix_megatron.plan.operators import latent_steps, layer_kinds, linear_steps
+from helix_megatron.plan.published_sizes import CONFIGS
+from helix_megatron.plan.results import Plan
+from helix_megatron.plan.search import search
+from helix_megatron.plan.settings import Job, Scenario, Software
+from helix_megatron.plan.steps import FORWARD
+from helix_megatron.plan.verdict import verdict
+
+# Model cards and papers: all parameters and those of a token, in billions, without layers that predict more
+# tokens and without vision.
+PUBLISHED = {
+    "qwen3.5-27b": (27, 27),
+    "qwen3.5-35b-a3b": (35, 3),
+    "qwen3.5-122b-a10b": (122, 10),
+    "qwen3.5-397b-a17b": (397, 17),
+    "nemotron-3-nano": (31.6, 3.6),
+    "nemotron-3-super": (120.6, 12.7),
+    "nemotron-3-ultra": (550, 55),
+    "gemma-4-26b-a4b": (25.2, 3.8),
+    "gemma-4-31b": (30.7, 30.7),
+    "gpt-oss-20b": (20.9, 3.6),
+    "gpt-oss-120b": (116.8, 5.1),
+    "glm-4.5": (355, 32),
+    "minimax-m2": (230, 10),
+    "llama-4-scout": (109, 17),
+    "deepseek-v3": (671, 37),
+    "kimi-k2": (1026, 32),
+}
+H100 = CLUSTERS["dgx-h100"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_have_their_published_parameters(name):
+    """All of them within 2 %; those of a token, which cards round and count in their way, within 1.7 B."""
+    model = model_of(name)
+    total, active = PUBLISHED[name]
+    assert model.parameters / 1e9 == pytest.approx(total, rel=0.02)
+    assert model.active_parameters / 1e9 == pytest.approx(active, abs=1.7)
+
+
+def test_layers_are_of_the_kinds_that_the_model_has():
+    """Every layer once: full attention in each fourth of Qwen3.5, one part a layer in Nemotron 3."""
+
+    def kinds(name):
+        model = model_of(name)
+        assert sum(kind.layers for kind in layer_kinds(model)) == model.num_layers
+        return {kind.name(model): kind.layers for kind in layer_kinds(model)}
+
+    assert kinds("qwen3.5-397b-a17b") == {"MoE, gated delta net": 45, "MoE": 15}
+    assert kinds("nemotron-3-nano") == {"Mamba 2": 23, "attention": 6, "MoE": 23}
+    assert kinds("gemma-4-31b") == {"dense with window": 50, "dense": 10}
+    assert kinds("deepseek-v3") == {"dense": 3, "MoE": 58}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor_parallel", "elements"),
+    [
+        # Per position, two bytes each: 15 layers of 2 heads of 256, keys and values, whole heads copied.
+        ("qwen3.5-397b-a17b", 1, 15 * 2 * 2 * 256),
+        ("qwen3.5-397b-a17b", 8, 15 * 2 * 1 * 256),
+        ("nemotron-3-super", 1, 8 * 2 * 2 * 128),
+        # 61 layers of a latent of 512 and 64 rotated dimensions, on every rank.
+        ("deepseek-v3", 1, 61 * 576),
+        ("deepseek-v3", 8, 61 * 576),
+        # Ten global layers of 4 heads of 512, fifty local ones of 16 of 256.
+        ("gemma-4-31b", 1, 10 * 2 * 4 * 512 + 50 * 2 * 16 * 256),
+    ],
+)
+def test_caches_hold_what_was_worked_out_by_hand(name, tensor_parallel, elements):
+    """Of a sequence of 128K, on one rank; states of linear layers do not grow with it."""
+    model, layout, sizes = model_of(name), Layout(tp=tensor_parallel), (131072, 65536)
+    long, short = (
+        inference_memory(model, layout, Job("decode", size, 1), Software()).cache for size in sizes
+    )
+    assert long - short == pytest.approx(2 * elements * (sizes[0] - sizes[1]))
+    linear = model.special.linear
+    states = 4 * model.special.linear_layers * linear.state / tensor_parallel if linear else 0
+    assert long - 2 * elements * sizes[0] == pytest.approx(states)
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_projections_are_as_many_flops_as_parameters(tp):
+    """Two per weight and token, over all ranks: gated delta net, Mamba 2, and latent attention."""
+    for name, steps_of in (
+        ("qwen3.5-397b-a17b", linear_steps),
+        ("nemotron-3-nano", linear_steps),
+        ("deepseek-v3", latent_steps),
+    ):
+        model = model_of(name)
+        scenario = Scenario(model, Job("train", 4096, 8), H100, Software())
+        steps = steps_of(scenario, Layout(tp=tp, sequence_parallel=tp > 1))
+        flops = sum(s.flops for s in steps if s.kind == "gemm" and s.phase == FORWARD) * tp
+        if model.special.linear:
+            weights = model.special.linear.parameters(model.hidden_size)
+        else:
+            weights = sum(model.special.latent.parameters(model.hidden_size, 128))
+        assert flops == pytest.approx(2 * 4096 * weights, rel=0.01)
+
+
+def found(name, task, gpus=16, sequence=8192, batch=16) -> Plan:
+    return search(
+        model_of(name), gpus, CLUSTERS["nvlink-16"], Job(task, sequence, batch), Software()
+    )
+
+
+def test_hybrid_models_are_planned_with_cut_heads():
+    """Two key-value heads: beyond TP 2 layouts cut or copy them; linear layers are cut by heads."""
+    plan = found("qwen3.5-397b-a17b", "decode")
+    widths = {row.layout.tp for row in plan.everything if row.layout.segments > 1}
+    assert widths >= {4, 8, 16}
+    row = next(row for row in plan.everything if row.layout.tp == 8 and row.layout.segments > 1)
+    names = {
+        name: {step.name for step in steps} for name, _, steps in kinds_of_layers(plan, row.layout)
+    }
+    assert "state" in names["MoE, gated delta net"] and "core attention" in names["MoE"]
+    assert all("heads 64 is not divisible" in r.reason for r in plan.rejected if r.what == "TP 128")
+
+
+def test_latent_attention_is_planned_and_not_cut():
+    """The sentence says why, and the verdict speaks for whole heads."""
+    plan = found("deepseek-v3", "decode", gpus=16, batch=1, sequence=4096)
+    assert not any(row.layout.segments > 1 for row in plan.everything)
+    reasons = {rejected.what: rejected.reason for rejected in plan.rejected}
+    assert "latent attention has one head of latents" in reasons["m > 1"]
+    plan = search(model_of("kimi-k2"), 64, H100, Job("decode", 8192, 64), Software())
+    assert "no key-value heads to cut" in verdict(plan)[1]
+
+
+def test_a_config_of_a_model_with_vision_is_read_inside(tmp_path, capsys):
+    """Its text_config describes the language model, for outlines and for families that are converted."""
+    sizes = dict(CONFIGS["qwen3.5-27b"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "qwen3_5", "text_config": sizes}))
+    assert model_of(str(path)).parameters == model_of("qwen3.5-27b").parameters
+    del sizes["linear_num_value_heads"]
+    path.write_text(json.dumps({"model_type": "qwen3_5", "text_config": sizes}))
+    wanted = "has no linear_num_value_heads, which qwen3_5_text models have"
+    assert wanted in refusal(capsys, plan_main, ["--model", str(path), "--gpus", "8"])
+    path.write_text(json.dumps({"model_type": "llama4_text", "interleave_moe_layer_step": 2}))
+    with pytest.raises(HelixError, match="Maverick"):
+        model_of(str(path))
+
+
+def test_commands_for_models_that_nobody_builds_are_not_printed(capsys):
+    """A forecast says so in the place of a command."""
+    flags = ["--model", "qwen3.5-27b", "--gpus", "16", "--rows", "1", "--sequence-length", "2048"]
+    assert plan_main(flags) == 0
+    text = capsys.readouterr().out
+    assert "This row is a forecast" in text and "torchrun" not in text
