@@ -59,7 +59,7 @@ from helix_megatron import parallel_state  # noqa: E402
 from helix_megatron.core.caches.pages import Piece  # noqa: E402
 from helix_megatron.graph.without_data import new_process  # noqa: E402
 from helix_megatron.inference.request import Sampling  # noqa: E402
-from helix_megatron.inference.runner import Runner  # noqa: E402
+from helix_megatron.inference.runner import Runner, make_book  # noqa: E402
 from helix_megatron.inference.sampler import sample  # noqa: E402
 from helix_megatron.inference.step import StepPlan  # noqa: E402
 from helix_megatron.megatron.initialize import weights_not_drawn  # noqa: E402
@@ -278,16 +278,20 @@ def infer(watch: Watch, flags: str, cache: str) -> None:
         )
         for layer in model.decoder.layers:
             watch.inside_module(layer.self_attention, "layer")
-        members = runner.book.members
+        book = make_book(cache, runner.tables.members, 64, 16)
+        for number in range(len(lengths)):
+            book.add(number, number % book.members)
         for decoding in (False, True):
+            for number, length in enumerate(lengths):
+                assert book.grow(number, length + decoding)
             pieces = tuple(
                 Piece(
                     sequence=number,
                     start=length if decoding else 0,
                     tokens=np.zeros(1 if decoding else length, dtype=np.int64),
-                    member=number % members,
-                    expected=64,
-                    wanted=True,
+                    member=number % book.members,
+                    pages=book.tell(number),
+                    wanted=1,
                 )
                 for number, length in enumerate(lengths)
             )

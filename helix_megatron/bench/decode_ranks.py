@@ -23,13 +23,14 @@ from helix_megatron.bench.decode_case import (
 )
 from helix_megatron.bench.timing import interleaved
 from helix_megatron.core.caches import WHOLE_HEADS
-from helix_megatron.core.caches.pages import PageBook
+from helix_megatron.core.caches.book import PageBook
+from helix_megatron.core.caches.pages import Piece
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.core.meter import EXCHANGE, measure
 from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.runner import Runner, make_book
-from helix_megatron.inference.step import Piece, StepPlan
+from helix_megatron.inference.step import StepPlan
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.model import build_chunk, transformer_config
@@ -144,22 +145,26 @@ class Paged:
         }
         pages = _pages_needed(case, cache, self.layout.segments)
         self.runner = Runner(model, self.layout, cache=cache, pages=pages, **sizes)
-        self.book = self.runner.book
-        self.me = self.runner.attention.me if self.book.members > 1 else 0
+        self.tables = self.runner.tables
+        self.me = self.runner.attention.me if self.tables.members > 1 else 0
         for layer in model.decoder.layers:
             if self.gathers:
                 _label_gather(layer.self_attention.inner)
         self.plan = StepPlan(pieces=tuple(map(self._piece, range(case.sequences))))
-        _grow(self.book, case)
+        book = make_book(cache, self.layout.segments, pages, PAGE_SIZE)
+        _grow(book, case)
+        for sequence in range(case.sequences):
+            self.tables.add(sequence, sequence % book.members)
+            self.tables.extend(sequence, book.blocks(sequence))
 
     @property
     def cache_bytes(self) -> int:
         return self.runner.cache.k.nbytes + self.runner.cache.v.nbytes
 
     def fill(self, layer: int, sequence: int, whole: Whole) -> None:
-        positions = self.book.positions(sequence, self.me, self.case.context - 1)
+        positions = self.tables.positions(sequence, self.me, self.case.context - 1)
         if len(positions):
-            slots = torch.from_numpy(self.book.slots(sequence, self.me, positions))
+            slots = torch.from_numpy(self.tables.slots(sequence, self.me, positions))
             parts = (part[torch.from_numpy(positions)] for part in (whole.turned, whole.v))
             self.runner.cache.write(layer, slots, *map(self._own, parts))
 
@@ -181,8 +186,7 @@ class Paged:
 
     def _piece(self, sequence: int) -> Piece:
         token, last = np.asarray([_token(sequence)]), self.case.context - 1
-        member = sequence % self.book.members
-        return Piece(sequence, last, token, member, self.case.context, wanted=True)
+        return Piece(sequence, last, token, sequence % self.tables.members, wanted=1)
 
 
 class StockStatic:

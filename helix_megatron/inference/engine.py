@@ -107,7 +107,10 @@ class Engine:
             pages_used=used,
             pages_total=scheduler.book.total,
             cache_bytes_used=used * self._page_bytes,
+            pages_kept=scheduler.book.kept,
             preemptions=scheduler.preemptions,
+            prefix_asked_tokens=scheduler.prefix_tokens.asked,
+            prefix_found_tokens=scheduler.prefix_tokens.found,
         )
 
     def stop(self, within: float = math.inf) -> None:

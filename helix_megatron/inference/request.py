@@ -98,21 +98,27 @@ class Stats:
     Args:
         running, waiting: the numbers of sequences at this moment.
         pages_used, pages_total: pages of the key-value cache, over all ranks of a head group.
+        pages_kept: those that no sequence uses, and that one which begins alike may use.
         cache_bytes_used: the bytes of the pages in use, over all ranks.
         prompt_tokens, generated_tokens, steps, preemptions: how many there have been.
         step_seconds: the time that the steps have taken.
+        prefix_asked_tokens: tokens of all prompts that have begun.
+        prefix_found_tokens: how many of them were not computed, since another sequence began alike.
     """
 
     running: int = 0
     waiting: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    pages_kept: int = 0
     cache_bytes_used: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
     step_seconds: float = 0.0
+    prefix_asked_tokens: int = 0
+    prefix_found_tokens: int = 0
 
 
 class QueueFullError(HelixError):

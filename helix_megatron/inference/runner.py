@@ -17,8 +17,9 @@ from torch.distributed import ProcessGroup
 from helix_megatron import parallel_state
 from helix_megatron.core.caches import SEGMENTS, cache_layout
 from helix_megatron.core.caches.attention import LocalAttention, StepAttention
-from helix_megatron.core.caches.paged import PagedCache
-from helix_megatron.core.caches.pages import PageBook
+from helix_megatron.core.caches.book import PageBook
+from helix_megatron.core.caches.paged import PagedCache, on_device
+from helix_megatron.core.caches.pages import PageTables
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
@@ -68,7 +69,9 @@ class Runner:
             )
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.book = make_book(cache, 1 if local else layout.segments, pages, page_size)
+        placement = cache_layout(cache).placement
+        members = 1 if local or placement == "all" else layout.segments
+        self.tables = PageTables(members, page_size, dealt=placement == "dealt")
         self.cache = PagedCache(
             model.config.num_layers,
             pages,
@@ -79,7 +82,7 @@ class Runner:
             self.device,
         )
         attention_of = LocalAttention if local else cache_layout(cache).attention
-        self.attention: StepAttention = attention_of(layout, head_group, self.book, self.cache)
+        self.attention: StepAttention = attention_of(layout, head_group, self.tables, self.cache)
         for index, layer in enumerate(model.decoder.layers):
             layer.self_attention = PagedSelfAttention(layer.self_attention, index, self.attention)
         self._rotary = self._rotary_table(max_context)
@@ -89,28 +92,28 @@ class Runner:
         """Compute a step.
 
         Returns:
-            On rank 0 of the tensor parallel group the logits of the pieces that want them, [wanted, vocab_size]
-            in at least fp32; None on other ranks, and where no piece does.
+            On rank 0 of the tensor parallel group the logits of the tokens whose are wanted, piece by piece,
+            [wanted, vocab_size] in at least fp32; None on other ranks, and where no piece wants any.
         """
-        self._keep_books(plan)
+        self._keep_tables(plan)
         if not plan.pieces:
             return None
         hidden = self._hidden(plan)
-        ends = np.cumsum([len(piece.tokens) for piece in plan.pieces]) - 1
-        wanted = [end for end, piece in zip(ends, plan.pieces, strict=True) if piece.wanted]
-        if not wanted:
+        ends = np.cumsum([len(piece.tokens) for piece in plan.pieces])
+        wanted = [np.arange(end - p.wanted, end) for end, p in zip(ends, plan.pieces, strict=True)]
+        rows = np.concatenate(wanted)
+        if not len(rows):
             return None
-        return self._logits(hidden[torch.tensor(wanted, device=self.device)])
+        return self._logits(hidden[on_device(rows, self.device)])
 
-    def _keep_books(self, plan: StepPlan) -> None:
+    def _keep_tables(self, plan: StepPlan) -> None:
         for sequence in plan.drops:
-            if sequence in self.book:  # it may have come and gone between two steps
-                self.book.drop(sequence)
+            if sequence in self.tables:  # it may have come and gone between two steps
+                self.tables.drop(sequence)
         for piece in plan.pieces:
-            if piece.sequence not in self.book:
-                self.book.add(piece.sequence, piece.member, piece.expected)
-            grown = self.book.grow(piece.sequence, piece.stop)
-            assert grown, "rank 0 has asked its own books, which are alike"
+            if piece.sequence not in self.tables:
+                self.tables.add(piece.sequence, piece.member)
+            self.tables.extend(piece.sequence, piece.pages)
 
     def _hidden(self, plan: StepPlan) -> Tensor:
         """[T, hidden] after the last norm."""
@@ -175,8 +178,10 @@ def kept_dims(layout: HeadLayout, cache: str, local: bool) -> int:
     return layout.segment_dim if local or cache == SEGMENTS else layout.head_dim
 
 
-def make_book(cache: str, members: int, pages: int, page_size: int) -> PageBook:
-    """The books of a cache layout over `members` ranks of a head group."""
+def make_book(
+    cache: str, members: int, pages: int, page_size: int, *, shares: bool = True
+) -> PageBook:
+    """Rank 0's book for a cache layout over `members` ranks of a head group."""
     placement = cache_layout(cache).placement
     pools = 1 if placement == "all" else members
-    return PageBook(pools, pages, page_size, dealt=placement == "dealt")
+    return PageBook(pools, pages, page_size, dealt=placement == "dealt", shares=shares)

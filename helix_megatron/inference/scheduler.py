@@ -1,26 +1,30 @@
 """Which tokens the next step computes: continuous batching with chunked prefill over a paged cache.
 
 Sequences that decode get one token each in every step; beside them prompts are computed in chunks, oldest
-first. When pages run out, the sequence that came last is preempted: its pages go, and it is computed anew,
-tokens that it has been given included, when there is room. Pure bookkeeping: no torch, no ranks.
+first, from where others have computed the same. When pages run out, the sequence that came last is preempted:
+its pages go, and it is computed anew, tokens that it has been given included, when there is room. Pure
+bookkeeping: no torch, no ranks.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from helix_megatron.core.caches.pages import PageBook
+from helix_megatron.core.caches.book import PageBook
 from helix_megatron.inference.request import FinishReason, Request, Sampling
 from helix_megatron.inference.step import Piece, StepPlan
 
 
 @dataclass(eq=False)
 class Running:
-    """A sequence under way. `tokens` are prompt and output; keys and values of `computed` of them are kept."""
+    """A sequence under way. `tokens` are prompt and output; keys and values of `computed` of them are kept.
+
+    `shared` of them, at the beginning, were found when it was first computed.
+    """
 
     request: Request
     sampling: Sampling
@@ -28,6 +32,8 @@ class Running:
     tokens: list[int]
     computed: int = 0
     member: int = 0
+    shared: int = 0
+    begun: bool = False
 
     @property
     def generated(self) -> int:
@@ -44,6 +50,14 @@ class Running:
         return len(self.request.prompt) + self.sampling.max_tokens - 1
 
 
+@dataclass
+class PrefixTokens:
+    """Tokens of prompts that were looked for among those that others have computed, and how many were found."""
+
+    asked: int = 0
+    found: int = 0
+
+
 class Scheduler:
     """The sequences of an engine and their pages.
 
@@ -58,6 +72,7 @@ class Scheduler:
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
         self.preemptions = 0
+        self.prefix_tokens = PrefixTokens()
         self._drops: list[int] = []
 
     def add(self, sequence: Running) -> None:
@@ -82,7 +97,8 @@ class Scheduler:
                 pieces.append((sequence, 1))
         pieces = [piece for piece in pieces if piece[0] in self.running]
         self._admit()
-        for sequence, count in self._chunks():
+        decoding = {sequence for sequence, _ in pieces}
+        for sequence, count in self._chunks([s for s in self.running if s not in decoding]):
             if sequence in self.running and self._grow(sequence, count):
                 pieces.append((sequence, count))
         pieces = [piece for piece in pieces if piece[0] in self.running]
@@ -111,27 +127,32 @@ class Scheduler:
 
     def _piece(self, sequence: Running, count: int) -> Piece:
         start = sequence.computed
+        if not sequence.begun:
+            sequence.begun, sequence.shared = True, start
+            self.prefix_tokens.asked += len(sequence.request.prompt)
+            self.prefix_tokens.found += start
         sequence.computed += count
+        self.book.keep(sequence.number, sequence.tokens, sequence.computed)
         return Piece(
             sequence=sequence.number,
             start=start,
             tokens=np.asarray(sequence.tokens[start : start + count], dtype=np.int64),
             member=sequence.member,
-            expected=sequence.longest,
-            wanted=sequence.computed == len(sequence.tokens),
+            pages=self.book.tell(sequence.number),
+            wanted=int(sequence.computed == len(sequence.tokens)),
         )
 
     def _admit(self) -> None:
         """Let sequences in, first come, first served, while all their tokens so far have pages."""
         while self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            promised = self._promised()
-            member = self.book.emptiest(promised)
-            if not self.book.has_room(member, len(sequence.tokens), promised):
+            member = self.book.place(sequence.tokens, self._promised())
+            if member is None:
                 return
             self.waiting.popleft()
             sequence.member = member
             self.book.add(sequence.number, member, sequence.longest)
+            sequence.computed = self.book.share(sequence.number, sequence.tokens)
             self.running.append(sequence)
 
     def _promised(self) -> list[int]:
@@ -139,10 +160,11 @@ class Scheduler:
         unfinished = [s for s in self.running if s.computed < len(s.tokens)]
         return self.book.missing([(s.number, len(s.tokens)) for s in unfinished])
 
-    def _chunks(self) -> Iterator[tuple[Running, int]]:
-        """Chunks of prompts, oldest first. Where one member attends for a whole sequence (`batch`), members get
-        equal shares first, so that they work at the same time."""
-        prefilling = [s for s in self.running if not s.decodes]
+    def _chunks(self, prefilling: Sequence[Running]) -> Iterator[tuple[Running, int]]:
+        """Chunks of sequences that do not decode, oldest first. Where one member attends for a whole sequence
+        (`batch`), members get equal shares first, so that they work at the same time."""
+        for sequence in prefilling:  # others may have computed more since it was let in
+            sequence.computed = self.book.share(sequence.number, sequence.tokens)
         left = self.prefill_chunk
         counts = dict.fromkeys(prefilling, 0)
         shares = [-(-left // self.book.members)] * self.book.members
@@ -162,14 +184,15 @@ class Scheduler:
         length = sequence.computed + count
         while not self.book.grow(sequence.number, length):
             short = self.book.short(sequence.number, length)
-            last = next(s for s in reversed(self.running) if s is sequence or self._holds(s, short))
+            last = next(
+                s
+                for s in reversed(self.running)
+                if s is sequence or self.book.would_free(s.number, short)
+            )
             self._preempt(last)
             if last is sequence:
                 return False
         return True
-
-    def _holds(self, sequence: Running, members: list[int]) -> bool:
-        return any(self.book.pages(sequence.number, member) for member in members)
 
     def _preempt(self, sequence: Running) -> None:
         self.running.remove(sequence)

@@ -69,7 +69,8 @@ def start(
     else:
         cache = choose_cache_layout(shape, options.cache_layout, machine).name
     pages = _pages(config, layout, options, cache, context, local)
-    book = make_book(cache, 1 if local else layout.segments, pages, options.page_size)
+    members = 1 if local else layout.segments
+    book = make_book(cache, members, pages, options.page_size, shares=not options.no_prefix_caching)
     if not book.fits(min(context, 2)):
         raise HelixError("the cache has no room for a single token. Give more --cache-memory.")
 

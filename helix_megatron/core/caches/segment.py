@@ -32,11 +32,11 @@ class SegmentAttention(StepAttention):
     def _prepare(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
         self._slots_T = self._slots(pieces, 0)
-        size = self.book.page_size
+        size = self.tables.page_size
         # Of each piece: a run of slots, read where it lies, or pages to copy.
         self._keys: list[slice | Tensor] = []
         for piece in pieces:
-            pages = self.book.pages(piece.sequence, 0)[: -(-piece.stop // size)]
+            pages = self.tables.pages(piece.sequence, 0)[: -(-piece.stop // size)]
             if pages[-1] - pages[0] == len(pages) - 1 and (np.diff(pages) == 1).all():
                 self._keys.append(slice(pages[0] * size, pages[0] * size + piece.stop))
             else:
