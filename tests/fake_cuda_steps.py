@@ -60,7 +60,7 @@ from helix_megatron.core.caches.pages import Piece  # noqa: E402
 from helix_megatron.graph.without_data import new_process  # noqa: E402
 from helix_megatron.inference.request import Sampling  # noqa: E402
 from helix_megatron.inference.runner import Runner, make_book  # noqa: E402
-from helix_megatron.inference.sampler import sample  # noqa: E402
+from helix_megatron.inference.sampler import Place, sample  # noqa: E402
 from helix_megatron.inference.step import StepPlan  # noqa: E402
 from helix_megatron.megatron.initialize import weights_not_drawn  # noqa: E402
 from helix_megatron.training.arguments import parse_args  # noqa: E402
@@ -303,7 +303,7 @@ def infer(watch: Watch, flags: str, cache: str) -> None:
                         Sampling(temperature=0),
                         Sampling(temperature=0.7, top_k=5, seed=1),
                     )
-                    sample(logits, [greedy, warm] * 2, [0] * 4)
+                    sample(logits, [Place(greedy), Place(warm)] * 2)
 
 
 def faults(watch: Watch) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from helix_megatron.core.caches.book import PageBook
-from helix_megatron.inference.request import FinishReason, Request, Sampling
+from helix_megatron.inference.request import FinishReason, Request, Sampling, TokenLogprobs
 from helix_megatron.inference.step import Piece, StepPlan
 
 
@@ -34,6 +34,7 @@ class Running:
     member: int = 0
     shared: int = 0
     begun: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def generated(self) -> int:
@@ -43,6 +44,11 @@ class Running:
     def decodes(self) -> bool:
         """Whether only the newest token is to be computed."""
         return self.computed == len(self.tokens) - 1 and self.generated > 0
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be given: then all of it is computed."""
+        return self.sampling.prompt_logprobs is not None and not self.generated
 
     @property
     def longest(self) -> int:
@@ -104,9 +110,7 @@ class Scheduler:
         pieces = [piece for piece in pieces if piece[0] in self.running]
         assert pieces or not self.running, "a step computes something for somebody"
         made = [self._piece(sequence, count) for sequence, count in pieces]
-        wanted = [
-            sequence for (sequence, _), piece in zip(pieces, made, strict=True) if piece.wanted
-        ]
+        wanted = [sequence for sequence, _ in pieces if sequence.computed == len(sequence.tokens)]
         plan = StepPlan(tuple(self._drops), tuple(made))
         self._drops.clear()
         return plan, wanted
@@ -139,7 +143,9 @@ class Scheduler:
             tokens=np.asarray(sequence.tokens[start : start + count], dtype=np.int64),
             member=sequence.member,
             pages=self.book.tell(sequence.number),
-            wanted=int(sequence.computed == len(sequence.tokens)),
+            wanted=count
+            if sequence.reads_prompt
+            else int(sequence.computed == len(sequence.tokens)),
         )
 
     def _admit(self) -> None:
@@ -152,7 +158,7 @@ class Scheduler:
             self.waiting.popleft()
             sequence.member = member
             self.book.add(sequence.number, member, sequence.longest)
-            sequence.computed = self.book.share(sequence.number, sequence.tokens)
+            self._share(sequence)
             self.running.append(sequence)
 
     def _promised(self) -> list[int]:
@@ -164,7 +170,7 @@ class Scheduler:
         """Chunks of sequences that do not decode, oldest first. Where one member attends for a whole sequence
         (`batch`), members get equal shares first, so that they work at the same time."""
         for sequence in prefilling:  # others may have computed more since it was let in
-            sequence.computed = self.book.share(sequence.number, sequence.tokens)
+            self._share(sequence)
         left = self.prefill_chunk
         counts = dict.fromkeys(prefilling, 0)
         shares = [-(-left // self.book.members)] * self.book.members
@@ -178,6 +184,10 @@ class Scheduler:
                 counts[sequence] += count
                 left -= count
         return ((sequence, count) for sequence, count in counts.items() if count)
+
+    def _share(self, sequence: Running) -> None:
+        if not sequence.reads_prompt:
+            sequence.computed = self.book.share(sequence.number, sequence.tokens)
 
     def _grow(self, sequence: Running, count: int) -> bool:
         """Pages for more positions, if need be of those that came later; False if it was preempted itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,11 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(len(piece.tokens) for piece in self.pieces)
+
+    @property
+    def ends(self) -> list[int]:
+        """Behind which row of the logits those of each piece end."""
+        return list(itertools.accumulate(piece.wanted for piece in self.pieces))
 
     def encode(self) -> np.ndarray:
         """int64, the inverse of `decode`."""

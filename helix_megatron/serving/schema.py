@@ -29,6 +29,8 @@ from helix_megatron.serving.api_errors import ApiError, shown
 
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256  # what may be held back of a stream, in characters
+MAX_BIASES = 1024
+MAX_ALTERNATIVES = 20
 LARGEST_TOKEN = 2**31 - 1
 
 
@@ -73,8 +75,8 @@ def _kind(value: object) -> str | None:
 
 
 _KINDS = frozenset(
-    {"string", "strings", "tokens", "token lists", "parts"}
-)  # not fields of a request
+    {"string", "strings", "tokens", "token lists", "parts", "[key]"}
+)  # not fields inside of one
 
 Token = Annotated[int, Field(ge=0, le=LARGEST_TOKEN)]
 TokenList = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
@@ -101,6 +103,12 @@ Stop = Annotated[
     ),
 ]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+TokenText = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
+LogitBias = Annotated[
+    dict[TokenText, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)
+]
 
 
 class TextPart(_Strict):
@@ -187,6 +195,17 @@ class GenerationRequest(_Strict):
     top_k: Annotated[int, Field(ge=-1, le=LARGEST_TOKEN)] | None = Field(
         default=None, description="An extension: the k most likely tokens only; 0 or -1: all."
     )
+    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = Field(
+        default=None,
+        description="An extension: tokens at least so probable, of the likeliest one's probability.",
+    )
+    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=100)] | None = Field(
+        default=None,
+        description="An extension: what positive logits of tokens in prompt or text are divided by.",
+    )
+    logit_bias: LogitBias | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Stop | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
@@ -199,6 +218,16 @@ class GenerationRequest(_Strict):
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def alternatives(self) -> int | None:
+        """Of how many tokens in each place the log-probability is wanted beside the token's own; None: none."""
+        raise NotImplementedError
+
+    @property
+    def choices(self) -> int:
+        """How many choices of each prompt are generated."""
+        return self.n or 1
 
     @property
     def length(self) -> int | None:
@@ -220,19 +249,38 @@ class CompletionRequest(GenerationRequest):
     neutral = fields.NEUTRAL_COMPLETION
 
     prompt: Prompt
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
-        default=None, description="Not supported: accepted if it equals n."
+        default=None,
+        description="So many are generated, and those n returned whose tokens are likeliest on average.",
     )
 
     @model_validator(mode="after")
-    def _best_of_is_n(self) -> CompletionRequest:
-        if self.best_of not in (None, self.n or 1):
+    def _best_of_at_least_n(self) -> CompletionRequest:
+        best_of, n = self.best_of or self.choices, self.n or 1
+        if best_of < n:
             raise PydanticCustomError(
                 "best_of",
-                "best_of is not supported. Valid: leave it out, or the value of n, {n}",
-                {"n": self.n or 1},
+                "best_of is {best_of}. Valid: at least n, which is {n}",
+                {"best_of": best_of, "n": n},
+            )
+        if best_of > n and self.stream:
+            raise PydanticCustomError(
+                "best_of",
+                "best_of is {best_of}, and the best of them are known when all have ended. Valid with stream "
+                "true: n, which is {n}",
+                {"best_of": best_of, "n": n},
             )
         return self
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def choices(self) -> int:
+        return self.best_of or self.n or 1
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -251,6 +299,8 @@ class ChatRequest(GenerationRequest):
     neutral = fields.NEUTRAL_CHAT
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=LARGEST_TOKEN)] | None = None
 
     @model_validator(mode="before")
@@ -264,6 +314,20 @@ class ChatRequest(GenerationRequest):
     @property
     def length(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _alternatives_of_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError(
+                "top_logprobs",
+                "top_logprobs is {top}. Valid without logprobs true: leave it out, or 0",
+                {"top": self.top_logprobs},
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> ChatRequest:
@@ -279,7 +343,34 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-Body = TypeVar("Body", bound=GenerationRequest)
+class TokenizeRequest(_Strict):
+    """The body of `/tokenize`: a text, or a conversation as its chat template writes it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = Field(
+        default=None, description="With what the model wants in front of a text; true by default."
+    )
+    return_token_strs: bool | None = Field(
+        default=None, description="Give the text of each token, too."
+    )
+
+    @model_validator(mode="after")
+    def _one_text(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "Valid: one of prompt and messages")
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    """The body of `/detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[list[Token], Field(fail_fast=True)]
+
+
+Body = TypeVar("Body", bound=_Strict)
 
 
 def parse(body: bytes, model: type[Body], most_messages: int) -> Body:
@@ -320,13 +411,13 @@ def parse(body: bytes, model: type[Body], most_messages: int) -> Body:
         raise _first(error, model) from None
 
 
-def _first(error: ValidationError, model: type[GenerationRequest]) -> ApiError:
+def _first(error: ValidationError, model: type[_Strict]) -> ApiError:
     details = error.errors(include_url=False)[0]
     path = ""
     for step in details["loc"]:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step not in _KINDS:
+        elif not path or step not in _KINDS:
             path += f".{step}" if path else step
     message = "Valid: a JSON object" if details["type"] == "model_type" else details["msg"]
     if details["type"] == "missing":

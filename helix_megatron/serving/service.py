@@ -19,12 +19,16 @@ from helix_megatron.serving.body import Bodies, Room
 from helix_megatron.serving.generation import Generation, Plan
 from helix_megatron.serving.mailbox import Mailbox
 from helix_megatron.serving.metrics import Metrics
-from helix_megatron.serving.planning import check, check_size, plan
+from helix_megatron.serving.planning import check, check_size, plan, require_model
+from helix_megatron.serving.replies import DetokenizeReply, TokenizeReply
 from helix_megatron.serving.schema import (
     Body,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     GenerationRequest,
+    Message,
+    TokenizeRequest,
     parse,
 )
 from helix_megatron.serving.settings import ServerSettings
@@ -135,7 +139,13 @@ class Service:
                 else one
                 for one in wanted
             ]
-            return request, plan(request, prompts, self.tokens.stop_tokens, capacity)
+            echoes = []
+            if isinstance(request, CompletionRequest) and request.echo:
+                echoes = [
+                    one if isinstance(one, str) else await _in_thread(self._texts, self._text, one)
+                    for one in wanted
+                ]
+            return request, plan(request, prompts, self.tokens.stop_tokens, capacity, echoes)
         except asyncio.CancelledError:
             if self._aborting:
                 raise unavailable(STOPPING) from None
@@ -148,11 +158,69 @@ class Service:
         if isinstance(request, CompletionRequest):
             return request.prompts, True
         assert isinstance(request, ChatRequest)
-        messages = [message.plain() for message in request.messages]
+        return [await self._conversation(request.messages)], False
+
+    async def _conversation(self, turns: Sequence[Message]) -> str:
+        """The text of a conversation."""
+        messages = [message.plain() for message in turns]
         check_size(sum(len(one["content"]) for one in messages), self.engine.capacity, "messages")
         text = await _in_thread(self._templates, self._chat_text, messages)
         check_size(len(text), self.engine.capacity, "messages")
-        return [text], False
+        return text
+
+    async def tokenized(self, body: bytes) -> TokenizeReply:
+        """The answer to a body of `/tokenize`.
+
+        Raises:
+            ApiError: 400 or 404.
+        """
+        capacity = self.engine.capacity
+        request = await _in_thread(self._texts, parse, body, TokenizeRequest, capacity.max_context)
+        self._require_model(request.model)
+        begin = request.add_special_tokens is not False
+        if request.messages is not None:
+            text, begin = await self._conversation(request.messages), False
+        else:
+            text = request.prompt or ""
+            check_size(len(text), capacity, "prompt")
+        tokens = await _in_thread(self._texts, self.tokens.encode, text, begin)
+        texts = [self.tokens.token_text(token)[0] for token in tokens]
+        return TokenizeReply(
+            count=len(tokens),
+            max_model_len=capacity.max_context,
+            tokens=tokens,
+            token_strs=texts if request.return_token_strs else None,
+        )
+
+    async def detokenized(self, body: bytes) -> DetokenizeReply:
+        """The answer to a body of `/detokenize`.
+
+        Raises:
+            ApiError: 400 or 404.
+        """
+        capacity = self.engine.capacity
+        request = await _in_thread(
+            self._texts, parse, body, DetokenizeRequest, capacity.max_context
+        )
+        self._require_model(request.model)
+        return DetokenizeReply(prompt=await _in_thread(self._texts, self._text, request.tokens))
+
+    def _require_model(self, name: str | None) -> None:
+        if name is not None:
+            require_model(name, self.settings)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens.
+
+        Raises:
+            HelixError: there is no such token.
+        """
+        most = self.engine.capacity.vocab_size
+        wrong = next((token for token in tokens if token >= most), None)
+        if wrong is not None:
+            raise HelixError(f"token {wrong} does not exist. Valid tokens: 0 to {most - 1}.")
+        stream = self.tokens.decoder()
+        return stream.add(tokens) + stream.finish()
 
     def _chat_text(self, messages: list[dict[str, Any]]) -> str:
         try:
