@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from helix_megatron.errors import HelixError
@@ -203,7 +204,9 @@ class Engine:
                 self._read_prompt(sequence, logits, ends[sequence.number], plan)
         if not wanted:
             return
-        places = [Place(s.sampling, s.generated, s.tokens) for s in wanted]
+        places = [
+            Place(s.sampling, s.generated, s.tokens, _allowed(s, logits.size(1))) for s in wanted
+        ]
         rows = [ends[sequence.number] - 1 for sequence in wanted]
         chosen = sample(logits if len(rows) == len(logits) else logits[rows], places)
         for sequence, choice in zip(wanted, chosen, strict=True):
@@ -230,6 +233,9 @@ class Engine:
     def _give(self, sequence: Running, choice: Chosen) -> None:
         first = not sequence.generated
         reason = self._scheduler.give(sequence, choice.token)
+        constraint = sequence.request.constraint
+        if constraint is not None and reason != "stop" and constraint.accept(choice.token):
+            reason = "stop"
         output = Output(
             (choice.token,),
             reason,
@@ -277,6 +283,11 @@ class Engine:
         for token, _ in request.sampling.logit_bias:
             if not 0 <= token < capacity.vocab_size:
                 raise _no_such_token(token, capacity)
+
+
+def _allowed(sequence: Running, vocabulary: int) -> np.ndarray | None:
+    constraint = sequence.request.constraint
+    return None if constraint is None else constraint.allowed(vocabulary)
 
 
 def _no_such_token(token: int, capacity: Capacity) -> HelixError:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from helix_megatron.errors import HelixError
 from helix_megatron.flags import check_values, setting
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_SEED = 2**63 - 1
@@ -105,6 +108,16 @@ class Output:
     shared: int = 0
 
 
+class Constraint(Protocol):
+    """What a text must be, told token by token. Each text has its own."""
+
+    def allowed(self, size: int) -> np.ndarray:
+        """Which of the `size` tokens may come next: bool [size]."""
+
+    def accept(self, token: int) -> bool:
+        """Take the token that was chosen; whether the text is complete and cannot go on."""
+
+
 _numbers = itertools.count(1)
 
 
@@ -117,11 +130,13 @@ class Request:
         sampling: how tokens are chosen.
         listener: what is called with each `Output`, in order, from a thread of the engine. It must return
             at once and not raise. The last one has a `reason`.
+        constraint: what the output must be; the sequence ends when it is complete.
     """
 
     prompt: tuple[int, ...]
     sampling: Sampling
     listener: Callable[[Output], None]
+    constraint: Constraint | None = None
     number: int = field(default_factory=lambda: next(_numbers))
 
 

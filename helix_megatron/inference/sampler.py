@@ -29,11 +29,13 @@ class Place:
         sampling: how; one that is not greedy has a seed.
         index: how many tokens the sequence has been given before.
         tokens: the sequence so far, prompt and output; only penalties look at it.
+        allowed: bool [V], the tokens that may be chosen, at least one; None allows all.
     """
 
     sampling: Sampling
     index: int = 0
     tokens: Sequence[int] = ()
+    allowed: np.ndarray | None = None
 
 
 class Chosen(NamedTuple):
@@ -103,7 +105,13 @@ def _unpacked(token: int, row: Sequence[float], top: int) -> TokenLogprobs:
 
 
 def _changed(logits_BV: Tensor, places: Sequence[Place]) -> Tensor:
-    """The logits after biases and penalties; the same tensor where there are none."""
+    """The logits after biases, penalties and what is not allowed; the same tensor where there is none of it."""
+    masks = {row: place.allowed for row, place in enumerate(places) if place.allowed is not None}
+    if masks:
+        hidden_bV = on_device(~np.stack(list(masks.values())), logits_BV.device)
+        rows_b = _index(list(masks), logits_BV.device)
+        allowed_bV = logits_BV[rows_b].masked_fill(hidden_bV, float("-inf"))
+        logits_BV = logits_BV.index_put((rows_b,), allowed_bV)
     changes: list[tuple[float, ...]] = []  # row, token, bias, repetition penalty, what is taken off
     for row, place in enumerate(places):
         sampling = place.sampling

@@ -28,7 +28,6 @@ NEUTRAL_CHAT: dict[str, tuple[object, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": (),

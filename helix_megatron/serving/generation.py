@@ -5,10 +5,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from helix_megatron.errors import HelixError
-from helix_megatron.inference.request import Engine, Output, Request, Sampling, Tokens
+from helix_megatron.inference.request import (
+    Constraint,
+    Engine,
+    Output,
+    Request,
+    Sampling,
+    Tokens,
+)
 from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.serving.api_errors import ApiError, from_engine, unavailable
 from helix_megatron.serving.logprobs import Entry, entry
@@ -28,6 +36,7 @@ class Plan:
         echoes: the texts of the prompts, where the choices begin with them.
         returned: how many choices of each prompt are returned: those whose tokens are likeliest on average.
         logprobs: whether log-probabilities are returned.
+        constraint: what makes a constraint for each choice, where they have one.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -36,6 +45,7 @@ class Plan:
     echoes: tuple[str, ...] = ()
     returned: int = 1
     logprobs: bool = False
+    constraint: Callable[[], Constraint] | None = None
 
 
 # A decoder knows by the end of the prompt whether a space belongs between it and the output.
@@ -145,7 +155,8 @@ class Generation:
             for sampling in samplings:
                 index = len(self.choices)
                 listener = mailbox.listener(functools.partial(self._put, index))
-                request = Request(prompt, sampling, listener)
+                constraint = plan.constraint() if plan.constraint else None
+                request = Request(prompt, sampling, listener, constraint)
                 self.choices.append(Choice(index, request, tokens, plan, echo))
         try:
             engine.submit([choice.request for choice in self.choices])

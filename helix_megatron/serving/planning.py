@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from helix_megatron.inference.request import MAX_SEED, Capacity, Sampling
+from helix_megatron.inference.request import MAX_SEED, Capacity, Constraint, Sampling
 from helix_megatron.serving.api_errors import ApiError, shown
 from helix_megatron.serving.generation import Plan
 from helix_megatron.serving.schema import ChatRequest, CompletionRequest, GenerationRequest
@@ -75,11 +75,13 @@ def plan(
     stop_tokens: frozenset[int],
     capacity: Capacity,
     echoes: Sequence[str] = (),
+    constraint: Callable[[], Constraint] | None = None,
 ) -> Plan:
     """What the engine is asked for these prompts.
 
     Args:
         echoes: the texts of the prompts, where the choices begin with them.
+        constraint: what makes a constraint for each choice.
 
     Raises:
         ApiError: 400.
@@ -97,6 +99,7 @@ def plan(
         echoes=tuple(echoes),
         returned=request.n or 1,
         logprobs=request.alternatives is not None,
+        constraint=constraint,
     )
 
 

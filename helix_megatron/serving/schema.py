@@ -183,6 +183,35 @@ class StreamOptions(_Strict):
     )
 
 
+class ResponseFormat(_Strict):
+    """What an answer must be: any text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, JsonValue] | None = Field(
+        default=None, description="Its `schema` is a JSON Schema; `name`, `strict` change nothing."
+    )
+
+    @property
+    def schema_of_json(self) -> dict[str, Any] | None:
+        """The schema of the answer; None where it may be any text."""
+        if self.type == "text":
+            return None
+        schema = (self.json_schema or {}).get("schema") if self.type == "json_schema" else None
+        return schema if isinstance(schema, dict) else {"type": "object"}
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        wanted = self.type == "json_schema"
+        if wanted != (self.json_schema is not None) or (
+            wanted and not isinstance((self.json_schema or {}).get("schema"), dict)
+        ):
+            raise PydanticCustomError(
+                "json_schema",
+                "json_schema with an object `schema` belongs to type json_schema, and to no other",
+            )
+        return self
+
+
 class GenerationRequest(_Strict):
     """What completions and chat have in common. Null means the default."""
 
@@ -211,6 +240,7 @@ class GenerationRequest(_Strict):
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     ignore_eos: bool | None = Field(
         default=None, description="An extension: go on to max_tokens, whatever the model says."
     )

@@ -17,6 +17,7 @@ from helix_megatron.inference.request import Engine, TemplateLimitError, Tokens
 from helix_megatron.serving.api_errors import ApiError, too_many, unavailable
 from helix_megatron.serving.body import Bodies, Room
 from helix_megatron.serving.generation import Generation, Plan
+from helix_megatron.serving.grammars import Grammars
 from helix_megatron.serving.mailbox import Mailbox
 from helix_megatron.serving.metrics import Metrics
 from helix_megatron.serving.planning import check, check_size, plan, require_model
@@ -46,6 +47,7 @@ class Service:
         self.tokens = tokens
         self.settings = settings
         self.metrics = Metrics(engine)
+        self.grammars = Grammars(tokens, engine.capacity.vocab_size)
         self.created = int(time.time())
         # One thread: not all tokenisers may be called from several at once. Chat templates are not to be relied
         # upon to end, so they do not keep what needs none waiting.
@@ -145,7 +147,12 @@ class Service:
                     one if isinstance(one, str) else await _in_thread(self._texts, self._text, one)
                     for one in wanted
                 ]
-            return request, plan(request, prompts, self.tokens.stop_tokens, capacity, echoes)
+            constraint = None
+            wanted_json = request.response_format and request.response_format.schema_of_json
+            if wanted_json is not None:
+                constraint = await _in_thread(self._texts, self.grammars.constraint, wanted_json)
+            stops = self.tokens.stop_tokens
+            return request, plan(request, prompts, stops, capacity, echoes, constraint)
         except asyncio.CancelledError:
             if self._aborting:
                 raise unavailable(STOPPING) from None
