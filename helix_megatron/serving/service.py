@@ -19,6 +19,7 @@ from helix_megatron.serving.body import Bodies, Room
 from helix_megatron.serving.generation import Generation, Plan
 from helix_megatron.serving.grammars import Grammars
 from helix_megatron.serving.mailbox import Mailbox
+from helix_megatron.serving.messages import Message
 from helix_megatron.serving.metrics import Metrics
 from helix_megatron.serving.planning import check, check_size, plan, require_model
 from helix_megatron.serving.replies import DetokenizeReply, TokenizeReply
@@ -28,7 +29,6 @@ from helix_megatron.serving.schema import (
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
-    Message,
     TokenizeRequest,
     parse,
 )
@@ -54,7 +54,6 @@ class Service:
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="helix-texts")
         self._templates = ThreadPoolExecutor(1, thread_name_prefix="helix-templates")
         self.chat_trouble = ""  # why the last conversation could not be turned into text in time
-        self._keys = [key.encode() for key in settings.api_keys]
         self._generations: set[Generation] = set()
         self._reading = 0
         self._bodies = Bodies(settings.max_bodies_bytes)
@@ -82,24 +81,12 @@ class Service:
             generation.abort(unavailable(STOPPING))
 
     def authorise(self, request: Request) -> None:
-        """Compare the key in constant time, so that its characters cannot be found one by one.
+        """Refuse a request without a valid key.
 
         Raises:
             ApiError: 401.
         """
-        if not self._keys:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1", "replace")
-        known = [hmac.compare_digest(given, valid) for valid in self._keys]
-        if scheme.lower() != "bearer" or not any(known):
-            what = "wrong" if key else "missing"
-            raise ApiError(
-                401,
-                f"The API key is {what}. Send the header: Authorization: Bearer KEY.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        check_key(self.settings.api_keys, request)
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[Room]:
@@ -267,6 +254,30 @@ class Service:
         finally:
             self._generations.discard(generation)
             generation.close()
+
+
+def check_key(keys: Sequence[str], request: Request) -> None:
+    """Compare the key in constant time, so that its characters cannot be found one by one.
+
+    Args:
+        keys: the valid ones; without any, none is asked for.
+
+    Raises:
+        ApiError: 401.
+    """
+    if not keys:
+        return
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    given = key.strip().encode("latin-1", "replace")
+    known = [hmac.compare_digest(given, valid.encode()) for valid in keys]
+    if scheme.lower() != "bearer" or not any(known):
+        what = "wrong" if key else "missing"
+        raise ApiError(
+            401,
+            f"The API key is {what}. Send the header: Authorization: Bearer KEY.",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
 
 async def _in_thread(executor: Executor, work: Callable[..., Result], *arguments: Any) -> Result:
