@@ -24,6 +24,7 @@ from helix_megatron.bench.serve_servers import (
     write_model,
 )
 from helix_megatron.bench.spawn import RANKS, SIZE
+from helix_megatron.errors import HelixError
 from helix_megatron.flags import INPUT_DIRECTORY, OUTPUT_FILE, real, whole
 from helix_megatron.outputs import check_file
 from helix_megatron.run.local_ranks import free_port
@@ -69,8 +70,12 @@ def run(args: argparse.Namespace) -> int:
             port = free_port()
             log = Path(folder, f"{SERVERS.index(server)}.log")
             arguments = command(server, model, port, args.nproc_per_node)
-            with running(arguments, port, log) as url:
-                loads[server] = send(workload, url, model_name(server, model))
+            try:
+                with running(arguments, port, log) as url:
+                    loads[server] = send(workload, url, model_name(server, model))
+            except HelixError:
+                print(_table(loads))  # what the others took minutes for
+                raise
     print(_table(loads))
     equal = _texts_are_equal(loads)
     if equal is not None:

@@ -19,6 +19,7 @@ from helix_megatron.errors import HelixError
 HELIX, WHOLE_PROMPTS, TRANSFORMERS = "helix", "helix, no prefix caching", "transformers"
 SERVERS = (HELIX, WHOLE_PROMPTS, TRANSFORMERS)
 START_SECONDS, STOP_SECONDS = 300.0, 30.0
+MEMORY = 0.1  # of the machine's, for transformers' keys and values; by default it takes nearly all
 TAIL = 1500  # characters of a server's log in an error
 
 
@@ -27,7 +28,7 @@ def command(server: str, model: Path, port: int, ranks: int) -> list[str]:
     if server == TRANSFORMERS:
         module = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
         flags = f"--host 127.0.0.1 --port {port} --continuous-batching --dtype float32"
-        return [*module, *flags.split()]
+        return [*module, *flags.split(), "--cb-max-memory-percent", str(MEMORY)]
     name = model_name(server, model)
     flags = f"--port {port} --nproc-per-node {ranks} --model-name {name} --dtype fp32"
     more = ["--no-prefix-caching"] if server == WHOLE_PROMPTS else []

@@ -202,19 +202,27 @@ class Engine:
         for sequence in self._scheduler.running:
             if sequence.reads_prompt and sequence.number in ends:
                 self._read_prompt(sequence, logits, ends[sequence.number], plan)
-        if not wanted:
+        places: dict[Running, Place] = {}
+        for s in wanted:
+            try:
+                allowed = _allowed(s, logits.size(1))
+                places[s] = Place(s.sampling, s.generated, s.tokens, allowed)
+            except HelixError as error:
+                self._lose(s, str(error))
+        if not places:
             return
-        places = [
-            Place(s.sampling, s.generated, s.tokens, _allowed(s, logits.size(1))) for s in wanted
-        ]
-        rows = [ends[sequence.number] - 1 for sequence in wanted]
-        chosen = sample(logits if len(rows) == len(logits) else logits[rows], places)
-        for sequence, choice in zip(wanted, chosen, strict=True):
+        rows = [ends[sequence.number] - 1 for sequence in places]
+        chosen = sample(logits if len(rows) == len(logits) else logits[rows], [*places.values()])
+        for sequence, choice in zip(places, chosen, strict=True):
             if choice is None:
-                self._scheduler.remove(sequence)
-                self._end(sequence, Output(reason="error", error=NOT_FINITE))
+                self._lose(sequence, NOT_FINITE)
             else:
                 self._give(sequence, choice)
+
+    def _lose(self, sequence: Running, error: str) -> None:
+        """End a sequence that cannot go on; the others are not concerned."""
+        self._scheduler.remove(sequence)
+        self._end(sequence, Output(reason="error", error=error))
 
     def _read_prompt(self, sequence: Running, logits: Tensor, end: int, plan: StepPlan) -> None:
         """Take the log-probabilities of the prompt's tokens that follow those of this step."""
@@ -234,8 +242,12 @@ class Engine:
         first = not sequence.generated
         reason = self._scheduler.give(sequence, choice.token)
         constraint = sequence.request.constraint
-        if constraint is not None and reason != "stop" and constraint.accept(choice.token):
-            reason = "stop"
+        if constraint is not None and reason != "stop":
+            try:
+                reason = "stop" if constraint.accept(choice.token) else reason
+            except HelixError as error:
+                self._lose(sequence, str(error))
+                return
         output = Output(
             (choice.token,),
             reason,

@@ -112,10 +112,18 @@ class Constraint(Protocol):
     """What a text must be, told token by token. Each text has its own."""
 
     def allowed(self, size: int) -> np.ndarray:
-        """Which of the `size` tokens may come next: bool [size]."""
+        """Which of the `size` tokens may come next: bool [size], at least one.
+
+        Raises:
+            HelixError: none may.
+        """
 
     def accept(self, token: int) -> bool:
-        """Take the token that was chosen; whether the text is complete and cannot go on."""
+        """Take the token that was chosen; whether the text is complete and cannot go on.
+
+        Raises:
+            HelixError: the token was not allowed.
+        """
 
 
 _numbers = itertools.count(1)

@@ -70,8 +70,7 @@ def sample(logits_BV: Tensor, places: Sequence[Place]) -> list[Chosen | None]:
         return [Chosen(token) if token >= 0 else None for token in tokens_B.tolist()]
     rows_b = _index(list(asked), logits_BV.device)
     packed_bK = _packed_logprobs(logits_BV[rows_b], tokens_B[rows_b], max(asked.values()))
-    columns = torch.zeros(len(places), 1 + packed_bK.size(1), dtype=torch.float64)
-    columns = columns.to(logits_BV.device)
+    columns = packed_bK.new_zeros(len(places), 1 + packed_bK.size(1))
     columns[:, 0] = tokens_B
     columns[rows_b, 1:] = packed_bK
     return [

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, takewhile
 
 import numpy as np
 
@@ -152,7 +153,8 @@ class Scheduler:
         """Let sequences in, first come, first served, while all their tokens so far have pages."""
         while self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            member = self.book.place(sequence.tokens, self._promised())
+            shares = not sequence.reads_prompt
+            member = self.book.place(sequence.tokens, self._promised(), shares=shares)
             if member is None:
                 return
             self.waiting.popleft()
@@ -194,11 +196,11 @@ class Scheduler:
         length = sequence.computed + count
         while not self.book.grow(sequence.number, length):
             short = self.book.short(sequence.number, length)
-            last = next(
-                s
-                for s in reversed(self.running)
-                if s is sequence or self.book.would_free(s.number, short)
-            )
+            younger = list(takewhile(lambda s: s is not sequence, reversed(self.running)))
+            # Pages that only younger ones share are free when all of these are gone.
+            alone = (s for s in younger if self.book.would_free(s.number, short))
+            holding = (s for s in younger if any(self.book.pages(s.number, m) for m in short))
+            last = next(chain(alone, holding), sequence)
             self._preempt(last)
             if last is sequence:
                 return False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -37,16 +38,11 @@ class Grammars:
             HelixError: the schema is none, or uses what llguidance cannot do; or llguidance is not installed.
         """
         library, tokenizer = self._library, self._tokenizer
-        try:
+        with refused("the schema of response_format cannot be used"):
             grammar = library.LLMatcher.grammar_from_json_schema(json.dumps(schema), LAYOUT)
             problem = library.LLMatcher.validate_grammar(grammar, tokenizer)
-        except ValueError as error:
-            problem = str(error)
-        if problem:
-            raise HelixError(
-                f"the schema of response_format cannot be used: {problem.strip().splitlines()[0]:.300}. Valid: "
-                "JSON Schema as llguidance takes it."
-            )
+            if problem:
+                raise ValueError(problem)
         return partial(JsonConstraint, library, tokenizer, grammar)
 
     @cached_property
@@ -66,6 +62,21 @@ class Grammars:
         return self._library.LLTokenizer(
             self._library.TokenizerWrapper(_Vocabulary(self._tokens, self._size))
         )
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Inside the block what llguidance refuses, or fails at, is a `HelixError`."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of a Rust library derives from BaseException, so that nobody takes it for an ordinary one.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise HelixError(
+            f"{what}: {lines[0]:.300}. Valid: JSON Schema as llguidance takes it."
+        ) from error
 
 
 class _Vocabulary:
@@ -100,15 +111,21 @@ class JsonConstraint:
         self._end = tokenizer.eos_token
 
     def allowed(self, size: int) -> np.ndarray:
-        return self._bits()[:size]
+        with refused("the text cannot go on as JSON of its schema"):
+            found = self._bits()[:size]
+            if not found.any():
+                raise ValueError("no token of the model continues it")
+            return found
 
     def accept(self, token: int) -> bool:
-        self._matcher.consume_token(token)
-        if self._matcher.is_stopped():
-            return True
-        others = self._bits()
-        others[self._end] = False
-        return not others.any()
+        with refused("the text is no JSON of its schema"):
+            if not self._matcher.consume_token(token):
+                raise ValueError(self._matcher.get_error())
+            if self._matcher.is_stopped():
+                return True
+            others = self._bits()
+            others[self._end] = False
+            return not others.any()
 
     def _bits(self) -> np.ndarray:
         mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)

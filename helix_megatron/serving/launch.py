@@ -11,7 +11,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from helix_megatron.errors import HelixError, counted
 from helix_megatron.inference.command import say
@@ -38,12 +39,18 @@ def serve_replicas(
         ranks: of each.
 
     Raises:
-        HelixError: ranks of a launcher, which cannot start replicas.
+        HelixError: ranks of a launcher, which cannot start replicas; or too few GPUs for all of them.
     """
     if "RANK" in os.environ:
         raise HelixError(
             "--data-parallel-size starts replicas on this machine, and a launcher has started ranks already. "
             "Leave out the launcher, and give --nproc-per-node."
+        )
+    gpus = _gpus()
+    if gpus and len(gpus) < replicas * ranks:
+        raise HelixError(
+            f"{counted(replicas, 'replica')} of {counted(ranks, 'rank')} need {replicas * ranks} GPUs, and "
+            f"{len(gpus)} are visible. Give --data-parallel-size up to {len(gpus) // ranks}, or fewer ranks."
         )
     allow_many_connections()
     listener = listen(settings.host, settings.port)
@@ -52,7 +59,12 @@ def serve_replicas(
         signal.signal(number, lambda number, _: asked.append(number))
     state = Replicas([Replica(number, free_port()) for number in range(replicas)])
     listening, writing = os.pipe()  # it closes with this process, and the replicas end
-    processes = [_start(replica, arguments, ranks, listening) for replica in state.all]
+    processes = []
+    for replica in state.all:
+        first = replica.number * ranks
+        own = {GPUS: ",".join(gpus[first : first + ranks])} if gpus else {}
+        environment = os.environ | own | {PARENT: str(listening)}
+        processes.append(_start(replica, arguments, environment, listening))
     try:
         server = Server(make_front(state, settings), listener, 2 * settings.max_open_requests)
         port = server.start()
@@ -71,17 +83,21 @@ def serve_replicas(
         os.close(writing)
 
 
+def _gpus() -> list[str]:
+    """The GPUs that processes of this machine may use; none where it has none."""
+    if GPUS in os.environ:
+        return [name for name in os.environ[GPUS].split(",") if name.strip()]
+    return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
 def _start(
-    replica: Replica, arguments: Sequence[str], ranks: int, listening: int
+    replica: Replica, arguments: Sequence[str], environment: Mapping[str, str], listening: int
 ) -> subprocess.Popen[str]:
-    """A replica with GPUs of its own, where there are any; what it says gets its number in front."""
-    visible = os.environ.get(GPUS)
-    first = replica.number * ranks
-    known = visible.split(",") if visible else [str(n) for n in range(first + ranks)]
+    """Start a replica; what it says gets its number in front."""
     own = f"--data-parallel-size 1 --host {HOST} --port {replica.port}".split()
     process = subprocess.Popen(
         [sys.executable, "-m", "helix_megatron.cli", "serve", *arguments, *own],
-        env=os.environ | {PARENT: str(listening), GPUS: ",".join(known[first : first + ranks])},
+        env=environment,
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         pass_fds=(listening,),

@@ -96,7 +96,14 @@ def check(found: list[TokenLogprobs], wanted: torch.Tensor, tokens: list[int], t
         assert all(value == pytest.approx(row[t].item(), abs=FP32) for t, value in one.top)
 
 
-@pytest.mark.parametrize("cache", ["batch", "sequence", "segment"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        "batch",
+        pytest.param("sequence", marks=pytest.mark.full("inference")),
+        pytest.param("segment", marks=pytest.mark.full("inference")),
+    ],
+)
 def test_logprobs_of_prompt_and_output(pool, checkpoint, cache):
     """Of every token, and of the likeliest ones; the same for a prompt whose pages are another one's."""
     count = 10

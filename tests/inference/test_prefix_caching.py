@@ -122,7 +122,9 @@ def test_nobody_reads_what_is_not_its_own(members, dealt, asked, chunk, most, da
             unwanted = data.draw(st.sampled_from([*scheduler.running, *scheduler.waiting]))
             scheduler.remove(unwanted)
             gone.add(unwanted)
+        oldest = scheduler.running[:1]
         plan, wanted = scheduler.plan()
+        assert oldest == scheduler.running[:1] or not oldest, "the oldest is never preempted"
         memory.step(StepPlan.decode(plan.encode()), tokens)
         check_pools(book, {each.number for each in scheduler.running})
         for each in wanted:

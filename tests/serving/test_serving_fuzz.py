@@ -50,6 +50,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"ignore_eos": True},
     {"user": "me", "metadata": {}},
     {"logit_bias": {}, "presence_penalty": 0},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
     {"logit_bias": {"5": -3.5}, "frequency_penalty": 1.5, "repetition_penalty": 1.1, "min_p": 0.1},
 ]
 NASTY: list[Any] = [

@@ -67,6 +67,16 @@ def test_random_logits_give_json(vocabulary, seed):
     assert is_person(json.loads(bytes(text)))
 
 
+def test_a_text_that_cannot_go_on_is_an_error():
+    """A token that is not allowed, and a vocabulary without what the schema needs: both in words."""
+    constraint = Grammars(ByteTokens(257), 257).constraint(PERSON)()
+    with pytest.raises(HelixError, match="the text is no JSON of its schema"):
+        constraint.accept(ord("x"))
+    constraint = Grammars(ByteTokens(257), 257).constraint(PERSON)()
+    with pytest.raises(HelixError, match="no token of the model continues it"):
+        constraint.allowed(ord("{"))
+
+
 def constrained(request: Request) -> Iterator[int]:
     """As the engine does: any token that is allowed, and the end when the text is complete."""
     source = random.Random(1)
@@ -110,6 +120,10 @@ def test_a_client_gets_json():
         ),
         (
             {"type": "json_schema", "json_schema": {"schema": {"not": {"type": "null"}}}},
+            "the schema of response_format cannot be used",
+        ),
+        (  # llguidance 1.9.1 panics when it quotes this
+            {"type": "json_schema", "json_schema": {"schema": {"minimum": "é" * 50}}},
             "the schema of response_format cannot be used",
         ),
     ],

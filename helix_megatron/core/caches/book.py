@@ -113,9 +113,8 @@ class PageBook(PageTables):
                 page = entry.pages[owner][number // self.members if self.dealt else number]
                 self.pools[owner].keep(page)
                 block = self.prefixes.add(progress.last, text, owner, page)
-            progress.last = (
-                block.number
-            )  # where another one has computed the same, this page stays unknown
+            # Where another sequence has computed the same, this one's page stays unknown.
+            progress.last = block.number
             progress.kept += 1
 
     def drop(self, sequence: int) -> None:
@@ -140,7 +139,9 @@ class PageBook(PageTables):
         needed = self._per_member(0, range(self._blocks(length)))
         return all(count <= pool.total for count, pool in zip(needed, self.pools, strict=True))
 
-    def place(self, tokens: Sequence[int], promised: Sequence[int]) -> int | None:
+    def place(
+        self, tokens: Sequence[int], promised: Sequence[int], *, shares: bool = True
+    ) -> int | None:
         """The member where a new sequence should begin; None where there is no room for all its tokens.
 
         It is the one that keeps most of the sequence's beginning, unless it has to attend to more pages than
@@ -148,13 +149,16 @@ class PageBook(PageTables):
 
         Args:
             promised: pages of each member that others will take (`missing`).
+            shares: whether `share` will be called for it.
         """
         room = [pool.available - others for pool, others in zip(self.pools, promised, strict=True)]
         load = list(promised)  # pages to attend to, a shared one as often as it is used
         for entry in self._sequences.values():
             for member, pages in enumerate(entry.pages):
                 load[member] += len(pages)
-        known = [list(self._known(first, tokens)) for first in range(self.members)]
+        known = [
+            list(self._known(first, tokens)) if shares else [] for first in range(self.members)
+        ]
         blocks = range(self._blocks(len(tokens)))
 
         def fits(first: int) -> bool:

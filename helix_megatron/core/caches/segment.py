@@ -41,6 +41,7 @@ class SegmentAttention(StepAttention):
                 self._keys.append(slice(pages[0] * size, pages[0] * size + piece.stop))
             else:
                 self._keys.append(self._index(np.asarray(pages)))
+        self._masks = {window: self._masks_of(window) for window in self.windows}
 
     def attend(
         self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, scale: float, window: Window
@@ -64,14 +65,24 @@ class SegmentAttention(StepAttention):
             purpose="exchange/segment",
         )
         outputs, at = [], 0
-        for piece, keys, own in zip(self._pieces, self._keys, partial, strict=True):
+        masks = self._masks.get(window) or self._masks_of(window)
+        for piece, keys, own, hidden in zip(self._pieces, self._keys, partial, masks, strict=True):
             scores = summed[at : at + own.numel()].view_as(own)
             at += own.numel()
-            if len(piece.tokens) > 1 or window is not None:
-                scores.masked_fill_(_hidden(piece, window, self.device), float("-inf"))
+            if hidden is not None:
+                scores.masked_fill_(hidden, float("-inf"))
             v_SGC = _read(self.cache.v[layer], keys, piece.stop).to(wide)
             outputs.append(torch.einsum("grls,sgc->lgrc", scores.softmax(-1), v_SGC).flatten(1, 2))
         return self._own_heads(torch.cat(outputs).to(q.dtype))
+
+    def _masks_of(self, window: Window) -> list[Tensor | None]:
+        """What is hidden from each piece; None where nothing is."""
+        return [
+            _hidden(piece, window, self.device)
+            if len(piece.tokens) > 1 or window is not None
+            else None
+            for piece in self._pieces
+        ]
 
     def _segments(self, q: Tensor) -> Tensor:
         """This rank's segments [T, H, C] of all queries of the group."""
