@@ -58,6 +58,7 @@ setup(
     extras_require={
         "huggingface": TRANSFORMERS,
         "serve": SERVE,
+        "json": [HOST["llguidance"]],
         "data": [TOKENIZERS],
         "tensorboard": [TENSORBOARD],
         "wandb": ["wandb>=0.19,<1"],
@@ -72,6 +73,7 @@ setup(
             *TRANSFORMERS,
             HOST["deepspeed"],
             *SERVE,
+            HOST["llguidance"],
             "openai>=2,<4",
             "httpx>=0.27,<1",
             "schemathesis>=4.20,<5",

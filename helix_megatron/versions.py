@@ -79,6 +79,7 @@ TESTED = {
         VersionRange("deepspeed", "0.19.0", "0.19.8"),
         VersionRange("safetensors", "0.7.0", "0.8.0"),
         VersionRange("uvicorn", "0.32.0", "0.54.0"),
+        VersionRange("llguidance", "1.9.1", "1.9.1"),
     )
 }
 

@@ -60,7 +60,8 @@ from helix_megatron.core.caches.pages import Piece  # noqa: E402
 from helix_megatron.graph.without_data import new_process  # noqa: E402
 from helix_megatron.inference.megatron_runner import MegatronRunner  # noqa: E402
 from helix_megatron.inference.request import Sampling  # noqa: E402
-from helix_megatron.inference.sampler import sample  # noqa: E402
+from helix_megatron.inference.runner import make_book  # noqa: E402
+from helix_megatron.inference.sampler import Place, sample  # noqa: E402
 from helix_megatron.inference.step import StepPlan  # noqa: E402
 from helix_megatron.megatron.initialize import weights_not_drawn  # noqa: E402
 from helix_megatron.training.arguments import parse_args  # noqa: E402
@@ -278,16 +279,20 @@ def infer(watch: Watch, flags: str, cache: str) -> None:
         )
         for layer in model.decoder.layers:
             watch.inside_module(layer.self_attention, "layer")
-        members = runner.book.members
+        book = make_book(cache, runner.members, 64, 16)
+        for number in range(len(lengths)):
+            book.add(number, number % book.members)
         for decoding in (False, True):
+            for number, length in enumerate(lengths):
+                assert book.grow(number, length + decoding)
             pieces = tuple(
                 Piece(
                     sequence=number,
                     start=length if decoding else 0,
                     tokens=np.zeros(1 if decoding else length, dtype=np.int64),
-                    member=number % members,
-                    expected=64,
-                    wanted=True,
+                    member=number % book.members,
+                    pages=book.tell(number),
+                    wanted=1,
                 )
                 for number, length in enumerate(lengths)
             )
@@ -299,7 +304,7 @@ def infer(watch: Watch, flags: str, cache: str) -> None:
                         Sampling(temperature=0),
                         Sampling(temperature=0.7, top_k=5, seed=1),
                     )
-                    sample(logits, [greedy, warm] * 2, [0] * 4)
+                    sample(logits, [Place(greedy), Place(warm)] * 2)
 
 
 def faults(watch: Watch) -> None:

@@ -24,6 +24,7 @@ from helix_megatron.inference.request import (
     Request,
     Stats,
     StoppingError,
+    TokenLogprobs,
 )
 from helix_megatron.inference.tokens import ByteStream, ByteTokens
 from helix_megatron.serving import server as server_module
@@ -228,12 +229,27 @@ class FakeEngine:
             reason = "stop"
         elif count + 1 == request.sampling.max_tokens:
             reason = "length"
+        sampling, prompt = request.sampling, request.prompt
+        output = Output(
+            (token,),
+            reason,
+            logprobs=() if sampling.logprobs is None else (logprobs(token, sampling.logprobs),),
+            prompt_logprobs=()
+            if count or sampling.prompt_logprobs is None
+            else tuple(logprobs(one, sampling.prompt_logprobs) for one in prompt[1:]),
+            shared=0 if count else len(prompt) // 4,
+        )
         if reason is None:
             self._running[request] = (tokens, count + 1)
-            return Output((token,))
-        del self._running[request]
-        self._changed.notify_all()
-        return Output((token,), reason)
+        else:
+            del self._running[request]
+            self._changed.notify_all()
+        return output
+
+
+def logprobs(token: int, top: int) -> TokenLogprobs:
+    """Made up: a token is likelier the smaller it is, and the likeliest tokens are the first letters."""
+    return TokenLogprobs(token, -token / 100, tuple((97 + n, -(97 + n) / 100) for n in range(top)))
 
 
 @dataclass(frozen=True)

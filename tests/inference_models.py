@@ -6,8 +6,11 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from helix_megatron.core.caches.book import PageBook
+from helix_megatron.core.caches.pages import Piece
 from helix_megatron.inference.request import Capacity, Output, Request, Sampling
 
 # Weights so large that the most likely token leads by far more than rounding can change.
@@ -54,6 +57,7 @@ def make_engine(
     max_sequences: int = 64,
     max_waiting: int = 1000,
     prefill_chunk: int = 32,
+    shares: bool = True,
 ) -> tuple[Any, Any]:
     """(runner, engine) of this rank; the engine is None but on rank 0."""
     import torch.distributed as dist
@@ -76,10 +80,26 @@ def make_engine(
     )
     if dist.get_rank():
         return runner, None
-    book = make_book(cache, runner.book.members, pages, page_size)
+    book = make_book(cache, runner.members, pages, page_size, shares=shares)
     scheduler = Scheduler(book, max_sequences, prefill_chunk)
     capacity = Capacity(VOCABULARY, max_context, max_sequences, max_waiting)
     return runner, Engine(runner, scheduler, capacity)
+
+
+def book_of(runner: Any, pages: int) -> PageBook:
+    """A book for steps that a test makes by hand; the same calls give the same pages on every rank."""
+    tables = runner.tables[0]
+    return PageBook(tables.members, pages, tables.page_size, dealt=tables.dealt)
+
+
+def piece_of(book: PageBook, number: int, start: int, tokens: Any, wanted: int = 1) -> Piece:
+    """The next tokens of a sequence, with pages for them."""
+    member = number % book.members
+    if number not in book:
+        book.add(number, member)
+    assert book.grow(number, start + len(tokens)), "the test has too few pages"
+    tokens = np.asarray(tokens, dtype=np.int64)
+    return Piece(number, start, tokens, member, book.tell(number), wanted)
 
 
 class Collected:
@@ -112,7 +132,7 @@ def generate(
     runner, engine = make_engine(text, world_size, cache, **options)
     if engine is None:
         follow(runner)
-        return {"left": runner.book.used}
+        return {"left": len(runner.tables[0])}
     collected = [Collected() for _ in asked]
     engine.submit(
         [

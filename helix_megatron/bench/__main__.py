@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from helix_megatron.arguments import Parser, exit_on_error
-from helix_megatron.bench import attention, convert, decode, layouts, traffic
+from helix_megatron.bench import attention, convert, decode, layouts, serve, traffic
 from helix_megatron.bench.result_file import PROGRAM
 from helix_megatron.flags import OUTPUT_TEXT
 from helix_megatron.outputs import check_file, results_alone
 
-SUBCOMMANDS = (layouts, attention, decode, convert, traffic)
+SUBCOMMANDS = (layouts, attention, decode, serve, convert, traffic)
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:

@@ -23,14 +23,15 @@ from helix_megatron.bench.decode_case import (
 )
 from helix_megatron.bench.timing import interleaved
 from helix_megatron.core.caches import WHOLE_HEADS
-from helix_megatron.core.caches.pages import PageBook
+from helix_megatron.core.caches.book import PageBook
+from helix_megatron.core.caches.pages import Piece
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.core.meter import EXCHANGE, measure
 from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.megatron_runner import MegatronRunner
-from helix_megatron.inference.runner import books_of, make_book
-from helix_megatron.inference.step import Piece, StepPlan
+from helix_megatron.inference.runner import make_book
+from helix_megatron.inference.step import StepPlan
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.model import build_chunk, transformer_config
@@ -145,22 +146,25 @@ class Paged:
         }
         pages = _pages_needed(case, cache, self.layout.segments)
         self.runner = MegatronRunner(model, self.layout, cache=cache, pages=pages, **sizes)
-        (self.book,) = books_of(self.runner.book)  # layers without windows
-        self.me = self.runner.attentions[0].me if self.book.members > 1 else 0
+        (self.tables,) = self.runner.tables  # layers without windows
+        self.me = self.runner.attentions[0].me if self.tables.members > 1 else 0
         for layer in model.decoder.layers:
             if self.gathers:
                 _label_gather(layer.self_attention.inner)
         self.plan = StepPlan(pieces=tuple(map(self._piece, range(case.sequences))))
-        _grow(self.book, case)
+        book = _book(cache, self.layout.segments, pages, case)
+        for sequence in range(case.sequences):
+            self.tables.add(sequence, sequence % book.members)
+            self.tables.extend(sequence, book.blocks(sequence))
 
     @property
     def cache_bytes(self) -> int:
         return self.runner.cache.nbytes
 
     def fill(self, layer: int, sequence: int, whole: Whole) -> None:
-        positions = self.book.positions(sequence, self.me, self.case.context - 1)
+        positions = self.tables.positions(sequence, self.me, self.case.context - 1)
         if len(positions):
-            slots = torch.from_numpy(self.book.slots(sequence, self.me, positions))
+            slots = torch.from_numpy(self.tables.slots(sequence, self.me, positions))
             parts = (part[torch.from_numpy(positions)] for part in (whole.turned, whole.v))
             self.runner.cache.write(layer, slots, *map(self._own, parts))
 
@@ -182,8 +186,7 @@ class Paged:
 
     def _piece(self, sequence: int) -> Piece:
         token, last = np.asarray([_token(sequence)]), self.case.context - 1
-        member = sequence % self.book.members
-        return Piece(sequence, last, token, member, self.case.context, wanted=True)
+        return Piece(sequence, last, token, sequence % self.tables.members, wanted=1)
 
 
 class StockStatic:
@@ -255,15 +258,18 @@ def _label_gather(attention: Any) -> None:
 def _pages_needed(case: DecodeCase, cache: str, members: int) -> int:
     """Pages of the fullest pool, found in books that are large enough."""
     blocks = -(-case.context // PAGE_SIZE)
-    (book,) = books_of(make_book(cache, members, case.sequences * blocks, PAGE_SIZE))
-    _grow(book, case)
+    book = _book(cache, members, case.sequences * blocks, case)
     return max(pool.total - pool.free for pool in book.pools)
 
 
-def _grow(book: PageBook, case: DecodeCase) -> None:
+def _book(cache: str, members: int, pages: int, case: DecodeCase) -> PageBook:
+    """With the pages of all sequences."""
+    book = make_book(cache, members, pages, PAGE_SIZE)
+    assert isinstance(book, PageBook)  # layers without windows
     for sequence in range(case.sequences):
         book.add(sequence, sequence % book.members, case.context)
         assert book.grow(sequence, case.context), "there are as many pages as are needed"
+    return book
 
 
 def _stock_head(case: DecodeCase, rank: int) -> int:

@@ -148,7 +148,6 @@ def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceCo
     given = {name: options[name] for name in OVERRIDES if name in options}
     notes: list[str] = []
     model = describe.with_overrides(checkpoint, given, notes.append)
-    describe.check_attention(model)
     model, segments = describe.cut_heads(
         checkpoint,
         model,

@@ -46,6 +46,11 @@ class EngineOptions:
         "how many tokens of prompts are computed in one step, beside one token of every other sequence",
         at_most=MOST_NUMBER,
     )
+    no_prefix_caching: bool = setting(
+        False,
+        "compute every prompt whole; without this flag the keys and values of what earlier sequences begin "
+        "with are used again, as long as there is memory to keep them",
+    )
     explain: bool = setting(False, "print the choice of the cache layout and the size of the cache")
 
     def __post_init__(self) -> None:

@@ -17,6 +17,9 @@ import threading
 import time
 from collections.abc import Sequence
 
+import numpy as np
+from torch import Tensor
+
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import (
     MAX_SEED,
@@ -28,7 +31,7 @@ from helix_megatron.inference.request import (
     StoppingError,
 )
 from helix_megatron.inference.runner import Runner
-from helix_megatron.inference.sampler import sample
+from helix_megatron.inference.sampler import Chosen, Place, logprobs_of, sample
 from helix_megatron.inference.scheduler import Running, Scheduler
 from helix_megatron.inference.step import StepPlan, hear, tell
 
@@ -106,9 +109,12 @@ class Engine:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._arrived),
             pages_used=book.used,
-            pages_total=scheduler.book.total,
+            pages_total=book.total,
             cache_bytes_used=sum(used * nbytes for used, nbytes in pages),
+            pages_kept=book.kept,
             preemptions=scheduler.preemptions,
+            prefix_asked_tokens=scheduler.prefix_tokens.asked,
+            prefix_found_tokens=scheduler.prefix_tokens.found,
         )
 
     def stop(self, within: float = math.inf) -> None:
@@ -188,29 +194,75 @@ class Engine:
         self._tell(plan)
         logits = self._runner.run(plan)
         if logits is not None:
-            samplings = [sequence.sampling for sequence in wanted]
-            indices = [sequence.generated for sequence in wanted]
-            tokens = sample(logits, samplings, indices)
-            for sequence, token in zip(wanted, tokens, strict=True):
-                if token is None:
-                    self._scheduler.remove(sequence)
-                    self._end(sequence, Output(reason="error", error=NOT_FINITE))
-                else:
-                    self._give(sequence, token)
+            self._use(logits, plan, wanted)
         self._count(plan, decoding, len(wanted), time.perf_counter() - begin)
+
+    def _use(self, logits: Tensor, plan: StepPlan, wanted: Sequence[Running]) -> None:
+        """Give every sequence what the logits of a step say, the rows of its piece."""
+        ends = dict(zip([piece.sequence for piece in plan.pieces], plan.ends, strict=True))
+        for sequence in self._scheduler.running:
+            if sequence.reads_prompt and sequence.number in ends:
+                self._read_prompt(sequence, logits, ends[sequence.number], plan)
+        places: dict[Running, Place] = {}
+        for s in wanted:
+            try:
+                allowed = _allowed(s, logits.size(1))
+                places[s] = Place(s.sampling, s.generated, s.tokens, allowed)
+            except HelixError as error:
+                self._lose(s, str(error))
+        if not places:
+            return
+        rows = [ends[sequence.number] - 1 for sequence in places]
+        chosen = sample(logits if len(rows) == len(logits) else logits[rows], [*places.values()])
+        for sequence, choice in zip(places, chosen, strict=True):
+            if choice is None:
+                self._lose(sequence, NOT_FINITE)
+            else:
+                self._give(sequence, choice)
+
+    def _lose(self, sequence: Running, error: str) -> None:
+        """End a sequence that cannot go on; the others are not concerned."""
+        self._scheduler.remove(sequence)
+        self._end(sequence, Output(reason="error", error=error))
+
+    def _read_prompt(self, sequence: Running, logits: Tensor, end: int, plan: StepPlan) -> None:
+        """Take the log-probabilities of the prompt's tokens that follow those of this step."""
+        piece = next(piece for piece in plan.pieces if piece.sequence == sequence.number)
+        following = sequence.request.prompt[piece.start + 1 : piece.stop + 1]
+        if piece.start == 0:
+            sequence.prompt_logprobs.clear()  # it was preempted
+        first = end - piece.wanted
+        top = sequence.sampling.prompt_logprobs or 0
+        rows = logits[first : first + len(following)]
+        sequence.prompt_logprobs += logprobs_of(rows, following, top)
 
     def _tell(self, plan: StepPlan) -> None:
         tell(plan, self._runner.group, self._runner.device)
 
-    def _give(self, sequence: Running, token: int) -> None:
-        reason = self._scheduler.give(sequence, token)
+    def _give(self, sequence: Running, choice: Chosen) -> None:
+        first = not sequence.generated
+        reason = self._scheduler.give(sequence, choice.token)
+        constraint = sequence.request.constraint
+        if constraint is not None and reason != "stop":
+            try:
+                reason = "stop" if constraint.accept(choice.token) else reason
+            except HelixError as error:
+                self._lose(sequence, str(error))
+                return
+        output = Output(
+            (choice.token,),
+            reason,
+            logprobs=() if choice.logprobs is None else (choice.logprobs,),
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+            shared=sequence.shared if first else 0,
+        )
         if reason is None:
             with self._lock:  # `fail` may have ended it meanwhile
                 if sequence.request.number in self._sequences:
-                    _say(sequence, Output((token,)))
+                    _say(sequence, output)
             return
         self._scheduler.remove(sequence)
-        self._end(sequence, Output((token,), reason))
+        self._end(sequence, output)
 
     def _end(self, sequence: Running, output: Output) -> None:
         with self._lock:
@@ -240,9 +292,21 @@ class Engine:
             )
         wrong = next((t for t in prompt if not 0 <= t < capacity.vocab_size), None)
         if wrong is not None:
-            raise HelixError(
-                f"token {wrong} does not exist. Valid tokens: 0 to {capacity.vocab_size - 1}."
-            )
+            raise _no_such_token(wrong, capacity)
+        for token, _ in request.sampling.logit_bias:
+            if not 0 <= token < capacity.vocab_size:
+                raise _no_such_token(token, capacity)
+
+
+def _allowed(sequence: Running, vocabulary: int) -> np.ndarray | None:
+    constraint = sequence.request.constraint
+    return None if constraint is None else constraint.allowed(vocabulary)
+
+
+def _no_such_token(token: int, capacity: Capacity) -> HelixError:
+    return HelixError(
+        f"token {token} does not exist. Valid tokens: 0 to {capacity.vocab_size - 1}."
+    )
 
 
 def _say(sequence: Running, output: Output) -> None:

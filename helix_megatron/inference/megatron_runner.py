@@ -23,10 +23,9 @@ from helix_megatron.inference.layer import PagedSelfAttention, layer_windows
 from helix_megatron.inference.runner import (
     Pools,
     Runner,
-    books_of,
     is_local,
     kept_heads,
-    make_book,
+    make_tables,
     rank_layout,
 )
 
@@ -73,13 +72,14 @@ class MegatronRunner(Runner):
             )
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.book = make_book(cache, 1 if local else layout.segments, pages, page_size)
         pools = pages if isinstance(pages, Pools) else Pools(pages)
+        members = 1 if local else layout.segments
+        self.tables = make_tables(cache, members, pools.kinds, page_size)
         kept = kept_heads(layout, cache, local, pools, layer_windows(model.config))
         self.cache = PagedCache(kept, page_size, self.dtype, self.device)
         attention_of = LocalAttention if local else cache_layout(cache).attention
         self.attentions = [
-            attention_of(layout, head_group, book, self.cache) for book in books_of(self.book)
+            attention_of(layout, head_group, tables, self.cache) for tables in self.tables
         ]
         for index, layer in enumerate(model.decoder.layers):
             own = self.attentions[kept[index].kind]

@@ -76,20 +76,6 @@ def with_overrides(checkpoint: Source, given: Mapping[str, Any], note: Note) -> 
     return ModelConfig.from_flags(flags)
 
 
-def check_attention(model: ModelConfig) -> None:
-    """Refuse attention that paged caches cannot compute.
-
-    Raises:
-        HelixError: names the setting.
-    """
-    if model.softmax_type != "vanilla":
-        raise HelixError(
-            f"the model's attention has sinks (softmax_type = {model.softmax_type}), which helix generate and "
-            "helix serve cannot compute. The training script does, and helix_megatron.huggingface cuts such a "
-            "model of transformers."
-        )
-
-
 # ------------------------------------------------------------------------- heads
 
 

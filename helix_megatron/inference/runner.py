@@ -14,8 +14,9 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.core.caches import SEGMENTS, cache_layout
 from helix_megatron.core.caches.attention import StepAttention
+from helix_megatron.core.caches.book import PageBook
 from helix_megatron.core.caches.paged import KeptHeads, PagedCache, Window
-from helix_megatron.core.caches.pages import PageBook, Piece
+from helix_megatron.core.caches.pages import PageTables, Piece
 from helix_megatron.core.caches.windows import BookPair, Reach, WindowBook
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.inference.step import StepPlan
@@ -29,35 +30,41 @@ class Runner(ABC):
     Attributes:
         group: the ranks that hold the model together.
         layout: how heads of the cache lie on them.
-        book, cache: the pages of all members, and this rank's.
-        attentions: of each kind of layers, see `KeptHeads.kind`.
+        tables: which pages sequences have at all members, for each kind of layers, see `KeptHeads.kind`.
+        cache: this rank's pages.
+        attentions: of each kind of layers.
     """
 
     group: ProcessGroup
     layout: HeadLayout
     device: torch.device
     dtype: torch.dtype
-    book: PageBook | BookPair
+    tables: list[PageTables]
     cache: PagedCache
     attentions: list[StepAttention]
+
+    @property
+    def members(self) -> int:
+        """How many members of the head group have pages of their own."""
+        return self.tables[0].members
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor | None:
         """Compute a step.
 
         Returns:
-            On rank 0 of the tensor parallel group the logits of the pieces that want them, [wanted, vocab_size]
-            in at least fp32; None on other ranks, and where no piece does.
+            On rank 0 of the tensor parallel group the logits of the tokens whose are wanted, piece by piece,
+            [wanted, vocab_size] in at least fp32; None on other ranks, and where no piece wants any.
         """
-        self._keep_books(plan)
+        self._keep_tables(plan)
         if not plan.pieces:
             return None
         tokens = np.concatenate([piece.tokens for piece in plan.pieces])
         positions = np.concatenate([np.arange(p.start, p.stop) for p in plan.pieces])
-        ends = np.cumsum([len(piece.tokens) for piece in plan.pieces]) - 1
-        wanted = [end for end, piece in zip(ends, plan.pieces, strict=True) if piece.wanted]
+        ends = np.cumsum([len(piece.tokens) for piece in plan.pieces])
+        wanted = [np.arange(end - p.wanted, end) for end, p in zip(ends, plan.pieces, strict=True)]
         self._prepare(plan.pieces)
-        return self._compute(tokens, positions, np.asarray(wanted, dtype=np.int64))
+        return self._compute(tokens, positions, np.concatenate(wanted))
 
     @abstractmethod
     def _compute(
@@ -78,16 +85,18 @@ class Runner(ABC):
     def _drop(self, sequence: int) -> None:  # noqa: B027 - most models have nothing beside pages
         """Forget what is kept of a sequence beside its pages."""
 
-    def _keep_books(self, plan: StepPlan) -> None:
+    def _keep_tables(self, plan: StepPlan) -> None:
         for sequence in plan.drops:
-            if sequence in self.book:  # it may have come and gone between two steps
-                self.book.drop(sequence)
+            if sequence in self.tables[0]:  # it may have come and gone between two steps
+                for tables in self.tables:
+                    tables.drop(sequence)
                 self._drop(sequence)
         for piece in plan.pieces:
-            if piece.sequence not in self.book:
-                self.book.add(piece.sequence, piece.member, piece.expected)
-            grown = self.book.grow(piece.sequence, piece.stop)
-            assert grown, "rank 0 has asked its own books, which are alike"
+            new = len(piece.pages) // len(self.tables)
+            for kind, tables in enumerate(self.tables):
+                if piece.sequence not in tables:
+                    tables.add(piece.sequence, piece.member)
+                tables.extend(piece.sequence, piece.pages[kind * new : (kind + 1) * new])
 
 
 def rank_layout(layout: HeadLayout, ranks: int) -> HeadLayout:
@@ -129,6 +138,11 @@ class Pools:
     reach: Reach | None = None
 
     @property
+    def kinds(self) -> int:
+        """Kinds of layers that have pages of their own."""
+        return (self.every > 0) + (self.windowed > 0)
+
+    @property
     def text(self) -> str:
         """For people."""
         windowed = f"{self.windowed:,} pages of layers with windows" if self.windowed else ""
@@ -142,18 +156,30 @@ class Pools:
         return self.windowed, int(self.every > 0)
 
 
-def make_book(cache: str, members: int, pages: int | Pools, page_size: int) -> PageBook | BookPair:
-    """The books of a cache layout over `members` ranks of a head group."""
-    placement = cache_layout(cache).placement
-    count, dealt = 1 if placement == "all" else members, placement == "dealt"
+def make_book(
+    cache: str, members: int, pages: int | Pools, page_size: int, *, shares: bool = True
+) -> PageBook | BookPair:
+    """Rank 0's books for a cache layout over `members` ranks of a head group.
+
+    shares: whether sequences that begin alike share pages, where layers keep all that they need for it.
+    """
+    count, dealt = _placement(cache, members)
     pools = pages if isinstance(pages, Pools) else Pools(pages)
-    every = PageBook(count, pools.every, page_size, dealt=dealt)
+    shares = shares and pools.reach is None
+    every = PageBook(count, pools.every, page_size, dealt=dealt, shares=shares)
     if pools.reach is None:
         return every
     windowed = WindowBook(count, pools.windowed, page_size, dealt=dealt, reach=pools.reach)
     return BookPair(every, windowed) if pools.every else windowed
 
 
-def books_of(book: PageBook | BookPair) -> Sequence[PageBook]:
-    """The book of each kind of layers."""
-    return book.books if isinstance(book, BookPair) else (book,)
+def make_tables(cache: str, members: int, kinds: int, page_size: int) -> list[PageTables]:
+    """A rank's tables for a cache layout over `members` ranks of a head group, for each kind of layers."""
+    count, dealt = _placement(cache, members)
+    return [PageTables(count, page_size, dealt=dealt) for _ in range(kinds)]
+
+
+def _placement(cache: str, members: int) -> tuple[int, bool]:
+    """How many members have pages of their own, and whether a sequence's blocks go round them."""
+    placement = cache_layout(cache).placement
+    return 1 if placement == "all" else members, placement == "dealt"

@@ -81,7 +81,9 @@ def start(
     else:
         cache = choose_cache_layout(shape, options.cache_layout, machine, served.caches).name
     pools = _pools(served, element, options, cache, context)
-    book = make_book(cache, 1 if local else layout.segments, pools, options.page_size)
+    members = 1 if local else layout.segments
+    shares = served.shares and not options.no_prefix_caching
+    book = make_book(cache, members, pools, options.page_size, shares=shares)
     if not book.fits(min(context, 2)):
         raise HelixError("the cache has no room for a single token. Give more --cache-memory.")
 
@@ -122,6 +124,7 @@ class ServedModel(ABC):
         caches: the names of the cache layouts that it can have.
         longest: the tokens of the longest sequence that it was made for; None where that is not known.
         bound: why no sequence can be longer than that, as the rest of a sentence; empty where one can.
+        shares: whether pages are all that is kept of a sequence, so that another one can go on from them.
     """
 
     layout: HeadLayout
@@ -129,6 +132,7 @@ class ServedModel(ABC):
     caches: tuple[str, ...]
     longest: int | None
     bound = ""
+    shares = True
 
     @abstractmethod
     def load(self) -> None:
@@ -197,6 +201,7 @@ class TransformersModel(ServedModel):
         self.layout = self.run.described.layout(self.run.world_size, self.run.segments)
         self.local = self.layout.segments == 1
         self.longest = self.run.described.longest
+        self.shares = not self.run.described.recurrent
         self.bound = self.run.described.bound
 
     def load(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,14 +29,20 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(len(piece.tokens) for piece in self.pieces)
 
+    @property
+    def ends(self) -> list[int]:
+        """Behind which row of the logits those of each piece end."""
+        return list(itertools.accumulate(piece.wanted for piece in self.pieces))
+
     def encode(self) -> np.ndarray:
         """int64, the inverse of `decode`."""
         head = [int(self.last), len(self.drops), len(self.pieces)]
         rows = [
-            (p.sequence, p.start, p.member, p.expected, int(p.wanted), len(p.tokens))
+            (p.sequence, p.start, p.member, p.wanted, len(p.pages), len(p.tokens))
             for p in self.pieces
         ]
-        parts = [head, self.drops, *rows, *(p.tokens for p in self.pieces)]
+        lists = [part for p in self.pieces for part in (p.pages, p.tokens)]
+        parts = [head, self.drops, *rows, *lists]
         return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
     @classmethod
@@ -46,10 +53,10 @@ class StepPlan:
         rows = numbers[end : end + 6 * count].reshape(count, 6)
         at = end + 6 * count
         pieces = []
-        for sequence, start, member, expected, wanted, length in rows.tolist():
-            tokens = numbers[at : at + length]
-            pieces.append(Piece(sequence, start, tokens, member, expected, bool(wanted)))
-            at += length
+        for sequence, start, member, wanted, new, length in rows.tolist():
+            pages, tokens = numbers[at : at + new].tolist(), numbers[at + new : at + new + length]
+            pieces.append(Piece(sequence, start, tokens, member, pages, wanted))
+            at += new + length
         return cls(tuple(numbers[3:end].tolist()), tuple(pieces), bool(last))
 
 

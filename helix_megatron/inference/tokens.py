@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,12 +187,26 @@ class _Tokens:
     stop_tokens: frozenset[int]
     _encode: Callable[[str, bool], list[int]]
     _decode: Callable[[list[int]], str]
+    _name_of: Callable[[int], str | None]
+    _anchor: list[int] | None = None
     _front: Sequence[int] = ()
     _template: ChatTemplate | None = None
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         _utf8(text)
         return [*(self._front if begin else ()), *self._encode(text, False)]
+
+    def token_text(self, token: int) -> tuple[str, bytes | None]:
+        # Behind another token, since some decoders take the space in front of a text away.
+        if self._anchor is None:
+            self._anchor = self._encode("a", False)
+        start = len(self._decode(self._anchor))
+        text = self._decode([*self._anchor, token])[start:]
+        if text and UNKNOWN not in text:
+            return text, text.encode(errors="replace")
+        name = self._name_of(token) or ""
+        data = raw_bytes(name) if text else None
+        return (name, None) if data is None else (_as_bytes(data), data)
 
     def chat_text(self, messages: Sequence[dict[str, Any]]) -> str:
         if self._template is None:
@@ -234,6 +249,10 @@ class ByteTokens(_Tokens):
         # What a shell could not decode comes as lone surrogates, which stand for the bytes themselves.
         return list(_utf8(text, "surrogateescape"))
 
+    def token_text(self, token: int) -> tuple[str, bytes | None]:
+        data = bytes([token] if token < BYTES else [])
+        return (data.decode() if token < BYTES // 2 else _as_bytes(data)), data
+
     def decoder(self, after: Sequence[int] = ()) -> TextStream:
         return ByteStream()
 
@@ -271,6 +290,7 @@ class FileTokens(_Tokens):
         by_name = [vocabulary[name] for name in EOD_NAMES if name in vocabulary]
         self.stop_tokens = frozenset(stop_tokens or by_name[:1])
         self._decode = self._backend.decode
+        self._name_of = self._backend.id_to_token
         self._front = front(self._encode)
 
     def _encode(self, text: str, special: bool) -> list[int]:
@@ -318,6 +338,7 @@ class HuggingFaceTokens(_Tokens):
     def _take_up(self, stop_tokens: Collection[int]) -> None:
         """Ask it for all that is needed later, so that a tokenizer of wrong values is found at once."""
         vocabulary = self._tokenizer.get_vocab()
+        self._name_of = self._tokenizer.convert_ids_to_tokens
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         own = self._tokenizer.eos_token_id
         self.stop_tokens = frozenset(stop_tokens) | ({own} if own is not None else set())
@@ -361,6 +382,26 @@ def configured_stops(directory: Path) -> frozenset[int]:
         values = value if isinstance(value, list) else [value]
         found |= {one for one in values if isinstance(one, int) and not isinstance(one, bool)}
     return frozenset(found)
+
+
+def raw_bytes(name: str) -> bytes | None:
+    """The bytes of a token that is a part of a character, by its name in the vocabulary.
+
+    Such tokens are called `<0xE2>`, or have a printable character for each byte, as GPT-2 has them. None for
+    others.
+    """
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", name):
+        return bytes([int(name[3:5], 16)])
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(BYTES) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(BYTES + place): byte for place, byte in enumerate(others)}
+    return bytes(byte_of[c] for c in name) if all(c in byte_of for c in name) else None
+
+
+def _as_bytes(data: bytes) -> str:
+    """What stands for bytes that are no text."""
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data) if data else ""
 
 
 def _utf8(text: str, errors: str = "strict") -> bytes:

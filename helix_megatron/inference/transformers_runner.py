@@ -12,12 +12,15 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.core.caches import cache_layout
 from helix_megatron.core.caches.attention import LocalAttention
+from helix_megatron.core.caches.book import PageBook
 from helix_megatron.core.caches.paged import KeptHeads, PagedCache
 from helix_megatron.core.caches.pages import Piece
+from helix_megatron.core.caches.windows import BookPair
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.forms import SHOWN
-from helix_megatron.inference.runner import Pools, Runner, books_of, make_book
+from helix_megatron.inference.runner import Pools, Runner, make_book, make_tables
+from helix_megatron.inference.step import StepPlan
 from helix_megatron.inference.transformers_attention import INSTEAD, NAME, Asked, Layer, register
 from helix_megatron.inference.transformers_states import States
 from helix_megatron.model.families import CUTTABLE
@@ -54,6 +57,7 @@ class PagedModel:
         self.before = None
         if kind not in CUTTABLE and kind not in SHOWN:
             self.before = self.logits(*_probe())
+        self.recurrent = tuple(recurrent)
         self.states = States(model, recurrent)
         register()
         model.set_attn_implementation(NAME)
@@ -126,22 +130,25 @@ class TransformersRunner(Runner):
     ) -> None:
         self.model, self.layout, self.vocab_size = model, layout, vocab_size
         self.group, self.device, self.dtype = model.group, model.device, model.dtype
-        self.book = make_book(cache, layout.segments, pages, page_size)
-        kept = model.kept(pages if isinstance(pages, Pools) else Pools(pages))
+        pools = pages if isinstance(pages, Pools) else Pools(pages)
+        self.tables = make_tables(cache, layout.segments, pools.kinds, page_size)
+        kept = model.kept(pools)
         self.cache = PagedCache(kept, page_size, self.dtype, self.device)
         attention_of = LocalAttention if layout.segments == 1 else cache_layout(cache).attention
         self.attentions = [
-            attention_of(layout, model.head_group, book, self.cache) for book in books_of(self.book)
+            attention_of(layout, model.head_group, tables, self.cache) for tables in self.tables
         ]
         for layer, asked, own in zip(model.layers, model.asked, kept, strict=True):
             layer.attention = self.attentions[own.kind]
             layer.attention.windows.add(asked.scores.window)
         if model.before is not None:
-            self._check_probe(model.before)
+            book = make_book(cache, layout.segments, pools, page_size)
+            self._check_probe(model.before, book)
 
     def _prepare(self, pieces: Sequence[Piece]) -> None:
         super()._prepare(pieces)
-        self.model.states.begin(pieces)
+        if self.model.recurrent:
+            self.model.states.begin(pieces)
 
     def _drop(self, sequence: int) -> None:
         self.model.states.drop(sequence)
@@ -153,18 +160,17 @@ class TransformersRunner(Runner):
         logits = self.model.logits(tokens, positions, rows)
         return logits[:, : self.vocab_size] if len(wanted) and self.group.rank() == 0 else None
 
-    def _check_probe(self, before: Tensor) -> None:
+    def _check_probe(self, before: Tensor, book: PageBook | BookPair) -> None:
         """Raise unless a step gives the logits that the model gave by itself. Collective."""
         tokens, positions, rows = _probe()
-        piece = Piece(0, 0, tokens, 0, len(tokens), True)
-        self.book.add(0, 0, len(tokens))
-        grown = self.book.grow(0, len(tokens))
-        if not grown:
+        book.add(0, 0)
+        if not book.grow(0, len(tokens)):
             return  # a cache of less than the probe
+        piece = Piece(0, 0, tokens, 0, book.tell(0), len(tokens))
+        self._keep_tables(StepPlan(pieces=(piece,)))
         self._prepare([piece])
         after = self.model.logits(tokens, positions, rows)
-        self.book.drop(0)
-        self._drop(0)
+        self._keep_tables(StepPlan(drops=(0,)))
         error = float((after - before).abs().max() / before.abs().max())
         if not error <= (1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2):
             raise HelixError(

@@ -22,8 +22,21 @@ from helix_megatron.serving.generation import Plan
 from helix_megatron.serving.metrics import Observed
 from helix_megatron.serving.openapi import errors, plain_text, publish, request_body, streamed
 from helix_megatron.serving.planning import require_model
-from helix_megatron.serving.replies import ChatReply, CompletionReply, Health, ModelCard, ModelList
-from helix_megatron.serving.schema import ChatRequest, CompletionRequest
+from helix_megatron.serving.replies import (
+    ChatReply,
+    CompletionReply,
+    DetokenizeReply,
+    Health,
+    ModelCard,
+    ModelList,
+    TokenizeReply,
+)
+from helix_megatron.serving.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from helix_megatron.serving.service import Service
 from helix_megatron.serving.settings import ServerSettings
 from helix_megatron.serving.shapes import ChatShape, CompletionShape, Shape
@@ -46,9 +59,10 @@ def make_app(engine: Engine, tokens: Tokens, settings: ServerSettings) -> FastAP
     app.add_middleware(PlainPaths)
     install_error_handlers(app)
     _add_generation(app, service)
+    _add_tokens(app, service)
     _add_models(app, service)
     _add_operations(app, service)
-    publish(app, [CompletionRequest, ChatRequest])
+    publish(app, [CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest])
     return app
 
 
@@ -124,12 +138,40 @@ async def _collected(service: Service, plan: Plan, started: float, shape: Shape)
             for choice, text in await generation.pieces():
                 texts[choice.index].append(text)
         ended = [
-            ("".join(parts), choice.reason)
-            for parts, choice in zip(texts, generation.choices, strict=True)
+            ("".join(texts[choice.index]), choice.reason, choice.take_entries())
+            for choice in generation.best()
             if choice.reason is not None
         ]
         reply = shape.reply(ended, generation.usage())
     return Response(encoded(reply), media_type="application/json")
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    codes = errors(400, 401, 404, 408, 413, 415, 429, 500, 503)
+
+    @app.post(
+        "/tokenize",
+        dependencies=_key(service),
+        responses=codes,
+        openapi_extra=request_body(TokenizeRequest),
+    )
+    async def tokenize(request: Request) -> TokenizeReply:
+        """The tokens of a text or a conversation, as the model would be given them."""
+        with service.slot() as room:
+            body = await read_body(request, service.settings, room)
+            return await unless_disconnected(service.tokenized(body), request.receive)
+
+    @app.post(
+        "/detokenize",
+        dependencies=_key(service),
+        responses=codes,
+        openapi_extra=request_body(DetokenizeRequest),
+    )
+    async def detokenize(request: Request) -> DetokenizeReply:
+        """The text of tokens."""
+        with service.slot() as room:
+            body = await read_body(request, service.settings, room)
+            return await unless_disconnected(service.detokenized(body), request.receive)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

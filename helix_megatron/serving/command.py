@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from helix_megatron.arguments import exit_on_error
 from helix_megatron.errors import HelixError, counted
-from helix_megatron.flags import INPUT_FILE, add_flags, one_line, values_of
+from helix_megatron.flags import INPUT_FILE, add_flags, one_line, values_of, whole
 from helix_megatron.inference.batching_flags import EngineOptions
 from helix_megatron.inference.command import (
     command_parser,
@@ -39,6 +39,7 @@ FAREWELL_SECONDS = 1.0  # for clients to be told, where there is no more to wait
 GRACE_SECONDS = 5.0  # for the end of what was drained
 GONE = "a process of the server is gone; its log says which."
 UNANSWERED = "the server is stopping, and a process of it does not answer."
+MOST_REPLICAS = 64
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -52,6 +53,15 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "--model-name",
         type=one_line,
         help="the name that clients ask for (default: that of the checkpoint's directory)",
+    )
+    group.add_argument(
+        "--data-parallel-size",
+        type=whole(largest=MOST_REPLICAS),
+        default=1,
+        metavar="N",
+        help="how many replicas are started on this machine behind one address, each with --nproc-per-node "
+        "ranks; what begins alike goes to the same one, and one that dies does not end the others "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--api-key-file",
@@ -70,7 +80,15 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     with exit_on_error(program):
         _check_installed()
         options = build_parser(program).parse_args(arguments)
-        serve = functools.partial(_serve, _settings(options))
+        settings = _settings(options)
+        if options.data_parallel_size > 1:
+            from helix_megatron.serving.launch import serve_replicas
+
+            ranks = options.nproc_per_node or 1
+            return serve_replicas(settings, arguments, options.data_parallel_size, ranks)
+        if "RANK" not in os.environ:
+            end_with_parent()  # of a replica
+        serve = functools.partial(_serve, settings)
         return run_command("serve", options, arguments, serve)
 
 

@@ -21,23 +21,15 @@ IGNORED = frozenset(
     }
 )
 # Field → the values, beside null, with which it changes nothing. Others would change the text, and are refused.
-NEUTRAL: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-}
-NEUTRAL_COMPLETION = NEUTRAL | {"echo": (False,), "logprobs": (), "suffix": ("",)}
-NEUTRAL_CHAT = NEUTRAL | {
+NEUTRAL_COMPLETION: dict[str, tuple[object, ...]] = {"suffix": ("",)}
+NEUTRAL_CHAT: dict[str, tuple[object, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }

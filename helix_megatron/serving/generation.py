@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from helix_megatron.errors import HelixError
-from helix_megatron.inference.request import Engine, Output, Request, Sampling, TextStream, Tokens
+from helix_megatron.inference.request import (
+    Constraint,
+    Engine,
+    Output,
+    Request,
+    Sampling,
+    Tokens,
+)
 from helix_megatron.inference.stop_strings import StopStrings
 from helix_megatron.serving.api_errors import ApiError, from_engine, unavailable
+from helix_megatron.serving.logprobs import Entry, entry
 from helix_megatron.serving.mailbox import Mailbox
 from helix_megatron.serving.metrics import Metrics
-from helix_megatron.serving.replies import Finish, Usage
+from helix_megatron.serving.replies import Finish, PromptTokensDetails, Usage
 
 
 @dataclass(frozen=True)
@@ -24,11 +33,19 @@ class Plan:
         prompts: the token ids of each prompt.
         samplings: how each prompt's choices are sampled. Choices are numbered prompt by prompt.
         stops: the strings that end a choice.
+        echoes: the texts of the prompts, where the choices begin with them.
+        returned: how many choices of each prompt are returned: those whose tokens are likeliest on average.
+        logprobs: whether log-probabilities are returned.
+        constraint: what makes a constraint for each choice, where they have one.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     samplings: tuple[tuple[Sampling, ...], ...]
     stops: tuple[str, ...]
+    echoes: tuple[str, ...] = ()
+    returned: int = 1
+    logprobs: bool = False
+    constraint: Callable[[], Constraint] | None = None
 
 
 # A decoder knows by the end of the prompt whether a space belongs between it and the output.
@@ -41,10 +58,20 @@ class Choice:
     `tokens` counts what was generated, a stop token too; `reason` is None until it has ended.
     """
 
-    def __init__(self, index: int, request: Request, decoder: TextStream, stops: StopStrings):
+    def __init__(
+        self, index: int, request: Request, tokens: Tokens, plan: Plan, echo: str | None
+    ) -> None:
         self.index = index
         self.request = request
         self.tokens = 0
+        self.shared = 0  # tokens of the prompt that were not computed
+        self.logprob = 0.0  # of all its tokens together
+        self._text_of = tokens.token_text
+        self._echo = echo
+        self._gives_logprobs = plan.logprobs
+        self._entries: list[Entry] = []
+        decoder = tokens.decoder(request.prompt[-CONTEXT_TOKENS:])
+        stops = StopStrings(plan.stops)
         self.reason: Finish | None = None
         self.first_token_at = 0.0
         self._decoder = decoder
@@ -60,8 +87,18 @@ class Choice:
             raise ApiError(500, f"The engine failed: {output.error}", code="engine_failure")
         if output.reason == "cancelled":
             raise unavailable("it is stopping, and this request was not finished.")
+        echo = ""
+        if not self.tokens:
+            self.shared = output.shared
+            echo = self._echo or ""
+            if self._echo is not None:
+                self._read_prompt(output)
         self.tokens += len(output.tokens)
         hidden = self.request.sampling.stop_tokens
+        self.logprob += sum(one.logprob for one in output.logprobs)
+        if self._gives_logprobs:
+            shown = [one for one in output.logprobs if one.token not in hidden]
+            self._entries += [entry(one, self._text_of) for one in shown]
         text = self._decoder.add([token for token in output.tokens if token not in hidden])
         if output.reason is not None:
             text += self._decoder.finish()
@@ -71,7 +108,17 @@ class Choice:
         elif output.reason is not None:
             text += self._stops.finish()
             self.reason = output.reason
-        return text
+        return echo + text
+
+    def take_entries(self) -> list[Entry] | None:
+        """The log-probabilities since the last call; None where there are none to give."""
+        entries, self._entries = self._entries, []
+        return entries if self._gives_logprobs else None
+
+    def _read_prompt(self, output: Output) -> None:
+        if self._gives_logprobs:
+            self._entries.append(Entry(self._text_of(self.request.prompt[0]), None))
+            self._entries += [entry(one, self._text_of) for one in output.prompt_logprobs]
 
 
 class Generation:
@@ -99,16 +146,18 @@ class Generation:
         self._started = started
         self._inbox: asyncio.Queue[tuple[int, Output | ApiError]] = asyncio.Queue()
         self._prompt_tokens = sum(map(len, plan.prompts))
+        self._plan = plan
         self.choices: list[Choice] = []
-        for prompt, samplings in zip(plan.prompts, plan.samplings, strict=True):
+        for number, (prompt, samplings) in enumerate(
+            zip(plan.prompts, plan.samplings, strict=True)
+        ):
+            echo = plan.echoes[number] if plan.echoes else None
             for sampling in samplings:
                 index = len(self.choices)
                 listener = mailbox.listener(functools.partial(self._put, index))
-                request = Request(prompt, sampling, listener)
-                stops = StopStrings(plan.stops)
-                self.choices.append(
-                    Choice(index, request, tokens.decoder(prompt[-CONTEXT_TOKENS:]), stops)
-                )
+                constraint = plan.constraint() if plan.constraint else None
+                request = Request(prompt, sampling, listener, constraint)
+                self.choices.append(Choice(index, request, tokens, plan, echo))
         try:
             engine.submit([choice.request for choice in self.choices])
         except HelixError as error:
@@ -150,14 +199,29 @@ class Generation:
         """End it with an error, from the event loop's thread."""
         self._inbox.put_nowait((0, error))
 
+    def best(self) -> list[Choice]:
+        """The choices that are returned, prompt by prompt; of more, the likeliest ones, best first."""
+        found: list[Choice] = []
+        for choices in self._by_prompt():
+            if len(choices) > self._plan.returned:
+                choices.sort(key=lambda choice: -choice.logprob / max(1, choice.tokens))
+            found += choices[: self._plan.returned]
+        return found
+
     def usage(self) -> Usage:
         """The tokens that were read and generated so far."""
         completion = sum(choice.tokens for choice in self.choices)
+        shared = sum(choices[0].shared for choices in self._by_prompt())
         return Usage(
             prompt_tokens=self._prompt_tokens,
             completion_tokens=completion,
             total_tokens=self._prompt_tokens + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=shared),
         )
+
+    def _by_prompt(self) -> list[list[Choice]]:
+        each = len(self._plan.samplings[0])
+        return [self.choices[at : at + each] for at in range(0, len(self.choices), each)]
 
     def _observe(self, choice: Choice, new_tokens: int) -> None:
         now = time.perf_counter()

@@ -88,6 +88,10 @@ class EngineCollector(Collector):
                 stats.waiting,
             ),
             "helix_cache_pages_used": ("Pages of the key-value cache in use.", stats.pages_used),
+            "helix_cache_pages_kept": (
+                "Pages that no sequence uses, kept for those that begin alike.",
+                stats.pages_kept,
+            ),
             "helix_cache_pages": ("Pages of the key-value cache.", stats.pages_total),
             "helix_cache_used_bytes": (
                 "Keys and values in the pages in use, over all ranks.",
@@ -106,6 +110,14 @@ class EngineCollector(Collector):
             "helix_engine_generated_tokens": ("Tokens generated.", stats.generated_tokens),
             "helix_engine_steps": ("Steps of the engine.", stats.steps),
             "helix_engine_step_seconds": ("Time spent in steps.", stats.step_seconds),
+            "helix_prefix_cache_query_tokens": (
+                "Prompt tokens looked for among those of earlier sequences.",
+                stats.prefix_asked_tokens,
+            ),
+            "helix_prefix_cache_hit_tokens": (
+                "Prompt tokens that were found there, and not computed.",
+                stats.prefix_found_tokens,
+            ),
             "helix_engine_preemptions": ("Sequences that gave up their pages.", stats.preemptions),
         }
         for name, (text, value) in gauges.items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from helix_megatron.inference.request import MAX_SEED, Capacity, Sampling
+from helix_megatron.inference.request import MAX_SEED, Capacity, Constraint, Sampling
 from helix_megatron.serving.api_errors import ApiError, shown
 from helix_megatron.serving.generation import Plan
 from helix_megatron.serving.schema import ChatRequest, CompletionRequest, GenerationRequest
@@ -26,14 +26,22 @@ def check(request: GenerationRequest, capacity: Capacity, settings: ServerSettin
         ApiError: 400 or 404.
     """
     require_model(request.model, settings)
-    choices = request.n or 1
-    _at_most("n", choices, settings.max_choices, "Try several requests.")
+    choices = request.choices
+    param = "n" if choices == (request.n or 1) else "best_of"
+    _at_most(param, choices, settings.max_choices, "Try several requests.")
+    for token in request.logit_bias or ():
+        if int(token) >= capacity.vocab_size:
+            raise ApiError(
+                400,
+                f"logit_bias has token {token}. Valid tokens: 0 to {capacity.vocab_size - 1}.",
+                param="logit_bias",
+            )
     if not isinstance(request, CompletionRequest):
         return
     wanted = request.prompts
     _at_most("prompt", len(wanted), settings.max_prompts, "Try several requests.", "prompts")
     _at_most(
-        "n",
+        param,
         choices * len(wanted),
         capacity.max_sequences + capacity.max_waiting,
         "That is what the engine generates and queues at once. Try several requests.",
@@ -66,8 +74,14 @@ def plan(
     prompts: Sequence[Sequence[int]],
     stop_tokens: frozenset[int],
     capacity: Capacity,
+    echoes: Sequence[str] = (),
+    constraint: Callable[[], Constraint] | None = None,
 ) -> Plan:
     """What the engine is asked for these prompts.
+
+    Args:
+        echoes: the texts of the prompts, where the choices begin with them.
+        constraint: what makes a constraint for each choice.
 
     Raises:
         ApiError: 400.
@@ -77,8 +91,16 @@ def plan(
     samplings = []
     for prompt in prompts:
         length = _length(len(prompt), request.length, default, capacity.max_context, param)
-        samplings.append(_samplings(request, request.n or 1, length, stop_tokens))
-    return Plan(tuple(map(tuple, prompts)), tuple(samplings), tuple(request.stops))
+        samplings.append(_samplings(request, length, stop_tokens))
+    return Plan(
+        tuple(map(tuple, prompts)),
+        tuple(samplings),
+        tuple(request.stops),
+        echoes=tuple(echoes),
+        returned=request.n or 1,
+        logprobs=request.alternatives is not None,
+        constraint=constraint,
+    )
 
 
 def require_model(name: str, settings: ServerSettings) -> None:
@@ -113,19 +135,31 @@ def _length(prompt: int, wanted: int | None, default: int, context: int, param: 
 
 
 def _samplings(
-    request: GenerationRequest, choices: int, length: int, stop_tokens: frozenset[int]
+    request: GenerationRequest, length: int, stop_tokens: frozenset[int]
 ) -> tuple[Sampling, ...]:
     """One of each choice. With a seed each has another, or all would be the same text."""
+    logprobs = request.alternatives
+    if logprobs is None and request.choices > (request.n or 1):
+        logprobs = 0  # they tell which are the best
+    echo = isinstance(request, CompletionRequest) and request.echo
+    bias = tuple(sorted((int(token), value) for token, value in (request.logit_bias or {}).items()))
     return tuple(
         Sampling(
             max_tokens=length,
             temperature=1.0 if request.temperature is None else request.temperature,
             top_k=max(request.top_k or 0, 0),
             top_p=1.0 if request.top_p is None else request.top_p,
+            min_p=request.min_p or 0.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            repetition_penalty=request.repetition_penalty or 1.0,
+            logit_bias=bias,
+            logprobs=logprobs,
+            prompt_logprobs=request.alternatives if echo else None,
             seed=None if request.seed is None else (request.seed + choice) & MAX_SEED,
             stop_tokens=frozenset() if request.ignore_eos else stop_tokens,
         )
-        for choice in range(choices)
+        for choice in range(request.choices)
     )
 
 

@@ -27,12 +27,49 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
+class PromptTokensDetails(BaseModel):
+    """How many of the prompts' tokens were not computed, since earlier ones began alike."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of all prompts together; a prompt counts once, however many choices it has."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TokenAlternative(BaseModel):
+    """A token in a chat's answer. `bytes` are those of its text in UTF-8, where they are known."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenEntry(TokenAlternative):
+    """A token that was chosen, and the likeliest ones in its place."""
+
+    top_logprobs: list[TokenAlternative]
+
+
+class ChatLogprobs(BaseModel):
+    """Of the tokens of an answer, or of an event."""
+
+    content: list[TokenEntry]
+    refusal: None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """Of the tokens of a text, or of an event. The first token of a prompt has none."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
 
 
 class _Response(BaseModel):
@@ -48,7 +85,7 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: Finish | None
 
 
@@ -73,7 +110,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: ChatMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: Finish
 
 
@@ -100,6 +137,21 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class TokenizeReply(BaseModel):
+    """The answer of `/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: Omitted[list[str]] = None
+
+
+class DetokenizeReply(BaseModel):
+    """The answer of `/detokenize`."""
+
+    prompt: str
 
 
 class Health(BaseModel):
@@ -129,7 +181,7 @@ class ChatChunkChoice(BaseModel):
 
     index: int
     delta: ChatDelta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: Finish | None
 
 

@@ -5,14 +5,10 @@ Unknown fields are refused, so that a misspelt one is not silently without effec
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     JsonValue,
@@ -20,71 +16,35 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic.json_schema import JsonDict
 from pydantic_core import PydanticCustomError, from_json
 
 from helix_megatron.inference.request import MAX_SEED
 from helix_megatron.serving import fields
 from helix_megatron.serving.api_errors import ApiError, shown
+from helix_megatron.serving.messages import Message
+from helix_megatron.serving.strict import (
+    KINDS,
+    LARGEST_TOKEN,
+    Finite,
+    Strict,
+    Token,
+    TokenList,
+    kind,
+)
 
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256  # what may be held back of a stream, in characters
-LARGEST_TOKEN = 2**31 - 1
+MAX_BIASES = 1024
+MAX_ALTERNATIVES = 20
 
 
-def _publish(schema: JsonDict, model: type[Any]) -> None:
-    """The fields that `fields.complaint` checks are a part of the published schema."""
-    properties = schema["properties"]
-    assert isinstance(properties, dict)
-    properties.update(fields.published(model.neutral, model.ignored))  # type: ignore[arg-type]
-    schema["additionalProperties"] = False
-
-
-class _Strict(BaseModel):
-    """No conversions: "1" is not 1, and true is not 1; but 16.0 is 16, as in JSON Schema."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", json_schema_extra=_publish)
-    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
-    ignored: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_other_fields(cls, values: Any) -> Any:
-        """Before the types: who misspells a required field must not only hear that it is missing."""
-        if not isinstance(values, dict):
-            return values
-        found = fields.complaint(cls.model_fields, values, cls.neutral, cls.ignored)
-        if found:
-            details = {"field": found[0][:80], "message": found[1].removesuffix(".")}
-            raise PydanticCustomError("unsupported", "{message}", details)
-        return {
-            name: int(value) if isinstance(value, float) and value.is_integer() else value
-            for name, value in values.items()
-        }
-
-
-def _kind(value: object) -> str | None:
-    """Which of the union's types a value means, by its first element: only that one is validated."""
-    if isinstance(value, list):
-        first = value[0] if value else None
-        kinds = {str: "strings", int: "tokens", list: "token lists", dict: "parts"}
-        return kinds.get(type(first))
-    return "string" if isinstance(value, str) else None
-
-
-_KINDS = frozenset(
-    {"string", "strings", "tokens", "token lists", "parts"}
-)  # not fields of a request
-
-Token = Annotated[int, Field(ge=0, le=LARGEST_TOKEN)]
-TokenList = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     Annotated[str, Tag("string")]
     | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("strings")]
     | Annotated[TokenList, Tag("tokens")]
     | Annotated[list[TokenList], Field(min_length=1, fail_fast=True), Tag("token lists")],
     Discriminator(
-        _kind,
+        kind,
         custom_error_type="prompt",
         custom_error_message="Valid: a string, or a list, not empty, of strings, of token ids, or of "
         "lists of token ids",
@@ -95,78 +55,18 @@ Stop = Annotated[
     Annotated[StopString, Tag("string")]
     | Annotated[list[StopString], Field(max_length=MAX_STOPS), Tag("strings")],
     Discriminator(
-        lambda value: "strings" if value == [] else _kind(value),
+        lambda value: "strings" if value == [] else kind(value),
         custom_error_type="stop",
         custom_error_message=f"Valid: a string, or a list of up to {MAX_STOPS} strings",
     ),
 ]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class TextPart(_Strict):
-    """A part of a message."""
-
-    neutral = fields.NEUTRAL_PART
-    ignored = fields.IGNORED_OF_PART
-    type: Literal["text"]
-    text: str
-
-
-Content = Annotated[
-    Annotated[str, Tag("string")]
-    | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("parts")],
-    Discriminator(
-        _kind,
-        custom_error_type="content",
-        custom_error_message="Valid: a string, or a list, not empty, of text parts",
-    ),
+TokenText = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
+LogitBias = Annotated[
+    dict[TokenText, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)
 ]
 
 
-class Message(_Strict):
-    """One turn of a conversation. What templates may look at is passed on to them."""
-
-    neutral = fields.NEUTRAL_MESSAGE
-    ignored = fields.IGNORED_OF_MESSAGE
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = Field(default=None, description="Only an assistant may say nothing.")
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[dict[str, JsonValue]] | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        if self.content is None and self.role != "assistant":
-            raise PydanticCustomError(
-                "no_content", "content is required for role {role}", {"role": self.role}
-            )
-        return self
-
-    def plain(self) -> dict[str, Any]:
-        """As chat templates have it: they know no `developer`, which is OpenAI's new name of `system`."""
-        content = self.content or ""
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        role = "system" if self.role == "developer" else self.role
-        calls = [_with_parsed_arguments(call) for call in self.tool_calls or ()]
-        others = self.model_dump(include={"name", "reasoning_content", "tool_call_id"})
-        others = others | {"tool_calls": calls or None}
-        return {"role": role, "content": content} | {
-            name: value for name, value in others.items() if value is not None
-        }
-
-
-def _with_parsed_arguments(call: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """A call of a tool as templates have it: OpenAI's API has its arguments as JSON in a string."""
-    function = call.get("function")
-    if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
-        with contextlib.suppress(ValueError):
-            return call | {"function": function | {"arguments": from_json(arguments)}}
-    return call
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream holds besides the text."""
 
     include_usage: bool | None = None
@@ -175,7 +75,36 @@ class StreamOptions(_Strict):
     )
 
 
-class GenerationRequest(_Strict):
+class ResponseFormat(Strict):
+    """What an answer must be: any text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, JsonValue] | None = Field(
+        default=None, description="Its `schema` is a JSON Schema; `name`, `strict` change nothing."
+    )
+
+    @property
+    def schema_of_json(self) -> dict[str, Any] | None:
+        """The schema of the answer; None where it may be any text."""
+        if self.type == "text":
+            return None
+        schema = (self.json_schema or {}).get("schema") if self.type == "json_schema" else None
+        return schema if isinstance(schema, dict) else {"type": "object"}
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        wanted = self.type == "json_schema"
+        if wanted != (self.json_schema is not None) or (
+            wanted and not isinstance((self.json_schema or {}).get("schema"), dict)
+        ):
+            raise PydanticCustomError(
+                "json_schema",
+                "json_schema with an object `schema` belongs to type json_schema, and to no other",
+            )
+        return self
+
+
+class GenerationRequest(Strict):
     """What completions and chat have in common. Null means the default."""
 
     ignored = fields.IGNORED
@@ -187,11 +116,23 @@ class GenerationRequest(_Strict):
     top_k: Annotated[int, Field(ge=-1, le=LARGEST_TOKEN)] | None = Field(
         default=None, description="An extension: the k most likely tokens only; 0 or -1: all."
     )
+    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = Field(
+        default=None,
+        description="An extension: tokens at least so probable, of the likeliest one's probability.",
+    )
+    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=100)] | None = Field(
+        default=None,
+        description="An extension: what positive logits of tokens in prompt or text are divided by.",
+    )
+    logit_bias: LogitBias | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Stop | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     ignore_eos: bool | None = Field(
         default=None, description="An extension: go on to max_tokens, whatever the model says."
     )
@@ -199,6 +140,16 @@ class GenerationRequest(_Strict):
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def alternatives(self) -> int | None:
+        """Of how many tokens in each place the log-probability is wanted beside the token's own; None: none."""
+        raise NotImplementedError
+
+    @property
+    def choices(self) -> int:
+        """How many choices of each prompt are generated."""
+        return self.n or 1
 
     @property
     def length(self) -> int | None:
@@ -220,19 +171,38 @@ class CompletionRequest(GenerationRequest):
     neutral = fields.NEUTRAL_COMPLETION
 
     prompt: Prompt
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
-        default=None, description="Not supported: accepted if it equals n."
+        default=None,
+        description="So many are generated, and those n returned whose tokens are likeliest on average.",
     )
 
     @model_validator(mode="after")
-    def _best_of_is_n(self) -> CompletionRequest:
-        if self.best_of not in (None, self.n or 1):
+    def _best_of_at_least_n(self) -> CompletionRequest:
+        best_of, n = self.best_of or self.choices, self.n or 1
+        if best_of < n:
             raise PydanticCustomError(
                 "best_of",
-                "best_of is not supported. Valid: leave it out, or the value of n, {n}",
-                {"n": self.n or 1},
+                "best_of is {best_of}. Valid: at least n, which is {n}",
+                {"best_of": best_of, "n": n},
+            )
+        if best_of > n and self.stream:
+            raise PydanticCustomError(
+                "best_of",
+                "best_of is {best_of}, and the best of them are known when all have ended. Valid with stream "
+                "true: n, which is {n}",
+                {"best_of": best_of, "n": n},
             )
         return self
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def choices(self) -> int:
+        return self.best_of or self.n or 1
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -251,6 +221,8 @@ class ChatRequest(GenerationRequest):
     neutral = fields.NEUTRAL_CHAT
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=LARGEST_TOKEN)] | None = None
 
     @model_validator(mode="before")
@@ -264,6 +236,20 @@ class ChatRequest(GenerationRequest):
     @property
     def length(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _alternatives_of_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError(
+                "top_logprobs",
+                "top_logprobs is {top}. Valid without logprobs true: leave it out, or 0",
+                {"top": self.top_logprobs},
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> ChatRequest:
@@ -279,7 +265,34 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-Body = TypeVar("Body", bound=GenerationRequest)
+class TokenizeRequest(Strict):
+    """The body of `/tokenize`: a text, or a conversation as its chat template writes it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = Field(
+        default=None, description="With what the model wants in front of a text; true by default."
+    )
+    return_token_strs: bool | None = Field(
+        default=None, description="Give the text of each token, too."
+    )
+
+    @model_validator(mode="after")
+    def _one_text(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "Valid: one of prompt and messages")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """The body of `/detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[list[Token], Field(fail_fast=True)]
+
+
+Body = TypeVar("Body", bound=Strict)
 
 
 def parse(body: bytes, model: type[Body], most_messages: int) -> Body:
@@ -320,13 +333,13 @@ def parse(body: bytes, model: type[Body], most_messages: int) -> Body:
         raise _first(error, model) from None
 
 
-def _first(error: ValidationError, model: type[GenerationRequest]) -> ApiError:
+def _first(error: ValidationError, model: type[Strict]) -> ApiError:
     details = error.errors(include_url=False)[0]
     path = ""
     for step in details["loc"]:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step not in _KINDS:
+        elif not path or step not in KINDS:
             path += f".{step}" if path else step
     message = "Valid: a JSON object" if details["type"] == "model_type" else details["msg"]
     if details["type"] == "missing":

@@ -17,14 +17,19 @@ from helix_megatron.inference.request import Engine, TemplateLimitError, Tokens
 from helix_megatron.serving.api_errors import ApiError, too_many, unavailable
 from helix_megatron.serving.body import Bodies, Room
 from helix_megatron.serving.generation import Generation, Plan
+from helix_megatron.serving.grammars import Grammars
 from helix_megatron.serving.mailbox import Mailbox
+from helix_megatron.serving.messages import Message
 from helix_megatron.serving.metrics import Metrics
-from helix_megatron.serving.planning import check, check_size, plan
+from helix_megatron.serving.planning import check, check_size, plan, require_model
+from helix_megatron.serving.replies import DetokenizeReply, TokenizeReply
 from helix_megatron.serving.schema import (
     Body,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     GenerationRequest,
+    TokenizeRequest,
     parse,
 )
 from helix_megatron.serving.settings import ServerSettings
@@ -42,13 +47,13 @@ class Service:
         self.tokens = tokens
         self.settings = settings
         self.metrics = Metrics(engine)
+        self.grammars = Grammars(tokens, engine.capacity.vocab_size)
         self.created = int(time.time())
         # One thread: not all tokenisers may be called from several at once. Chat templates are not to be relied
         # upon to end, so they do not keep what needs none waiting.
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="helix-texts")
         self._templates = ThreadPoolExecutor(1, thread_name_prefix="helix-templates")
         self.chat_trouble = ""  # why the last conversation could not be turned into text in time
-        self._keys = [key.encode() for key in settings.api_keys]
         self._generations: set[Generation] = set()
         self._reading = 0
         self._bodies = Bodies(settings.max_bodies_bytes)
@@ -76,24 +81,12 @@ class Service:
             generation.abort(unavailable(STOPPING))
 
     def authorise(self, request: Request) -> None:
-        """Compare the key in constant time, so that its characters cannot be found one by one.
+        """Refuse a request without a valid key.
 
         Raises:
             ApiError: 401.
         """
-        if not self._keys:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1", "replace")
-        known = [hmac.compare_digest(given, valid) for valid in self._keys]
-        if scheme.lower() != "bearer" or not any(known):
-            what = "wrong" if key else "missing"
-            raise ApiError(
-                401,
-                f"The API key is {what}. Send the header: Authorization: Bearer KEY.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        check_key(self.settings.api_keys, request)
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[Room]:
@@ -135,7 +128,18 @@ class Service:
                 else one
                 for one in wanted
             ]
-            return request, plan(request, prompts, self.tokens.stop_tokens, capacity)
+            echoes = []
+            if isinstance(request, CompletionRequest) and request.echo:
+                echoes = [
+                    one if isinstance(one, str) else await _in_thread(self._texts, self._text, one)
+                    for one in wanted
+                ]
+            constraint = None
+            wanted_json = request.response_format and request.response_format.schema_of_json
+            if wanted_json is not None:
+                constraint = await _in_thread(self._texts, self.grammars.constraint, wanted_json)
+            stops = self.tokens.stop_tokens
+            return request, plan(request, prompts, stops, capacity, echoes, constraint)
         except asyncio.CancelledError:
             if self._aborting:
                 raise unavailable(STOPPING) from None
@@ -148,11 +152,69 @@ class Service:
         if isinstance(request, CompletionRequest):
             return request.prompts, True
         assert isinstance(request, ChatRequest)
-        messages = [message.plain() for message in request.messages]
+        return [await self._conversation(request.messages)], False
+
+    async def _conversation(self, turns: Sequence[Message]) -> str:
+        """The text of a conversation."""
+        messages = [message.plain() for message in turns]
         check_size(sum(len(one["content"]) for one in messages), self.engine.capacity, "messages")
         text = await _in_thread(self._templates, self._chat_text, messages)
         check_size(len(text), self.engine.capacity, "messages")
-        return [text], False
+        return text
+
+    async def tokenized(self, body: bytes) -> TokenizeReply:
+        """The answer to a body of `/tokenize`.
+
+        Raises:
+            ApiError: 400 or 404.
+        """
+        capacity = self.engine.capacity
+        request = await _in_thread(self._texts, parse, body, TokenizeRequest, capacity.max_context)
+        self._require_model(request.model)
+        begin = request.add_special_tokens is not False
+        if request.messages is not None:
+            text, begin = await self._conversation(request.messages), False
+        else:
+            text = request.prompt or ""
+            check_size(len(text), capacity, "prompt")
+        tokens = await _in_thread(self._texts, self.tokens.encode, text, begin)
+        texts = [self.tokens.token_text(token)[0] for token in tokens]
+        return TokenizeReply(
+            count=len(tokens),
+            max_model_len=capacity.max_context,
+            tokens=tokens,
+            token_strs=texts if request.return_token_strs else None,
+        )
+
+    async def detokenized(self, body: bytes) -> DetokenizeReply:
+        """The answer to a body of `/detokenize`.
+
+        Raises:
+            ApiError: 400 or 404.
+        """
+        capacity = self.engine.capacity
+        request = await _in_thread(
+            self._texts, parse, body, DetokenizeRequest, capacity.max_context
+        )
+        self._require_model(request.model)
+        return DetokenizeReply(prompt=await _in_thread(self._texts, self._text, request.tokens))
+
+    def _require_model(self, name: str | None) -> None:
+        if name is not None:
+            require_model(name, self.settings)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens.
+
+        Raises:
+            HelixError: there is no such token.
+        """
+        most = self.engine.capacity.vocab_size
+        wrong = next((token for token in tokens if token >= most), None)
+        if wrong is not None:
+            raise HelixError(f"token {wrong} does not exist. Valid tokens: 0 to {most - 1}.")
+        stream = self.tokens.decoder()
+        return stream.add(tokens) + stream.finish()
 
     def _chat_text(self, messages: list[dict[str, Any]]) -> str:
         try:
@@ -192,6 +254,30 @@ class Service:
         finally:
             self._generations.discard(generation)
             generation.close()
+
+
+def check_key(keys: Sequence[str], request: Request) -> None:
+    """Compare the key in constant time, so that its characters cannot be found one by one.
+
+    Args:
+        keys: the valid ones; without any, none is asked for.
+
+    Raises:
+        ApiError: 401.
+    """
+    if not keys:
+        return
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    given = key.strip().encode("latin-1", "replace")
+    known = [hmac.compare_digest(given, valid.encode()) for valid in keys]
+    if scheme.lower() != "bearer" or not any(known):
+        what = "wrong" if key else "missing"
+        raise ApiError(
+            401,
+            f"The API key is {what}. Send the header: Authorization: Bearer KEY.",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
 
 async def _in_thread(executor: Executor, work: Callable[..., Result], *arguments: Any) -> Result:

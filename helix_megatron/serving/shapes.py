@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
+from helix_megatron.serving.logprobs import Entry, chat_logprobs, completion_logprobs
 from helix_megatron.serving.replies import (
     ChatChoice,
     ChatChunk,
@@ -23,6 +25,8 @@ from helix_megatron.serving.replies import (
     Finish,
     Usage,
 )
+
+Entries = Sequence[Entry] | None  # None where log-probabilities are not given
 
 
 class Shape(ABC):
@@ -40,25 +44,25 @@ class Shape(ABC):
         }
 
     @abstractmethod
-    def choice(self, index: int, text: str, reason: Finish) -> BaseModel:
+    def choice(self, index: int, text: str, reason: Finish, entries: Entries) -> BaseModel:
         """A choice of a whole response."""
 
     @abstractmethod
-    def piece(self, index: int, text: str, reason: Finish | None) -> BaseModel:
+    def piece(self, index: int, text: str, reason: Finish | None, entries: Entries) -> BaseModel:
         """A choice of an event: it adds text, or ends it, or both."""
 
     def opening(self, index: int) -> BaseModel | None:
         """The first event of a choice in a stream, before there is any text."""
         return None
 
-    def reply(self, texts: Sequence[tuple[str, Finish]], usage: Usage) -> BaseModel:
-        """A whole response: the text of each choice, and how it ended."""
+    def reply(self, texts: Sequence[tuple[str, Finish, Entries]], usage: Usage) -> BaseModel:
+        """A whole response: the text of each choice, how it ended, and its log-probabilities."""
         choices = [self.choice(index, *ended) for index, ended in enumerate(texts)]
         return self.whole(**self._common, choices=choices, usage=usage)
 
-    def chunk(self, index: int, text: str, reason: Finish | None) -> BaseModel:
+    def chunk(self, index: int, text: str, reason: Finish | None, entries: Entries) -> BaseModel:
         """An event with a piece of a choice."""
-        return self.event(**self._common, choices=[self.piece(index, text, reason)])
+        return self.event(**self._common, choices=[self.piece(index, text, reason, entries)])
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
         """The event after the last choice ended."""
@@ -70,8 +74,18 @@ class CompletionShape(Shape):
 
     prefix, whole, event = "cmpl", CompletionReply, CompletionChunk
 
-    def choice(self, index: int, text: str, reason: Finish | None) -> BaseModel:
-        return CompletionChoice(index=index, text=text, finish_reason=reason)
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self._offsets: defaultdict[int, int] = defaultdict(int)  # characters of tokens so far
+
+    def choice(
+        self, index: int, text: str, reason: Finish | None, entries: Entries
+    ) -> CompletionChoice:
+        logprobs = None
+        if entries is not None:
+            logprobs = completion_logprobs(entries, self._offsets[index])
+            self._offsets[index] += sum(len(one.token[0]) for one in entries)
+        return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
 
     piece = choice
 
@@ -81,12 +95,15 @@ class ChatShape(Shape):
 
     prefix, whole, event = "chatcmpl", ChatReply, ChatChunk
 
-    def choice(self, index: int, text: str, reason: Finish) -> BaseModel:
-        return ChatChoice(index=index, message=ChatMessage(content=text), finish_reason=reason)
+    def choice(self, index: int, text: str, reason: Finish, entries: Entries) -> BaseModel:
+        message = ChatMessage(content=text)
+        logprobs = None if entries is None else chat_logprobs(entries)
+        return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=reason)
 
-    def piece(self, index: int, text: str, reason: Finish | None) -> BaseModel:
+    def piece(self, index: int, text: str, reason: Finish | None, entries: Entries) -> BaseModel:
         delta = ChatDelta(content=text or None)
-        return ChatChunkChoice(index=index, delta=delta, finish_reason=reason)
+        logprobs = None if entries is None else chat_logprobs(entries)
+        return ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)
 
     def opening(self, index: int) -> BaseModel | None:
         delta = ChatDelta(role="assistant", content="")

@@ -7,16 +7,17 @@ import random
 import numpy as np
 import pytest
 
-from helix_megatron.core.caches.pages import PageBook
-from helix_megatron.core.caches.windows import FREED, BookPair, Reach, WindowBook
+from helix_megatron.core.caches.book import FREED, PageBook
+from helix_megatron.core.caches.pages import PageTables
+from helix_megatron.core.caches.windows import BookPair, Reach, WindowBook
 from helix_megatron.inference.request import Request, Sampling
 from helix_megatron.inference.scheduler import Running, Scheduler
 
 PAGE, BACK, CHUNK = 4, 9, 12
 
 
-def seen_is_there(book: WindowBook, sequence: int, start: int, stop: int) -> None:
-    """Every position that a query of [start, stop) sees has a page at its owner, and no page has two."""
+def seen_is_there(book: PageTables, sequence: int, start: int, stop: int) -> set[tuple[int, int]]:
+    """(member, slot) of every position that a query of [start, stop) sees: each has one of its own."""
     positions = np.arange(max(0, start - BACK), stop)
     slots = []
     for member in range(book.members):
@@ -25,6 +26,7 @@ def seen_is_there(book: WindowBook, sequence: int, start: int, stop: int) -> Non
         assert (places >= 0).all(), "a page that is still seen was freed"
         slots += [(member, place) for place in places.tolist()]
     assert len(set(slots)) == len(positions)
+    return set(slots)
 
 
 @pytest.mark.parametrize(("members", "dealt"), [(1, False), (3, False), (3, True)])
@@ -49,11 +51,9 @@ def test_random_requests_all_end(seed, members, dealt):
     """With preemptions or without, every request gets its tokens, and no step lacks a page that it sees."""
     draw = random.Random(seed)
 
-    def pair() -> BookPair:
-        windowed = WindowBook(members, 12, PAGE, dealt=dealt, reach=Reach(BACK, CHUNK))
-        return BookPair(PageBook(members, 24, PAGE, dealt=dealt), windowed)
-
-    scheduler, mirror = Scheduler(pair(), 6, CHUNK), pair()
+    windowed = WindowBook(members, 12, PAGE, dealt=dealt, reach=Reach(BACK, CHUNK))
+    book = BookPair(PageBook(members, 24, PAGE, dealt=dealt, shares=False), windowed)
+    scheduler, tables = Scheduler(book, 6, CHUNK), PageTables(members, PAGE, dealt=dealt)
     sequences = [
         Running(Request((), Sampling(max_tokens=draw.randint(1, 30)), lambda _: None), None, n, [])
         for n in range(12)
@@ -68,20 +68,21 @@ def test_random_requests_all_end(seed, members, dealt):
             break
         plan, wanted = scheduler.plan()
         for number in plan.drops:
-            if number in mirror:
-                mirror.drop(number)
+            if number in tables:
+                tables.drop(number)
+        seen: set[tuple[int, int]] = set()
         for piece in plan.pieces:
-            if piece.sequence not in mirror:
-                mirror.add(piece.sequence, piece.member, piece.expected)
-            assert mirror.grow(piece.sequence, piece.stop), "other ranks' books are as full"
-            seen_is_there(mirror.books[1], piece.sequence, piece.start, piece.stop)
+            if piece.sequence not in tables:
+                tables.add(piece.sequence, piece.member)
+            new = len(piece.pages) // 2
+            tables.extend(piece.sequence, piece.pages[new:])
+            slots = seen_is_there(tables, piece.sequence, piece.start, piece.stop)
+            assert not seen & slots, "two sequences see one page"
+            seen |= slots
+            assert slots == seen_is_there(windowed, piece.sequence, piece.start, piece.stop)
         for one in wanted:
             if scheduler.give(one, 1):
                 scheduler.remove(one)
     assert scheduler.idle, "a request waits for ever"
     assert all(one.generated == one.sampling.max_tokens for one in sequences)
     assert scheduler.book.used == 0
-    for number in scheduler.last_plan().drops:
-        if number in mirror:
-            mirror.drop(number)
-    assert mirror.used == 0

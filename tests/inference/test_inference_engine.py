@@ -118,9 +118,9 @@ VARIANTS = {
 }
 
 
-def plans(lengths: tuple[int, ...], tokens: list[list[int]], members: int) -> Any:
+def plans(lengths: tuple[int, ...], tokens: list[list[int]], book: Any) -> Any:
     """Steps that compute several sequences together: a prompt in two chunks, then tokens one by one."""
-    from helix_megatron.inference.step import Piece, StepPlan
+    from helix_megatron.inference.step import StepPlan
 
     for step in range(max(map(len, tokens))):
         pieces = []
@@ -129,8 +129,8 @@ def plans(lengths: tuple[int, ...], tokens: list[list[int]], members: int) -> An
             at = step - number
             bounds = [0, first, first + 3, *range(first + 4, len(row) + 1)]
             if 0 <= at < len(bounds) - 1:
-                part = np.asarray(row[bounds[at] : bounds[at + 1]], dtype=np.int64)
-                pieces.append(Piece(number, bounds[at], part, number % members, len(row), True))
+                part = row[bounds[at] : bounds[at + 1]]
+                pieces.append(models.piece_of(book, number, bounds[at], part))
         if pieces:
             yield StepPlan(pieces=tuple(pieces))
 
@@ -144,8 +144,9 @@ def logits_of_steps(
         for attention in runner.attentions:
             attention.gathers_up_to = 1 << 30
     lengths = (5, 1, 19)
+    book = models.book_of(runner, 400)
     found: list[list[Any]] = [[] for _ in lengths]
-    for plan in plans(lengths, models.prompts((30, 24, 40)), runner.book.members):
+    for plan in plans(lengths, models.prompts((30, 24, 40)), book):
         logits = runner.run(plan)
         if logits is not None:
             for piece, row in zip(plan.pieces, logits, strict=True):
@@ -294,7 +295,7 @@ def cancel_some(text: str, world_size: int, cache: str) -> dict[str, Any]:
     runner, engine = models.make_engine(text, world_size, cache)
     if engine is None:
         follow(runner)
-        return {"left": runner.book.used}
+        return {"left": len(runner.tables)}
 
     class Impatient(models.Collected):
         request: Request

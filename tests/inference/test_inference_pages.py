@@ -20,11 +20,12 @@ from helix_megatron.core.caches import (
     choose_cache_layout,
     explain_cache_layout,
 )
-from helix_megatron.core.caches.pages import PageBook
+from helix_megatron.core.caches.book import PageBook
+from helix_megatron.core.caches.pages import Piece
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.inference.request import Output, Request, Sampling
 from helix_megatron.inference.scheduler import Running, Scheduler
-from helix_megatron.inference.step import Piece, StepPlan
+from helix_megatron.inference.step import StepPlan
 
 BOOKS = [(1, False), (3, False), (3, True), (4, True)]  # members, dealt
 
@@ -93,12 +94,13 @@ def test_sequences_get_neighbouring_pages():
 @given(
     st.lists(st.integers(0, 2**40), max_size=4),
     st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(0, 2**31), min_size=1)), max_size=6),
+    st.lists(st.integers(0, 2**31), max_size=3),
     st.booleans(),
 )
-def test_a_plan_arrives_as_it_was_sent(drops, parts, last):
+def test_a_plan_arrives_as_it_was_sent(drops, parts, pages, last):
     """Numbers only; what stands behind them in the buffer is not read."""
     pieces = tuple(
-        Piece(number, start, np.asarray(tokens, dtype=np.int64), start % 3, 77, bool(start % 2))
+        Piece(number, start, np.asarray(tokens, dtype=np.int64), start % 3, pages[number:], start)
         for number, (start, tokens) in enumerate(parts)
     )
     plan = StepPlan(tuple(drops), pieces, last)
@@ -106,7 +108,7 @@ def test_a_plan_arrives_as_it_was_sent(drops, parts, last):
     assert (came.drops, came.last, len(came.pieces)) == (plan.drops, last, len(pieces))
     for one, other in zip(pieces, came.pieces, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
-        for name in ("sequence", "start", "member", "expected", "wanted", "stop"):
+        for name in ("sequence", "start", "member", "pages", "wanted", "stop"):
             assert getattr(one, name) == getattr(other, name)
 
 
@@ -131,7 +133,7 @@ def sequence(number: int, prompt: int, output: int) -> Running:
 )
 def test_every_sequence_is_finished(members, dealt, asked, chunk, most):
     """With little room, preemption included: each position is computed before the next, none is left."""
-    book = PageBook(members, pages=12, page_size=4, dealt=dealt)
+    book = PageBook(members, pages=12, page_size=4, dealt=dealt, shares=False)
     scheduler = Scheduler(book, max_sequences=most, prefill_chunk=chunk)
     everybody = [sequence(n, *sizes) for n, sizes in enumerate(asked)]
     for each in everybody:
@@ -161,7 +163,7 @@ def test_every_sequence_is_finished(members, dealt, asked, chunk, most):
 
 def test_the_first_come_is_never_preempted():
     """The oldest sequence makes progress in every step, so that all end some day."""
-    book = PageBook(1, pages=6, page_size=4, dealt=False)
+    book = PageBook(1, pages=6, page_size=4, dealt=False, shares=False)
     scheduler = Scheduler(book, max_sequences=4, prefill_chunk=8)
     oldest = sequence(0, 4, 20)
     for each in (oldest, sequence(1, 4, 20), sequence(2, 4, 20)):
@@ -178,7 +180,7 @@ def test_the_first_come_is_never_preempted():
 
 def test_only_who_holds_what_is_missing_is_preempted():
     """In the batch layout pages of another member are of no use: nobody is computed anew for nothing."""
-    book = PageBook(2, pages=4, page_size=4, dealt=False)
+    book = PageBook(2, pages=4, page_size=4, dealt=False, shares=False)
     scheduler = Scheduler(book, max_sequences=4, prefill_chunk=32)
     for number in range(
         4
@@ -201,7 +203,7 @@ def test_only_who_holds_what_is_missing_is_preempted():
 
 def test_prompts_of_the_batch_layout_are_shared_out():
     """Keepers work at the same time: two prompts that come together begin at two members, chunk by chunk."""
-    book = PageBook(2, pages=20, page_size=4, dealt=False)
+    book = PageBook(2, pages=20, page_size=4, dealt=False, shares=False)
     scheduler = Scheduler(book, max_sequences=4, prefill_chunk=8)
     for number in range(2):
         scheduler.add(sequence(number, 16, 1))
@@ -252,10 +254,9 @@ def test_only_the_segment_layout_sends_more_for_a_longer_context():
 def cache_bytes(text: str, world_size: int, cache: str, pages: int, count: int) -> tuple[int, int]:
     """(bytes of this rank's pool, largest number of pages in use) after sequences of 61 positions."""
     runner, _ = models.make_engine(text, world_size, cache, pages=pages)
-    tokens = np.zeros(61, dtype=np.int64)
-    pieces = [Piece(n, 0, tokens, n % runner.book.members, 61, True) for n in range(count)]
-    runner.run(StepPlan(pieces=tuple(pieces)))
-    return sum(pool.nbytes for pool in runner.cache.k + runner.cache.v), runner.book.used
+    book = models.book_of(runner, pages)
+    runner.run(StepPlan(pieces=tuple(models.piece_of(book, n, 0, [0] * 61) for n in range(count))))
+    return runner.cache.nbytes, book.used
 
 
 def stock_cache_bytes(text: str, world_size: int, count: int) -> int:
@@ -307,9 +308,8 @@ def bytes_of_a_token(text: str, world_size: int, cache: str, contexts: list[int]
     )
     found = []
     for context in contexts:
-        token = np.zeros(1, dtype=np.int64)
-        members = runner.book.members
-        pieces = [Piece(n, context, token, n % members, longest, True) for n in range(4)]
+        book = models.book_of(runner, pages)
+        pieces = [models.piece_of(book, n, context, [0]) for n in range(4)]
         with measure() as meter:
             runner.run(StepPlan(pieces=tuple(pieces)))
         found.append(meter.bytes(EXCHANGE))

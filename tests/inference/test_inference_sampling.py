@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import inference_models as models
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from helix_megatron.core.caches.paged import KeptHeads, LocalPiece, PagedCache, 
 from helix_megatron.core.kernels.partial import fused_on_cpu, merge, partial_kernel, unfused
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import Sampling
-from helix_megatron.inference.sampler import sample
+from helix_megatron.inference.sampler import Place, logprobs_of, sample
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 DRAWS = 4000
@@ -19,8 +21,12 @@ DRAWS = 4000
 
 def frequencies(sampling: Sampling) -> np.ndarray:
     """Of the tokens that the sampler gives for `LOGITS`, one seed, many places."""
-    tokens = sample(LOGITS.expand(DRAWS, -1), [sampling] * DRAWS, range(DRAWS))
+    tokens = tokens_of(LOGITS.expand(DRAWS, -1), [Place(sampling, n) for n in range(DRAWS)])
     return np.bincount(tokens, minlength=len(LOGITS)) / DRAWS
+
+
+def tokens_of(logits: torch.Tensor, places: list[Place]) -> list[int | None]:
+    return [None if choice is None else choice.token for choice in sample(logits, places)]
 
 
 def expected(temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -50,7 +56,7 @@ def test_greedy_and_sampled_rows_together():
     """Greedy rows take the largest logit, whatever their neighbours do; no temperature overflows."""
     rows = torch.stack([LOGITS, LOGITS.flip(0), LOGITS * 1e4])
     greedy, cold = Sampling(temperature=0), Sampling(temperature=1e-6, seed=1)
-    assert sample(rows, [greedy, greedy, cold], [0, 5, 9]) == [0, 5, 0]
+    assert tokens_of(rows, [Place(greedy), Place(greedy, 5), Place(cold, 9)]) == [0, 5, 0]
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -61,8 +67,10 @@ def test_logits_that_are_no_numbers_harm_their_own_row_only(temperature):
     rows[1, 3] = float("inf")
     rows[2, 0] = float("-inf")
     rows[3] = float("-inf")
-    tokens = sample(rows, [Sampling(temperature=temperature, top_k=1, seed=1)] * 5, range(5))
-    assert tokens == [None, None, 1, None, 0]
+    for logprobs in (None, 2):
+        sampling = Sampling(temperature=temperature, top_k=1, seed=1, logprobs=logprobs)
+        tokens = tokens_of(rows, [Place(sampling, n) for n in range(5)])
+        assert tokens == [None, None, 1, None, 0]
 
 
 @pytest.mark.parametrize(
@@ -74,11 +82,100 @@ def test_logits_that_are_no_numbers_harm_their_own_row_only(temperature):
         ({"top_k": -1}, "top_k is -1. It must be a whole number of at least 0."),
         ({"top_p": 1.5}, "top_p is 1.5. It must be a finite number above 0 and at most 1."),
         ({"seed": -1}, "seed is -1. It must be a whole number of at least 0."),
+        ({"min_p": 2.0}, "min_p is 2.0. It must be a finite number of at least 0 and at most 1."),
+        ({"presence_penalty": 3.0}, "presence_penalty is 3.0. It must be a finite number of at"),
+        (
+            {"repetition_penalty": 0.0},
+            "repetition_penalty is 0.0. It must be a finite number above",
+        ),
     ],
 )
 def test_wrong_sampling_is_refused(wrong, message):
     with pytest.raises(HelixError, match=message):
         Sampling(**wrong)
+
+
+def processed(row: torch.Tensor, sampling: Sampling, prompt: list[int], output: list[int]):
+    """Probabilities by transformers' own processors; OpenAI's penalties, which it has not, by their formula."""
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        SequenceBiasLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    ids = torch.tensor([[*prompt, *output]])
+    bias = [[[token], value] for token, value in sampling.logit_bias]
+    before = LogitsProcessorList([SequenceBiasLogitsProcessor(bias)] if bias else [])
+    before.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    scores = before(ids, row[None].clone())
+    for token in range(len(row)):
+        count = output.count(token)
+        scores[0, token] -= count * sampling.frequency_penalty
+        scores[0, token] -= (count > 0) * sampling.presence_penalty
+    after = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_k:
+        after.append(TopKLogitsWarper(sampling.top_k))
+    after += [TopPLogitsWarper(sampling.top_p), MinPLogitsWarper(sampling.min_p)]
+    return after(ids, scores).softmax(-1)[0]
+
+
+PROCESSED = {
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": -0.7},
+    "repetition": {"repetition_penalty": 1.8},
+    "bias": {"logit_bias": ((0, -100.0), (3, 2.5))},
+    "min-p": {"min_p": 0.3},
+    "all": {
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.3,
+        "logit_bias": ((4, 1.5), (5, 4.0)),
+        "temperature": 0.8,
+        "top_k": 5,
+        "top_p": 0.95,
+        "min_p": 0.05,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PROCESSED)
+def test_logits_are_changed_as_transformers_does(name):
+    """Frequencies of many draws within four standard deviations of the processors' probabilities."""
+    sampling = Sampling(**{"temperature": 1.0, "seed": 5} | PROCESSED[name])
+    prompt, output = [0, 2], [1, 1, 3]
+    wanted = processed(LOGITS.double(), sampling, prompt, output).numpy()
+    seeds = [dataclasses.replace(sampling, seed=seed) for seed in range(DRAWS)]
+    places = [Place(one, len(output), [*prompt, *output]) for one in seeds]
+    found = np.bincount(tokens_of(LOGITS.expand(DRAWS, -1), places), minlength=6) / DRAWS
+    assert not np.allclose(wanted, LOGITS.double().softmax(-1).numpy(), atol=0.01)
+    assert (found[wanted == 0] == 0).all()
+    assert (abs(found - wanted) <= 4 * np.sqrt(wanted * (1 - wanted) / DRAWS) + 1e-12).all()
+    greedy = Place(dataclasses.replace(sampling, temperature=0), 3, [*prompt, *output])
+    assert tokens_of(LOGITS[None], [greedy]) == [int(wanted.argmax())]
+
+
+def test_logprobs_are_those_of_the_model():
+    """Before bias, penalties and temperature; the likeliest first, only as many as each row wants."""
+    rows = torch.stack([LOGITS, LOGITS.flip(0), LOGITS])
+    plain = Sampling(temperature=0)
+    asked = dataclasses.replace(plain, logprobs=2, logit_bias=((3, 100.0),))
+    own = dataclasses.replace(plain, logprobs=0)
+    chosen = sample(rows, [Place(asked), Place(own), Place(plain)])
+    wanted = LOGITS.double().log_softmax(-1)
+    assert [choice.token for choice in chosen if choice] == [3, 5, 0]
+    first, second, third = (choice.logprobs for choice in chosen if choice)
+    assert third is None
+    assert first.logprob == pytest.approx(wanted[3].item(), abs=1e-12)
+    assert [token for token, _ in first.top] == [0, 1]
+    assert [value for _, value in first.top] == pytest.approx(wanted[:2].tolist(), abs=1e-12)
+    assert (second.token, second.top) == (5, ())
+    (given,) = logprobs_of(LOGITS[None], [4], 1)
+    assert given.logprob == pytest.approx(wanted[4].item(), abs=1e-12)
+    assert given.top == ((0, pytest.approx(wanted[0].item(), abs=1e-12)),)
 
 
 # ---------------------------------------------------------------------------- attention

@@ -20,7 +20,6 @@ from test_inference_load import Wide
 from tiny_transformers import BY_FORM, VOCABULARY, tiny_model
 
 from helix_megatron import cli
-from helix_megatron.core.caches.pages import Piece
 from helix_megatron.core.caches.windows import Reach
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.request import Capacity, Request, Sampling
@@ -91,8 +90,8 @@ def generate(family: str, cache: str, pages: Any = 200, m: int | None = None) ->
     used = {"bytes": sum(pool.untyped_storage().nbytes() for pool in pools(runner))}
     if dist.get_rank():
         follow(runner)
-        return used | {"left": runner.book.used}
-    book = make_book(cache, runner.book.members, pages, PAGE)
+        return used | {"left": len(runner.tables[0])}
+    book = make_book(cache, runner.members, pages, PAGE, shares=not runner.model.recurrent)
     engine = Engine(runner, Scheduler(book, 8, 16), Capacity(VOCABULARY, 128, 8, 8))
     heard = [models.Collected() for _ in LENGTHS]
     sampling = Sampling(max_tokens=COUNT, temperature=0)
@@ -171,7 +170,8 @@ def logits_of_steps(family: str) -> dict[str, list[np.ndarray] | None]:
     for cache in CACHES if dist.get_world_size() > 1 else ("batch",):
         runner = make_runner(built(family, torch.float64, **EIGHT), cache)
         rows: list[list[Any]] = [[] for _ in STEPS]
-        for plan in plans(STEPS, prompts((30, 24, 40)), runner.book.members):
+        book = models.book_of(runner, 200)
+        for plan in plans(STEPS, prompts((30, 24, 40)), book):
             with Wide():
                 logits = runner.run(plan)
             for piece, row in zip(plan.pieces, () if logits is None else logits, strict=False):
@@ -217,12 +217,11 @@ def test_absorbed_latents_equal_expanded_ones_in_fp64(pool, family, ranks):
 def bytes_of_latents(cache: str, positions: int, count: int) -> tuple[int, int]:
     """(bytes of this rank's pool, bytes of the pages in use on all ranks) after some sequences."""
     runner = make_runner(built("deepseek_v3", torch.float32), cache, pages=64)
-    tokens = np.ones(positions, dtype=np.int64)
-    members = runner.book.members
-    pieces = [Piece(n, 0, tokens, n % members, positions, True) for n in range(count)]
+    book = models.book_of(runner, 64)
+    pieces = [models.piece_of(book, number, 0, [1] * positions) for number in range(count)]
     runner.run(StepPlan(pieces=tuple(pieces)))
     return sum(p.untyped_storage().nbytes() for p in pools(runner)), (
-        runner.book.used * runner.cache.page_bytes[0]
+        book.used * runner.cache.page_bytes[0]
     )
 
 
@@ -254,9 +253,9 @@ def test_what_latents_cannot_do_is_said():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The directory of a model with alternating windows, sinks and experts; no tokenizer."""
-    directory = tmp_path_factory.mktemp("gpt_oss")
-    tiny_model("gpt_oss").save_pretrained(directory)
+    """The directory of a model with windows, sinks, narrow values and experts; no tokenizer."""
+    directory = tmp_path_factory.mktemp("mimo_v2_flash")
+    tiny_model("mimo_v2_flash").save_pretrained(directory)
     return directory
 
 
@@ -292,7 +291,7 @@ def tokens_from_files(directory: str) -> tuple[list[list[int]], str]:
 def test_a_directory_is_served(pool, saved):
     """A type that conversion does not know is computed by transformers, each rank reading its part."""
     found, notes = pool.run(tokens_from_files, str(saved), world_size=4)[0]
-    assert found == [tokens[:8] for tokens in greedy("gpt_oss")]
+    assert found == [tokens[:8] for tokens in greedy("mimo_v2_flash")]
     assert "computed by the code of transformers, cut for 4 ranks" in notes
     assert "every key-value head is cut into 2 segments" in notes
 
@@ -310,7 +309,7 @@ def test_prompts_and_outputs_as_token_ids(saved, capfd, monkeypatch):
     asked = [flag for p in prompts()[:2] for flag in ("--prompt-tokens", json.dumps(p))]
     lines = run_generate(saved, capfd, *asked, "--max-tokens", "8", "--json")
     records = [json.loads(line) for line in lines]
-    wanted = [tokens[:8] for tokens in greedy("gpt_oss")[:2]]
+    wanted = [tokens[:8] for tokens in greedy("mimo_v2_flash")[:2]]
     assert [record["tokens"] for record in records] == wanted
     assert [record["text"].split() for record in records] == [list(map(str, w)) for w in wanted]
     assert [json.loads(record["prompt"]) for record in records] == prompts()[:2]
@@ -323,7 +322,7 @@ def test_prompts_and_outputs_as_token_ids(saved, capfd, monkeypatch):
         (["--helix-attention", "segment-local"], "--helix-attention: the code of transformers"),
         (
             ["--intra-head-parallel-size", "3"],
-            "does not fit 4 and 2 query and key-value heads on 4",
+            "does not fit 4 and 2, 4 and 4 query and key-value heads",
         ),
     ],
 )

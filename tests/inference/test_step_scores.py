@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import inference_models as models
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,9 +12,8 @@ import torch.distributed as dist
 from helix_megatron.core.caches import NAMES, cache_layout
 from helix_megatron.core.caches.attention import Scores
 from helix_megatron.core.caches.paged import KeptHeads, PagedCache
-from helix_megatron.core.caches.pages import Piece
 from helix_megatron.core.layout import HeadLayout
-from helix_megatron.inference.runner import kept_dims, make_book
+from helix_megatron.inference.runner import kept_dims, make_book, make_tables
 
 HEADS, GROUPS, DIMS, LENGTHS = 8, 2, 16, (23, 9)
 SCORES = {
@@ -69,21 +67,20 @@ def found(name: str, query_layout: Any) -> dict[str, torch.Tensor]:
         width = kept_dims(layout, cache, False)
         kept = KeptHeads(40, GROUPS, width, width)
         pages = PagedCache([kept], models.PAGE, torch.float64, torch.device("cpu"))
-        attention = cache_layout(cache).attention(layout, group, book, pages)
+        (tables,) = make_tables(cache, ranks, 1, models.PAGE)
+        attention = cache_layout(cache).attention(layout, group, tables, pages)
         attention.windows.add(window)
         output = torch.zeros_like(own_q)
         for number in range(len(LENGTHS)):
-            book.add(number, number % book.members, LENGTHS[number])
+            tables.add(number, number % book.members)
         for start in (0, 7, *range(14, max(LENGTHS))):
             stop = start + (7 if start < 14 else 1)
             pieces, rows = [], []
             for number, length in enumerate(LENGTHS):
                 if start < length:
                     last = min(stop, length)
-                    assert book.grow(number, last)
-                    tokens = np.zeros(last - start, dtype=np.int64)
-                    member = number % book.members
-                    pieces.append(Piece(number, start, tokens, member, length, True))
+                    pieces.append(models.piece_of(book, number, start, [0] * (last - start)))
+                    tables.extend(number, pieces[-1].pages)
                     rows += [sum(LENGTHS[:number]) + at for at in range(start, last)]
             attention.prepare(pieces)
             part = attention.attend(0, own_q[rows], k[rows][..., dims], v[rows][..., dims], scores)

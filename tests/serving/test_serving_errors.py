@@ -116,13 +116,19 @@ def test_not_json(served, body, message):
         ({"stream_options": {}}, "stream_options", "only valid with stream true."),
         ({"temprature": 1}, "temprature", "Unknown field 'temprature'. Did you mean temperature?"),
         ({"x" * 500: 1}, "x" * 80, "Unknown field 'xxx"),
-        ({"echo": True}, "echo", "echo is not supported. Valid: leave it out, or false, null."),
-        ({"echo": 0}, "echo", "echo is not supported."),
-        ({"logprobs": 0}, "logprobs", "logprobs is not supported. Valid: leave it out, or null."),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is not supported."),
-        ({"presence_penalty": 0.1}, "presence_penalty", "presence_penalty is not supported."),
-        ({"suffix": "end"}, "suffix", "suffix is not supported."),
-        ({"best_of": 2}, "best_of", "leave it out, or the value of n, 1."),
+        ({"echo": 0}, "echo", "echo is 0. Input should be a valid boolean."),
+        ({"logprobs": 21}, "logprobs", "logprobs is 21. Input should be less than or equal to 20."),
+        ({"logprobs": True}, "logprobs", "logprobs is True. Input should be a valid integer."),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "String should match pattern"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "Input should be less than or equal to 100."),
+        ({"logit_bias": {"300": 1}}, "logit_bias", "has token 300. Valid tokens: 0 to 256."),
+        ({"presence_penalty": 2.1}, "presence_penalty", "should be less than or equal to 2."),
+        ({"repetition_penalty": 0}, "repetition_penalty", "Input should be greater than 0."),
+        ({"min_p": -0.1}, "min_p", "Input should be greater than or equal to 0."),
+        ({"suffix": "end"}, "suffix", "suffix is not supported. Valid: leave it out, or"),
+        ({"n": 2, "best_of": 1}, "best_of", "best_of is 1. Valid: at least n, which is 2."),
+        ({"best_of": 2, "stream": True}, "best_of", "Valid with stream true: n, which is 1."),
+        ({"best_of": 4}, "best_of", "The request has 4 choices. Valid: up to 3."),
         ({"model": 1}, "model", "model is 1. Input should be a valid string."),
     ],
 )
@@ -175,8 +181,8 @@ def test_wrong_completions(served, change, param, message):
         ({"mesages": []}, "mesages", "Unknown field 'mesages'. Did you mean messages?"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "Give one of them."),
         ({"tools": [{}]}, "tools", "tools is not supported. Valid: leave it out, or [], null."),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-        ({"logprobs": True}, "logprobs", "logprobs is not supported."),
+        ({"logprobs": 1}, "logprobs", "logprobs is 1. Input should be a valid boolean."),
+        ({"top_logprobs": 3}, "top_logprobs", "Valid without logprobs true: leave it out, or 0."),
         ({"prompt": "x"}, "prompt", "Unknown field 'prompt'."),
     ],
 )
@@ -198,6 +204,29 @@ def test_neutral_and_ignored_fields(served):
     nulls = dict.fromkeys(["seed", "stream", "temperature", "suffix", "logprobs"])
     response = served.http().post("/v1/completions", json=VALID | neutral | ignored | nulls)
     assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("tokenize", {}, "prompt", "Valid: one of prompt and messages."),
+        ("tokenize", {"prompt": "x", "model": "y"}, "model", "There is no model 'y'."),
+        (
+            "detokenize",
+            {"tokens": [300]},
+            None,
+            "token 300 does not exist. Valid tokens: 0 to 256.",
+        ),
+        ("detokenize", {"tokens": "x"}, "tokens", "Input should be a valid list."),
+    ],
+)
+def test_wrong_texts_and_tokens(served, path, body, param, message):
+    """The routes around the tokeniser refuse as the others do."""
+    response = served.http().post(f"/{path}", json=body)
+    assert response.status_code == (404 if param == "model" else 400)
+    error = error_of(response)
+    assert message in error["message"]
+    assert error["param"] == param
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
@@ -346,14 +375,15 @@ def test_metrics(served):
     families = {family.name: family for family in text_string_to_metric_families(response.text)}
     kinds = {
         "counter": "http_requests prompt_tokens generated_tokens engine_preemptions engine_step_seconds "
-        "engine_steps",
+        "engine_steps prefix_cache_query_tokens prefix_cache_hit_tokens",
         "gauge": "http_requests_in_flight engine_running_sequences engine_waiting_sequences cache_pages "
-        "cache_pages_used cache_used_bytes",
+        "cache_pages_kept cache_pages_used cache_used_bytes",
         "histogram": "http_request_duration_seconds time_to_first_token_seconds time_per_output_token_seconds",
     }
     for kind, names in kinds.items():
         assert {families[f"helix_{name}"].type for name in names.split()} == {kind}
     routes = {sample.labels["route"] for sample in families["helix_http_requests"].samples}
     known = {"/health", "/metrics", "/v1/models", "/v1/models/{model:path}"}
+    known |= {"/tokenize", "/detokenize"}
     assert routes <= known | {"/v1/completions", "/v1/chat/completions", "unknown"}
     assert families["helix_generated_tokens"].samples[0].value >= 7

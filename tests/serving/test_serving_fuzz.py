@@ -50,6 +50,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"ignore_eos": True},
     {"user": "me", "metadata": {}},
     {"logit_bias": {}, "presence_penalty": 0},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
+    {"logit_bias": {"5": -3.5}, "frequency_penalty": 1.5, "repetition_penalty": 1.1, "min_p": 0.1},
 ]
 NASTY: list[Any] = [
     *(None, True, False, 0, -1, 1, 0.5, 1e308, -0.0, 2**31, 2**63, 2**64, -(2**63), 10**40),
@@ -102,6 +104,8 @@ def random_body(random: random.Random) -> tuple[str, bytes]:
     body: Any = copy.deepcopy(base)
     for option in random.sample(OPTIONS, random.randrange(4)):
         body |= copy.deepcopy(option)
+    if random.random() < 0.2:
+        body |= {"logprobs": 2, "echo": True} if path == PATHS[0] else {"logprobs": True}
     for _ in range(random.choice([0, 0, 1, 1, 1, 2, 3])):
         spots = list(places(body))
         container, key = random.choice(spots)

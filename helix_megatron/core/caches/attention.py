@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from helix_megatron.core.caches.paged import PagedCache, PagedWork, Window
-    from helix_megatron.core.caches.pages import PageBook, Piece
+    from helix_megatron.core.caches.pages import PageTables, Piece
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +51,16 @@ class StepAttention(ABC):
     Args:
         layout: how heads are cut.
         group: the m ranks of this head group, in order of their segments.
-        book: the pages of all members.
+        tables: the pages of all members.
         cache: this rank's pool.
     """
 
     def __init__(
-        self, layout: HeadLayout, group: ProcessGroup, book: PageBook, cache: PagedCache
+        self, layout: HeadLayout, group: ProcessGroup, tables: PageTables, cache: PagedCache
     ) -> None:
         from helix_megatron.core.collectives import backend_of
 
-        self.layout, self.group, self.book, self.cache = layout, group, book, cache
+        self.layout, self.group, self.tables, self.cache = layout, group, tables, cache
         self.me = group.rank()
         self.device, self.dtype = cache.device, cache.dtype
         self.tokens = 0
@@ -70,7 +70,7 @@ class StepAttention(ABC):
         self.gathers_up_to = GATHERED_BYTES if on_nccl else 0
 
     def prepare(self, pieces: Sequence[Piece]) -> None:
-        """The step's tokens, in this order; the book has their pages."""
+        """The step's tokens, in this order; the tables have their pages."""
         self.tokens = sum(len(piece.tokens) for piece in pieces)
         self._prepare(pieces)
 
@@ -146,17 +146,17 @@ class StepAttention(ABC):
         for piece in pieces:
             rows = (row, row + len(piece.tokens))
             row = rows[1]
-            positions = self.book.positions(piece.sequence, member, piece.stop)
+            positions = self.tables.positions(piece.sequence, member, piece.stop)
             if len(positions):
-                pages = self.book.pages(piece.sequence, member)
+                pages = self.tables.pages(piece.sequence, member)
                 local.append(LocalPiece(rows, piece.start, pages, positions))
-        return PagedWork(local, row, self.book.page_size, self.dtype, self.device, self.windows)
+        return PagedWork(local, row, self.tables.page_size, self.dtype, self.device, self.windows)
 
     def _slots(self, pieces: Sequence[Piece], member: int) -> Tensor:
         """Slots of all tokens of pieces that a member keeps whole."""
         return self._index(
             concatenated(
-                self.book.slots(piece.sequence, member, np.arange(piece.start, piece.stop))
+                self.tables.slots(piece.sequence, member, np.arange(piece.start, piece.stop))
                 for piece in pieces
             )
         )

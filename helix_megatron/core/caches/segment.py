@@ -32,15 +32,16 @@ class SegmentAttention(StepAttention):
     def _prepare(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
         self._slots_T = self._slots(pieces, 0)
-        size = self.book.page_size
+        size = self.tables.page_size
         # Of each piece: a run of slots, read where it lies, or pages to copy.
         self._keys: list[slice | Tensor] = []
         for piece in pieces:
-            pages = self.book.pages(piece.sequence, 0)[: -(-piece.stop // size)]
+            pages = self.tables.pages(piece.sequence, 0)[: -(-piece.stop // size)]
             if pages[-1] - pages[0] == len(pages) - 1 and (np.diff(pages) == 1).all():
                 self._keys.append(slice(pages[0] * size, pages[0] * size + piece.stop))
             else:
                 self._keys.append(self._index(np.asarray(pages)))
+        self._masks = {window: self._masks_of(window) for window in self.windows}
 
     def attend(self, layer: int, q: Tensor, k_TGC: Tensor, v_TGC: Tensor, scores: Scores) -> Tensor:
         import torch
@@ -66,11 +67,12 @@ class SegmentAttention(StepAttention):
         if scores.softcap is not None:
             summed = scores.softcap * (summed / scores.softcap).tanh()
         outputs, at = [], 0
-        for piece, keys, own in zip(self._pieces, self._keys, partial, strict=True):
+        masks = self._masks.get(window) or self._masks_of(window)
+        for piece, keys, own, hidden in zip(self._pieces, self._keys, partial, masks, strict=True):
             s_GRLS = summed[at : at + own.numel()].view_as(own)
             at += own.numel()
-            if len(piece.tokens) > 1 or window is not None:
-                s_GRLS.masked_fill_(_hidden(piece, window, self.device), float("-inf"))
+            if hidden is not None:
+                s_GRLS.masked_fill_(hidden, float("-inf"))
             v_SGC = _read(self.cache.v[layer], keys, piece.stop).to(wide)
             o_LHC = torch.einsum("grls,sgc->lgrc", s_GRLS.softmax(-1), v_SGC).flatten(1, 2)
             if scores.sinks_H is not None:
@@ -78,6 +80,15 @@ class SegmentAttention(StepAttention):
                 o_LHC, _ = with_sinks(o_LHC, lse_LH, scores.sinks_H)
             outputs.append(o_LHC)
         return self._own_heads(torch.cat(outputs).to(q.dtype))
+
+    def _masks_of(self, window: Window) -> list[Tensor | None]:
+        """What is hidden from each piece; None where nothing is."""
+        return [
+            _hidden(piece, window, self.device)
+            if len(piece.tokens) > 1 or window is not None
+            else None
+            for piece in self._pieces
+        ]
 
     def _segments(self, q: Tensor) -> Tensor:
         """This rank's segments [T, H, C] of all queries of the group."""

@@ -35,9 +35,9 @@ class SequenceAttention(StepAttention):
         owners, slots = [], []
         for piece in pieces:
             positions = np.arange(piece.start, piece.stop)
-            owner = self.book.owners(piece.sequence, positions)
+            owner = self.tables.owners(piece.sequence, positions)
             owners.append(owner)
-            slots.append(self.book.slots(piece.sequence, self.me, positions[owner == self.me]))
+            slots.append(self.tables.slots(piece.sequence, self.me, positions[owner == self.me]))
         owner = np.concatenate(owners)
         self._tokens_of = [
             self._index(np.flatnonzero(owner == t)) for t in range(self.layout.segments)

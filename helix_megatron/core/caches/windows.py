@@ -6,14 +6,10 @@ everything, and of layers with windows. `BookPair` keeps the books of both, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from helix_megatron.core.caches.pages import PageBook
-
-FREED = -1  # in the place of a page that a sequence had
+from helix_megatron.core.caches.book import FREED, PageBook
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,8 @@ class Reach:
 class WindowBook(PageBook):
     """A book whose sequences give back what no later query sees.
 
+    Nothing of it is shared: who begins behind a beginning would need the pages of its last window.
+
     Args:
         reach: of the layers; the widest of their windows.
         others: see `PageBook`.
@@ -44,7 +42,7 @@ class WindowBook(PageBook):
     def __init__(
         self, members: int, pages: int, page_size: int, *, dealt: bool, reach: Reach
     ) -> None:
-        super().__init__(members, pages, page_size, dealt=dealt)
+        super().__init__(members, pages, page_size, dealt=dealt, shares=False)
         self.reach = reach
         self._freed: dict[int, int] = {}  # blocks of each sequence
 
@@ -56,13 +54,13 @@ class WindowBook(PageBook):
     def forget(self, sequence: int) -> None:
         """Free the pages that lie wholly before the window of the next position."""
         entry, freed = self._sequences[sequence], self._freed.get(sequence, 0)
-        gone = np.arange(freed, max(0, entry.length - self.reach.back) // self.page_size)
-        for block, member in zip(gone, self._owner(entry.first, gone), strict=True):
-            own = entry.pages[member]
+        seen = max(0, self._progress[sequence].length - self.reach.back)
+        for block in range(freed, seen // self.page_size):
+            member = self.owner(entry.first, block)
             place = block // self.members if self.dealt else block
-            self.pools[member].give([own[place]])
-            own[place] = FREED
-        self._freed[sequence] = freed + len(gone)
+            self.pools[member].give([entry.pages[member][place]])
+            entry.pages[member][place] = FREED
+        self._freed[sequence] = max(freed, seen // self.page_size)
 
     def drop(self, sequence: int) -> None:
         for own in self._sequences[sequence].pages:
@@ -70,19 +68,16 @@ class WindowBook(PageBook):
         self._freed.pop(sequence, None)
         super().drop(sequence)
 
-    def fits(self, length: int) -> bool:
-        needed = self._at_once(0, length)
-        return all(count <= pool.total for count, pool in zip(needed, self.pools, strict=True))
-
-    def has_room(self, first: int, length: int, promised: list[int]) -> bool:
+    def has_room(self, first: int, length: int, promised: Sequence[int]) -> bool:
+        """Whether a new sequence of some length fits that begins at a member, beside the pages of others."""
         every = zip(self._at_once(first, length), promised, self.pools, strict=True)
-        return all(count + others <= pool.free for count, others, pool in every)
+        return all(count + others <= pool.available for count, others, pool in every)
 
     def missing(self, lengths: Iterable[tuple[int, int]]) -> list[int]:
         total = [0] * self.members
         for sequence, length in lengths:
             entry = self._sequences[sequence]
-            if self._blocks(length) <= self._blocks(entry.length):
+            if self._blocks(length) <= entry.blocks:
                 continue
             for member, count in enumerate(self._at_once(entry.first, length)):
                 held = sum(page != FREED for page in entry.pages[member])
@@ -91,33 +86,38 @@ class WindowBook(PageBook):
 
     def short(self, sequence: int, length: int) -> list[int]:
         needed = super().missing([(sequence, length)])
-        return [m for m, pool in enumerate(self.pools) if needed[m] > pool.free]
+        return [m for m, pool in enumerate(self.pools) if needed[m] > pool.available]
 
     def _at_once(self, first: int, length: int) -> list[int]:
-        """The most pages of each member that a sequence of some length has at one time."""
-        whole = self._per_member(first, range(self._blocks(length)))
         most = self.reach.blocks(self.page_size)
         if self.dealt:
             most = -(-most // self.members)
-        return [min(count, most) for count in whole]
+        return [min(count, most) for count in super()._at_once(first, length)]
 
 
 class BookPair:
-    """The books of both kinds of layers; numbers of pages are those of the one, then those of the other.
+    """The books of both kinds of layers; numbers of members are those of the one, then those of the other.
 
     Args:
-        every: the book of layers that see everything.
+        every: the book of layers that see everything; it must not share.
         windowed: of layers with windows; as many members.
     """
 
     def __init__(self, every: PageBook, windowed: WindowBook) -> None:
+        assert not every.shares, "windowed layers would lack what others have computed"
         self.books: tuple[PageBook, WindowBook] = (every, windowed)
         self.members, self.page_size, self.dealt = every.members, every.page_size, every.dealt
 
-    def add(self, sequence: int, first: int, expected: int) -> None:
+    def add(self, sequence: int, first: int, expected: int = 0) -> None:
         """See `PageBook`, here and below."""
         for book in self.books:
             book.add(sequence, first, expected)
+
+    def share(self, sequence: int, tokens: Sequence[int]) -> int:
+        return self.books[0].share(sequence, tokens)
+
+    def keep(self, sequence: int, tokens: Sequence[int], length: int) -> None:
+        pass
 
     def grow(self, sequence: int, length: int) -> bool:
         every, windowed = self.books
@@ -130,6 +130,9 @@ class BookPair:
         for book in self.books:
             book.drop(sequence)
 
+    def tell(self, sequence: int) -> list[int]:
+        return [page for book in self.books for page in book.tell(sequence)]
+
     def __contains__(self, sequence: int) -> bool:
         return sequence in self.books[0]
 
@@ -139,11 +142,13 @@ class BookPair:
     def fits(self, length: int) -> bool:
         return all(book.fits(length) for book in self.books)
 
-    def has_room(self, first: int, length: int, promised: Sequence[int]) -> bool:
-        parts = (list(promised[: self.members]), list(promised[self.members :]))
-        return all(
-            book.has_room(first, length, part) for book, part in zip(self.books, parts, strict=True)
-        )
+    def place(
+        self, tokens: Sequence[int], promised: Sequence[int], *, shares: bool = True
+    ) -> int | None:
+        every, windowed = self.books
+        first, second = promised[: self.members], promised[self.members :]
+        able = [at for at in range(self.members) if windowed.has_room(at, len(tokens), second)]
+        return every.place(tokens, first, shares=shares, among=able)
 
     def missing(self, lengths: Iterable[tuple[int, int]]) -> list[int]:
         lengths = list(lengths)
@@ -156,16 +161,19 @@ class BookPair:
             for member in book.short(sequence, length)
         ]
 
-    def emptiest(self, promised: Sequence[int]) -> int:
-        return self.books[0].emptiest(list(promised[: self.members]))
+    def would_free(self, sequence: int, members: Iterable[int]) -> bool:
+        return any(book.would_free(sequence, own) for book, own in self._of_books(members))
 
-    def pages(self, sequence: int, member: int) -> list[int]:
-        place, member = divmod(member, self.members)
-        return self.books[place].pages(sequence, member)
+    def holds(self, sequence: int, members: Iterable[int]) -> bool:
+        return any(book.holds(sequence, own) for book, own in self._of_books(members))
 
     @property
     def used(self) -> int:
         return sum(book.used for book in self.books)
+
+    @property
+    def kept(self) -> int:
+        return 0
 
     @property
     def total(self) -> int:
@@ -175,3 +183,9 @@ class BookPair:
     def used_by_kind(self) -> tuple[int, ...]:
         """Pages in use of each kind of layers, of all pools."""
         return tuple(book.used for book in self.books)
+
+    def _of_books(self, members: Iterable[int]) -> Iterator[tuple[PageBook, list[int]]]:
+        """Each book with those of the members that are its own."""
+        places = [divmod(member, self.members) for member in members]
+        for number, book in enumerate(self.books):
+            yield book, [member for place, member in places if place == number]
