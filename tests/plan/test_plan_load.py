@@ -75,7 +75,7 @@ def test_the_command_prints_a_table_and_a_command(capsys, tmp_path):
         "40 requests a second",
         "ms to first",
         "keeps up",
-        "published rows",
+        "published servers",
         "helix serve",
     ):
         assert words in text
