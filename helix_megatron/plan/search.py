@@ -51,8 +51,8 @@ def search(
     check_kernel(software.kernel, model.head_dim)
     # Which groups cross domains depends on how many GPUs there are.
     cluster = dataclasses.replace(cluster, gpus=gpus, domain=cluster.used_domain(gpus))
-    plan = Plan(model, cluster, job, software, gpus)
     limits = limits or Limits()
+    plan = Plan(model, cluster, job, software, gpus, limits)
     collecting = gc.isenabled()
     gc.disable()  # a hundred thousand steps stay in caches: looking for garbage among them takes its time
     try:
