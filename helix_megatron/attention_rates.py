@@ -196,6 +196,22 @@ RATES = (
 )
 
 
+def kernels_for(dims: int) -> list[str]:
+    """Those that take heads of so many dimensions."""
+    return [name for name, fits in FUSED.items() if dims in fits] + [*WRITING]
+
+
+def check_kernel(asked: str, dims: int) -> None:
+    """Check that the kernel takes the heads of a model.
+
+    Raises:
+        HelixError: it does not; names those that do.
+    """
+    if asked not in ("auto", CPU_KERNEL, *kernels_for(dims)):
+        problem = f"--kernel {asked} takes no heads of {dims} dimensions."
+        raise HelixError(problem, valid=kernels_for(dims), valid_name=f"kernels for {dims}")
+
+
 def kernel_that_runs(
     chip: Chip,
     dims: int,
@@ -207,20 +223,13 @@ def kernel_that_runs(
 ) -> str:
     """The kernel that computes attention over heads of so many dimensions.
 
-    Training takes what Transformer Engine takes on that chip, inference what torch's attention takes; so do
-    the exchanges that need a call of their own, and heads of more than 256 dimensions, which Transformer Engine
-    has no fused kernel for either.
-
-    Raises:
-        HelixError: a kernel was asked for that does not take such heads.
+    The one that is asked for, where it takes such heads. Else training takes what Transformer Engine takes on
+    that chip, inference what torch's attention takes; so do the exchanges that need a call of their own, and
+    heads of more than 256 dimensions, which Transformer Engine has no fused kernel for either.
     """
     if asked == CPU_KERNEL or (chip.family == "cpu" and asked != "unfused"):
         return CPU_KERNEL
-    if asked != "auto":
-        valid = [name for name, fits in FUSED.items() if dims in fits] + [*WRITING]
-        if asked not in valid:
-            problem = f"--kernel {asked} takes no heads of {dims} dimensions."
-            raise HelixError(problem, valid=valid, valid_name=f"kernels for {dims}")
+    if asked in kernels_for(dims):
         return asked
     if exchange == "gather-qk":  # torch's fused kernels need values as wide as keys
         return "math"

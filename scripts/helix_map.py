@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,6 +155,8 @@ def page(cells: Cells) -> str:
         "",
         *_claims(cells),
         "",
+        *_least(cells),
+        "",
     ]
     for task, title in TITLES.items():
         lines += [
@@ -164,7 +167,8 @@ def page(cells: Cells) -> str:
             _table(cells, task),
             "",
         ]
-    return "\n".join(lines)
+    wrapped = (line if line.startswith(("|", "!")) else textwrap.fill(line, 120) for line in lines)
+    return "\n".join(wrapped)
 
 
 def _count(cells: Cells, task: str, fits: Any = lambda key: True) -> tuple[int, int, int, int]:
@@ -189,6 +193,20 @@ def _claims(cells: Cells) -> list[str]:
             f"only. With the smallest batch and more GPUs than key-value heads: faster in {few[1]} of {few[0]}."
         )
     return found
+
+
+def _least(cells: Cells) -> list[str]:
+    """From how long a cache on cut heads are faster in decode, by key-value heads."""
+    least: dict[int, int] = {}
+    for (groups, _, task, context, batch), one in cells.items():
+        if task == "decode" and one.told_apart and (one.gain or 0) > 0:
+            least[groups] = min(least.get(groups, context * batch), context * batch)
+    parts = [f"{tokens // KIB}K with {groups}" for groups, tokens in sorted(least.items())]
+    if not parts:
+        return []
+    text = "Positions in all caches from which on decode is faster with cut heads somewhere, by key-value "
+    text += "heads: "
+    return [text + ", ".join(parts) + "."]
 
 
 def _table(cells: Cells, task: str) -> str:

@@ -30,20 +30,22 @@ KINDS = {"chip": 2.0, "precision": 1.0, "experts": 4.0}
 @dataclass(frozen=True)
 class Band:
     """error: mean of the absolute relative errors of the rows. apart: of the ratios between two of one model.
-    tables: where the rows are from. alike: rows of the same kind of chip, precision and model."""
+    task: train or decode. tables: where the rows are from. alike: rows of the same kind of chip, precision and
+    model."""
 
     error: float
     apart: float
+    task: str
     tables: tuple[str, ...]
     alike: int
 
     def text(self) -> str:
-        """`±6 % (12 published rows like this, of simumax_b200)`."""
+        """`±6 % (12 published training runs like this, of simumax_b200)`."""
         like = (
             "like this" if self.alike == NEAREST else f"that come nearest, {self.alike} like this"
         )
-        rows = f"{NEAREST} published rows {like}, of {', '.join(self.tables)}"
-        return f"±{100 * self.error:.0f} % ({rows})"
+        what = "training runs" if self.task == "train" else "servers"
+        return f"±{100 * self.error:.0f} % ({NEAREST} published {what} {like}, of {', '.join(self.tables)})"
 
 
 @functools.cache
@@ -75,7 +77,7 @@ def _band(task: str, own: tuple[tuple[str, Any], ...], gpus: int, tp: int) -> Ba
     tables = tuple(dict.fromkeys(row["table"] for row in found))
     alike = sum(all(row[key] == value for key, value in own) for row in found)
     error = statistics.mean(abs(row["error"]) for row in found)
-    return Band(error, max(LEAST, _apart(found, error)), tables, alike)
+    return Band(error, max(LEAST, _apart(found, error)), task, tables, alike)
 
 
 def _apart(found: Sequence[dict[str, Any]], error: float) -> float:

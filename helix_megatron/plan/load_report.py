@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from helix_megatron.errors import divisors
 from helix_megatron.plan.evidence import band
 from helix_megatron.plan.launch_commands import not_served, serving_command
 from helix_megatron.plan.load import Load, Served, serve
+from helix_megatron.plan.mixers import ORDINARY
 from helix_megatron.plan.results import Plan
+from helix_megatron.plan.search import search
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,19 +20,23 @@ if TYPE_CHECKING:
 def served(plan: Plan, load: Load) -> list[Served]:
     """What every layout that `helix serve` runs does under the load.
 
-    Those that sustain the rate come first, from the shortest time of an answer; then the others, from the
-    highest throughput. Of layouts that differ in the micro-batch of the search alone, one.
+    A replica is searched for on every number of GPUs that divides them, with one sequence. Layouts that
+    sustain the rate come first, from the shortest time of an answer; then the others, from the highest
+    throughput.
     """
-    found: dict[Any, Served] = {}
-    for row in plan.rows:
-        layout = row.layout
-        key = layout._replace(micro_batch=1)
-        if key in found or not_served(plan.model, layout):
-            continue
-        result = serve(plan.scenario, key, load)
-        if result is not None:
-            found[key] = result
-    ranked = list(found.values())
+    job, ranked = dataclasses.replace(plan.job, global_batch=1), []
+    for replicas in divisors(plan.gpus):
+        gpus = plan.gpus // replicas
+        replica = search(plan.model, gpus, plan.cluster, job, plan.software, plan.limits)
+        for row in replica.rows:
+            layout = row.layout._replace(dp=replicas)
+            if layout.pp * layout.cp * row.layout.dp > 1:
+                continue
+            if plan.model.special == ORDINARY and not_served(plan.model, layout):
+                continue  # of the other models every row is a forecast, and the command says so
+            result = serve(plan.scenario, layout, load)
+            if result is not None:
+                ranked.append(result)
     ranked.sort(key=lambda s: (not s.sustained, answer(s, load) if s.sustained else -s.throughput))
     return ranked
 

@@ -99,6 +99,7 @@ class Plan:
     job: Job
     software: Software
     gpus: int
+    limits: Limits = field(default_factory=Limits)
     rows: list[Row] = field(default_factory=list)
     everything: list[Row] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from helix_megatron.arguments import as_flag
+from helix_megatron.attention_rates import check_kernel
 from helix_megatron.core.caches import NAMES
 from helix_megatron.core.exchanges import EXACT, NO_EXCHANGE
 from helix_megatron.errors import HelixError, divisors
@@ -47,10 +48,11 @@ def search(
     if lacking:
         problem = f"chip {cluster.chip.name} has no {lacking[0]}."
         raise HelixError(problem, valid=cluster.chip.flops, valid_name="precisions there")
+    check_kernel(software.kernel, model.head_dim)
     # Which groups cross domains depends on how many GPUs there are.
     cluster = dataclasses.replace(cluster, gpus=gpus, domain=cluster.used_domain(gpus))
-    plan = Plan(model, cluster, job, software, gpus)
     limits = limits or Limits()
+    plan = Plan(model, cluster, job, software, gpus, limits)
     collecting = gc.isenabled()
     gc.disable()  # a hundred thousand steps stay in caches: looking for garbage among them takes its time
     try:

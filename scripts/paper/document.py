@@ -230,8 +230,9 @@ def _over_micro_batches() -> str:
                 parts.append(markdown_table(header, rows))
     return (
         "Simulated tokens/s at full size (16 H100, 10000 tokens, one sequence a micro-batch). Recomputation, "
-        "exchange and expert parallelism are each layout's fastest. – : the key-value cache of all sequences "
-        "does not fit.\n\n" + "\n\n".join(parts)
+        "exchange and expert parallelism are each layout's fastest. Attention is that of torch's "
+        "memory-efficient kernel, the only fused one that torch has for heads of 512. – : the key-value cache "
+        "of all sequences does not fit.\n\n" + "\n\n".join(parts)
     )
 
 

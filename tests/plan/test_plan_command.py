@@ -341,9 +341,22 @@ def test_a_trace_holds_the_whole_pipeline(tmp_path, capsys):
     assert {"linear_qkv", "core attention"} <= {e["name"] for e in operators}
 
 
+def test_another_kernel_can_be_asked_for(tmp_path):
+    """Heads of 512, grouped: torch computes them unfused in fp32, ffpa-attn several times as fast."""
+    flags = "--model gemma-head-512 --gpus 8 --sequence-length 8192 --rows 1 --tensor-model-parallel-size 4 "
+    core = {}
+    for kernel in ("auto", "ffpa"):
+        path = tmp_path / f"{kernel}.json"
+        assert plan_main(shlex.split(f"{flags} --kernel {kernel} --json {path}")) == 0
+        shown = json.loads(path.read_text())["shown"]["1"]
+        core[kernel] = shown["attention_seconds_per_layer"]["core"]
+    assert core["auto"] > 3 * core["ffpa"]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
+        ("8 --kernel ffpa", "--kernel ffpa takes no heads of"),
         ("0", "--gpus is 0. It must be a whole number of at least 1."),
         (
             "16 --tensor-model-parallel-size 3",

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from helix_megatron.attention_rates import FUSED, attention_rate, kernel_that_runs
+from helix_megatron.attention_rates import FUSED, attention_rate, check_kernel, kernel_that_runs
 from helix_megatron.errors import HelixError, divisors
 from helix_megatron.hardware import CHIPS, COLLECTIVE_MICROSECONDS, COLLECTIVE_SIZES
 from helix_megatron.plan.clusters import CLUSTERS
@@ -192,7 +192,8 @@ def test_a_kernel_that_does_not_take_the_heads_is_refused():
     with pytest.raises(
         HelixError, match=r"--kernel flash-3 takes no heads of 512 dimensions.*ffpa"
     ):
-        kernel_that_runs(CHIPS["h200"], 512, grouped=True, training=True, asked="flash-3")
+        check_kernel("flash-3", 512)
+    check_kernel("ffpa", 512)
 
 
 def test_rates_are_physical():
