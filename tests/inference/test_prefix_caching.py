@@ -215,14 +215,16 @@ TAILS = models.prompts((1, 3, 9, 17, 2, 5))
 GREEDY = Sampling(max_tokens=12, temperature=0)
 
 
-def with_and_without(text: str, world_size: int, caches: tuple[str, ...], **options: Any) -> Any:
+def with_and_without(
+    text: str, world_size: int, caches: tuple[str, ...], sharing: tuple[bool, ...], **options: Any
+) -> Any:
     """Tokens and statistics of prompts with a common beginning, by layout and whether pages are shared."""
     from helix_megatron import parallel_state
 
     asked = [[*BEGINNING, *tail] for tail in TAILS] + [BEGINNING]
     found = {}
     for cache in caches:
-        for shares in (True, False):
+        for shares in sharing:
             found[cache, shares] = models.generate(
                 text, world_size, cache, asked, GREEDY, shares=shares, **options
             )
@@ -240,7 +242,10 @@ def expected_tokens(pool: Any) -> list[list[int]]:
 def test_the_same_tokens_from_shared_pages(pool, pages):
     """Every layout, with much and with little room: the tokens of one process that has no cache."""
     text = models.flags(*models.HEADS["GQA"], ranks=4, segments=2, more="--num-layers 1")
-    answers = pool.run(with_and_without, text, 4, NAMES, pages=pages, max_context=96, world_size=4)
+    sharing = sized("inference", full=(True, False), quick=(True,))
+    room: dict[str, Any] = {"pages": pages, "max_context": 96, "world_size": 4}
+    answers = pool.run(with_and_without, text, 4, NAMES, sharing, **room)
+    assert len(answers[0]) == len(NAMES) * len(sharing)
     expected = expected_tokens(pool)
     prompts = sum(len(BEGINNING) + len(tail) for tail in TAILS) + len(BEGINNING)
     for (cache, shares), answer in answers[0].items():
