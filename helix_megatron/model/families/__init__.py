@@ -57,11 +57,12 @@ FAMILIES = {
         *(glm4, exaone4, gemma3, olmo2, olmo3, minimax_m2, ministral3),
     )
 }
-# What megatron-core's GPT lacks, for model types that Hugging Face's host cuts all the same.
+# What conversion cannot express, of model types that Hugging Face's host cuts all the same. megatron-core lacks
+# it, but for latent and linear attention: these it has, and `ModelConfig` does not describe them.
 _LINEAR = "layers of linear attention (layer_types)"
 INEXPRESSIBLE = {
-    "deepseek_v2": "latent attention (kv_lora_rank), which conversion does not know",
-    "deepseek_v3": "latent attention (kv_lora_rank), which conversion does not know",
+    "deepseek_v2": "latent attention (kv_lora_rank)",
+    "deepseek_v3": "latent attention (kv_lora_rank)",
     "falcon_h1": "attention and Mamba side by side in every layer",
     "gemma2": "soft caps of scores and logits (attn_logit_softcapping, final_logit_softcapping)",
     "gemma4": "heads of two sizes (global_head_dim)",
@@ -105,12 +106,12 @@ def family_named(name: str) -> Family:
     """The family whose `model_type` is `name`.
 
     Raises:
-        HelixError: megatron-core cannot express it, with what is in the way; or unknown, with the nearest.
+        HelixError: conversion cannot express it, with what is in the way; or it is unknown, with the nearest.
     """
     if name in INEXPRESSIBLE:
         raise HelixError(
-            f"models of type {name} have {INEXPRESSIBLE[name]}, and megatron-core's GPT does not. Without "
-            "conversion helix_megatron.huggingface cuts them in place."
+            f"models of type {name} have {INEXPRESSIBLE[name]}, which conversion cannot express. Without it "
+            "helix_megatron.huggingface cuts them in place."
         )
     if name not in FAMILIES:
         close = difflib.get_close_matches(name, FAMILIES, n=1)
