@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from helix_megatron.core.caches import cache_layout
+from helix_megatron.core.caches import DecodeShape, cache_layout
 from helix_megatron.core.caches.attention import LocalAttention
 from helix_megatron.core.caches.paged import KeptHeads, PagedCache
 from helix_megatron.core.caches.pages import Piece
@@ -82,6 +82,21 @@ class PagedModel:
     def kept(self, pools: Pools) -> list[KeptHeads]:
         """What a rank keeps of each layer."""
         return [asked.kept(*pools.of(asked.scores.window)) for asked in self.asked]
+
+    def shape(
+        self, layout: HeadLayout, sequences: int, context: int, element_size: int
+    ) -> DecodeShape:
+        """What the first layer's attention computes and keeps in a step."""
+        first = self.asked[0]
+        return DecodeShape(
+            layout,
+            sequences,
+            context,
+            element_size,
+            value_dim=first.value_dim,
+            whole_keys=True,
+            latent=first.latent,
+        )
 
     @torch.inference_mode()
     def logits(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> Tensor:

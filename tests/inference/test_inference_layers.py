@@ -1,0 +1,79 @@
+"""The engine with layers of megatron-core's models that have sinks, or windows in some of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import inference_models as models
+import pytest
+import torch
+from test_inference_engine import (
+    SHORT,
+    assert_equal,
+    logits_of_all_caches,
+    logits_without_cache,
+)
+
+from helix_megatron.core.caches import NAMES
+from helix_megatron.core.caches.windows import Reach
+from helix_megatron.inference.runner import Pools
+
+
+def with_sinks(work: str, text: str, dtype: torch.dtype, world_size: int) -> Any:
+    """Logits of a model whose softmax has learned sinks, which no flag asks for."""
+    import torch.distributed as dist
+
+    from helix_megatron.training import model as training_model
+
+    kept, build = training_model.transformer_config, models.build
+
+    def config_with_sinks(run: Any) -> Any:
+        config = kept(run)
+        config.softmax_type = "learnable"
+        return config
+
+    def build_with_sinks(*arguments: Any) -> tuple[Any, Any]:
+        run, model = build(*arguments)
+        for number, layer in enumerate(model.decoder.layers):
+            offset = layer.self_attention.core_attention.softmax_offset
+            heads = list(run.layout.query_heads(dist.get_rank()))
+            assert offset.numel() == len(heads)
+            offset.data = torch.linspace(-1, 2, 4, dtype=offset.dtype)[heads] + number
+        return run, model
+
+    training_model.transformer_config, models.build = config_with_sinks, build_with_sinks
+    try:
+        if work == "cached":
+            return logits_of_all_caches(text, world_size, dtype)
+        return logits_without_cache(text, dtype, world_size)
+    finally:
+        training_model.transformer_config, models.build = kept, build
+
+
+def test_learned_sinks_are_those_of_the_model(pool):
+    """Each rank has the sinks of its own heads; the keeper of a sequence needs those of all."""
+    text = models.flags(*models.HEADS["GQA"], ranks=2, segments=2)
+    cached = pool.run(with_sinks, "cached", text, torch.float64, 2, world_size=2)
+    alone = models.flags(*models.HEADS["GQA"])
+    full = pool.run(with_sinks, "full", alone, torch.float64, 1, world_size=1)[0]
+    plain = pool.run(logits_without_cache, alone, torch.float64, world_size=1)[0]
+    assert abs(full[0] - plain[0]).max() > 1e-3 * abs(plain[0]).max(), "sinks without effect"
+    assert set(cached[0]) == set(NAMES)
+    for found in cached[0].values():
+        assert_equal(found, full)
+
+
+@pytest.mark.parametrize("cache", ["batch", "sequence"])
+def test_layers_with_windows_free_their_pages(pool, cache):
+    """Every second layer sees 5 positions back: 24 pages for it, where 5 sequences of 25 to 88 have 36."""
+    more = "--window-size 5 --window-attn-skip-freq 2"
+    text = models.flags(*models.HEADS["GQA"], ranks=4, segments=2, more=more)
+    pools = Pools(400, 12, Reach(5, 32))
+    answers = pool.run(
+        models.generate, text, 4, cache, models.prompts(), SHORT, pages=pools, world_size=4
+    )
+    alone = models.flags(*models.HEADS["GQA"], more=more)
+    expected = pool.run(models.greedy_without_cache, alone, models.prompts(), 24, world_size=1)[0]
+    assert answers[0]["tokens"] == expected
+    assert answers[0]["stats"].preemptions == 0
+    assert [answer["left"] for answer in answers] == [0] * 4
