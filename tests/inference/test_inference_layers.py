@@ -1,27 +1,35 @@
-"""The engine with layers of megatron-core's models that have sinks, or windows in some of them."""
+"""The engine with layers that have sinks, or windows in some; and with layers that nobody has seen yet."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import inference_models as models
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import transformers
 from test_inference_engine import (
     SHORT,
     assert_equal,
     logits_of_all_caches,
     logits_without_cache,
 )
+from test_inference_transformers import make_runner
+from tiny_transformers import tiny_config
+from transformers.models.llama import modeling_llama
 
 from helix_megatron.core.caches import NAMES
+from helix_megatron.core.caches.pages import Piece
 from helix_megatron.core.caches.windows import Reach
+from helix_megatron.errors import HelixError
 from helix_megatron.inference.runner import Pools
+from helix_megatron.inference.step import StepPlan
 
 
 def with_sinks(work: str, text: str, dtype: torch.dtype, world_size: int) -> Any:
     """Logits of a model whose softmax has learned sinks, which no flag asks for."""
-    import torch.distributed as dist
 
     from helix_megatron.training import model as training_model
 
@@ -77,3 +85,59 @@ def test_layers_with_windows_free_their_pages(pool, cache):
     assert answers[0]["tokens"] == expected
     assert answers[0]["stats"].preemptions == 0
     assert [answer["left"] for answer in answers] == [0] * 4
+
+
+class TomorrowConfig(transformers.LlamaConfig):
+    model_type = "tomorrow"
+
+
+class TomorrowAttention(modeling_llama.LlamaAttention):
+    """Of the known form, with a scale of its own."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.scaling *= 1.3
+
+
+class LeakyAttention(TomorrowAttention):
+    """Every token sees the mean of all that are computed together."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, weights = super().forward(*args, **kwargs)
+        return output + kwargs["hidden_states"].mean(1, keepdim=True), weights
+
+
+def tomorrow(attention: str) -> Any:
+    """A Llama of an unknown type with attention layers of that class."""
+    config = TomorrowConfig(**tiny_config("llama").to_dict() | {"model_type": "tomorrow"})
+    torch.manual_seed(3)
+    model = transformers.LlamaForCausalLM(config)
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn = globals()[attention](config, number)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    return model.eval()
+
+
+def logits_of_tomorrow(attention: str) -> tuple[Any, Any] | str:
+    """Logits of a step of two ranks, and of the library's model; or what is said of it."""
+    model = tomorrow(attention)
+    tokens = np.arange(20) % 13
+    with torch.no_grad():
+        alone = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0, -1]
+    try:
+        runner = make_runner(model, "sequence")
+    except HelixError as error:
+        return str(error)
+    member = 0
+    found = runner.run(StepPlan(pieces=(Piece(0, 0, tokens, member, 20, True),)))
+    return (alone, found[0]) if dist.get_rank() == 0 else (alone, alone)
+
+
+@pytest.mark.filterwarnings("ignore:models of type tomorrow")
+def test_a_type_of_tomorrow_is_served_or_found_out(pool):
+    """By the form of its modules. What sees another sequence is refused: logits are compared at start."""
+    alone, found = pool.run(logits_of_tomorrow, "TomorrowAttention", world_size=2)[0]
+    assert (found - alone).abs().max() <= 1e-5 * alone.abs().max()
+    for said in pool.run(logits_of_tomorrow, "LeakyAttention", world_size=1):
+        assert "gives other logits in the engine than by itself" in said
