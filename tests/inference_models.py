@@ -51,7 +51,7 @@ def make_engine(
     cache: str,
     *,
     dtype: torch.dtype = torch.float32,
-    pages: int = 400,
+    pages: Any = 400,
     page_size: int = PAGE,
     max_context: int = 512,
     max_sequences: int = 64,

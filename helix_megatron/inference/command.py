@@ -51,6 +51,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--prompt-tokens",
+        type=token_ids,
         action="append",
         default=[],
         metavar="JSON",
@@ -197,7 +198,7 @@ def _generate(
     from helix_megatron.inference.start import start
 
     end_with_parent()
-    asked_ids = _token_prompts(options)
+    asked_ids: list[tuple[int, ...]] = options.prompt_tokens
     texts = _prompts(options)
     tokens = opened(config, needed=bool(texts or options.stop))
     prompts = [*texts, *(json.dumps(ids) for ids in asked_ids)]
@@ -352,25 +353,21 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _token_prompts(options: argparse.Namespace) -> list[tuple[int, ...]]:
-    """The prompts of `--prompt-tokens`; whether the model has such tokens is the engine's to say."""
-    prompts = []
-    for text in options.prompt_tokens:
-        try:
-            ids = json.loads(text)
-        except (ValueError, RecursionError):
-            ids = None
-        if not isinstance(ids, list) or not ids or any(type(one) is not int for one in ids):
-            raise HelixError(
-                f"--prompt-tokens {text[:80]!r} is no list of token ids. Give whole numbers in JSON, such as "
-                "--prompt-tokens '[1, 2, 3]'."
-            )
-        prompts.append(tuple(ids))
-    return prompts
+def token_ids(text: str) -> tuple[int, ...]:
+    """The value of `--prompt-tokens`; whether the model has such tokens is the engine's to say."""
+    try:
+        ids = json.loads(text)
+    except (ValueError, RecursionError):
+        ids = None
+    if not isinstance(ids, list) or not ids or any(type(one) is not int for one in ids):
+        raise argparse.ArgumentTypeError(
+            f"is {text!r:.60}. It must be a JSON list of token ids, such as [1, 2, 3]."
+        )
+    return tuple(ids)
 
 
 def _check_prompts(options: argparse.Namespace) -> None:
-    texts, ids = _prompts(options), _token_prompts(options)
+    texts, ids = _prompts(options), options.prompt_tokens
     if not texts and not ids:
         raise HelixError(
             "there is no prompt. Give --prompt TEXT, --prompt-file FILE or --prompt-tokens '[1, 2, 3]'."

@@ -74,7 +74,7 @@ def start(
     layout, context = served.layout, min(max_context, longest or max_context)
     element = TORCH_DTYPES[config.dtype].itemsize
     machine = MACHINES["cuda" if torch.cuda.is_available() else "cpu"]
-    shape = DecodeShape(layout, options.max_sequences, context, element)
+    shape = served.shape(options.max_sequences, context, element)
     local = served.local
     if local and (layout.segments == 1 or options.cache_layout == "auto"):
         cache = SEGMENTS
@@ -137,6 +137,10 @@ class ServedModel(ABC):
     @abstractmethod
     def load(self) -> None:
         """Process groups and weights. Collective."""
+
+    def shape(self, sequences: int, context: int, element_size: int) -> DecodeShape:
+        """What a layer's attention computes and keeps in a step."""
+        return DecodeShape(self.layout, sequences, context, element_size)
 
     @property
     @abstractmethod
@@ -214,6 +218,9 @@ class TransformersModel(ServedModel):
             TORCH_DTYPES[self.config.dtype],
             self.run.parallel.distributed_timeout_minutes,
         )
+
+    def shape(self, sequences: int, context: int, element_size: int) -> DecodeShape:
+        return self.model.shape(self.layout, sequences, context, element_size)
 
     @property
     def windows(self) -> Sequence[Window]:

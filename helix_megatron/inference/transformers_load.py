@@ -5,6 +5,7 @@ Whatever `helix_megatron.huggingface` can cut by its form can be served, so a mo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,14 +212,17 @@ def load(
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    model = from_pretrained(
-        directory,
-        HelixConfig(segments, query_layout="heads") if segments > 1 else 1,
-        tensor_group=groups.tensor,
-        intra_head_group=groups.intra_head,
-        dtype=dtype,
-        device=device,
-    )
+    with warnings.catch_warnings():
+        if dist.get_rank():
+            warnings.simplefilter("ignore")  # rank 0 says it
+        model = from_pretrained(
+            directory,
+            HelixConfig(segments, query_layout="heads") if segments > 1 else 1,
+            tensor_group=groups.tensor,
+            intra_head_group=groups.intra_head,
+            dtype=dtype,
+            device=device,
+        )
     model.requires_grad_(False)
     shared = groups.tensor if described.latent_dim is not None else groups.intra_head
     return PagedModel(model, list(described.attention), described.recurrent, groups.tensor, shared)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from helix_megatron.core.caches import cache_layout
+from helix_megatron.core.caches import DecodeShape, cache_layout
 from helix_megatron.core.caches.attention import LocalAttention
 from helix_megatron.core.caches.book import PageBook
 from helix_megatron.core.caches.paged import KeptHeads, PagedCache
@@ -25,7 +25,8 @@ from helix_megatron.inference.transformers_attention import INSTEAD, NAME, Asked
 from helix_megatron.inference.transformers_states import States
 from helix_megatron.model.families import CUTTABLE
 
-PROBE = 16  # tokens with which a model is compared with itself
+# Tokens that every model has, of two sequences, with which a model is compared with itself.
+PROBES = (np.arange(16) * 5 % 11, np.arange(9) * 7 % 11)
 
 
 class PagedModel:
@@ -54,9 +55,9 @@ class PagedModel:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         kind = getattr(model.config, "model_type", None)
-        self.before = None
+        self.before: list[Tensor] = []
         if kind not in CUTTABLE and kind not in SHOWN:
-            self.before = self.logits(*_probe())
+            self.before = [self._alone(tokens) for tokens in PROBES]
         self.recurrent = tuple(recurrent)
         self.states = States(model, recurrent)
         register()
@@ -66,7 +67,7 @@ class PagedModel:
             module = model.get_submodule(path)
             module.step_layer = Layer(module, head_group)
             self.layers.append(module.step_layer)
-        self.logits(*_probe())
+        self._alone(PROBES[0])
         silent = [
             path for path, layer in zip(attention, self.layers, strict=True) if layer.asked is None
         ]
@@ -86,6 +87,25 @@ class PagedModel:
     def kept(self, pools: Pools) -> list[KeptHeads]:
         """What a rank keeps of each layer."""
         return [asked.kept(*pools.of(asked.scores.window)) for asked in self.asked]
+
+    def _alone(self, tokens: np.ndarray) -> Tensor:
+        places = np.arange(len(tokens))
+        return self.logits(tokens, places, places)
+
+    def shape(
+        self, layout: HeadLayout, sequences: int, context: int, element_size: int
+    ) -> DecodeShape:
+        """What the first layer's attention computes and keeps in a step."""
+        first = self.asked[0]
+        return DecodeShape(
+            layout,
+            sequences,
+            context,
+            element_size,
+            value_dim=first.value_dim,
+            whole_keys=True,
+            latent=first.latent,
+        )
 
     @torch.inference_mode()
     def logits(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> Tensor:
@@ -141,9 +161,8 @@ class TransformersRunner(Runner):
         for layer, asked, own in zip(model.layers, model.asked, kept, strict=True):
             layer.attention = self.attentions[own.kind]
             layer.attention.windows.add(asked.scores.window)
-        if model.before is not None:
-            book = make_book(cache, layout.segments, pools, page_size)
-            self._check_probe(model.before, book)
+        if model.before:
+            self._check_probe(model.before, make_book(cache, layout.segments, pools, page_size))
 
     def _prepare(self, pieces: Sequence[Piece]) -> None:
         super()._prepare(pieces)
@@ -160,26 +179,39 @@ class TransformersRunner(Runner):
         logits = self.model.logits(tokens, positions, rows)
         return logits[:, : self.vocab_size] if len(wanted) and self.group.rank() == 0 else None
 
-    def _check_probe(self, before: Tensor, book: PageBook | BookPair) -> None:
-        """Raise unless a step gives the logits that the model gave by itself. Collective."""
-        tokens, positions, rows = _probe()
-        book.add(0, 0)
-        if not book.grow(0, len(tokens)):
-            return  # a cache of less than the probe
-        piece = Piece(0, 0, tokens, 0, book.tell(0), len(tokens))
-        self._keep_tables(StepPlan(pieces=(piece,)))
-        self._prepare([piece])
-        after = self.model.logits(tokens, positions, rows)
-        self._keep_tables(StepPlan(drops=(0,)))
-        error = float((after - before).abs().max() / before.abs().max())
+    def _check_probe(self, before: Sequence[Tensor], book: PageBook | BookPair) -> None:
+        """Raise unless steps give the logits that the model gave by itself. Collective.
+
+        Two sequences are computed together, one of them in two parts: what sees other tokens of a step, or
+        forgets a part, is found out.
+        """
+        if not book.fits(sum(map(len, PROBES)) + self.cache.page_size):
+            return  # less cache than the probes have tokens
+        first, second = PROBES
+        cut = len(first) // 2
+        found: list[list[Tensor]] = [[], []]
+        for number in range(len(PROBES)):
+            book.add(number, 0)
+        for parts in (((0, first, 0, cut), (1, second, 0, len(second))), ((0, first, cut, None),)):
+            pieces = []
+            for number, tokens, start, stop in parts:
+                part = tokens[start:stop]
+                assert book.grow(number, start + len(part)), "there is room for all of them"
+                pieces.append(Piece(number, start, part, 0, book.tell(number), len(part)))
+            self._keep_tables(StepPlan(pieces=tuple(pieces)))
+            self._prepare(pieces)
+            tokens = np.concatenate([piece.tokens for piece in pieces])
+            places = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
+            logits = self.model.logits(tokens, places, np.arange(len(tokens)))
+            for piece, rows in zip(
+                pieces, logits.split([len(piece.tokens) for piece in pieces]), strict=True
+            ):
+                found[piece.sequence].append(rows)
+        self._keep_tables(StepPlan(drops=tuple(range(len(PROBES)))))
+        after, wanted = torch.cat([torch.cat(rows) for rows in found]), torch.cat(list(before))
+        error = float((after - wanted).abs().max() / wanted.abs().max())
         if not error <= (1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2):
             raise HelixError(
                 f"models of type {self.model.model.config.model_type} are not known to this release, and this "
                 f"one gives other logits in the engine than by itself, by {error:.1e} of the largest. {INSTEAD}"
             )
-
-
-def _probe() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens that every model has, their positions, and all rows."""
-    places = np.arange(PROBE)
-    return places * 5 % 11, places, places

@@ -29,7 +29,7 @@ class States:
     """
 
     def __init__(self, model: Any, paths: Sequence[str]) -> None:
-        self._config, self._caches = model.config, dict[int, Any]()
+        self._config, self._paths, self._caches = model.config, paths, dict[int, Any]()
         self._parts: list[tuple[slice, Any]] = [(slice(None), None)]
         for path in paths:
             module = model.get_submodule(path)
@@ -44,6 +44,8 @@ class States:
         """The step's tokens, in this order. A piece that begins its sequence begins new states."""
         from transformers import DynamicCache
 
+        if not self._paths:
+            return
         self._parts, row = [], 0
         for piece in pieces:
             if piece.start == 0:

@@ -213,50 +213,6 @@ def test_fp64_logits_equal_one_process(pool, name):
     check_logits(pool, "GQA", VARIANTS[name], ranks)
 
 
-def with_sinks(work: str, text: str, dtype: torch.dtype, world_size: int) -> Any:
-    """Logits of a model whose softmax has learned sinks, which no flag asks for."""
-    import torch.distributed as dist
-
-    from helix_megatron.training import model as training_model
-
-    kept, build = training_model.transformer_config, models.build
-
-    def config_with_sinks(run: Any) -> Any:
-        config = kept(run)
-        config.softmax_type = "learnable"
-        return config
-
-    def build_with_sinks(*arguments: Any) -> tuple[Any, Any]:
-        run, model = build(*arguments)
-        for number, layer in enumerate(model.decoder.layers):
-            offset = layer.self_attention.core_attention.softmax_offset
-            heads = list(run.layout.query_heads(dist.get_rank()))
-            assert offset.numel() == len(heads)
-            offset.data = torch.linspace(-1, 2, 4, dtype=offset.dtype)[heads] + number
-        return run, model
-
-    training_model.transformer_config, models.build = config_with_sinks, build_with_sinks
-    try:
-        if work == "cached":
-            return logits_of_all_caches(text, world_size, dtype)
-        return logits_without_cache(text, dtype, world_size)
-    finally:
-        training_model.transformer_config, models.build = kept, build
-
-
-def test_learned_sinks_are_those_of_the_model(pool):
-    """Each rank has the sinks of its own heads; the keeper of a sequence needs those of all."""
-    text = models.flags(*models.HEADS["GQA"], ranks=2, segments=2)
-    cached = pool.run(with_sinks, "cached", text, torch.float64, 2, world_size=2)
-    alone = models.flags(*models.HEADS["GQA"])
-    full = pool.run(with_sinks, "full", alone, torch.float64, 1, world_size=1)[0]
-    plain = pool.run(logits_without_cache, alone, torch.float64, world_size=1)[0]
-    assert abs(full[0] - plain[0]).max() > 1e-3 * abs(plain[0]).max(), "sinks without effect"
-    assert set(cached[0]) == set(NAMES)
-    for found in cached[0].values():
-        assert_equal(found, full)
-
-
 def test_small_messages_may_be_gathered(pool):
     """What NCCL does with small messages of two ranks, here over gloo."""
     check_logits(pool, "MQA", "", 2, gathers=True)

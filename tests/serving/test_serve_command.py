@@ -367,7 +367,10 @@ def test_generate_streams_to_the_terminal(checkpoint, expected):
             [],
             "there is no prompt. Give --prompt TEXT, --prompt-file FILE or --prompt-tokens '[1, 2, 3]'.",
         ),
-        (["--prompt-tokens", "[1, true]"], "--prompt-tokens '[1, true]' is no list of token ids."),
+        (
+            ["--prompt-tokens", "[1, true]"],
+            "--prompt-tokens is '[1, true]'. It must be a JSON list of token ids",
+        ),
         (
             ["--prompt-tokens", "[1]", "--chat"],
             "--prompt-tokens has no text. Leave one of them out.",

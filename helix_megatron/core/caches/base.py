@@ -26,12 +26,18 @@ class DecodeShape:
     """A step in which `sequences` sequences with `context` positions each get one token.
 
     element_size: bytes of an element of keys, values and activations.
+    value_dim: dimensions of a value, where they are not those of a key; with whole heads only.
+    whole_keys: whether every member has new keys and values whole anyway, so that none of them is sent.
+    latent: whether a value is a part of its key.
     """
 
     layout: HeadLayout
     sequences: int
     context: int
     element_size: int = 2
+    value_dim: int | None = None
+    whole_keys: bool = False
+    latent: bool = False
 
     @property
     def query_bytes(self) -> float:
@@ -40,9 +46,23 @@ class DecodeShape:
         return self.sequences * heads * dims * self.element_size
 
     @property
+    def output_shape(self) -> tuple[int, int]:
+        """(heads, dimensions) of one rank's part of the output."""
+        heads, dims = self.layout.rank_query_shape
+        return heads, dims if self.value_dim is None else self.value_dim
+
+    @property
+    def output_bytes(self) -> float:
+        """Of this rank's part of the outputs of all sequences."""
+        heads, dims = self.output_shape
+        return self.sequences * heads * dims * self.element_size
+
+    @property
     def key_value_bytes(self) -> float:
-        """Of this rank's segments of the new keys and values of all sequences."""
+        """That are sent of this rank's segments of the new keys and values of all sequences."""
         layout = self.layout
+        if self.whole_keys:
+            return 0.0
         return self.sequences * 2 * layout.group_kv_heads * layout.segment_dim * self.element_size
 
     @property
@@ -53,7 +73,8 @@ class DecodeShape:
     def cache_bytes(self) -> float:
         """Of all keys and values of a head group."""
         layout = self.layout
-        per_position = 2 * layout.group_kv_heads * layout.head_dim * self.element_size
+        value = 0 if self.latent else self.value_dim or layout.head_dim
+        per_position = layout.group_kv_heads * (layout.head_dim + value) * self.element_size
         return self.sequences * self.context * per_position
 
 

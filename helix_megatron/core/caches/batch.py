@@ -98,7 +98,7 @@ class BatchCache(CacheLayout):
     attention = BatchAttention
 
     def collectives(self, shape: DecodeShape) -> tuple[Collective, ...]:
-        m, back = shape.layout.segments, shape.query_bytes
+        m, back = shape.layout.segments, shape.output_bytes
         there = shape.query_bytes + shape.key_value_bytes
         return (
             Collective("segments to sequences", "all-to-all", there, m * there),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 
 from helix_megatron.core.caches.base import CacheLayout, DecodeShape
@@ -94,7 +95,7 @@ def _worst_ratio(
 
 
 def _at(shape: DecodeShape, sequences: int) -> DecodeShape:
-    return DecodeShape(shape.layout, sequences, shape.context, shape.element_size)
+    return dataclasses.replace(shape, sequences=sequences)
 
 
 def _sequences(count: int) -> str:

@@ -112,7 +112,7 @@ class SequenceCache(CacheLayout):
 
     def collectives(self, shape: DecodeShape) -> tuple[Collective, ...]:
         m, q, kv = shape.layout.segments, shape.query_bytes, shape.key_value_bytes
-        heads, dims = shape.layout.rank_query_shape
+        heads, dims = shape.output_shape
         per_token = heads * (dims + 1)  # outputs with their log-sum-exp
         outputs = m * shape.sequences * per_token * shape.wide_size
         return (
