@@ -67,6 +67,8 @@ def _experts(
 ) -> dict[str, Any]:
     """Experts in all layers but the first `dense`."""
     layers = config["num_hidden_layers"]
+    if dense >= layers:
+        return {}
     return {
         "num_experts": config[number],
         "moe_router_topk": config["num_experts_per_tok"],
@@ -92,13 +94,21 @@ def _qwen3_5(config: Config) -> Outline:
     if "num_experts" in config:
         shared = config["shared_expert_intermediate_size"]
         flags |= _experts(config, "num_experts", config["moe_intermediate_size"], shared)
-    every = config.get("full_attention_interval", 4)
-    layers = config["num_hidden_layers"]
-    return flags, Special(linear=delta, linear_layers=layers - layers // every)
+    layers, every = config["num_hidden_layers"], config.get("full_attention_interval", 4)
+    linear = layers - layers // every
+    if config.get("layer_types"):
+        linear = sum(_layer_types(config, "linear_attention"))
+    return flags, Special(linear=delta, linear_layers=linear)
 
 
 def _nemotron_h(config: Config) -> Outline:
-    kinds: Sequence[str] = config.get("layers_block_type") or [
+    newer = {
+        "linear_attention": "mamba",
+        "full_attention": "attention",
+    }  # what transformers 5 writes
+    kinds: Sequence[str] = [
+        newer.get(kind, kind) for kind in config.get("layers_block_type") or ()
+    ] or [
         {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}[letter]
         for letter in config["hybrid_override_pattern"]
     ]
@@ -109,7 +119,8 @@ def _nemotron_h(config: Config) -> Outline:
         config["ssm_state_size"],
         config["conv_kernel"],
     )
-    flags = _usual(config, swiglu=False, position_embedding_type="none", num_layers=len(kinds))
+    config = {**config, "num_hidden_layers": len(kinds)}
+    flags = _usual(config, swiglu=False, position_embedding_type="none")
     if "moe" in kinds:
         flags |= _experts(
             config,
@@ -129,13 +140,17 @@ def _nemotron_h(config: Config) -> Outline:
 
 def _gemma4(config: Config) -> Outline:
     """The global layers are those that flags describe: they have the fewest key-value heads."""
+    full = [at for at, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    per_layer = config.get("per_layer_config", {})  # what transformers 5 writes
+    own = per_layer.get(str(full[0]), {}) if full else {}
     flags = _usual(
         config,
         swiglu=False,
         geglu=True,
         qk_layernorm=True,
-        num_query_groups=config["num_global_key_value_heads"],
-        kv_channels=config["global_head_dim"],
+        num_query_groups=config.get("num_global_key_value_heads")
+        or own.get("num_key_value_heads", config["num_key_value_heads"]),
+        kv_channels=config.get("global_head_dim") or own.get("head_dim", config["head_dim"]),
         window_size=config["sliding_window"],
         window_attn_skip_freq=_layer_types(config, "sliding_attention"),
     )
@@ -165,17 +180,16 @@ def _glm4_moe(config: Config) -> Outline:
 
 
 def _minimax_m2(config: Config) -> Outline:
-    flags = _usual(config, rotary_percent=config["rotary_dim"] / config["head_dim"])
+    flags = _usual(
+        config, rotary_percent=config.get("rotary_dim", config["head_dim"]) / config["head_dim"]
+    )
     return flags | _experts(config, "num_local_experts", config["intermediate_size"]), Special()
 
 
-def _llama4(config: Config) -> Outline:
+def _llama4(config: Config) -> Outline | None:
     """Chunks of attention are counted as whole sequences: they are longer than most jobs."""
     if config.get("interleave_moe_layer_step", 1) != 1:
-        raise HelixError(
-            "llama4 models whose MoE layers take turns with dense ones (Maverick) have dense layers of another "
-            "width, which the planner does not know. It knows Scout."
-        )
+        return None  # dense layers of another width (Maverick), which the conversion reads
     ffn = config["intermediate_size"]
     flags = _usual(config, moe_router_pre_softmax=True)
     return flags | _experts(config, "num_local_experts", ffn, shared=ffn), Special()
@@ -196,7 +210,7 @@ def _deepseek_v3(config: Config) -> Outline:
     return flags, Special(latent=latent)
 
 
-OUTLINES: dict[str, Callable[[Config], Outline]] = {
+OUTLINES: dict[str, Callable[[Config], Outline | None]] = {
     "qwen3_5": _qwen3_5,
     "qwen3_5_text": _qwen3_5,
     "qwen3_5_moe": _qwen3_5,

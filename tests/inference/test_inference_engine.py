@@ -251,7 +251,7 @@ def cancel_some(text: str, world_size: int, cache: str) -> dict[str, Any]:
     runner, engine = models.make_engine(text, world_size, cache)
     if engine is None:
         follow(runner)
-        return {"left": len(runner.tables)}
+        return {"left": len(runner.tables[0])}
 
     class Impatient(models.Collected):
         request: Request

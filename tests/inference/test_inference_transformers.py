@@ -21,7 +21,6 @@ from tiny_transformers import BY_FORM, VOCABULARY, tiny_model
 
 from helix_megatron import cli
 from helix_megatron.core.caches import cache_layout
-from helix_megatron.core.caches.pages import Piece
 from helix_megatron.core.caches.windows import Reach
 from helix_megatron.core.meter import EXCHANGE, measure
 from helix_megatron.errors import HelixError
@@ -241,8 +240,8 @@ def test_latents_are_kept_once(pool, cache):
 def bytes_of_a_token(cache: str, context: int) -> tuple[int, Any]:
     """Bytes that this rank sends in attention for one token of each of 4 sequences; what they are held to."""
     runner = make_runner(built("deepseek_v3", torch.float32), cache)
-    members, token = runner.book.members, np.ones(1, dtype=np.int64)
-    pieces = [Piece(n, context, token, n % members, context + 1, True) for n in range(4)]
+    book = models.book_of(runner, 200)
+    pieces = [models.piece_of(book, number, context, [1]) for number in range(4)]
     with measure() as meter:
         runner.run(StepPlan(pieces=tuple(pieces)))
     return meter.bytes(EXCHANGE), runner.model.shape(runner.layout, 4, context + 1, 4)
