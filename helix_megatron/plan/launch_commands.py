@@ -145,14 +145,14 @@ def serving_words(plan: Plan, layout: Layout, nodes: int) -> list[str]:
     model, job = plan.model, plan.job
     # The planner's sequence is in the cache already; a token follows it where the model has a position for it.
     positions = min(job.sequence + 1, model.learned_positions or job.sequence + 1)
-    cut = layout.segments > 1
+    cut, ordinary = layout.segments > 1, model.special == ORDINARY
     flags = {
         "load": "$CHECKPOINT",
         "nproc_per_node": layout.tp if nodes == 1 else None,
         "intra_head_parallel_size": layout.segments,
-        "helix_query_layout": layout.query_layout if cut else None,
+        "helix_query_layout": layout.query_layout if cut and ordinary else None,
         "cache_layout": layout.cache if cut and job.task == "decode" else None,
-        **_experts(model, layout),
+        **(_experts(model, layout) if ordinary else {}),
         "dtype": "fp32" if plan.software.precision == "fp32" else "bf16",
         "max_sequences": job.global_batch // layout.dp,
         "max_context": positions,
@@ -163,8 +163,11 @@ def serving_words(plan: Plan, layout: Layout, nodes: int) -> list[str]:
 
 def not_served(model: ModelSpec, layout: Layout) -> str:
     """Why `helix serve` cannot run a layout, as a clause; empty if it can."""
-    if model.special != ORDINARY:
-        return f"it has no {listed(model.special.names)}"
+    if model.special != ORDINARY:  # the code of transformers computes it
+        uneven = layout.segments > 1 and layout.query_layout == "segments"
+        if uneven or model.num_attention_heads % layout.tp or layout.ep > 1:
+            special = listed(model.special.names) or "layers of one part each"
+            return f"with {special} it has whole query heads on each rank and deals no experts"
     if layout.pp > 1:
         return "it has no pipeline parallelism"
     if layout.cp > 1:
@@ -187,6 +190,10 @@ def serving_command(plan: Plan, layout: Layout) -> str:
         start = " ".join([*_torchrun(layout.tp, plan.cluster), "-m helix_megatron.cli serve"])
     words = serving_words(plan, layout, nodes)
     note = "# $CHECKPOINT is a checkpoint of Helix, Megatron or Hugging Face.\n"
+    if plan.model.special.latent:
+        note += (
+            "# It keeps the latents once on all ranks, where this row counts them on every rank.\n"
+        )
     if layout.dp > 1:
         note += f"# Start {layout.dp} of these, on {layout.tp} GPUs each, behind a load balancer.\n"
     return note + " \\\n".join([start, *_wrapped(words)])

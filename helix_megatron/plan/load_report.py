@@ -9,7 +9,6 @@ from helix_megatron.errors import divisors
 from helix_megatron.plan.evidence import band
 from helix_megatron.plan.launch_commands import not_served, serving_command
 from helix_megatron.plan.load import Load, Served, serve
-from helix_megatron.plan.mixers import ORDINARY
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.search import search
 
@@ -32,8 +31,8 @@ def served(plan: Plan, load: Load) -> list[Served]:
             layout = row.layout._replace(dp=replicas)
             if layout.pp * layout.cp * row.layout.dp > 1:
                 continue
-            if plan.model.special == ORDINARY and not_served(plan.model, layout):
-                continue  # of the other models every row is a forecast, and the command says so
+            if not_served(plan.model, layout):
+                continue
             result = serve(plan.scenario, layout, load)
             if result is not None:
                 ranked.append(result)

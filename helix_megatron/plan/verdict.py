@@ -55,6 +55,10 @@ def verdict(plan: Plan) -> tuple[bool, str]:
         text = f"no layout that cuts heads fits. Best: {whole}."
         if plan.model.special.latent:
             text = f"its latent attention has no key-value heads to cut. Best: {whole}."
+            if plan.job.task != "train":
+                text += (
+                    " helix serve keeps the latents once on all ranks; here they are on every one."
+                )
         return False, f"Helix does not help here: {text}"
     if stock is None:
         return True, f"Helix helps: nothing runs here without cutting heads. Best: {cut}."

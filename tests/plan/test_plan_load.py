@@ -90,12 +90,13 @@ def test_the_command_prints_a_table_and_a_command(capsys, tmp_path):
 
 
 def test_replicas_are_as_large_as_a_sequence_needs(capsys):
-    """Half a million positions fit on all 16 GPUs; models that no server here runs are forecasts."""
+    """Half a million positions fit on all 16 GPUs; hybrid models are served, too."""
     flags = ["--model", "llama-3-70b", "--gpus", "16", "--cluster", "nvlink-16", "--task", "serve"]
     assert plan_main([*flags, "--prompt-tokens", "500000", "--rows", "3"]) == 0
     assert "TP 16 = m 2 × n 8" in capsys.readouterr().out
     assert plan_main(["--model", "qwen3.5-27b", *EIGHT[2:], "--rows", "1"]) == 0
-    assert "it has no gated delta net" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "helix serve" in text and "forecast" not in text
 
 
 def test_what_shows_one_step_is_refused(capsys):

@@ -159,3 +159,15 @@ def test_commands_for_models_that_nobody_builds_are_not_printed(capsys):
     assert plan_main(flags) == 0
     text = capsys.readouterr().out
     assert "This row is a forecast" in text and "torchrun" not in text
+
+
+@pytest.mark.parametrize("model", ["qwen3.5-35b-a3b", "deepseek-v3"])
+def test_commands_that_serve_hybrid_and_latent_models(model, capsys):
+    """The code of transformers computes them in `helix serve`, on ranks with whole query heads."""
+    flags = f"--model {model} --gpus 8 --cluster dgx-b200 --rows 1 --task decode --sequence-length 2048 "
+    flags += "--global-batch 8 --pipeline-model-parallel-size 1 --expert-model-parallel-size 1"
+    assert plan_main(flags.split()) == 0
+    text = capsys.readouterr().out
+    command = text[text.index("helix serve \\\n") :].partition("\n\n")[0]
+    assert "--nproc-per-node" in command and "--expert" not in command
+    assert ("keeps the latents once" in text) == (model == "deepseek-v3")
