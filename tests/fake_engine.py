@@ -26,7 +26,8 @@ from helix_megatron.inference.request import (
     StoppingError,
     TokenLogprobs,
 )
-from helix_megatron.inference.tokens import ByteStream, ByteTokens
+from helix_megatron.inference.token_streams import ByteStream
+from helix_megatron.inference.tokens import ByteTokens
 from helix_megatron.serving import server as server_module
 from helix_megatron.serving.app import make_app
 from helix_megatron.serving.server import Server, listen

@@ -32,11 +32,11 @@ from helix_megatron.data.text import default_text
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.arguments import InferenceConfig
 from helix_megatron.inference.templates import ChatTemplate
+from helix_megatron.inference.token_streams import TokenStream
 from helix_megatron.inference.tokens import (
     ByteTokens,
     FileTokens,
     HuggingFaceTokens,
-    TokenStream,
     configured_stops,
     open_tokens,
 )
