@@ -224,8 +224,9 @@ def _by_transformers(options: Mapping[str, Any]) -> bool:
     kind = content.get("model_type")
     unknown = isinstance(kind, str) and kind not in FAMILIES
     # The engine has no pages for what megatron-core makes of latents, and no states.
-    layers = content.get("layer_types") or ()
-    other = content.get("kv_lora_rank") or "linear_attention" in layers
+    layers = content.get("layer_types")
+    linear = isinstance(layers, list) and "linear_attention" in layers
+    other = content.get("kv_lora_rank") or linear
     return asked == "transformers" or (asked == "auto" and bool(unknown or other))
 
 

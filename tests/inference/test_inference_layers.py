@@ -21,7 +21,6 @@ from tiny_transformers import tiny_config
 from transformers.models.llama import modeling_llama
 
 from helix_megatron.core.caches import NAMES
-from helix_megatron.core.caches.pages import Piece
 from helix_megatron.core.caches.windows import Reach
 from helix_megatron.errors import HelixError
 from helix_megatron.inference.runner import Pools
@@ -129,8 +128,8 @@ def logits_of_tomorrow(attention: str) -> tuple[Any, Any] | str:
         runner = make_runner(model, "sequence")
     except HelixError as error:
         return str(error)
-    member = 0
-    found = runner.run(StepPlan(pieces=(Piece(0, 0, tokens, member, 20, True),)))
+    piece = models.piece_of(models.book_of(runner, 20), 0, 0, tokens)
+    found = runner.run(StepPlan(pieces=(piece,)))
     return (alone, found[0]) if dist.get_rank() == 0 else (alone, alone)
 
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from test_inference_engine import plans
 from test_inference_load import Wide
 from tiny_transformers import BY_FORM, VOCABULARY, tiny_model
+from waiting import run_python
 
-from helix_megatron import cli
 from helix_megatron.core.caches import cache_layout
 from helix_megatron.core.caches.windows import Reach
 from helix_megatron.core.meter import EXCHANGE, measure
@@ -318,18 +318,13 @@ def test_a_directory_is_served(pool, saved):
     assert "every key-value head is cut into 2 segments" in notes
 
 
-def run_generate(directory: Any, capfd: Any, *flags: str) -> list[str]:
-    """Standard output of the command, in this process."""
-    assert cli.main(["generate", "--load", str(directory), *flags]) == 0
-    return capfd.readouterr().out.splitlines()
-
-
-def test_prompts_and_outputs_as_token_ids(saved, capfd, monkeypatch):
+def test_prompts_and_outputs_as_token_ids(saved):
     """A model without a tokenizer: ids in, ids out, in the records and as text."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
     asked = [flag for p in prompts()[:2] for flag in ("--prompt-tokens", json.dumps(p))]
-    lines = run_generate(saved, capfd, *asked, "--max-tokens", "8", "--json")
+    command = ["-m", "helix_megatron.cli", "generate", "--load", str(saved), *asked]
+    done = run_python([*command, "--max-tokens", "8", "--json"])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     records = [json.loads(line) for line in lines]
     wanted = [tokens[:8] for tokens in greedy("mimo_v2_flash")[:2]]
     assert [record["tokens"] for record in records] == wanted

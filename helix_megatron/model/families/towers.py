@@ -18,7 +18,9 @@ PREFIXES = ("model.language_model.", "language_model.model.")
 
 def is_tower(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a model that has more than its text."""
-    return isinstance(config.get("text_config"), Mapping) or config.get("model_type") in SAME_AS
+    return (
+        isinstance(config.get("text_config"), Mapping) or str(config.get("model_type")) in SAME_AS
+    )
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
