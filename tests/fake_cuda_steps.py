@@ -57,6 +57,7 @@ from torch.utils._pytree import tree_iter  # noqa: E402
 
 from helix_megatron import parallel_state  # noqa: E402
 from helix_megatron.core.caches.pages import Piece  # noqa: E402
+from helix_megatron.core.kernels.paged import paged_kernel  # noqa: E402
 from helix_megatron.graph.without_data import new_process  # noqa: E402
 from helix_megatron.inference.megatron_runner import MegatronRunner  # noqa: E402
 from helix_megatron.inference.request import Sampling  # noqa: E402
@@ -329,7 +330,16 @@ def faults(watch: Watch) -> None:
 KINDS = {"train": train, "infer": infer, "faults": faults}
 
 
+class NotLaunched:
+    """A Triton kernel that is called as one is and does nothing: fake tensors have nothing to read."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **settings: None
+
+
 def main() -> None:
+    if paged_kernel("cuda").kernel is not None:
+        importlib.import_module("helix_megatron.core.kernels.paged_triton")._attend = NotLaunched()
     random: Any = megatron_random
     random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = (
         NoRandomStates(),
