@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import tiers
 import torch
 import torch.distributed
 
@@ -111,9 +112,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Job:
-    """What a rank needs to know: `call` is the pickled function with its arguments."""
+    """What a rank needs to know.
+
+    call: the pickled function with its arguments.
+    parts: of the full tier, those that run.
+    """
 
     path: list[str]
+    parts: set[str]
     call: bytes
     rank: int
     world_size: int
@@ -197,7 +203,7 @@ class RankPool:
         )
         try:
             for rank, worker in enumerate(workers):
-                job = Job(sys.path, call, rank, world_size, store.port, timeout)
+                job = Job(sys.path, tiers.chosen(), call, rank, world_size, store.port, timeout)
                 worker.connection.send_bytes(pickle.dumps(job))
             results, failures, lost = self._collect(workers, deadline)
             answered = sorted([*results, *(failure.rank for failure in failures)])
@@ -386,6 +392,7 @@ def _run_job(connection: multiprocessing.connection.Connection, job: Job) -> Non
     """Answer one job: the result or a `Failure`; then (None or what keeps it from being clean, threads)."""
     # Before the call is unpickled: its function may live in a module of a test directory.
     sys.path.extend(entry for entry in job.path if entry not in sys.path)
+    tiers.choose(job.parts)  # sizes that grow with the tier are those of the test
     environment = dict(os.environ)
     rank = str(job.rank)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job.port)}

@@ -34,6 +34,11 @@ def choose(parts: set[str]) -> None:
     _chosen.update(parts)
 
 
+def chosen() -> set[str]:
+    """The parts of the full tier that run."""
+    return set(_chosen)
+
+
 def is_full(part: str) -> bool:
     """Whether a part of the full tier runs."""
     assert part in PARTS, part

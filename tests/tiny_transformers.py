@@ -80,7 +80,7 @@ _LATENT = {
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
     "head_dim": 8,
-    "v_head_dim": 12,
+    "v_head_dim": 8,
 }
 # Cut by the form of their modules; query heads stay whole.
 BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
