@@ -6,6 +6,7 @@ Unknown fields are refused, so that a misspelt one is not silently without effec
 from __future__ import annotations
 
 import gc
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -142,9 +143,9 @@ class GenerationRequest(Strict):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """Of how many tokens in each place the log-probability is wanted beside the token's own; None: none."""
-        raise NotImplementedError
 
     @property
     def choices(self) -> int:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import transformers
 from tiers import sized
 from tiny_transformers import BY_FORM, left_padded, relative_error, tiny_config, tiny_model, tokens
+from tomorrow import TomorrowAttention, tomorrow
 from torch import nn
-from transformers.models.llama import modeling_llama
 
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface import make_groups, plan, shard
@@ -137,18 +137,6 @@ def test_caches_hold_each_head_once(pool):
 # ------------------------------------------------------------------ model types of tomorrow
 
 
-class TomorrowConfig(transformers.LlamaConfig):
-    model_type = "tomorrow"
-
-
-class TomorrowAttention(modeling_llama.LlamaAttention):
-    """Another name, and norms of heads."""
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.scaling *= 1.3
-
-
 class ReversedAttention(TomorrowAttention):
     """Of the known form, but heads see their neighbours: on whole heads of one rank it is another model."""
 
@@ -165,22 +153,7 @@ class GatedAttention(TomorrowAttention):
         self.head_gate = nn.Linear(config.hidden_size, config.num_attention_heads)
 
 
-ATTENTION = {kind.__name__: kind for kind in (TomorrowAttention, ReversedAttention, GatedAttention)}
-
-
-def tomorrow(attention: str) -> Any:
-    """A Llama of an unknown type with attention layers of that class."""
-    config = TomorrowConfig(**tiny_config("llama").to_dict() | {"model_type": "tomorrow"})
-    torch.manual_seed(3)
-    model = transformers.LlamaForCausalLM(config)
-    for number, layer in enumerate(model.model.layers):
-        layer.self_attn = ATTENTION[attention](config, number)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.2)
-    return model.eval()
-
-
-def run_tomorrow(attention: str) -> dict[str, Any] | str:
+def run_tomorrow(attention: type[TomorrowAttention]) -> dict[str, Any] | str:
     groups = make_groups(2, 2)
 
     def make(dtype: torch.dtype) -> Any:
@@ -194,14 +167,14 @@ def run_tomorrow(attention: str) -> dict[str, Any] | str:
 
 def test_a_type_of_tomorrow_is_cut_by_its_form(pool):
     """A model that is released next month works without a release of ours."""
-    cuts = plan(tomorrow("TomorrowAttention"), 2, 2).cuts
-    ranks = pool.run(run_tomorrow, "TomorrowAttention", world_size=2, timeout=300)
-    assert_equals_whole(ranks, results(tomorrow("TomorrowAttention").to), cuts)
+    cuts = plan(tomorrow(TomorrowAttention), 2, 2).cuts
+    ranks = pool.run(run_tomorrow, TomorrowAttention, world_size=2, timeout=300)
+    assert_equals_whole(ranks, results(tomorrow(TomorrowAttention).to), cuts)
 
 
 def test_what_only_looks_like_the_form_is_found_out(pool):
     """The form tells sizes, not what is computed: logits are compared before and after."""
-    for said in pool.run(run_tomorrow, "ReversedAttention", world_size=2, timeout=300):
+    for said in pool.run(run_tomorrow, ReversedAttention, world_size=2, timeout=300):
         assert "models of type tomorrow are not known to this release" in said
         assert "gives other logits, by" in said
 
@@ -209,6 +182,6 @@ def test_what_only_looks_like_the_form_is_found_out(pool):
 def test_an_unknown_part_is_named():
     """What has parameters might act on whole heads."""
     with pytest.raises(HelixError, match=r"class GatedAttention has a part head_gate \(Linear\)"):
-        plan(tomorrow("GatedAttention"), 2, 2)
+        plan(tomorrow(GatedAttention), 2, 2)
     with pytest.raises(HelixError, match=r"heads on 8 ranks .* Valid numbers of ranks: 1, 2, 4\."):
         plan(tiny_model("glm4"), 8, 8)

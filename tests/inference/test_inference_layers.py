@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from test_inference_engine import (
     SHORT,
     assert_equal,
@@ -17,8 +16,7 @@ from test_inference_engine import (
     logits_without_cache,
 )
 from test_inference_transformers import make_runner
-from tiny_transformers import tiny_config
-from transformers.models.llama import modeling_llama
+from tomorrow import TomorrowAttention, tomorrow
 
 from helix_megatron.core.caches import NAMES
 from helix_megatron.core.caches.windows import Reach
@@ -86,18 +84,6 @@ def test_layers_with_windows_free_their_pages(pool, cache):
     assert [answer["left"] for answer in answers] == [0] * 4
 
 
-class TomorrowConfig(transformers.LlamaConfig):
-    model_type = "tomorrow"
-
-
-class TomorrowAttention(modeling_llama.LlamaAttention):
-    """Of the known form, with a scale of its own."""
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.scaling *= 1.3
-
-
 class LeakyAttention(TomorrowAttention):
     """Every token sees the mean of all that are computed together."""
 
@@ -106,19 +92,7 @@ class LeakyAttention(TomorrowAttention):
         return output + kwargs["hidden_states"].mean(1, keepdim=True), weights
 
 
-def tomorrow(attention: str) -> Any:
-    """A Llama of an unknown type with attention layers of that class."""
-    config = TomorrowConfig(**tiny_config("llama").to_dict() | {"model_type": "tomorrow"})
-    torch.manual_seed(3)
-    model = transformers.LlamaForCausalLM(config)
-    for number, layer in enumerate(model.model.layers):
-        layer.self_attn = globals()[attention](config, number)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.2)
-    return model.eval()
-
-
-def logits_of_tomorrow(attention: str) -> tuple[Any, Any] | str:
+def logits_of_tomorrow(attention: type[TomorrowAttention]) -> tuple[Any, Any] | str:
     """Logits of a step of two ranks, and of the library's model; or what is said of it."""
     model = tomorrow(attention)
     tokens = np.arange(20) % 13
@@ -136,7 +110,7 @@ def logits_of_tomorrow(attention: str) -> tuple[Any, Any] | str:
 @pytest.mark.filterwarnings("ignore:models of type tomorrow")
 def test_a_type_of_tomorrow_is_served_or_found_out(pool):
     """By the form of its modules. What sees another sequence is refused: logits are compared at start."""
-    alone, found = pool.run(logits_of_tomorrow, "TomorrowAttention", world_size=2)[0]
+    alone, found = pool.run(logits_of_tomorrow, TomorrowAttention, world_size=2)[0]
     assert (found - alone).abs().max() <= 1e-5 * alone.abs().max()
-    for said in pool.run(logits_of_tomorrow, "LeakyAttention", world_size=1):
+    for said in pool.run(logits_of_tomorrow, LeakyAttention, world_size=1):
         assert "gives other logits in the engine than by itself" in said
