@@ -33,7 +33,7 @@ from helix_megatron.checkpoint.canonical_io import METADATA_NAME
 from helix_megatron.checkpoint.catalog import catalog, extra_states
 from helix_megatron.checkpoint.huggingface_io import tensor_bytes
 from helix_megatron.checkpoint.output import OutputFile
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, Setting
 
 CHECKPOINT_VERSION = 3.0  # Megatron-LM's number for the order of rows that megatron-core has
 ALIGNMENT = 64  # of tensors in a file, as of their bytes inside what torch.save writes: so they can be mapped
@@ -151,7 +151,8 @@ def write_metadata(
             other = first[tensor.key]
             raise HelixError(
                 f"{tensor.name} is {dtype} and {other} is {dtypes[other]}, but Megatron keeps them in one "
-                "tensor. Give one dtype for all with --dtype."
+                "tensor.",
+                remedy=("Give one for all, for example ", Setting("dtype", "bf16"), "."),
             )
         offsets = torch.Size((*tensor.leading, *(0 for _ in tensor.shape)))
         sizes = torch.Size((*(1 for _ in tensor.leading), *tensor.shape))

@@ -31,7 +31,7 @@ from helix_megatron.checkpoint.sources import open_source
 from helix_megatron.checkpoint.staging import Staging, check_target
 from helix_megatron.checkpoint.targets import CanonicalTarget, RankTarget, Row, Target, Tensors
 from helix_megatron.config import HelixConfig
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import HelixError, Setting, listed, with_settings
 
 KINDS = ("canonical", "huggingface", "ranks")
 SHARD_SIZE = 5 * 10**9
@@ -96,7 +96,7 @@ def convert(
 ) -> Path | None:
     """Convert the checkpoint in `source` to one in `target`.
 
-    A canonical target is a store with its one checkpoint in `TARGET/release`, which `--load TARGET` of the
+    A canonical target is a store with its one checkpoint in `TARGET/release`, which `load` of the
     training script and of stock Megatron-LM loads (weights only; training begins at iteration 0).
 
     Args:
@@ -158,7 +158,10 @@ def make_target(source: Source, to: str, options: Options) -> Target:
         source = UnpaddedSource(source)
     tensors = Tensors(source, _dtype(options.dtype))
     if options.shard_size is not None and options.shard_size < 1:
-        raise HelixError(f"files of {options.shard_size} bytes hold nothing. Try --shard-size 5GB.")
+        raise HelixError(
+            f"files of {options.shard_size} bytes hold nothing.",
+            remedy=("Try ", Setting("shard_size", "5GB"), "."),
+        )
     if to == "canonical":
         return CanonicalTarget(tensors, options.shard_size or CANONICAL_SHARD_SIZE)
     if to == "huggingface":
@@ -170,7 +173,8 @@ def make_target(source: Source, to: str, options: Options) -> Target:
         if m not in (1, source.segments):
             raise HelixError(
                 f"the checkpoint has segment-local attention of {source.segments} segments, which cannot "
-                f"become {m}. Give --intra-head-parallel-size {source.segments}."
+                f"become {m}.",
+                remedy=("Give ", Setting("intra_head_parallel_size", source.segments), "."),
             )
         helix = HelixConfig(source.segments, "segment-local")
         helix.head_groups(sizes["tensor"])  # raises where m does not divide the ranks
@@ -219,14 +223,17 @@ def _check_paths(source: Path, target: Path) -> None:
 def _segment_local(source: Source, options: Options) -> Source:
     if source.attention == "segment-local":
         raise HelixError(
-            f"the source is segment-local already, with {source.segments} segments. Leave --attention out."
+            f"the source is segment-local already, with {source.segments} segments.",
+            remedy=("Convert it without another change of its attention.",),
         )
     if not options.allow_quality_loss:
-        raise HelixError(f"{QUALITY}. To convert all the same, add --allow-quality-loss.")
+        remedy = with_settings("To convert all the same, add <allow_quality_loss>.")
+        raise HelixError(f"{QUALITY}.", remedy=remedy)
     assert options.segments is not None
     if options.segments < 2:
         raise HelixError(
-            f"--segments {options.segments} cuts no head. Give at least 2, or leave --attention out."
+            (Setting("segments", options.segments), " cuts no head."),
+            remedy=("Give at least 2, or leave its attention exact.",),
         )
     return SegmentLocalSource(source, options.segments)
 

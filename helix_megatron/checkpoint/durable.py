@@ -115,7 +115,7 @@ def _explanation(code: int | None, path: Path) -> str | None:
         usage = shutil.disk_usage(place)
         return (
             f"no space is left: {_size(usage.free)} of {_size(usage.total)} are free on the disk of {place}. "
-            "Free some, save to another directory, or keep fewer checkpoints with --keep."
+            "Free some, save to another directory, or keep fewer checkpoints."
         )
     return EXPLANATIONS.get(code or 0)
 

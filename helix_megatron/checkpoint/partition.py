@@ -17,7 +17,7 @@ import numpy as np
 from helix_megatron.checkpoint.catalog import CanonicalTensor, Cut
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import HeadLayout
-from helix_megatron.errors import HelixError, divisors, listed
+from helix_megatron.errors import HelixError, Setting, divisors, listed, with_settings
 from helix_megatron.model.description import ModelConfig
 
 AXES = {
@@ -237,36 +237,43 @@ class RankLayout:
         heads = model.num_attention_heads
         if self.heads is None and (heads % self.tensor or model.qkv_rows % self.tensor):
             raise HelixError(
-                f"{heads} heads cannot be dealt whole to {self.tensor} tensor parallel ranks. Valid: "
-                f"{listed(divisors(heads))}. Or cut heads with --intra-head-parallel-size."
+                f"{heads} heads cannot be dealt whole to {self.tensor} tensor parallel ranks.",
+                valid=divisors(heads),
+                remedy=("Or cut heads with ", Setting("intra_head_parallel_size"), "."),
             )
         moe = model.moe_layers
         if not all(moe):
-            self._check_ffn("--ffn-hidden-size", model.ffn_hidden_size or 0, self.tensor)
+            self._check_ffn("ffn_hidden_size", model.ffn_hidden_size or 0, self.tensor)
         if any(moe):
             assert model.num_experts is not None and self.expert_tensor is not None
             own = model.moe_ffn_hidden_size or 0
-            self._check_ffn("--moe-ffn-hidden-size", own, self.expert_tensor)
+            self._check_ffn("moe_ffn_hidden_size", own, self.expert_tensor)
             if model.moe_shared_expert_intermediate_size is not None:
-                flag = "--moe-shared-expert-intermediate-size"
-                self._check_ffn(flag, model.moe_shared_expert_intermediate_size, self.tensor)
+                name = "moe_shared_expert_intermediate_size"
+                self._check_ffn(name, model.moe_shared_expert_intermediate_size, self.tensor)
             if model.num_experts % self.expert:
                 raise HelixError(
-                    f"{model.num_experts} experts cannot be dealt evenly to {self.expert} ranks. Valid "
-                    f"--expert-model-parallel-size: {listed(divisors(model.num_experts))}."
+                    with_settings(
+                        f"{model.num_experts} experts cannot be dealt evenly to {self.expert} ranks. Valid "
+                        f"<expert_model_parallel_size>: {listed(divisors(model.num_experts))}."
+                    )
                 )
         elif self.expert > 1 or self.expert_tensor != self.tensor:
             raise HelixError(
-                "the model has no experts, so expert parallel sizes have no meaning. Leave out "
-                "--expert-model-parallel-size and --expert-tensor-parallel-size."
+                with_settings(
+                    "the model has no experts, so expert parallel sizes have no meaning. Leave out "
+                    "<expert_model_parallel_size> and <expert_tensor_parallel_size>."
+                )
             )
 
     @staticmethod
-    def _check_ffn(flag: str, size: int, ranks: int) -> None:
+    def _check_ffn(name: str, size: int, ranks: int) -> None:
         if size % ranks:
             raise HelixError(
-                f"the MLP's {size} columns ({flag}) cannot be cut for {ranks} tensor parallel ranks. Valid: "
-                f"{listed(divisors(size))}."
+                with_settings(
+                    f"the MLP's {size} columns (<{name}>) cannot be cut for {ranks} tensor parallel ranks."
+                ),
+                valid=divisors(size),
             )
 
 

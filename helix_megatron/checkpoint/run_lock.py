@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helix_megatron.checkpoint.durable import writing_errors
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, with_settings
 
 LOCK = ".run.lock"
 _held: set[int] = set()
@@ -56,9 +56,11 @@ def _locked(path: Path) -> int:
             holder = os.pread(descriptor, 200, 0).decode("ascii", "replace") or "another process"
             os.close(descriptor)
             raise HelixError(
-                f"another run saves to {path.parent}: {holder}. Wait until it has ended, end it, or give this "
-                "one another --save. Ranks that were meant to be one run need a launcher's environment, "
-                "or --nproc-per-node."
+                f"another run saves to {path.parent}: {holder}.",
+                remedy=with_settings(
+                    "Wait until it has ended, end it, or give this one another directory (<save>). Ranks that "
+                    "were meant to be one run need a launcher's environment, or <nproc_per_node>."
+                ),
             ) from None
         except OSError:  # not every network file system knows locks
             return descriptor

@@ -134,7 +134,8 @@ def _unpickled(content: bytes, name: str) -> Any:
     except _Refused as error:
         raise HelixError(
             f"{name} is refused: it asks for {error}, which a checkpoint needs not and which could execute "
-            f"code. {TRUST}"
+            "code.",
+            remedy=TRUST,
         ) from None
     except Exception as error:  # a damaged pickle raises anything
         raise HelixError(
@@ -285,7 +286,8 @@ def _objects(
             if getattr(place, "transform_descriptors", None):
                 raise HelixError(
                     f"{directory / place.relative_path} is refused: {index.fqn} is compressed, and cannot be "
-                    f"inspected. {TRUST}"
+                    "inspected.",
+                    remedy=TRUST,
                 )
             where = (place.offset, place.length, index.fqn)
             by_file.setdefault(place.relative_path, []).append(where)
@@ -316,7 +318,7 @@ def _check_nested(value: Any, name: str, extra_state: bool) -> None:
             _check_nested(load_pt(content, name=name), name, extra_state=False)
     elif isinstance(value, Tensor):
         if extra_state and value.layout is not torch.strided:
-            raise HelixError(f"{name} is refused: its layout is {value.layout}. {TRUST}")
+            raise HelixError(f"{name} is refused: its layout is {value.layout}.", remedy=TRUST)
         if extra_state and value.numel():
             _unpickled(value.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes(), name)
     elif isinstance(value, dict):

@@ -27,7 +27,7 @@ from helix_megatron.checkpoint.safe import load_common
 from helix_megatron.checkpoint.source import Source, side_files
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.config import HelixConfig
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, with_settings
 from helix_megatron.model.description import FUNCTION_FLAGS, complete
 from helix_megatron.model.families import family_of
 from helix_megatron.model.families.rules import Rule, canonical_tensor
@@ -145,8 +145,10 @@ def open_source(
             if like is None:
                 raise HelixError(
                     f"{directory} has one file per rank and no manifest ({manifests.MANIFEST_NAME}), so its "
-                    "model and layout are not known. Give --like DIR, a directory that this converter wrote "
-                    "for the same layout."
+                    "model and layout are not known.",
+                    remedy=with_settings(
+                        "Give <like>, a directory that this converter wrote for the same layout."
+                    ),
                 )
             resolved(like)
             manifest = manifests.read_manifest(like)

@@ -27,7 +27,7 @@ from helix_megatron.checkpoint.manifest import (
 from helix_megatron.checkpoint.publish import lock, publish, recover, remove, replaced
 from helix_megatron.checkpoint.run_lock import LOCK
 from helix_megatron.checkpoint.store import POINTER, is_complete
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, with_settings
 
 JOURNAL = "journal.jsonl"
 
@@ -181,13 +181,15 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
     if any(target.iterdir()) and not overwrite:
         raise HelixError(
-            f"{target} exists. Give a directory that does not, or --overwrite to replace it once the new one "
-            "is complete."
+            f"{target} exists.",
+            remedy=with_settings(
+                "Give a directory that does not, or <overwrite> to replace it once the new one is complete."
+            ),
         )
     if foreign := next(_foreign(target), None):
         raise HelixError(
-            f"{target} holds {foreign}, which no conversion and no save made, so --overwrite does not replace "
-            "it. Move it away, or give another target."
+            f"{target} holds {foreign}, which no conversion and no save made, so it is not replaced. Move it "
+            "away, or give another target."
         )
 
 

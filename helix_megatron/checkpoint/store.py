@@ -43,7 +43,7 @@ from helix_megatron.checkpoint.manifest import (
     read_manifest,
 )
 from helix_megatron.checkpoint.publish import in_use, lock, publish, recover, remove, replaced
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import HelixError, listed, with_settings
 
 __all__ = ["POINTER", "Store", "is_complete", "is_same_directory", "writing_errors"]
 
@@ -352,7 +352,8 @@ def _resisting() -> Iterator[None]:
 def _check_keep(keep: int) -> None:
     if keep < 1:
         raise HelixError(
-            f"cannot keep {keep} checkpoints: the newest one always stays. Give 1 or more, or leave --keep out."
+            f"cannot keep {keep} checkpoints: the newest one always stays.",
+            remedy=with_settings("Give 1 or more, or leave <keep> out."),
         )
 
 

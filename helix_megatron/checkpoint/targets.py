@@ -26,7 +26,7 @@ from helix_megatron.checkpoint.partition import MANIFEST_KEYS, RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, StageFiles, file_name, local_shapes
 from helix_megatron.checkpoint.source import SIDECARS, Source, write_side_files
 from helix_megatron.checkpoint.store import POINTER
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, Setting
 from helix_megatron.versions import installed
 
 Report = Callable[[int], None]
@@ -80,7 +80,8 @@ class Tensors:
         mixed = None if self.cast else next(filter(None, map(source.mixed, source.names)), None)
         if mixed:
             raise HelixError(
-                f"tensor {mixed}, but both become parts of one. Give one dtype for all with --dtype."
+                f"tensor {mixed}, but both become parts of one.",
+                remedy=("Give one for all, for example ", Setting("dtype", "bf16"), "."),
             )
 
     def read(self, name: str) -> Tensor:
@@ -112,7 +113,7 @@ def manifest_of(source: Source, kind: str, **others: Any) -> Manifest:
 
 
 class CanonicalTarget:
-    """A store of one checkpoint, which both `--load DIR` of the training script and stock Megatron-LM load.
+    """A store of one checkpoint, which both the training script and stock Megatron-LM load.
 
     It lies in `DIR/release`, and `DIR/latest_checkpointed_iteration.txt` says `release`: Megatron's name for
     weights without a place in training. It then loads no optimizer state and begins at iteration 0.

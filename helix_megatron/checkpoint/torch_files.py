@@ -27,9 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, with_settings
 
-TRUST = "If you trust where it comes from, add --trust-checkpoint: it may then run any program."
+TRUST = with_settings(
+    "If you trust where it comes from, add <trust_checkpoint>: it may then run any program."
+)
 DAMAGED = "Copy the checkpoint again from where it came, or load another iteration."
 ZIP_MAGIC = b"PK\x03\x04"
 MOST_REPEATED = 1 << 26  # bytes that a tensor may have beyond those of the file
@@ -71,8 +73,8 @@ def load_pt(
         raise
     except pickle.UnpicklingError as error:
         raise HelixError(
-            f"{name} is refused: {_first_line(error)}. Either it is damaged, or torch.save did not write it. "
-            f"{TRUST}"
+            f"{name} is refused: {_first_line(error)}. Either it is damaged, or torch.save did not write it.",
+            remedy=TRUST,
         ) from error
     except Exception as error:
         raise HelixError(f"{name} cannot be read: {_first_line(error)}. {DAMAGED}") from error
@@ -214,8 +216,8 @@ def _allowed(full_name: str, file: str) -> Any:
         if isinstance(found, type) and issubclass(found, enum.Enum):
             return functools.partial(found)  # gives members, and is not the class
     raise HelixError(
-        f"{file} is refused: it holds {full_name}, which a checkpoint needs not and which could execute code. "
-        f"{TRUST}"
+        f"{file} is refused: it holds {full_name}, which a checkpoint needs not and which could execute code.",
+        remedy=TRUST,
     )
 
 

@@ -235,7 +235,7 @@ def test_layers_of_two_dtypes_cannot_be_stacked(tmp_path):
     name = "decoder.layers.2.mlp.linear_fc2.weight"
     tensors[name] = tensors[name].half()
     with pytest.raises(
-        HelixError, match=r"layers.2.mlp.linear_fc2.weight is torch.float16 and .*--dtype"
+        HelixError, match=r"layers.2.mlp.linear_fc2.weight is torch.float16 and .*dtype="
     ):
         write(tmp_path / "written", BASE, tensors)
 

@@ -213,7 +213,7 @@ def test_segment_local_flags():
     )
     before = {tensor.name: tensor.shape for tensor in catalog(BASE | GQA)}
     assert {tensor.name: tensor.shape for tensor in catalog(flags)} == before
-    with pytest.raises(HelixError, match="--qk-layernorm"):
+    with pytest.raises(HelixError, match="qk_layernorm"):
         segment_local_flags(BASE | {"qk_layernorm": True}, 2)
 
 
@@ -225,9 +225,9 @@ WRONG = [
     ),
     ({}, {"tensor": 3, "helix": HelixConfig(3)}, "Valid numbers of segments"),
     ({}, {"pipeline": 3}, "4 layers cannot be dealt evenly to 3 pipeline stages. Valid: 1, 2, 4."),
-    ({"ffn_hidden_size": 50}, {"tensor": 4}, "--ffn-hidden-size"),
+    ({"ffn_hidden_size": 50}, {"tensor": 4}, "(ffn_hidden_size)"),
     (EXPERTS, {"expert": 3}, "4 experts cannot be dealt evenly to 3 ranks"),
-    (EXPERTS | {"moe_ffn_hidden_size": 6}, {"tensor": 4}, "--moe-ffn-hidden-size"),
+    (EXPERTS | {"moe_ffn_hidden_size": 6}, {"tensor": 4}, "moe_ffn_hidden_size"),
     ({}, {"expert": 2}, "no experts"),
     ({}, {"tensor": 0}, "less than 1"),
     ({"num_layers": None}, {}, "num_layers = None"),

@@ -39,7 +39,7 @@ def test_the_lock_lives_as_long_as_its_process(tmp_path):
     )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        text = rf"another run saves to {tmp_path}: process {holder.pid} on .*--nproc-per-node"
+        text = rf"another run saves to {tmp_path}: process {holder.pid} on .*nproc_per_node"
         with pytest.raises(HelixError, match=text), sole_run(tmp_path):
             pass
         holder.kill()
