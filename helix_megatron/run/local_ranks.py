@@ -104,7 +104,7 @@ def supervised(ranks: Sequence[Rank], *, drains: bool = False) -> Iterator[list[
         if len(asked) > 1:
             _kill(ranks)
         elif ranks:
-            os.kill(ranks[0].pid, signal.SIGTERM)
+            _send(signal.SIGTERM, ranks[0])
             _wake(ranks)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -188,15 +188,21 @@ def _wake(ranks: Sequence[Rank]) -> None:
     """A rank that is stopped hears of nothing, and would neither end nor notice that others have."""
     for rank in ranks:
         if rank.poll() is None:
-            os.kill(rank.pid, signal.SIGCONT)
+            _send(signal.SIGCONT, rank)
+
+
+def _send(signum: int, rank: Rank) -> None:
+    """Nothing where a rank has just ended: the number of one that is no child of this process is free at once."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(rank.pid, signum)
 
 
 def _kill(ranks: Sequence[Rank]) -> None:
     """End the ranks and what they have started, and wait for their ends."""
     for rank in ranks:
         if rank.poll() is None:
+            _send(signal.SIGKILL, rank)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rank.pid, signal.SIGKILL)
                 os.killpg(rank.pid, signal.SIGKILL)
     for rank in ranks:
         while rank.poll() is None:

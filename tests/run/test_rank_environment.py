@@ -20,7 +20,7 @@ from helix_megatron.arguments import exit_on_error
 from helix_megatron.checkpoint.manifest import read_manifest
 from helix_megatron.checkpoint.store import Store
 from helix_megatron.errors import LaunchError
-from helix_megatron.run.local_ranks import reserved_port
+from helix_megatron.run.local_ranks import reserved_port, supervised, wait_for
 from helix_megatron.run.rank_environment import BATCH_SYSTEMS, launched_ranks, number_of_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -225,3 +225,24 @@ def test_a_reserved_port_is_for_the_ranks_alone():
         store = dist.TCPStore("127.0.0.1", port, 1, is_master=True)
         store.set("rank 0", "listens")
         assert store.get("rank 0") == b"listens"
+
+
+class RankThatEndsBetween:
+    """A rank that has ended after it was asked whether it has: its number means no process any more."""
+
+    def __init__(self) -> None:
+        with subprocess.Popen([sys.executable, "-c", ""]) as process:
+            self.pid = process.pid
+        self.answers = iter([None, None, 0])
+
+    def poll(self) -> int | None:
+        return next(self.answers, 0)
+
+
+def test_a_rank_that_ends_while_others_are_waited_for_is_no_error():
+    """Ranks of a benchmark are forked by another process, which frees their numbers as they end."""
+    first, late = RankThatEndsBetween(), RankThatEndsBetween()
+    first.answers = iter([0])
+    with supervised([first, late]):
+        assert wait_for([first, late]) == 0
+    assert next(late.answers, "asked") == "asked"
