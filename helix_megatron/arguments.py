@@ -14,7 +14,6 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO
 
-from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, LaunchError, Setting
 from helix_megatron.flags import whole
 
@@ -55,6 +54,8 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
     `HelixConfig.from_args` reads the result. The flags' help is the configuration's own.
     """
+    from helix_megatron.config import HelixConfig  # imports NumPy, and `helix --help` needs neither
+
     group = parser.add_argument_group("helix", "two-level attention partitioning")
     for setting in dataclasses.fields(HelixConfig):
         choices = setting.metadata["choices"]

@@ -220,6 +220,15 @@ def test_configuration_imports_no_torch_anywhere(name):
     assert not imported_packages(MODULES[name]) & {"torch", "megatron"}
 
 
+def test_a_command_is_chosen_without_numpy():
+    """`helix --help` and a mistyped subcommand answer in the time that Python itself takes."""
+    program = "import sys; from helix_megatron.cli import main; main(['--help']); print('numpy' in sys.modules)"
+    answer = subprocess.check_output(
+        [sys.executable, "-c", program], text=True, timeout=PROGRAM_LIMIT
+    )
+    assert answer.splitlines()[-1] == "False"
+
+
 def test_layout_configuration_and_costs_work_without_torch():
     """The same at run time, as the source alone cannot prove it: costs of a layer, with torch absent."""
     program = """
