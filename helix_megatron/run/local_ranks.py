@@ -192,7 +192,7 @@ def _wake(ranks: Sequence[Rank]) -> None:
 
 
 def _send(signum: int, rank: Rank) -> None:
-    """Nothing where a rank has just ended: the number of one that is no child of this process is free at once."""
+    """Nothing where a rank has just ended: the number of one that is no child of ours is free at once."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(rank.pid, signum)
 
