@@ -87,7 +87,6 @@ def choose_for(
         element_size=x.q.element_size(),
         causal=x.mask.causal,
         window=x.mask.window,
-        masked=x.mask.hidden is not None,
     )
     return choose(shape, exchange, MACHINES.get(x.q.device.type, GPU), allowed)
 

@@ -95,7 +95,6 @@ def shape_of(case: Case, query_layout: str, element_size: int = 8) -> AttentionS
         element_size=element_size,
         causal=case.causal,
         window=case.window,
-        masked=case.padding,
     )
 
 

@@ -49,7 +49,7 @@ def _sum_of_positives(first: int, count: int) -> int:
 class AttentionShape:
     """All that decides whether an exchange fits and what it costs.
 
-    element_size is in bytes. `masked` says that a pattern beyond causality and window is applied.
+    element_size is in bytes.
     """
 
     layout: HeadLayout
@@ -59,7 +59,6 @@ class AttentionShape:
     element_size: int = 2
     causal: bool = True
     window: tuple[int, int] | None = None
-    masked: bool = False
 
     @functools.cached_property
     def visible_pairs(self) -> int:
@@ -128,14 +127,13 @@ class LocalHeads:
 class AttentionCost(ABC):
     """What attention costs one rank.
 
-    collective: how most of the bytes move. fusible: whether a fused kernel can compute what is left.
-    output_in_order: whether the kernel's output is, for one sequence, already in the order that the projection
-    reads. in_core: whether it runs inside core attention, which selective recomputation repeats.
+    collective: how most of the bytes move. output_in_order: whether the kernel's output is, for one sequence,
+    already in the order that the projection reads. in_core: whether it runs inside core attention, which
+    selective recomputation repeats.
     """
 
     name: ClassVar[str]
     collective: ClassVar[str] = "all-to-all"
-    fusible: ClassVar[bool] = True
     output_in_order: ClassVar[bool] = False
     in_core: ClassVar[bool] = True
 

@@ -20,7 +20,6 @@ class GatherQK(Exchange):
     name = "gather-qk"
     summary = "all-gather the segments of queries and keys; values stay cut"
     collective = "all-gather"
-    fusible = False  # torch's kernels need values as wide as keys
 
     def bytes(self, shape: AttentionShape) -> int:
         layout = shape.layout

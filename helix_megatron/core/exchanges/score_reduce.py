@@ -21,7 +21,6 @@ class ScoreReduce(Exchange):
     name = "score-reduce"
     summary = "all-reduce partial scores in fp32; no fused kernel"
     collective = "all-reduce"
-    fusible = False  # no kernel can stop before its softmax
 
     def bytes(self, shape: AttentionShape) -> int:
         m = shape.layout.segments

@@ -23,7 +23,3 @@ class Modules:
     @property
     def mlp(self) -> str:
         return f"{self.prefix}MLP"
-
-    @property
-    def stacked_experts(self) -> str:
-        return f"{self.prefix}Experts"
