@@ -96,6 +96,11 @@ def _text(pieces: Iterable[str | Setting], words: Words) -> str:
     return f"{text[: LONGEST_TEXT // 2]} … {text[-LONGEST_TEXT // 2 :]}"
 
 
+def setting_error(text: str) -> HelixError:
+    """The error of a text in whose pieces `<name>` is the setting of that name."""
+    return HelixError(with_settings(text))
+
+
 class LaunchError(HelixError):
     """The ranks cannot be started, or do not know of each other. Every rank says so: it may be the only one."""
 

@@ -169,10 +169,10 @@ def build_megatron(run: Run) -> torch.nn.Module:
     """A megatron-core model of the training script's flags, which `run.model` has."""
     from helix_megatron import parallel_state
     from helix_megatron.megatron import cpu_runtime
+    from helix_megatron.megatron.gpt import build_chunk, transformer_config
     from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
     from helix_megatron.megatron.random import seed_model_parallel
     from helix_megatron.training.arguments import parse_args
-    from helix_megatron.training.model import build_chunk, transformer_config
     from helix_megatron.training.validate import validate
 
     cpu_runtime.install()

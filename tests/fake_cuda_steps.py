@@ -64,9 +64,9 @@ from helix_megatron.inference.request import Sampling  # noqa: E402
 from helix_megatron.inference.runner import make_book  # noqa: E402
 from helix_megatron.inference.sampler import Place, sample  # noqa: E402
 from helix_megatron.inference.step import StepPlan  # noqa: E402
+from helix_megatron.megatron.gpt import build_chunk, transformer_config  # noqa: E402
 from helix_megatron.megatron.initialize import weights_not_drawn  # noqa: E402
 from helix_megatron.training.arguments import parse_args  # noqa: E402
-from helix_megatron.training.model import build_chunk, transformer_config  # noqa: E402
 from helix_megatron.training.validate import validate  # noqa: E402
 
 WORLD = 4

@@ -67,7 +67,7 @@ PRELOAD = [
     "megatron.core.pipeline_parallel",
     "megatron.core.transformer.moe.moe_layer",
     "helix_megatron.training.loop",
-    "helix_megatron.training.model",
+    "helix_megatron.megatron.gpt",
     "helix_megatron.training.checkpointing",
     "helix_megatron.training.arguments",
     "helix_megatron.megatron.dist_checkpoint",

@@ -33,7 +33,7 @@ HOSTS = ("megatron", "deepspeed", "huggingface")
 HOST_IMPORTS = {("deepspeed", "huggingface"), ("deepspeed", "megatron")}
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("versions", "hardware", "tables"),
+    ("versions", "hardware", "tables", "units"),
     ("layout", "flags", "outputs"),
     ("config",),
     ("arguments",),
@@ -42,15 +42,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels", "exchanges", "caches"),
     ("attention", "parallel_state", "patching", "needs"),
     ("checkpoint",),
+    ("run",),
     HOSTS,
 )
 # Applications, and the others that each may import: serving knows no planner, no graph, no training loop.
 APPLICATIONS: dict[str, set[str]] = {
     "data": set(),
     "training": {"data"},
-    "inference": {"training", "data"},
+    "inference": {"data"},
     "serving": {"inference"},
-    "plan": {"training"},
+    "plan": set(),
     "bench": {"training", "inference", "plan"},
     "graph": {"training", "bench"},
     "megatron_lm": set(),
@@ -58,7 +59,7 @@ APPLICATIONS: dict[str, set[str]] = {
 TOP = len(LAYERS)
 BELOW_HOSTS = {part for layer in LAYERS[:-1] for part in layer}
 # Algorithms: they take groups as arguments, so these ways to find one out are closed to them.
-ALGORITHMS = BELOW_HOSTS - {"parallel_state", "versions"}
+ALGORITHMS = BELOW_HOSTS - {"parallel_state", "versions", "run"}
 GLOBALS = {"WORLD", "get_rank", "get_world_size", "is_initialized", "_get_default_group", "environ"}
 # What calls of collectives begin with, `collective` being a variable that holds one.
 COLLECTIVES = ("dist.", "_all_gather", "_reduce_scatter", "collective")
@@ -156,7 +157,7 @@ def test_the_package_itself_imports_nothing():
 @pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] in ALGORITHMS])
 def test_algorithms_know_no_host_and_no_process_global(name):
     """Below the hosts, groups are values: nothing may ask Megatron, torch's default group or the environment
-    where it runs. Only parallel_state does, which is the hosts' own."""
+    where it runs. Only parallel_state does, which is the hosts' own, and run, which starts processes."""
     tree = MODULES[name]
     assert not imported_packages(tree) & {"megatron", "deepspeed", "transformers"}
     assert "parallel_state" not in imported_parts(tree)
@@ -196,6 +197,8 @@ WITH_FLAGS = {
     "huggingface.load",
     "model.families.family",
     "model.fields",
+    "run.rank_environment",
+    "run.settings",
 }
 
 

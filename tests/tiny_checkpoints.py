@@ -74,7 +74,7 @@ def value_of(tensor: CanonicalTensor) -> np.ndarray:
 def run_of(flags: dict[str, Any], *, world_size: int | None = None, **values: Any) -> Any:
     """A run with the model of model flags, on as many ranks as hold it."""
     from helix_megatron.model.description import ModelConfig
-    from helix_megatron.training.run import RunConfig
+    from helix_megatron.run.config import RunConfig
 
     rows = flags.get("vocab_size") or flags["padded_vocab_size"]
     model = ModelConfig.from_flags(flags | {"vocab_size": rows, "padded_vocab_size": None})
@@ -88,8 +88,8 @@ def build(flags: dict[str, Any], sizes: tuple[int, ...], query_layout: str, worl
     """This rank's GPTModel."""
     from helix_megatron import parallel_state
     from helix_megatron.megatron import cpu_runtime
+    from helix_megatron.megatron.gpt import build_chunk, transformer_config
     from helix_megatron.megatron.random import seed_model_parallel
-    from helix_megatron.training.model import build_chunk, transformer_config
 
     cpu_runtime.install()
     tp, pp, ep, etp, m = sizes

@@ -41,9 +41,9 @@ def build(flags: str, world_size: int) -> tuple[Any, Any, Any]:
     """(arguments, configuration, GPTModel) on this rank."""
     from helix_megatron import parallel_state
     from helix_megatron.megatron import cpu_runtime
+    from helix_megatron.megatron.gpt import build_chunk, transformer_config
     from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
     from helix_megatron.megatron.random import seed_model_parallel
-    from helix_megatron.training.model import build_chunk, transformer_config
 
     cpu_runtime.install()
     run = validate(parse_args(flags.split()), world_size)

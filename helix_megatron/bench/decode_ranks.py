@@ -32,9 +32,9 @@ from helix_megatron.errors import HelixError
 from helix_megatron.inference.megatron_runner import MegatronRunner
 from helix_megatron.inference.runner import make_book
 from helix_megatron.inference.step import StepPlan
+from helix_megatron.megatron.gpt import build_chunk, transformer_config
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 from helix_megatron.training.arguments import parse_args
-from helix_megatron.training.model import build_chunk, transformer_config
 from helix_megatron.training.validate import validate
 
 LIMIT = 1e-4

@@ -9,7 +9,7 @@ import time
 from typing import Any, NamedTuple
 
 from helix_megatron.bench.timing import peak_memory
-from helix_megatron.training.run import RunConfig
+from helix_megatron.run.config import RunConfig
 
 PRODUCT_REPEATS = 5
 # A matrix product that keeps a device busy without keeping the user waiting: rows, columns, inner.
@@ -44,8 +44,9 @@ def measure_layout(run: RunConfig, warm_up: int, iterations: int) -> Measured:
 
     from helix_megatron import parallel_state
     from helix_megatron.core.meter import Meter
+    from helix_megatron.megatron.process_group import process_group
     from helix_megatron.training.metrics import memory_bytes
-    from helix_megatron.training.pretrain import process_group, training
+    from helix_megatron.training.pretrain import training
 
     # Each launch would print the optional packages again.
     with contextlib.redirect_stdout(io.StringIO()), process_group(run.parallel):
@@ -101,7 +102,7 @@ def _product_flops(run: RunConfig) -> tuple[float, str]:
     import torch
     import torch.distributed as dist
 
-    from helix_megatron.training.model import parameter_dtype
+    from helix_megatron.megatron.gpt import parameter_dtype
 
     on_gpu = torch.cuda.is_available() and run.parallel.distributed_backend != "gloo"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

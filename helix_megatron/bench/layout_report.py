@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helix_megatron import units
 from helix_megatron.bench.layout_ranks import Measured
 from helix_megatron.bench.timing import Spread
+from helix_megatron.run.config import RunConfig
 from helix_megatron.tables import text_table
-from helix_megatron.training import units
-from helix_megatron.training.run import RunConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from helix_megatron.arguments import as_flag
 from helix_megatron.errors import HelixError, did_you_mean
 from helix_megatron.flags import flag_of
-from helix_megatron.training.run import RunConfig
+from helix_megatron.run.config import RunConfig
 
 # Key → flag. A switch is `on` or `off`; other values pass to the flag as they are.
 FLAGS = {

@@ -21,8 +21,8 @@ from helix_megatron.bench.spawn import SIZE
 from helix_megatron.errors import HelixError
 from helix_megatron.flags import OUTPUT_FILE, one_line, whole
 from helix_megatron.outputs import PICTURES, check_file
+from helix_megatron.run.config import RunConfig
 from helix_megatron.run.rank_environment import MOST_RANKS
-from helix_megatron.training.run import RunConfig
 
 NAME = "layouts"
 HELP = "throughput, communication and memory of layouts side by side, stock Megatron's among them"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.errors import HelixError, with_settings
+from helix_megatron.errors import HelixError, setting_error
 from helix_megatron.model.description import HEADS, ModelConfig
 
 QUALITY = (
@@ -246,12 +246,10 @@ def segment_local_flags(flags: Mapping[str, Any], segments: int) -> dict[str, An
     """
     model = ModelConfig.from_flags(flags)
     if model.has_qk_norm_weights:
-        raise HelixError(
-            with_settings(
-                f"the model normalises each head's {model.head_dim} query and key dimensions with weights of "
-                "that length (<qk_layernorm>). Segments of a head would need weights of their own, which no "
-                "stock model has, so it cannot become segment-local. Take attention exact."
-            )
+        raise setting_error(
+            f"the model normalises each head's {model.head_dim} query and key dimensions with weights of "
+            "that length (<qk_layernorm>). Segments of a head would need weights of their own, which no "
+            "stock model has, so it cannot become segment-local. Take attention exact."
         )
     model = dataclasses.replace(
         model, group_query_attention=model.num_query_groups != model.num_attention_heads

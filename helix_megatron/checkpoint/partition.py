@@ -17,7 +17,14 @@ import numpy as np
 from helix_megatron.checkpoint.catalog import CanonicalTensor, Cut
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import HeadLayout
-from helix_megatron.errors import HelixError, Setting, divisors, listed, with_settings
+from helix_megatron.errors import (
+    HelixError,
+    Setting,
+    divisors,
+    listed,
+    setting_error,
+    with_settings,
+)
 from helix_megatron.model.description import ModelConfig
 
 AXES = {
@@ -252,18 +259,14 @@ class RankLayout:
                 name = "moe_shared_expert_intermediate_size"
                 self._check_ffn(name, model.moe_shared_expert_intermediate_size, self.tensor)
             if model.num_experts % self.expert:
-                raise HelixError(
-                    with_settings(
-                        f"{model.num_experts} experts cannot be dealt evenly to {self.expert} ranks. Valid "
-                        f"<expert_model_parallel_size>: {listed(divisors(model.num_experts))}."
-                    )
+                raise setting_error(
+                    f"{model.num_experts} experts cannot be dealt evenly to {self.expert} ranks. Valid "
+                    f"<expert_model_parallel_size>: {listed(divisors(model.num_experts))}."
                 )
         elif self.expert > 1 or self.expert_tensor != self.tensor:
-            raise HelixError(
-                with_settings(
-                    "the model has no experts, so expert parallel sizes have no meaning. Leave out "
-                    "<expert_model_parallel_size> and <expert_tensor_parallel_size>."
-                )
+            raise setting_error(
+                "the model has no experts, so expert parallel sizes have no meaning. Leave out "
+                "<expert_model_parallel_size> and <expert_tensor_parallel_size>."
             )
 
     @staticmethod

@@ -39,7 +39,7 @@ def micro_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's micro-batches without end, G / (b·D) of them per iteration.
 
-    Yields `KEYS`, each [micro-batch, sequence], with the dtypes of the dataset. `training.run.RunConfig` has
+    Yields `KEYS`, each [micro-batch, sequence], with the dtypes of the dataset. `run.config.RunConfig` has
     seen to it that G is a multiple of b·D, so iterations need no loop of their own.
 
     Args:

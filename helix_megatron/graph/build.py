@@ -23,7 +23,7 @@ from helix_megatron.graph.model import (
 
 if TYPE_CHECKING:
     from helix_megatron.graph.trace import Participation, RankTrace
-    from helix_megatron.training.run import RunConfig
+    from helix_megatron.run.config import RunConfig
 
 COMPLETE, ATTENTION, MLP = (
     "complete_helix_model",

@@ -14,7 +14,7 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import contiguous_runs
 from helix_megatron.errors import listed
 from helix_megatron.graph.model import FORWARD, Graph, Node, Weight
-from helix_megatron.training.units import count
+from helix_megatron.units import count
 
 Outcome = tuple[str, tuple[str, ...]]  # figure, problems
 ADDITION = "aten.add.Tensor"

@@ -12,7 +12,7 @@ from helix_megatron.errors import listed
 from helix_megatron.graph.build import MESSAGE
 from helix_megatron.graph.check_model import Outcome, dimensions, residuals, weights
 from helix_megatron.graph.model import COLLECTIVE, OPERATOR, Collective, Graph, Node, Spec
-from helix_megatron.training.units import count, size
+from helix_megatron.units import count, size
 
 BALANCE = 1.1  # the most by which the busiest rank may exceed the idlest
 SHOWN = 5  # violations that are printed

@@ -10,8 +10,8 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.core.exchanges import choose
 from helix_megatron.errors import HelixError
 from helix_megatron.hardware import GPU
+from helix_megatron.run.config import RunConfig
 from helix_megatron.training.arguments import parse_args
-from helix_megatron.training.run import RunConfig
 from helix_megatron.training.validate import BYTES
 
 

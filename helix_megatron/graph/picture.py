@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from helix_megatron.graph.fold import Block, Item, RankClass, item_edges, items, rank_classes, tree
 from helix_megatron.graph.model import COLLECTIVE, Collective, Graph, Node
-from helix_megatron.training.units import count, size
+from helix_megatron.units import count, size
 
 COLORS = (  # part of a module's path → fill
     ("layernorm", "#eceff4"),

@@ -39,10 +39,10 @@ from helix_megatron.megatron.checkpoint import PermutedFactory
 from helix_megatron.megatron.dropout import use_layout_free_dropout
 from helix_megatron.megatron.fake_world import fake_world
 from helix_megatron.megatron.fill import canonical_name, sharded_weights
+from helix_megatron.megatron.gpt import build_chunk, parameter_dtype, transformer_config
 from helix_megatron.megatron.initialize import weights_not_drawn
+from helix_megatron.run.config import RunConfig
 from helix_megatron.training.loop import masked_mean  # the loss of the training loop itself
-from helix_megatron.training.model import build_chunk, parameter_dtype, transformer_config
-from helix_megatron.training.run import RunConfig
 
 ROOT = "model"  # path of the model itself, whose own code computes the losses
 

@@ -1,7 +1,7 @@
 """The flags that `helix generate` and `helix serve` share: checkpoint, ranks and precision.
 
 `inference_config` makes of them, and of what the checkpoint says about its model, the run that
-`helix_megatron.training.model` builds a model from. Starts without torch.
+`helix_megatron.megatron.gpt` builds a model from. Starts without torch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, counted, listed
 from helix_megatron.flags import INPUT, INPUT_DIRECTORY, add_flags, flag_of, whole
 from helix_megatron.model.description import MODEL_FLAGS, ModelConfig
-from helix_megatron.training.run import RunConfig
-from helix_megatron.training.settings import Checkpoints, Parallelism, Training
+from helix_megatron.run.config import RunConfig
+from helix_megatron.run.settings import Checkpoints, Parallelism, Training
 
 if TYPE_CHECKING:
     from helix_megatron.inference.transformers_load import Described

@@ -159,8 +159,8 @@ def ranks_together(
 
     A `HelixError` from inside is raised when all ranks have taken leave of each other: it is all they say.
     """
+    from helix_megatron.megatron.process_group import process_group
     from helix_megatron.run.watchdog import watching
-    from helix_megatron.training.pretrain import process_group
 
     problem = None
     with process_group(config.run.parallel), watching(asked_to_end, farewell):

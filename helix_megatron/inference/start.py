@@ -44,7 +44,7 @@ from helix_megatron.inference.runner import (
 )
 from helix_megatron.inference.scheduler import Scheduler
 from helix_megatron.megatron.outcomes import on_every_rank
-from helix_megatron.training.run import RunConfig
+from helix_megatron.run.config import RunConfig
 
 # Of the memory that is free when the weights are there. The rest is for a step: on a GPU attention over pages
 # copies them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helix_megatron.errors import HelixError, listed, with_settings
+from helix_megatron.errors import listed, setting_error
 from helix_megatron.model.patterns import is_pattern
 from helix_megatron.model.sizes import ModelSizes
 
@@ -18,81 +18,61 @@ def check_options(model: ModelSizes) -> None:
     """
     chosen = [f"<{name}>" for name in ACTIVATIONS if getattr(model, name)]
     if len(chosen) > 1:
-        raise HelixError(with_settings(f"{listed(chosen)} exclude each other. Give one of them."))
+        raise setting_error(f"{listed(chosen)} exclude each other. Give one of them.")
     if model.max_position_embeddings < model.seq_length:  # type: ignore[operator]
-        raise HelixError(
-            with_settings(
-                f"<seq_length> {model.seq_length} is longer than <max_position_embeddings> "
-                f"{model.max_position_embeddings}. Leave the latter out, or raise it."
-            )
+        raise setting_error(
+            f"<seq_length> {model.seq_length} is longer than <max_position_embeddings> "
+            f"{model.max_position_embeddings}. Leave the latter out, or raise it."
         )
     rotated = model.rotary_dim
     if rotated % 2:
-        raise HelixError(
-            with_settings(
-                f"rotary embedding rotates pairs of dimensions, and {rotated} of the {model.head_dim} "
-                "dimensions of a head (<kv_channels>, <rotary_percent>) are not an even number."
-            )
+        raise setting_error(
+            f"rotary embedding rotates pairs of dimensions, and {rotated} of the {model.head_dim} "
+            "dimensions of a head (<kv_channels>, <rotary_percent>) are not an even number."
         )
     scaled = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor
     if scaled and "rope" not in model.traits:
-        raise HelixError(
-            with_settings(
-                "<use_rope_scaling> and <rotary_seq_len_interpolation_factor> scale rotary embedding, and "
-                f"<position_embedding_type> is {model.position_embedding_type}. Leave them out."
-            )
+        raise setting_error(
+            "<use_rope_scaling> and <rotary_seq_len_interpolation_factor> scale rotary embedding, and "
+            f"<position_embedding_type> is {model.position_embedding_type}. Leave them out."
         )
     if "yarn" in model.traits and (model.rotary_percent < 1 or model.rotary_interleaved or scaled):
-        raise HelixError(
-            with_settings(
-                "<position_embedding_type> yarn rotates pairs (k, k + d/2) of whole heads. "
-                "Leave out <rotary_percent>, <rotary_interleaved>, <use_rope_scaling> and "
-                "<rotary_seq_len_interpolation_factor>."
-            )
+        raise setting_error(
+            "<position_embedding_type> yarn rotates pairs (k, k + d/2) of whole heads. "
+            "Leave out <rotary_percent>, <rotary_interleaved>, <use_rope_scaling> and "
+            "<rotary_seq_len_interpolation_factor>."
         )
     if model.rotary_base_windowed and model.rotary_interleaved:
-        raise HelixError(
-            with_settings(
-                "<rotary_base_windowed> turns pairs (k, k + d/2), and <rotary_interleaved> others. Leave out "
-                "one of them."
-            )
+        raise setting_error(
+            "<rotary_base_windowed> turns pairs (k, k + d/2), and <rotary_interleaved> others. Leave out "
+            "one of them."
         )
     if model.no_pre_norms and not model.post_norms:
-        raise HelixError(
-            with_settings(
-                "<no_pre_norms> leaves no norms at all. Add <post_norms>, or leave it out."
-            )
+        raise setting_error(
+            "<no_pre_norms> leaves no norms at all. Add <post_norms>, or leave it out."
         )
     if model.post_norms and (model.num_experts or model.normalization != "RMSNorm"):
-        raise HelixError(
-            with_settings(
-                "<post_norms> is for dense models with <normalization> RMSNorm. Leave it out, or leave out "
-                "<num_experts>."
-            )
+        raise setting_error(
+            "<post_norms> is for dense models with <normalization> RMSNorm. Leave it out, or leave out "
+            "<num_experts>."
         )
     if model.qk_norm_all_heads and (
         not model.has_qk_norm_weights or model.normalization != "RMSNorm"
     ):
-        raise HelixError(
-            with_settings(
-                "<qk_norm_all_heads> is of <qk_layernorm> with <normalization> RMSNorm. Add both, or leave it "
-                "out."
-            )
+        raise setting_error(
+            "<qk_norm_all_heads> is of <qk_layernorm> with <normalization> RMSNorm. Add both, or leave it "
+            "out."
         )
     _check_pattern(model, "no_rope_freq")
     if not model.is_gated and (model.activation_func_clamp_value or model.glu_linear_offset):
-        raise HelixError(
-            with_settings(
-                "<activation_func_clamp_value> and <glu_linear_offset> are of gated MLPs. Leave them out, or "
-                "add <swiglu>, <geglu> or <quick_geglu>."
-            )
+        raise setting_error(
+            "<activation_func_clamp_value> and <glu_linear_offset> are of gated MLPs. Leave them out, or "
+            "add <swiglu>, <geglu> or <quick_geglu>."
         )
     if model.window_attn_skip_freq is not None and model.window_size is None:
-        raise HelixError(
-            with_settings(
-                "<window_attn_skip_freq> says which layers have a sliding window, and there is none. Add "
-                "<window_size>, or leave it out."
-            )
+        raise setting_error(
+            "<window_attn_skip_freq> says which layers have a sliding window, and there is none. Add "
+            "<window_size>, or leave it out."
         )
     _check_pattern(model, "window_attn_skip_freq")
     if "experts" in model.traits:
@@ -103,74 +83,54 @@ def check_options(model: ModelSizes) -> None:
 def _check_pattern(model: ModelSizes, name: str) -> None:
     pattern = getattr(model, name)
     if pattern is not None and not is_pattern(pattern):
-        raise HelixError(
-            with_settings(
-                f"<{name}> is {pattern!r}. It must be a whole number of at least 1 or a list of 0 and 1."
-            )
+        raise setting_error(
+            f"<{name}> is {pattern!r}. It must be a whole number of at least 1 or a list of 0 and 1."
         )
     if isinstance(pattern, tuple) and len(pattern) != model.num_layers:
-        raise HelixError(
-            with_settings(
-                f"<{name}> lists {len(pattern)} layers, and <num_layers> is {model.num_layers}. List "
-                "all of them."
-            )
+        raise setting_error(
+            f"<{name}> lists {len(pattern)} layers, and <num_layers> is {model.num_layers}. List "
+            "all of them."
         )
 
 
 def _check_experts(model: ModelSizes) -> None:
     assert model.num_experts is not None
     if sum(model.moe_layers) * model.num_experts > MOST_EXPERTS:
-        raise HelixError(
-            with_settings(
-                f"<num_experts> {model.num_experts} in {sum(model.moe_layers)} layers are more than "
-                f"{MOST_EXPERTS:,} experts. Give fewer."
-            )
+        raise setting_error(
+            f"<num_experts> {model.num_experts} in {sum(model.moe_layers)} layers are more than "
+            f"{MOST_EXPERTS:,} experts. Give fewer."
         )
     if not any(model.moe_layers):
-        raise HelixError(
-            with_settings(
-                "<moe_layer_freq> gives experts to no layer. Leave out <num_experts> for a dense model."
-            )
+        raise setting_error(
+            "<moe_layer_freq> gives experts to no layer. Leave out <num_experts> for a dense model."
         )
     if not 1 <= model.moe_router_topk <= model.num_experts:
-        raise HelixError(
-            with_settings(
-                f"<moe_router_topk> {model.moe_router_topk}: a token has 1 to {model.num_experts} experts."
-            )
+        raise setting_error(
+            f"<moe_router_topk> {model.moe_router_topk}: a token has 1 to {model.num_experts} experts."
         )
     softmax = model.moe_router_score_function == "softmax"
     if model.moe_router_topk == 1 and softmax and not model.moe_router_pre_softmax:
-        raise HelixError(
-            with_settings(
-                "<moe_router_topk> 1 needs <moe_router_pre_softmax>: the softmax over one expert is always "
-                "1, and the router would not learn."
-            )
+        raise setting_error(
+            "<moe_router_topk> 1 needs <moe_router_pre_softmax>: the softmax over one expert is always "
+            "1, and the router would not learn."
         )
     if model.moe_router_enable_expert_bias and softmax:
-        raise HelixError(
-            with_settings(
-                "<moe_router_enable_expert_bias> needs <moe_router_score_function> sigmoid: Megatron's router "
-                "adds no bias to a softmax."
-            )
+        raise setting_error(
+            "<moe_router_enable_expert_bias> needs <moe_router_score_function> sigmoid: Megatron's router "
+            "adds no bias to a softmax."
         )
     groups, chosen = model.moe_router_num_groups, model.moe_router_group_topk
     if (groups is None) != (chosen is None) or (groups and chosen and chosen > groups):
-        raise HelixError(
-            with_settings(
-                f"<moe_router_num_groups> is {groups} and <moe_router_group_topk> {chosen}. Give both, the "
-                "second at most the first, or neither."
-            )
+        raise setting_error(
+            f"<moe_router_num_groups> is {groups} and <moe_router_group_topk> {chosen}. Give both, the "
+            "second at most the first, or neither."
         )
     if model.moe_apply_probs_on_input and model.moe_router_topk > 1:
-        raise HelixError(
-            with_settings(
-                f"<moe_apply_probs_on_input> needs <moe_router_topk> 1, and it is {model.moe_router_topk}."
-            )
+        raise setting_error(
+            f"<moe_apply_probs_on_input> needs <moe_router_topk> 1, and it is {model.moe_router_topk}."
         )
     if model.moe_shared_expert_gate and "shared experts" not in model.traits:
-        raise HelixError(
-            with_settings(
-                "<moe_shared_expert_gate> gates shared experts, and there are none. Add "
-                "<moe_shared_expert_intermediate_size>, or leave it out."
-            )
+        raise setting_error(
+            "<moe_shared_expert_gate> gates shared experts, and there are none. Add "
+            "<moe_shared_expert_intermediate_size>, or leave it out."
         )

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import HeadLayout
-from helix_megatron.errors import HelixError, divisors, listed, with_settings
+from helix_megatron.errors import HelixError, divisors, listed, setting_error
 from helix_megatron.flags import check_values, names_with
 from helix_megatron.model.checks import check_options
 from helix_megatron.model.fields import FUNCTION, MIXTURE, TRAINING
@@ -49,19 +49,15 @@ class ModelConfig(ModelSizes):
         if not self.group_query_attention:
             self._set("num_query_groups", heads)
         elif heads % self.num_query_groups:
-            raise HelixError(
-                with_settings(
-                    f"{heads} query heads cannot share {self.num_query_groups} key-value heads. Valid "
-                    f"<num_query_groups>: {listed(divisors(heads))}."
-                )
+            raise setting_error(
+                f"{heads} query heads cannot share {self.num_query_groups} key-value heads. Valid "
+                f"<num_query_groups>: {listed(divisors(heads))}."
             )
         if self.kv_channels is None:
             if self.hidden_size % heads:
-                raise HelixError(
-                    with_settings(
-                        f"<hidden_size> {self.hidden_size} does not divide into <num_attention_heads> {heads}. "
-                        f"Valid numbers of heads: {listed(divisors(self.hidden_size))}. Or give <kv_channels>."
-                    )
+                raise setting_error(
+                    f"<hidden_size> {self.hidden_size} does not divide into <num_attention_heads> {heads}. "
+                    f"Valid numbers of heads: {listed(divisors(self.hidden_size))}. Or give <kv_channels>."
                 )
             self._set("kv_channels", self.hidden_size // heads)
         if self.ffn_hidden_size is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from helix_megatron.training.presets import EXPERTS, PAPER
+from helix_megatron.model.presets import EXPERTS, PAPER
 
 Flags = dict[str, Any]
 

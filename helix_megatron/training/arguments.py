@@ -1,6 +1,6 @@
 """Flags of the training script: Megatron's names, and a few of our own.
 
-The rows are the fields of `model.description.ModelConfig` and of the tables in `training.settings`.
+The rows are the fields of `model.description.ModelConfig` and of the tables in `run.settings`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 from helix_megatron.arguments import Parser, add_helix_arguments
 from helix_megatron.flags import add_flags, values_of
 from helix_megatron.model.fields import add_model_flags
+from helix_megatron.model.presets import PRESETS
+from helix_megatron.run.config import SETTINGS
+from helix_megatron.run.settings import Checkpoints
 from helix_megatron.training.checkpoint_flags import checkpoint_defaults, find_checkpoint
-from helix_megatron.training.presets import PRESETS
-from helix_megatron.training.run import SETTINGS
-from helix_megatron.training.settings import Checkpoints
 
 TITLES = {"parallel": "parallelism"}
 PROGRAM = "pretrain_gpt.py"

@@ -11,8 +11,8 @@ from helix_megatron.checkpoint.store import Store, is_same_directory
 from helix_megatron.errors import HelixError
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import FREE_FLAGS, HEADS, MODEL_FLAGS, ModelConfig
-from helix_megatron.training.run import RunConfig
-from helix_megatron.training.settings import Checkpoints
+from helix_megatron.run.config import RunConfig
+from helix_megatron.run.settings import Checkpoints
 
 QUALITY = (
     f"{catalog.QUALITY}. Expect to train on, or take --helix-attention exact, which loses nothing"

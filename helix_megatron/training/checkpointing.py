@@ -34,6 +34,7 @@ from helix_megatron.megatron.optimizer_state import (
 from helix_megatron.megatron.outcomes import on_every_rank, on_first_rank
 from helix_megatron.megatron.random import random_states, restore_random_states
 from helix_megatron.megatron.segment_local import as_segment_local
+from helix_megatron.run.config import RunConfig
 from helix_megatron.training.checkpoint_flags import (
     QUALITY,
     converts_to_segment_local,
@@ -41,7 +42,6 @@ from helix_megatron.training.checkpoint_flags import (
 )
 from helix_megatron.training.metrics import software_versions
 from helix_megatron.training.resumed import check_schedule, data_facts, differing_data
-from helix_megatron.training.run import RunConfig
 
 TRAINED_ON = "trained_on"  # in a manifest
 CHECKPOINT_VERSION = 3.0  # Megatron-LM's number for the order of rows that megatron-core has

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 
 from helix_megatron.errors import DivergenceError
+from helix_megatron.run.config import RunConfig
 from helix_megatron.training.metrics import IterationMetrics
-from helix_megatron.training.run import RunConfig
 
 MOST_SKIPPED = 50  # steps in a row; a dynamic scale finds its place in fewer than 40
 

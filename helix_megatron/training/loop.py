@@ -19,9 +19,9 @@ from torch import Tensor
 from helix_megatron.core.meter import EXCHANGE, Meter
 from helix_megatron.megatron.context_parallel import PURPOSE as CONTEXT
 from helix_megatron.megatron.random import enter_micro_batch
+from helix_megatron.run.config import RunConfig
 from helix_megatron.training.metrics import GpuUtilization, IterationMetrics, memory_bytes
 from helix_megatron.training.micro_batch import Batch, model_inputs, own_batch
-from helix_megatron.training.run import RunConfig
 
 
 @dataclass

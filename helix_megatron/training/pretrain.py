@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,19 +12,17 @@ from helix_megatron.arguments import exit_on_error
 from helix_megatron.data.text import build_tokenizer
 from helix_megatron.errors import counted
 from helix_megatron.hardware import MACHINES, Machine
+from helix_megatron.run.config import RunConfig
 from helix_megatron.run.local_ranks import end_with_parent, start_ranks
 from helix_megatron.run.quiet import ignore_megatron_warnings
-from helix_megatron.run.rank_environment import number_of_ranks, rendezvous
+from helix_megatron.run.rank_environment import number_of_ranks
 from helix_megatron.training.arguments import parse_args
-from helix_megatron.training.run import RunConfig
-from helix_megatron.training.settings import Parallelism
 from helix_megatron.training.validate import byte_datasets, validate
 
 if TYPE_CHECKING:
     from helix_megatron.core.meter import Meter
 
 PROGRAM = "pretrain_gpt.py"
-LEAVE_SECONDS = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,6 +73,7 @@ def pretrain(run: RunConfig) -> None:
     import torch.distributed as dist
 
     from helix_megatron import parallel_state
+    from helix_megatron.megatron.process_group import process_group
     from helix_megatron.run.watchdog import watching
 
     end_with_parent()
@@ -109,7 +107,7 @@ def training(
     from helix_megatron.training.checkpointing import Checkpointing, Progress
     from helix_megatron.training.health import Health
     from helix_megatron.training.loop import Trainer
-    from helix_megatron.training.model import build_optimizer
+    from helix_megatron.training.optimizer import build_optimizer
 
     config, chunks = build(run)
     optimizer, scheduler = build_optimizer(run, chunks)
@@ -136,9 +134,10 @@ def training(
 
 def build(run: RunConfig) -> tuple[Any, list[Any]]:
     """Groups, random states and the model of this rank: its configuration and its chunks, in DDP."""
+    from helix_megatron.megatron.gpt import build_model, transformer_config
     from helix_megatron.megatron.optional import available_backends, describe
+    from helix_megatron.megatron.process_group import initialize_groups
     from helix_megatron.megatron.random import seed_model_parallel
-    from helix_megatron.training.model import build_model, transformer_config
 
     available_backends().check()
     initialize_groups(run)
@@ -146,23 +145,6 @@ def build(run: RunConfig) -> tuple[Any, list[Any]]:
     describe()
     config = transformer_config(run)
     return config, build_model(run, config)
-
-
-def initialize_groups(run: RunConfig) -> None:
-    """Megatron's process groups and Helix's. Collective."""
-    from helix_megatron import parallel_state
-
-    parallel = run.parallel
-    parallel_state.initialize_model_parallel(
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=run.virtual_stages,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        intra_head_parallel_size=run.helix.intra_head_parallel_size,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-    )
 
 
 @contextlib.contextmanager
@@ -277,47 +259,6 @@ def _data(
         )
 
     return batches_of(train, consumed_samples), None if valid is None else lambda: batches_of(valid)
-
-
-@contextlib.contextmanager
-def process_group(parallel: Parallelism) -> Iterator[None]:
-    """torch.distributed for the run, with its timeout on every group."""
-    import torch
-    import torch.distributed as dist
-
-    from helix_megatron.megatron import cpu_runtime
-
-    cpu_runtime.install()
-    on_gpu = torch.cuda.is_available() and parallel.distributed_backend != "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    backend = parallel.distributed_backend
-    if backend == "auto":
-        backend = "nccl" if on_gpu else "gloo"
-    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-    dist.init_process_group(backend, timeout=timeout, **rendezvous())
-    try:
-        yield
-        _leave_together(dist)
-    finally:
-        dist.destroy_process_group()
-
-
-def _leave_together(dist: Any) -> None:
-    """Wait until all ranks are here: who closes its connections first fails a barrier that others are still in.
-
-    Through the store, which has no such connections. The first rank may keep it, and goes last.
-    """
-    store = dist.distributed_c10d._get_default_store()
-    rank, ranks = dist.get_rank(), range(1, dist.get_world_size())
-    timeout = datetime.timedelta(seconds=LEAVE_SECONDS)
-    with contextlib.suppress(RuntimeError):  # somebody else has failed: its message is enough
-        store.set(f"helix/done/{rank}", "")
-        store.wait([f"helix/done/{other}" for other in (0, *ranks)], timeout)
-        if rank == 0 and ranks:
-            store.wait([f"helix/left/{other}" for other in ranks], timeout)
-        else:
-            store.set(f"helix/left/{rank}", "")
 
 
 def _prepare_environment() -> None:

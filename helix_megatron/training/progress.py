@@ -14,7 +14,7 @@ import statistics
 import sys
 from typing import TextIO
 
-from helix_megatron.training import units
+from helix_megatron import units
 from helix_megatron.training.metrics import IterationMetrics
 
 ERASE_LINE = "\r\x1b[K"

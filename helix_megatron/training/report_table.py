@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from helix_megatron import units
 from helix_megatron.tables import text_table
-from helix_megatron.training import units
 from helix_megatron.training.report_runs import Comparison, Difference, Run
 
 NOTHING = "–"

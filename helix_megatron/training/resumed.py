@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from helix_megatron.data.text import default_text, read_text
 from helix_megatron.errors import HelixError
-from helix_megatron.training.run import RunConfig
+from helix_megatron.run.config import RunConfig
 
 # What Megatron's scheduler stores: the flag it comes from, and what it was called in older checkpoints.
 SCHEDULE: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -20,8 +20,8 @@ from helix_megatron.data.text import (
     split_text,
 )
 from helix_megatron.errors import HelixError
+from helix_megatron.run.config import RunConfig
 from helix_megatron.training.checkpoint_flags import check_checkpoint, find_checkpoint
-from helix_megatron.training.run import RunConfig
 
 BYTES = 256  # the vocabulary without a tokenizer
 

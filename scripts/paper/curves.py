@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helix_megatron.errors import HelixError
-from helix_megatron.training.run import RunConfig
+from helix_megatron.run.config import RunConfig
 
 SEEDS = (1, 2, 3)
 ITERATIONS = 300
@@ -84,7 +84,8 @@ def _train(run: RunConfig) -> dict[str, list[Any]]:
     import torch.distributed as dist
 
     from helix_megatron import parallel_state
-    from helix_megatron.training.pretrain import process_group, training
+    from helix_megatron.megatron.process_group import process_group
+    from helix_megatron.training.pretrain import training
 
     loss: list[float] = []
     validation: list[tuple[int, float]] = []

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from helix_megatron import units
 from helix_megatron.errors import HelixError
 from helix_megatron.hardware import CHIPS
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.tables import markdown_table
-from helix_megatron.training import units
 from paper import claims as c
 from paper import measured, simulated
 from paper.corrections import corrections, share_of_peak

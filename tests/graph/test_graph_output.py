@@ -231,7 +231,10 @@ def test_wrong_input_is_explained(refused, arguments, text):
     [
         (["--load", "{}"], "holds no complete checkpoint"),
         (["--load", "{}/none"], "does not exist. Give the directory that a run saved to"),
-        ([], "--use-checkpoint-args without --load: there is nothing to load. Add --load DIR."),
+        (
+            [],
+            "--use-checkpoint-args without --load: there is nothing to load. Add --load, a directory.",
+        ),
     ],
     ids=["empty", "missing", "no-load"],
 )

@@ -415,7 +415,7 @@ WRONG = [
     ("qwen3", 2, "--intra-head-parallel-size 4", "does not divide the tensor parallel size 2"),
     ("qwen3", 64, "", r"4 query and 2 key-value heads of 16 dimensions cannot be dealt to 64"),
     ("llama 2", 32, "", r"cannot be dealt to 32 tensor parallel ranks, whole or cut"),
-    ("wide", 2, "", r"47 columns \(--ffn-hidden-size\) cannot be cut for 2"),
+    ("wide", 2, "", r"47 columns \(ffn_hidden_size\) cannot be cut for 2"),
     ("qwen3", 2, "--expert-model-parallel-size 2", "the model has no experts"),
     (
         "qwen3",

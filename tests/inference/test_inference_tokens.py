@@ -41,7 +41,7 @@ from helix_megatron.inference.tokens import (
     open_tokens,
 )
 from helix_megatron.model.description import ModelConfig
-from helix_megatron.training.run import RunConfig
+from helix_megatron.run.config import RunConfig
 
 CORPUS = [default_text()[:20_000].decode(), "naïve café – 日本語 😀 Ωμέγα ", "a b  c\n\n\td"]
 SPECIAL = ["<s>", "</s>", "<|turn|>"]

@@ -83,7 +83,7 @@ def losses_on_ranks(flags: str, world_size: int) -> list[float]:
     """Losses of the samples on this rank, of the model that --load names."""
     from helix_megatron.megatron import cpu_runtime
     from helix_megatron.training.checkpointing import Checkpointing
-    from helix_megatron.training.model import build_optimizer
+    from helix_megatron.training.optimizer import build_optimizer
     from helix_megatron.training.pretrain import build
 
     cpu_runtime.install()

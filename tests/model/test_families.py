@@ -79,9 +79,9 @@ def logits_of_rank(
     from helix_megatron import parallel_state
     from helix_megatron.megatron import cpu_runtime
     from helix_megatron.megatron.fill import fill_weights
+    from helix_megatron.megatron.gpt import build_chunk, transformer_config
     from helix_megatron.megatron.initialize import weights_not_drawn
     from helix_megatron.megatron.random import seed_model_parallel
-    from helix_megatron.training.model import build_chunk, transformer_config
 
     cpu_runtime.install()
     flags, tensors = canonical(Path(directory), changed)

@@ -12,9 +12,9 @@ from helix_megatron.arguments import as_flag
 from helix_megatron.errors import HelixError
 from helix_megatron.flags import Number, PathText, one_line
 from helix_megatron.model.description import FREE_FLAGS, FUNCTION_FLAGS, ModelConfig
+from helix_megatron.run.config import RunConfig, same_named
+from helix_megatron.run.settings import Data, Optimization, Training
 from helix_megatron.training.arguments import build_parser, parse_args
-from helix_megatron.training.run import RunConfig, same_named
-from helix_megatron.training.settings import Data, Optimization, Training
 
 BEFORE = json.loads((Path(__file__).parents[1] / "flags_of_version_1.json").read_text())
 
@@ -226,7 +226,8 @@ def run_with(name: str | None = None, change: object = None) -> RunConfig:
 
 def built(run: RunConfig) -> dict:
     """What Megatron and the data are told, functions by their names."""
-    from helix_megatron.training.model import schedule_settings, transformer_config
+    from helix_megatron.megatron.gpt import transformer_config
+    from helix_megatron.training.optimizer import schedule_settings
 
     config = vars(transformer_config(run))
     named = {k: getattr(v, "__qualname__", v) for k, v in config.items() if "init_method" not in k}

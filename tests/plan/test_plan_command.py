@@ -21,8 +21,8 @@ from helix_megatron.plan.models import model_of
 from helix_megatron.plan.results import Limits, Plan
 from helix_megatron.plan.search import search
 from helix_megatron.plan.settings import Job, Software
+from helix_megatron.run.config import RunConfig
 from helix_megatron.training.arguments import parse_args
-from helix_megatron.training.run import RunConfig
 
 SIZES = "--hidden-size 1024 --num-attention-heads 8 --group-query-attention"
 SMALL = f"{SIZES} --num-layers 8 --num-query-groups 2 --vocab-size 32000".split()
@@ -246,8 +246,8 @@ def test_what_no_server_runs_is_no_command(capsys):
 @pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b", "gpt3-5b"])
 def test_context_parallelism_is_the_training_scripts(capsys, model):
     """A row with context parallelism is a command for the script here, whose checks take it."""
+    from helix_megatron.run.config import RunConfig
     from helix_megatron.training.arguments import parse_args
-    from helix_megatron.training.run import RunConfig
 
     flags = f"--model {model} --gpus 16 --context-parallel-size 2 --rows 1 --sequence-length 2048"
     assert plan_main(flags.split()) == 0

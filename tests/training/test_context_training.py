@@ -163,7 +163,7 @@ def train_unpacked(flags: str) -> list[dict[str, float]]:
 
     with (
         mock.patch("helix_megatron.training.loop.own_batch", own_batch),
-        mock.patch("helix_megatron.training.model.context_spec", lambda spec: spec),
+        mock.patch("helix_megatron.megatron.gpt.context_spec", lambda spec: spec),
     ):
         return train(flags, 1)
 

@@ -9,7 +9,8 @@ import os
 import pytest
 from synthetic_runs import example
 
-from helix_megatron.training import progress, units
+from helix_megatron import units
+from helix_megatron.training import progress
 from helix_megatron.training.progress import ProgressLine, fitted, progress_fields
 
 

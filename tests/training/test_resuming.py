@@ -14,10 +14,10 @@ from training_runs import BASE, run
 from helix_megatron.checkpoint.manifest import MANIFEST_NAME
 from helix_megatron.checkpoint.store import POINTER, Store
 from helix_megatron.errors import HelixError
+from helix_megatron.run.settings import Checkpoints
 from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.checkpoint_flags import find_checkpoint
 from helix_megatron.training.resumed import check_schedule, data_facts, differing_data
-from helix_megatron.training.settings import Checkpoints
 from helix_megatron.training.validate import validate
 
 

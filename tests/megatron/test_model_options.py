@@ -10,14 +10,14 @@ from tiny_checkpoints import run_of
 
 from helix_megatron.arguments import as_flag
 from helix_megatron.errors import HelixError
-from helix_megatron.model.description import ModelConfig
-from helix_megatron.model.patterns import layer_pattern
-from helix_megatron.training.arguments import parse_args
-from helix_megatron.training.model_options import (
+from helix_megatron.megatron.model_options import (
     activation,
     can_fuse_activation,
     tanh_gelu,
 )
+from helix_megatron.model.description import ModelConfig
+from helix_megatron.model.patterns import layer_pattern
+from helix_megatron.training.arguments import parse_args
 from helix_megatron.training.validate import validate
 
 SIZE = (
@@ -167,8 +167,8 @@ def fill_wrongly() -> list[str]:
     from helix_megatron import parallel_state
     from helix_megatron.megatron import cpu_runtime
     from helix_megatron.megatron.fill import fill_weights
+    from helix_megatron.megatron.gpt import build_chunk, transformer_config
     from helix_megatron.megatron.random import seed_model_parallel
-    from helix_megatron.training.model import build_chunk, transformer_config
 
     cpu_runtime.install()
     run = run_of(FLAGS)

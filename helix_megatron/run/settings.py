@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from helix_megatron.errors import HelixError, listed
+from helix_megatron.errors import listed, setting_error
 from helix_megatron.flags import (
     INPUT,
     INPUT_DIRECTORY,
@@ -17,7 +17,6 @@ from helix_megatron.flags import (
     OUTPUT_DIRECTORY,
     OUTPUT_FILE,
     check_values,
-    flag_of,
     setting,
 )
 
@@ -90,20 +89,20 @@ class Parallelism(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cp_comm_type is not None and self.context_parallel_size == 1:
-            raise HelixError(
-                f"--cp-comm-type {self.cp_comm_type} is for context parallel ranks, and there is one. Leave it "
-                "out, or raise --context-parallel-size."
+            raise setting_error(
+                f"<cp_comm_type> {self.cp_comm_type} is for context parallel ranks, and there is one. Leave it "
+                "out, or raise <context_parallel_size>."
             )
         if self.overlap_param_gather and not (
             self.use_distributed_optimizer and self.overlap_grad_reduce
         ):
-            raise HelixError(
-                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce. Add them."
+            raise setting_error(
+                "<overlap_param_gather> needs <use_distributed_optimizer> and <overlap_grad_reduce>. Add them."
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise HelixError(
-                "--sequence-parallel cuts the sequence over the tensor parallel ranks, and there is one. Leave "
-                "it out, or raise --tensor-model-parallel-size."
+            raise setting_error(
+                "<sequence_parallel> cuts the sequence over the tensor parallel ranks, and there is one. Leave "
+                "it out, or raise <tensor_model_parallel_size>."
             )
 
     @property
@@ -149,7 +148,7 @@ class Training(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bf16 and self.fp16:
-            raise HelixError("--bf16 and --fp16 exclude each other. Leave one out.")
+            raise setting_error("<bf16> and <fp16> exclude each other. Leave one out.")
 
     @property
     def precision(self) -> str:
@@ -187,23 +186,23 @@ class Optimization(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.min_lr > self.lr:
-            raise HelixError(
-                f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}. The first is the lowest learning rate "
+            raise setting_error(
+                f"<min_lr> {self.min_lr:g} is above <lr> {self.lr:g}. The first is the lowest learning rate "
                 "and the second the highest: lower the one, or raise the other."
             )
         # What Adam computes of them for its first step, in fp32.
         factor = max(1 / (1 - self.adam_beta1), self.weight_decay, 1)
         if self.lr * factor > FP32_MAX:
-            raise HelixError(
-                f"--lr {self.lr:g} with --adam-beta1 {self.adam_beta1:g} and --weight-decay "
+            raise setting_error(
+                f"<lr> {self.lr:g} with <adam_beta1> {self.adam_beta1:g} and <weight_decay> "
                 f"{self.weight_decay:g} makes steps beyond the numbers of fp32. Lower it below "
                 f"{FP32_MAX / factor:.1g}."
             )
         decay = self.lr_decay_iters
         if decay is not None and self.lr_warmup_iters >= decay:
-            raise HelixError(
-                f"--lr-warmup-iters {self.lr_warmup_iters} must be less than --lr-decay-iters, "
-                f"which is {decay} (--train-iters when not given). Lower it."
+            raise setting_error(
+                f"<lr_warmup_iters> {self.lr_warmup_iters} must be less than <lr_decay_iters>, "
+                f"which is {decay} (<train_iters> when not given). Lower it."
             )
 
 
@@ -250,11 +249,11 @@ class Data(_Checked):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.text and self.data_path:
-            raise HelixError("--text and --data-path exclude each other. Leave one out.")
+            raise setting_error("<text> and <data_path> exclude each other. Leave one out.")
         if self.packed_documents and not self.data_path:
-            raise HelixError(
-                "--packed-documents needs the documents of --data-path: text is one long sequence. Make them "
-                "with scripts/preprocess_data.py --append-eod, or leave the flag out."
+            raise setting_error(
+                "<packed_documents> needs the documents of <data_path>: text is one long sequence. Make them "
+                "with scripts/preprocess_data.py and <append_eod>, or leave it out."
             )
 
 
@@ -324,10 +323,10 @@ class Checkpoints(_Checked):
             (("save_interval", "async_save", "keep"), "save", "nowhere to save to"),
             (("ckpt_step", "use_checkpoint_args", "finetune"), "load", "nothing to load"),
         ):
-            given = [flag_of(name) for name in names if getattr(self, name) not in (None, False)]
+            given = [f"<{name}>" for name in names if getattr(self, name) not in (None, False)]
             if given and not getattr(self, target):
-                raise HelixError(
-                    f"{listed(given)} without --{target}: there is {problem}. Add --{target} DIR."
+                raise setting_error(
+                    f"{listed(given)} without <{target}>: there is {problem}. Add <{target}>, a directory."
                 )
 
 
@@ -364,7 +363,7 @@ class Logging(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eval_interval and not self.eval_iters:
-            raise HelixError(
-                f"--eval-interval {self.eval_interval} validates, and --eval-iters 0 gives it no batches. "
+            raise setting_error(
+                f"<eval_interval> {self.eval_interval} validates, and <eval_iters> 0 gives it no batches. "
                 "Leave either out."
             )

@@ -78,7 +78,7 @@ def divide_logits(model: Any, divisor: float) -> None:
 
 
 def leave_heads_without_rope_unnormalised(model: Any, layers: tuple[bool, ...]) -> None:
-    """With `--qk-l2-norm` layers without rotary embedding have no such norm, as in Llama 4.
+    """With `qk_l2_norm` layers without rotary embedding have no such norm, as in Llama 4.
 
     Args:
         model: a GPTModel.

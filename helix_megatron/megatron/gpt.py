@@ -1,4 +1,4 @@
-"""From a run to Megatron's configuration, model chunks, optimizer and learning-rate schedule."""
+"""From a run to Megatron's configuration and model chunks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from helix_megatron.megatron.core_attention import context_spec
@@ -18,14 +16,7 @@ from helix_megatron.megatron.dropout import use_layout_free_dropout
 from helix_megatron.megatron.flat_norm import with_flat_norms
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
 from helix_megatron.megatron.local_rotary import turn_windowed_layers
-from helix_megatron.megatron.norms import use_available_norms
-from helix_megatron.megatron.notices import hide_notices
-from helix_megatron.megatron.optional import available_backends
-from helix_megatron.megatron.post_norms import with_post_norms
-from helix_megatron.megatron.specs import helix_spec
-from helix_megatron.megatron.transformer_config import HelixTransformerConfig
-from helix_megatron.model.description import ModelConfig
-from helix_megatron.training.model_options import (
+from helix_megatron.megatron.model_options import (
     activation,
     can_fuse_activation,
     divide_logits,
@@ -33,8 +24,15 @@ from helix_megatron.training.model_options import (
     scale_embeddings,
     scale_residuals,
 )
-from helix_megatron.training.run import RunConfig, same_named
-from helix_megatron.training.settings import Training
+from helix_megatron.megatron.norms import use_available_norms
+from helix_megatron.megatron.notices import hide_notices
+from helix_megatron.megatron.optional import available_backends
+from helix_megatron.megatron.post_norms import with_post_norms
+from helix_megatron.megatron.specs import helix_spec
+from helix_megatron.megatron.transformer_config import HelixTransformerConfig
+from helix_megatron.model.description import ModelConfig
+from helix_megatron.run.config import RunConfig, same_named
+from helix_megatron.run.settings import Training
 
 
 def transformer_config(run: RunConfig) -> HelixTransformerConfig:
@@ -167,33 +165,3 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     if model.transformer_impl is not None:
         return model.transformer_impl == "transformer_engine"
     return available_backends().transformer_engine
-
-
-def build_optimizer(run: RunConfig, chunks: list[Any]) -> tuple[Any, OptimizerParamScheduler]:
-    """Megatron's optimizer (apex's or Transformer Engine's Adam if there, else torch's) and schedule."""
-    settings: dict[str, Any] = {}
-    for group in (run.parallel, run.training, run.optimization):
-        settings |= same_named(group, "optimizer")
-    config = OptimizerConfig(**settings, params_dtype=parameter_dtype(run.training))
-    optimizer = get_megatron_optimizer(config, chunks)
-    return optimizer, OptimizerParamScheduler(optimizer, **schedule_settings(run))
-
-
-def schedule_settings(run: RunConfig) -> dict[str, Any]:
-    """What Megatron's scheduler of learning rate and weight decay is told; its steps are samples."""
-    own, batch = run.optimization, run.global_batch_size
-    assert own.lr_decay_iters is not None
-    return {
-        "init_lr": 0.0,
-        "max_lr": own.lr,
-        "min_lr": own.min_lr,
-        "lr_warmup_steps": own.lr_warmup_iters * batch,
-        "lr_decay_steps": own.lr_decay_iters * batch,
-        "lr_decay_style": own.lr_decay_style,
-        "start_wd": own.weight_decay,
-        "end_wd": own.weight_decay,
-        "wd_incr_steps": run.training.train_iters * batch,
-        "wd_incr_style": "constant",
-        "override_opt_param_scheduler": run.checkpoints.override_opt_param_scheduler,
-        "use_checkpoint_opt_param_scheduler": run.checkpoints.use_checkpoint_opt_param_scheduler,
-    }

@@ -13,10 +13,10 @@ from helix_megatron.arguments import FLAGS
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.exchanges import AttentionShape
 from helix_megatron.core.layout import HeadLayout
-from helix_megatron.errors import HelixError, counted, divisors, listed
+from helix_megatron.errors import counted, divisors, listed, setting_error
 from helix_megatron.flags import names_with, values_of
 from helix_megatron.model.description import ModelConfig
-from helix_megatron.training.settings import (
+from helix_megatron.run.settings import (
     LOSSES,
     Checkpoints,
     Data,
@@ -76,8 +76,8 @@ class RunConfig:
         """
         size = self.model.vocab_size
         if size is not None and size < tokens:
-            raise HelixError(
-                f"--vocab-size {size} is smaller than the {tokens} tokens of the text. Leave it out, or "
+            raise setting_error(
+                f"<vocab_size> {size} is smaller than the {tokens} tokens of the text. Leave it out, or "
                 "raise it."
             )
         model = dataclasses.replace(self.model, vocab_size=size or tokens)
@@ -156,15 +156,15 @@ class RunConfig:
         if heads % tensor:
             cut = [m for m in model.segments_that_fit(tensor) if m > 1]
             smallest = cut[0] if cut else "with another tensor parallel size"
-            raise HelixError(
+            raise setting_error(
                 f"{heads} heads cannot be dealt to {tensor} tensor parallel ranks. Valid "
-                f"--tensor-model-parallel-size without cutting heads: {listed(divisors(heads))}. Or cut them: "
-                f"try --intra-head-parallel-size {smallest}."
+                f"<tensor_model_parallel_size> without cutting heads: {listed(divisors(heads))}. Or cut them: "
+                f"try <intra_head_parallel_size> {smallest}."
             )
         if groups % tensor and tensor % groups:
-            raise HelixError(
+            raise setting_error(
                 f"{counted(groups, 'key-value head')} cannot be dealt to {tensor} tensor parallel ranks, nor "
-                "copied to an equal number of them. Valid --tensor-model-parallel-size for "
+                "copied to an equal number of them. Valid <tensor_model_parallel_size> for "
                 f"{heads} query heads: "
                 f"{listed(t for t in divisors(heads) if groups % t == 0 or t % groups == 0)}."
             )
@@ -234,33 +234,33 @@ class RunConfig:
         unit = self._tensor * self._pipeline * self._context
         if self.world_size % unit:
             context = f" times context parallel size {self._context}" * (self._context > 1)
-            raise HelixError(
+            raise setting_error(
                 f"{counted(self.world_size, 'rank')} cannot hold tensor parallel size {self._tensor} times "
                 f"pipeline parallel size {self._pipeline}{context}: their number must be a multiple of {unit}. "
-                f"Start {_multiple(self.world_size, unit)} ranks (--nproc-per-node, or torchrun's), or change "
-                "--tensor-model-parallel-size."
+                f"Start {_multiple(self.world_size, unit)} ranks (<nproc_per_node>, or torchrun's), or change "
+                "<tensor_model_parallel_size>."
             )
 
     def _check_sequence(self) -> None:
         length, ranks, parts = self.model.seq_length, self._context, self.parallel.sequence_parts
         if self.data.packed_documents and ranks > 1:  # which are padded to fit
             if self._pipeline > 1:
-                raise HelixError(
-                    f"--packed-documents with --context-parallel-size {ranks} makes rows of different lengths, "
+                raise setting_error(
+                    f"<packed_documents> with <context_parallel_size> {ranks} makes rows of different lengths, "
                     f"and {self._pipeline} pipeline stages exchange rows of one. Leave out one of the three."
                 )
             return
         chunks = 2 * ranks if ranks > 1 else 1
         if length % chunks:
-            raise HelixError(
-                f"--seq-length {length} cannot be cut into 2 chunks for each of {ranks} context parallel "
-                f"ranks. Try {_multiple(length, chunks)}, or another --context-parallel-size."
+            raise setting_error(
+                f"<seq_length> {length} cannot be cut into 2 chunks for each of {ranks} context parallel "
+                f"ranks. Try {_multiple(length, chunks)}, or another <context_parallel_size>."
             )
         if length // ranks % parts:
             of_each = f" of each of {ranks} context parallel ranks" * (ranks > 1)
-            raise HelixError(
-                f"--seq-length {length} does not divide by the {parts} tensor parallel ranks{of_each}, which "
-                f"--sequence-parallel needs. Try {_multiple(length, math.lcm(chunks, ranks * parts))}."
+            raise setting_error(
+                f"<seq_length> {length} does not divide by the {parts} tensor parallel ranks{of_each}, which "
+                f"<sequence_parallel> needs. Try {_multiple(length, math.lcm(chunks, ranks * parts))}."
             )
 
     def _fill_batches(self) -> None:
@@ -270,8 +270,8 @@ class RunConfig:
         if batch is None:
             self._change("training", global_batch_size=unit)
         elif batch % unit:
-            raise HelixError(
-                f"--global-batch-size {batch} is not a multiple of --micro-batch-size "
+            raise setting_error(
+                f"<global_batch_size> {batch} is not a multiple of <micro_batch_size> "
                 f"{training.micro_batch_size} times {counted(self.data_parallel_size, 'data parallel rank')} "
                 f"= {unit}. Try {_multiple(batch, unit)}."
             )
@@ -279,31 +279,31 @@ class RunConfig:
             self._change("optimization", lr_decay_iters=training.train_iters)
         interleaved = self.parallel.num_layers_per_virtual_pipeline_stage is not None
         if interleaved and self.num_micro_batches % stages:
-            raise HelixError(
+            raise setting_error(
                 f"the interleaved schedule needs the {self.num_micro_batches} micro-batches of an iteration to "
-                f"be a multiple of the {stages} pipeline stages. Change --global-batch-size."
+                f"be a multiple of the {stages} pipeline stages. Change <global_batch_size>."
             )
 
     def _check_pipeline(self) -> None:
         stages, layers = self._pipeline, self.model.num_layers
         per_virtual = self.parallel.num_layers_per_virtual_pipeline_stage
         if layers % stages:
-            raise HelixError(
+            raise setting_error(
                 f"{counted(layers, 'layer')} cannot be dealt to {stages} pipeline stages. Valid "
-                f"--pipeline-model-parallel-size: {listed(divisors(layers))}."
+                f"<pipeline_model_parallel_size>: {listed(divisors(layers))}."
             )
         if per_virtual is None:
             return
         if stages == 1:
-            raise HelixError(
-                "--num-layers-per-virtual-pipeline-stage interleaves pipeline stages, and there is one. Leave "
-                "it out, or raise --pipeline-model-parallel-size."
+            raise setting_error(
+                "<num_layers_per_virtual_pipeline_stage> interleaves pipeline stages, and there is one. Leave "
+                "it out, or raise <pipeline_model_parallel_size>."
             )
         per_stage = layers // stages
         if per_stage % per_virtual:
-            raise HelixError(
+            raise setting_error(
                 f"{per_stage} layers of a pipeline stage cannot be cut into virtual stages of {per_virtual}. "
-                f"Valid --num-layers-per-virtual-pipeline-stage: {listed(divisors(per_stage))}."
+                f"Valid <num_layers_per_virtual_pipeline_stage>: {listed(divisors(per_stage))}."
             )
 
     def _fill_experts(self) -> None:
@@ -311,20 +311,20 @@ class RunConfig:
         expert, inside = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
         if experts is None:
             if expert > 1:
-                raise HelixError(
-                    f"--expert-model-parallel-size {expert} deals experts to ranks, and the model has none. "
-                    "Give --num-experts, or leave it out."
+                raise setting_error(
+                    f"<expert_model_parallel_size> {expert} deals experts to ranks, and the model has none. "
+                    "Give <num_experts>, or leave it out."
                 )
             return
         if experts % expert:
-            raise HelixError(
+            raise setting_error(
                 f"{counted(experts, 'expert')} cannot be dealt to {expert} ranks. Valid "
-                f"--expert-model-parallel-size: {listed(divisors(experts))}."
+                f"<expert_model_parallel_size>: {listed(divisors(experts))}."
             )
         if self._tensor > 1 and not parallel.sequence_parallel:
-            raise HelixError(
+            raise setting_error(
                 "Megatron trains a mixture of experts on several tensor parallel ranks only with "
-                "--sequence-parallel. Add it."
+                "<sequence_parallel>. Add it."
             )
         if inside is None:
             # With experts dealt to ranks the common choice is whole experts; else Megatron's own default.
@@ -332,17 +332,17 @@ class RunConfig:
             self._change("parallel", expert_tensor_parallel_size=inside)
         if inside > 1 and not self.model.disable_bias_linear:
             whole = math.gcd(experts, self.world_size // self._pipeline)
-            deal = f", or deal whole experts to ranks: --expert-model-parallel-size {whole}"
-            raise HelixError(
+            deal = f", or deal whole experts to ranks: <expert_model_parallel_size> {whole}"
+            raise setting_error(
                 f"Megatron cannot cut experts with biases for {inside} tensor parallel ranks. Add "
-                f"--disable-bias-linear{deal if whole > 1 else ''}."
+                f"<disable_bias_linear>{deal if whole > 1 else ''}."
             )
         ranks = inside * expert * self._pipeline
         if self.world_size % ranks:
-            raise HelixError(
+            raise setting_error(
                 f"{counted(self.world_size, 'rank')} cannot hold expert tensor parallel size {inside} times "
                 f"expert parallel size {expert} times pipeline parallel size {self._pipeline} = {ranks}. Lower "
-                "--expert-model-parallel-size or --expert-tensor-parallel-size."
+                "<expert_model_parallel_size> or <expert_tensor_parallel_size>."
             )
 
 
