@@ -62,12 +62,12 @@ def write(path, columns, rows):
     ("columns", "rows", "most"), [(A100_COLUMNS, A100, 10), (H100_COLUMNS, H100, 8)]
 )
 def test_published_runs_are_predicted(tmp_path, columns, rows, most):
-    """The figures wanted, and better than one rate for all; also with each model left out of the fit."""
+    """The figures wanted; with each model left out of the fit, they are better than one rate for all."""
     result = evaluate(write(tmp_path / "t.csv", columns, rows), None, True)
     assert len(result["rows"]) == 6
     assert result["mean_error_percent"] <= most
     assert result["held_out_error_percent"] <= most
-    assert result["mean_error_percent"] < result["constant_guess_error_percent"]
+    assert result["held_out_error_percent"] < result["constant_guess_error_percent"]
     assert result["rank_correlation_seconds"] > 0.9
 
 
