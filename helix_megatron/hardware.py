@@ -256,6 +256,11 @@ WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 2, 4, 12
 # Bytes that Adam reads and writes per parameter: gradient 4, three fp32 states read and written 24, weight 2;
 # the norm of gradients for clipping reads 4 more.
 OPTIMIZER_TRAFFIC = 34
+# What the host takes for an operator of a layer: Python, autograd and launches. Golden values of small models
+# on a DGX H100 (NVIDIA/Megatron-LM, tests/functional_tests, 12 layers of 512): a layer and micro-batch take
+# 3.3 to 4 ms at TP 2 and 4, and have 35 to 40 operators. A matrix product alone takes 11 to 18 us in torch
+# (NVIDIA/dgxc-benchmarking, microbenchmarks/cpu_overhead).
+HOST_SECONDS = 90e-6
 # Host and synchronisation time of an iteration (data, loss, logging), assumption.
 ITERATION_OVERHEAD = 20e-3
 # Beside which share of the last backward (first forward) data parallel communication can run: buckets are ready

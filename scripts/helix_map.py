@@ -112,7 +112,7 @@ def draw(cells: Cells, task: str, path: Path) -> None:
                 found = [[cells[groups, domain, task, c, b] for c in contexts] for b in batches]
                 _panel(panels[down][right], found, contexts, batches)
                 if down == 0:
-                    panels[down][right].set_title(f"{groups} key-value heads")
+                    panels[down][right].set_title(f"{groups} key-value head{'s' * (groups > 1)}")
                 if right == 0:
                     panels[down][right].set_ylabel(f"{domain} GPUs\nbatch")
         figure.supxlabel("context, tokens")

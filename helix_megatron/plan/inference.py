@@ -133,12 +133,11 @@ def prefill_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
 
 def decode_stage_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
     """One token of every sequence of a micro-batch on one stage."""
-    layers = sum(
-        count * sum(step.exposed for step in steps)
-        for steps, count in _decode_layers(scenario, layout)
-    )
+    found = [*_decode_layers(scenario, layout)]
+    layers = sum(count * sum(step.exposed for step in steps) for steps, count in found)
+    host = scenario.host_seconds * sum(count * len(steps) for steps, count in found)
     return StageSeconds(
-        _per_stage(scenario, layout, layers),
+        _per_stage(scenario, layout, max(layers, host)),
         0.0,
         sum(step.seconds for step in _output_steps(scenario, layout)),
         _hop(scenario, layout, layout.micro_batch),

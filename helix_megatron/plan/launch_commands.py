@@ -239,6 +239,11 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
             "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "
             "Hugging Face models run that helix_megatron.huggingface has cut."
         )
+    if not plan.scenario.host_seconds:
+        runs = "helix serve launches operators one by one, and this row is timed as if it did not"
+        if plan.job.task == "train":
+            runs = "scripts/pretrain_gpt.py captures no CUDA graphs, which this row is timed with"
+        found.append(f"{runs}: --cuda-graphs off shows what the host costs.")
     if plan.software.precision == "fp8" and plan.job.task != "train":
         found.append("helix serve has no fp8: the command is for bf16, and this row is a forecast.")
     elif plan.software.precision == "fp8":
