@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -387,8 +388,14 @@ def _decode_latent(
     gemm("absorbed values", latent.value, latent.kv_rank, rows, heads)
 
 
+def fullest(mean: float, variance: float, ranks: int, most: float = math.inf) -> float:
+    """The load of the fullest of so many ranks whose loads are drawn alike: the mean, and √(2 ln ranks) deviations,
+    the usual bound of the expected maximum; tokens choose experts at random."""
+    return min(most, mean + math.sqrt(2 * math.log(ranks) * variance))
+
+
 def _decode_experts(record: Recorder, model: ModelSpec, layout: Layout, gemm: Any) -> None:
-    """Only experts that some token chose are read."""
+    """Only experts that some token chose are read, and all wait for the rank with the most of them."""
     rows, hidden, width = layout.micro_batch, model.hidden_size, model.expert_width
     gemm("router", model.experts, hidden)
     if width != hidden:
@@ -397,8 +404,9 @@ def _decode_experts(record: Recorder, model: ModelSpec, layout: Layout, gemm: An
     size = copies * width * record.element
     record.collective("dispatch", FORWARD, "all-to-all", size, layout.ep_group, "ep")
     here = model.experts / layout.ep
-    touched = here * (1 - (1 - 1 / model.experts) ** (copies * layout.ep))
-    each = max(1.0, copies / max(touched, 1.0))
+    chosen = 1 - (1 - 1 / model.experts) ** (copies * layout.ep)
+    touched = fullest(here * chosen, here * chosen * (1 - chosen), layout.ep, here)
+    each = max(1.0, fullest(copies, copies, layout.ep) / max(touched, 1.0))
     ffn = model.moe_ffn / layout.etp
     gemm("experts fc1", ffn * model.fc1_factor, width, each, max(1.0, touched))
     gemm("experts fc2", width, ffn, each, max(1.0, touched))
