@@ -36,6 +36,7 @@ FLASH3 = (
 )
 TRITONBENCH = "meta-pytorch/tritonbench pull 1267 (H100, batch 4, 48 heads)"
 PREFILL = "attention_prefill_h100_sxm of ai-dynamo/aiconfigurator (batch 1)"
+CUDNN = "NVIDIA/cudnn-frontend, benchmark/sdpa_benchmark_training (cuDNN 9.19, H200)"
 FFPA = "ffpa-attn's table, H200, 32 heads, 8192 tokens: 6.3 and 25.4 ms; torch 16.8 and 131 ms"
 FLASH4 = "Dao-AILab/flash-attention pulls 2280 and 2605 (B200)"
 LIKE = "; backward causal: full × flash-3's causal / full at 128"
@@ -105,8 +106,9 @@ RATES = (
         (249, 415),
         f"{FLASH3}: full × its share at 128{LIKE}",
     ),
-    _row("cudnn", "h100", 128, "full", (617, 600), (465, 518), FLASH3),
-    _row("cudnn", "h100", 128, "causal", (484, 529), (293, 499), FLASH3 + LIKE),
+    _row("cudnn", "h100", 128, "full", (633, 691), (504, 594), CUDNN),
+    _row("cudnn", "h100", 128, "causal", (484, 644), (370, 541), CUDNN),
+    _row("cudnn", "h100", 192, "causal", (522, 643), (352, 442), CUDNN + "; values of 128"),
     _row("cudnn", "h100", 256, "full", (580, 580), (437, 501), FLASH3 + AS_128),
     _row("cudnn", "h100", 256, "causal", (450, 497), (272, 469), FLASH3 + AS_128),
     _row("flash-2", "h100", 64, "full", (318, 322), (264, 287), FLASH3),

@@ -12,6 +12,8 @@ the share of the curve that a chip sustains at that precision, `Chip.sustained`.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass, field
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -26,6 +28,8 @@ class Chip:
     flops: precision → FLOP/s. memory: bytes. memory_bandwidth: byte/s. units: streaming multiprocessors.
     sustained: precision → share of the curve of matrix products (`GEMM_*`) that long runs reach under the
         power limit; the only number of this package that was fitted to training runs.
+    inference: the same for prefill and decode, whose products wait for memory and for requests; where it is
+        not given, as `sustained`.
     launch: seconds that a kernel costs beside its work.
     family: the generation, by which attention kernels are chosen and rated (`attention_rates`).
     """
@@ -37,8 +41,14 @@ class Chip:
     units: int
     source: str
     sustained: dict[str, float] = field(default_factory=dict)
+    inference: dict[str, float] = field(default_factory=dict)
     launch: float = 2e-6
     family: str = "hopper"
+
+    @functools.cached_property
+    def serving(self) -> Chip:
+        """The chip as prefill and decode find it."""
+        return dataclasses.replace(self, sustained=self.sustained | self.inference)
 
 
 CHIPS = {
@@ -61,9 +71,10 @@ CHIPS = {
             3.35e12,
             132,
             "NVIDIA H100 SXM data sheet",
-            # bf16: best rows of gemm_h100_sxm_bf16 exceed 900 TFLOP/s, and random data reaches about 790 on
-            # the same chip (its README): 0.88. fp8: the same power limit, see docs/planner.md.
-            {"bf16": 0.88, "fp8": 0.53},
+            # Fitted to dgx_cloud. In inference: the best rows of gemm_h100_sxm_bf16 exceed 900 TFLOP/s, and
+            # random data reaches about 790 on the same chip (its README).
+            {"bf16": 0.68, "fp8": 0.58},
+            {"bf16": 0.88},
         ),
         Chip(
             "h200",
@@ -72,7 +83,8 @@ CHIPS = {
             4.8e12,
             132,
             "NVIDIA H200 SXM data sheet",
-            {"bf16": 0.88, "fp8": 0.53},
+            {"bf16": 0.68, "fp8": 0.58},  # as H100
+            {"bf16": 0.88},
         ),
         Chip(
             "h100-pcie",
@@ -244,6 +256,11 @@ WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 2, 4, 12
 # Bytes that Adam reads and writes per parameter: gradient 4, three fp32 states read and written 24, weight 2;
 # the norm of gradients for clipping reads 4 more.
 OPTIMIZER_TRAFFIC = 34
+# What the host takes for an operator of a layer: Python, autograd and launches. Golden values of small models
+# on a DGX H100 (NVIDIA/Megatron-LM, tests/functional_tests, 12 layers of 512): a layer and micro-batch take
+# 3.3 to 4 ms at TP 2 and 4, and have 35 to 40 operators. A matrix product alone takes 11 to 18 us in torch
+# (NVIDIA/dgxc-benchmarking, microbenchmarks/cpu_overhead).
+HOST_SECONDS = 90e-6
 # Host and synchronisation time of an iteration (data, loss, logging), assumption.
 ITERATION_OVERHEAD = 20e-3
 # Beside which share of the last backward (first forward) data parallel communication can run: buckets are ready

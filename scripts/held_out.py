@@ -1,9 +1,10 @@
 """What the planner says of tables that it has never seen: each left out of the fit; errors, and order of pairs.
 
-The one number that is fitted to training runs is the share of its peak that a chip sustains. A table to
-which it was not fitted is predicted as `helix plan` does. For the one to which it was, it is fitted again,
-to other tables of the same kind of chip: of the same precision where there are any, else of another one.
-Where there is none, each of its models is left out in turn. Decode has no fitted number.
+The one number that is fitted to training runs is the share of its peak that a chip sustains, to dense models.
+A table to which it was not fitted is predicted as `helix plan` does. For the one to which it was, it is fitted
+again: to other tables of that chip and precision; where there are none, to its own other models, each of them
+left out in turn; and where these are too few, to other tables of the same generation of chips. Decode has no
+fitted number.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from helix_megatron.hardware import CHIPS
-from published_tables import Group, Point
+from published_tables import FOLDER, Group, Point
 
 # Chip and precision → the table to which `Chip.sustained` was fitted; those of other tables were not.
 FITTED_ON = {
     ("a100", "bf16"): "training_a100",
-    ("h100", "fp8"): "training_h100_fp8",
+    ("h100", "bf16"): "dgx_cloud",
+    ("h100", "fp8"): "dgx_cloud",
     ("b200", "bf16"): "simumax_b200",
     ("gb200", "bf16"): "simumax_b200",
     ("b200", "fp8"): "megatron_bridge",
     ("gb200", "fp8"): "megatron_bridge",
 }
 OWN = "the planner's own share, fitted to no row of this table"
+MODELS = 3  # of a table, at least, for one of them to be predicted from the others
 GROWN = 0.5  # percentage points by which an error may differ from the accepted one
 APART = 0.05  # pairs that differ by less are not counted
 
@@ -111,29 +114,26 @@ def fit(points: Sequence[Point]) -> float:
 
 
 def results_of(groups: Sequence[Group]) -> list[Result]:
-    """Every group, predicted by what was not fitted on it."""
-    return [_result(group, [g for g in groups if g.table != group.table]) for group in groups]
+    """Every group, predicted by tables of this repository, which everybody has, other than its own."""
+    own = [group for group in groups if (FOLDER / f"{group.table}.csv").exists()]
+    return [_result(group, [g for g in own if g.table != group.table]) for group in groups]
 
 
 def _result(group: Group, others: Sequence[Group]) -> Result:
-    if FITTED_ON.get((group.chip, group.precision)) != group.table:
+    if group.kind != "dense" or FITTED_ON.get((group.chip, group.precision)) != group.table:
         return Result(group, tuple(point.predict(None) for point in group.points), OWN)
-    family = CHIPS[group.chip].family
-
-    def those(fits: Callable[[Group], bool]) -> list[Group]:
-        return [
-            g for g in others if CHIPS[g.chip].family == family and g.kind == "dense" and fits(g)
-        ]
-
-    for used in (those(lambda g: g.precision == group.precision), those(lambda g: True)):
-        if used:
-            share = fit([point for g in used for point in g.points])
-            predicted = tuple(point.predict(share) for point in group.points)
-            return Result(group, predicted, f"{share:.2f} from {'; '.join(g.name for g in used)}")
+    dense = [g for g in others if g.kind == "dense"]
     labels = {point.label for point in group.points}
+    same = [g for g in dense if (g.chip, g.precision) == (group.chip, group.precision)]
+    if not same and len(labels) < MODELS:
+        same = [g for g in dense if CHIPS[g.chip].family == CHIPS[group.chip].family]
+    if same:
+        share = fit([point for g in same for point in g.points])
+        predicted = tuple(point.predict(share) for point in group.points)
+        return Result(group, predicted, f"{share:.2f} from {'; '.join(g.name for g in same)}")
     shares = {x: fit([p for p in group.points if p.label != x]) for x in labels}
     predicted = tuple(point.predict(shares[point.label]) for point in group.points)
-    return Result(group, predicted, "each model left out in turn: the only table of the chip")
+    return Result(group, predicted, "each model left out in turn: no other table of this kind")
 
 
 # ---------------------------------------------------------------------------- accepted

@@ -112,7 +112,7 @@ def draw(cells: Cells, task: str, path: Path) -> None:
                 found = [[cells[groups, domain, task, c, b] for c in contexts] for b in batches]
                 _panel(panels[down][right], found, contexts, batches)
                 if down == 0:
-                    panels[down][right].set_title(f"{groups} key-value heads")
+                    panels[down][right].set_title(f"{groups} key-value head{'s' * (groups > 1)}")
                 if right == 0:
                     panels[down][right].set_ylabel(f"{domain} GPUs\nbatch")
         figure.supxlabel("context, tokens")
@@ -151,7 +151,9 @@ def page(cells: Cells) -> str:
         "with the fastest that does not, whatever they are: replicas, tensor, context and pipeline parallelism "
         "are all allowed. `·` is a difference that the [planner](planner.md#accuracy) cannot tell from none, "
         "`only cut` a job that fits with cut heads alone, `–` one that fits neither way. `helix serve` has "
-        "neither pipeline nor context parallelism: there the rivals are fewer.",
+        "neither pipeline nor context parallelism: there the rivals are fewer. Decode and prefill are timed as "
+        "replayed from CUDA graphs; `helix serve` launches operators one by one, and where its host is slower "
+        "than the GPU, differences are smaller (`helix plan --cuda-graphs off`).",
         "",
         *_claims(cells),
         "",

@@ -27,6 +27,16 @@ BRIDGE_MODELS = {
     "DeepSeekV3": "deepseek-v3",
 }
 BRIDGE_SYSTEMS = {"h100": "dgx-h100", "b200": "dgx-b200", "gb200": "nvlink-72"}
+DGXC_MODELS = {
+    "8b": "llama-3-8b",
+    "70b": "llama-3-70b",
+    "405b": "llama-3-405b",
+    "15b": "nemotron-15b",
+    "340b": "nemotron-340b",
+    "175b": "gpt3-175b",
+    "314b": "grok-1",
+}
+DGXC_SYSTEMS = {"H100": "dgx-h100", "GB200": "nvlink-72"}
 SIMUMAX_MODELS = {
     "llama3_70b": ("llama-3-70b", 8),
     "llama3_405b": ("llama-3-405b", 16),
@@ -68,6 +78,36 @@ def _read_simumax(row: dict[str, str]) -> Run:
     return Run(row["model"], model, layout, job, software, seconds, "dgx-b200", memory)
 
 
+def _read_dgxc(row: dict[str, str]) -> Run:
+    """Its launchers: user buffers, but not for Grok 1 before 25.05; dropout in GPT 3; proxies lack layers."""
+    name, layers = DGXC_MODELS[row["Size"].partition("-")[0]], number_in(row, "Layers")
+    model = spec_of_flags(name, {**model_of(name).flags, "num_layers": layers}, "the table")
+    tp, pp, cp, vp, ep, etp = (number_in(row, x) for x in ("TP", "PP", "CP", "VP", "EP", "ETP"))
+    dp = number_in(row, "GPUs") // (tp * pp * cp)
+    batch = number_in(row, "MBS")
+    layout = Layout(tp, pp, dp, cp, ep, etp, vp, micro_batch=batch, sequence_parallel=tp > 1)
+    job = Job("train", number_in(row, "SeqLen"), number_in(row, "GBS"))
+    software = Software(
+        row["Precision"].lower(),
+        tp_overlap="backward" if name == "grok-1" and row["Release"] < "25.05" else "full",
+        dropout=name.startswith("gpt3"),
+    )
+    seconds = positive_in(row, "Training step time")
+    label, where = f"{row['Workload']} {row['Size']}", DGXC_SYSTEMS[row["System"]]
+    return Run(label, model, with_ends(model, layout), job, software, seconds, where)
+
+
+DGXC = Kind(
+    (
+        *("Workload", "Size", "System", "Precision", "GPUs", "SeqLen", "Layers", "TP", "PP", "CP"),
+        *("EP", "ETP", "VP", "MBS", "GBS", "Training step time"),
+    ),
+    ("Release",),
+    "dgx-h100",
+    "bf16",
+    _read_dgxc,
+    "GPUs",
+)
 BRIDGE = Kind(
     (
         "Model",
@@ -109,7 +149,7 @@ SIMUMAX = Kind(
     _read_simumax,
     "",
 )
-ALL_KINDS = (*KINDS, BRIDGE, SIMUMAX)
+ALL_KINDS = (*KINDS, BRIDGE, DGXC, SIMUMAX)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from helix_megatron.hardware import (
     CHIPS,
     HDR,
     HDR_HALF,
+    HOST_SECONDS,
     LOOPBACK,
     NDR,
     NDR_HALF,
@@ -37,7 +38,7 @@ class Cluster:
 
     domain: GPUs that share fast links (a node, or an NVLink domain of several). domain_bandwidth and
     network_bandwidth: byte/s of one GPU in one direction. gpus: how many there are; None for as many as are
-    asked for.
+    asked for. host_seconds: that a rank's process takes to launch an operator.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Cluster:
     network_bandwidth: float
     source: str
     gpus: int | None = None
+    host_seconds: float = HOST_SECONDS
 
     def __post_init__(self) -> None:
         if self.domain < 1:
@@ -119,11 +121,12 @@ FIELDS: dict[str, Callable[[str], Any] | None] = {
     "network_link": one_line,
     "network_bandwidth": RATE,
     "gpus": whole(largest=10**6),
+    "host_seconds": real(at_least=0, at_most=1),
 }
 CHIP_NUMBERS = {"memory": BYTES, "memory_bandwidth": RATE, "units": whole(largest=10**6)}
 MOST_YAML, DEEPEST = 1 << 16, 4  # bytes, and mappings inside each other, of a file
 CHIP_FIELDS = ("name", "flops", "memory", "memory_bandwidth", "units", "sustained")
-OPTIONAL = {"name", "domain_link", "network_link", "gpus"}
+OPTIONAL = {"name", "domain_link", "network_link", "gpus", "host_seconds"}
 EXAMPLE = (
     "chip: h100, gpus_per_domain: 8, domain_bandwidth: 450e9, network_bandwidth: 50e9 "
     "(bytes per second of one GPU, in one direction)"
@@ -175,6 +178,7 @@ def read_cluster(path: Path) -> Cluster:
         network_bandwidth=values["network_bandwidth"],
         source=str(path),
         gpus=values.get("gpus"),
+        host_seconds=values.get("host_seconds", HOST_SECONDS),
     )
 
 
@@ -260,7 +264,8 @@ def local_cluster() -> Cluster:
     cores = os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     chip = dataclasses.replace(CHIPS["cpu"], memory=memory / cores)
-    return Cluster(LOCAL, chip, cores, *LOOPBACK, *LOOPBACK, chip.source, gpus=None)
+    # Operators of a CPU are the host's own time (`Chip.launch`).
+    return Cluster(LOCAL, chip, cores, *LOOPBACK, *LOOPBACK, chip.source, host_seconds=0.0)
 
 
 def _local_gpus(found: list[tuple[str, str]]) -> Cluster:

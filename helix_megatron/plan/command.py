@@ -105,6 +105,8 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     add("--precision", choices=PRECISIONS, help="(default: bf16, fp32 where the chip has no bf16)")
     kernel = "what computes attention; auto is what runs with Transformer Engine and torch (default: auto)"
     add("--kernel", choices=KERNELS, default="auto", help=kernel)
+    graphs = "whether layers are replayed from CUDA graphs, without the host (default: in inference alone)"
+    add("--cuda-graphs", choices=("on", "off"), help=graphs)
     fixed = parser.add_argument_group("fix a part of the layout")
     for size in SIZES:
         words = {"metavar": size.metavar, "help": size.help}
@@ -151,9 +153,9 @@ def plan_of(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
     job = Job(args.task, args.sequence_length, batch)
     if args.task == "serve":  # what its layouts are: those of decode, with a sequence for each GPU
         job = Job("decode", args.prompt_tokens + args.output_tokens, args.gpus)
-    return search(
-        model, args.gpus, cluster, job, Software(precision=precision, kernel=args.kernel), limits
-    )
+    graphs = None if args.cuda_graphs is None else args.cuda_graphs == "on"
+    software = Software(precision=precision, kernel=args.kernel, cuda_graphs=graphs)
+    return search(model, args.gpus, cluster, job, software, limits)
 
 
 def _check_sizes(args: argparse.Namespace, batch: int) -> None:

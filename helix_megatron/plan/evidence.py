@@ -22,7 +22,7 @@ from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.settings import Scenario
 
 NEAREST = 12  # rows that a band is the mean of
-LEAST = 0.03  # neighbours of one table are not told apart better than this
+LEAST = 0.03  # no band is narrower: neighbours of one table are often the same layout
 # What a difference in kind counts beside a factor of two in size.
 KINDS = {"chip": 2.0, "precision": 1.0, "experts": 4.0}
 
@@ -77,7 +77,7 @@ def _band(task: str, own: tuple[tuple[str, Any], ...], gpus: int, tp: int) -> Ba
     tables = tuple(dict.fromkeys(row["table"] for row in found))
     alike = sum(all(row[key] == value for key, value in own) for row in found)
     error = statistics.mean(abs(row["error"]) for row in found)
-    return Band(error, max(LEAST, _apart(found, error)), task, tables, alike)
+    return Band(max(LEAST, error), max(LEAST, _apart(found, error)), task, tables, alike)
 
 
 def _apart(found: Sequence[dict[str, Any]], error: float) -> float:

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from helix_megatron.attention_rates import WRITING, kernel_that_runs
 from helix_megatron.core.caches import NAMES, DecodeShape, cache_layout
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.hardware import CHIPS
-from helix_megatron.plan.collective_time import collective_seconds, point_to_point_seconds
+from helix_megatron.plan.collective_time import (
+    Group,
+    collective_seconds,
+    point_to_point_seconds,
+)
 from helix_megatron.plan.layouts import Layout, head_layout, strip
 from helix_megatron.plan.memory import Memory, expert_weights, rank_weights
 from helix_megatron.plan.mixers import Linear
@@ -42,18 +48,33 @@ def for_inference(scenario: Scenario) -> Scenario:
 def cache_bytes(
     model: ModelSpec, layout: Layout, sequences: int, context: int, element: int
 ) -> float:
-    """Bytes of keys and values of one layer with attention on one rank."""
-    if model.special.latent:  # absorbed: every rank has query heads of it
-        return float(sequences * context * model.special.latent.cached * element)
+    """Bytes of keys and values, or of latents, of one layer with attention on one rank."""
+    if layout.cache in NAMES:
+        shape = cache_shape(model, layout, sequences, context, element)
+        return cache_layout(layout.cache).read_bytes(shape)
+    if model.special.latent:  # all ranks together keep it once
+        return sequences * context * model.special.latent.cached * element / layout.tp
     if layout.segments > 1:
-        heads = head_layout(model, layout.tp, layout.segments, layout.query_layout)
-        shape = DecodeShape(heads, sequences, context, element)
-        if layout.cache in NAMES:
-            return cache_layout(layout.cache).read_bytes(shape)
+        shape = cache_shape(model, layout, sequences, context, element)
         return shape.cache_bytes() / layout.segments
     # Stock: a copy on every rank that has query heads of it.
     kv_heads = max(1.0, model.num_query_groups / layout.tp)
     return 2 * sequences * context * kv_heads * model.head_dim * element
+
+
+def cache_shape(
+    model: ModelSpec, layout: Layout, sequences: int, context: int, element: int
+) -> DecodeShape:
+    """What the ranks of a head group keep together; latents are one head of all tensor parallel ranks."""
+    latent = model.special.latent
+    if latent is None:
+        heads = head_layout(model, layout.tp, layout.segments, layout.query_layout)
+        return DecodeShape(heads, sequences, context, element)
+    sizes = model.num_attention_heads, 1, latent.cached
+    heads = HeadLayout(*sizes, segments=layout.tp, query_layout="heads", rotary="none")
+    return DecodeShape(
+        heads, sequences, context, element, latent.kv_rank, whole_keys=True, latent=True
+    )
 
 
 def average_cache_bytes(
@@ -133,12 +154,11 @@ def prefill_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
 
 def decode_stage_seconds(scenario: Scenario, layout: Layout) -> StageSeconds:
     """One token of every sequence of a micro-batch on one stage."""
-    layers = sum(
-        count * sum(step.exposed for step in steps)
-        for steps, count in _decode_layers(scenario, layout)
-    )
+    found = [*_decode_layers(scenario, layout)]
+    layers = sum(count * sum(step.exposed for step in steps) for steps, count in found)
+    host = scenario.host_seconds * sum(count * len(steps) for steps, count in found)
     return StageSeconds(
-        _per_stage(scenario, layout, layers),
+        _per_stage(scenario, layout, max(layers, host)),
         0.0,
         sum(step.seconds for step in _output_steps(scenario, layout)),
         _hop(scenario, layout, layout.micro_batch),
@@ -313,22 +333,28 @@ def decode_steps(
 
 
 def _decode_attention(record: Recorder, model: ModelSpec, layout: Layout, context: int) -> None:
-    rows, group, scores = layout.micro_batch, layout.head_group, 0.0
+    rows = layout.micro_batch
     read = cache_bytes(model, layout, rows, context, record.element)
-    if layout.segments > 1:
-        heads = head_layout(model, layout.tp, layout.segments, layout.query_layout)
-        shape, cache = DecodeShape(heads, rows, context, record.element), cache_layout(layout.cache)
-        scores = cache.score_bytes(shape)
-        for step in cache.collectives(shape):
-            # The faster one: an all-gather sends more, and small messages travel sooner by it.
-            ways = {step.kind: step.size} | ({"all-gather": step.gathered} if step.gathered else {})
-            times = {k: collective_seconds(record.cluster, k, ways[k], group) for k in ways}
-            kind = min(ways, key=times.__getitem__)
-            record.collective(step.name, FORWARD, kind, ways[kind], group, "exchange")
+    scores = _cache_exchange(record, model, layout, context)
     flops = 4.0 * rows * model.width * context / layout.tp
     text = f"{rows} sequences, cache {layout.cache}, {read / 1e6:.1f} MB"
     seconds = decode_seconds(record.chip, read, scores)
     record.steps.append(Step("core attention", FORWARD, "attention", text, flops, read, seconds))
+
+
+def _cache_exchange(record: Recorder, model: ModelSpec, layout: Layout, context: int) -> float:
+    """What the cache layout sends in attention; returns the bytes of scores that it writes."""
+    if layout.cache not in NAMES:
+        return 0.0
+    shape = cache_shape(model, layout, layout.micro_batch, context, record.element)
+    cache, group = cache_layout(layout.cache), Group(shape.layout.segments)
+    for step in cache.collectives(shape):
+        # The faster one: an all-gather sends more, and small messages travel sooner by it.
+        ways = {step.kind: step.size} | ({"all-gather": step.gathered} if step.gathered else {})
+        times = {k: collective_seconds(record.cluster, k, ways[k], group) for k in ways}
+        kind = min(ways, key=times.__getitem__)
+        record.collective(step.name, FORWARD, kind, ways[kind], group, "exchange")
+    return cache.score_bytes(shape)
 
 
 def _decode_linear(record: Recorder, linear: Linear, layout: Layout) -> None:
@@ -344,7 +370,7 @@ def _decode_linear(record: Recorder, linear: Linear, layout: Layout) -> None:
 def _decode_latent(
     record: Recorder, model: ModelSpec, layout: Layout, context: int, gemm: Any
 ) -> None:
-    """Absorbed: one head of latents that every rank holds, for all its query heads."""
+    """Absorbed: one head of latents, which all ranks together keep once, for the query heads of all."""
     latent, rows = model.special.latent, layout.micro_batch
     assert latent is not None, "a model without latent attention"
     heads, rank = model.num_attention_heads / layout.tp, latent.query_rank
@@ -353,16 +379,23 @@ def _decode_latent(
     # Into the space of latents and back: a small product for each head.
     gemm("absorbed keys", latent.kv_rank, latent.nope, rows, heads)
     read = cache_bytes(model, layout, rows, context, record.element)
+    _cache_exchange(record, model, layout, context)
     flops = 2.0 * rows * heads * context * (latent.cached + latent.kv_rank)
     peak = record.chip.flops[record.precision] * record.chip.sustained[record.precision]
     seconds = max(decode_seconds(record.chip, read), flops / peak)
-    text = f"{rows} sequences, latents, {read / 1e6:.1f} MB"
+    text = f"{rows} sequences, latents, cache {layout.cache}, {read / 1e6:.1f} MB"
     record.steps.append(Step("core attention", FORWARD, "attention", text, flops, read, seconds))
     gemm("absorbed values", latent.value, latent.kv_rank, rows, heads)
 
 
+def fullest(mean: float, variance: float, ranks: int, most: float = math.inf) -> float:
+    """The load of the fullest of so many ranks whose loads are drawn alike: the mean, and √(2 ln ranks) deviations,
+    the usual bound of the expected maximum; tokens choose experts at random."""
+    return min(most, mean + math.sqrt(2 * math.log(ranks) * variance))
+
+
 def _decode_experts(record: Recorder, model: ModelSpec, layout: Layout, gemm: Any) -> None:
-    """Only experts that some token chose are read."""
+    """Only experts that some token chose are read, and all wait for the rank with the most of them."""
     rows, hidden, width = layout.micro_batch, model.hidden_size, model.expert_width
     gemm("router", model.experts, hidden)
     if width != hidden:
@@ -371,8 +404,9 @@ def _decode_experts(record: Recorder, model: ModelSpec, layout: Layout, gemm: An
     size = copies * width * record.element
     record.collective("dispatch", FORWARD, "all-to-all", size, layout.ep_group, "ep")
     here = model.experts / layout.ep
-    touched = here * (1 - (1 - 1 / model.experts) ** (copies * layout.ep))
-    each = max(1.0, copies / max(touched, 1.0))
+    chosen = 1 - (1 - 1 / model.experts) ** (copies * layout.ep)
+    touched = fullest(here * chosen, here * chosen * (1 - chosen), layout.ep, here)
+    each = max(1.0, fullest(copies, copies, layout.ep) / max(touched, 1.0))
     ffn = model.moe_ffn / layout.etp
     gemm("experts fc1", ffn * model.fc1_factor, width, each, max(1.0, touched))
     gemm("experts fc2", width, ffn, each, max(1.0, touched))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from helix_megatron.core.caches import NAMES as CACHES
 from helix_megatron.core.exchanges import NO_EXCHANGE
 from helix_megatron.errors import listed
 from helix_megatron.flags import flag_of
@@ -151,7 +152,7 @@ def serving_words(plan: Plan, layout: Layout, nodes: int) -> list[str]:
         "nproc_per_node": layout.tp if nodes == 1 else None,
         "intra_head_parallel_size": layout.segments,
         "helix_query_layout": layout.query_layout if cut and ordinary else None,
-        "cache_layout": layout.cache if cut and job.task == "decode" else None,
+        "cache_layout": layout.cache if layout.cache in CACHES else None,
         **(_experts(model, layout) if ordinary else {}),
         "dtype": "fp32" if plan.software.precision == "fp32" else "bf16",
         "max_sequences": job.global_batch // layout.dp,
@@ -190,10 +191,6 @@ def serving_command(plan: Plan, layout: Layout) -> str:
         start = " ".join([*_torchrun(layout.tp, plan.cluster), "-m helix_megatron.cli serve"])
     words = serving_words(plan, layout, nodes)
     note = "# $CHECKPOINT is a checkpoint of Helix, Megatron or Hugging Face.\n"
-    if plan.model.special.latent:
-        note += (
-            "# It keeps the latents once on all ranks, where this row counts them on every rank.\n"
-        )
     if layout.dp > 1:
         note += f"# Start {layout.dp} of these, on {layout.tp} GPUs each, behind a load balancer.\n"
     return note + " \\\n".join([start, *_wrapped(words)])
@@ -239,6 +236,11 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
             "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "
             "Hugging Face models run that helix_megatron.huggingface has cut."
         )
+    if not plan.scenario.host_seconds:
+        runs = "helix serve launches operators one by one, and this row is timed as if it did not"
+        if plan.job.task == "train":
+            runs = "scripts/pretrain_gpt.py captures no CUDA graphs, which this row is timed with"
+        found.append(f"{runs}: --cuda-graphs off shows what the host costs.")
     if plan.software.precision == "fp8" and plan.job.task != "train":
         found.append("helix serve has no fp8: the command is for bf16, and this row is a forecast.")
     elif plan.software.precision == "fp8":

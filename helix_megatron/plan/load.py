@@ -100,7 +100,8 @@ def fitting(scenario: Scenario, layout: Layout, load: Load) -> int:
     job = Job("decode", load.prompt + load.output, layout.dp)
     model, software = scenario.model, scenario.software
     alone = inference_memory(model, layout._replace(micro_batch=1), job, software)
-    m = layout.segments  # sequences that a head group deals evenly
+    # Sequences that a head group deals evenly; of latents it is all ranks.
+    m = layout.tp if model.special.latent else layout.segments
     each = average_cache_bytes(model, layout, m, job.sequence, software.element) / m
     each *= model.num_layers
     room = scenario.cluster.chip.memory - (alone.total - alone.cache)

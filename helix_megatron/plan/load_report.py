@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from helix_megatron.core.caches import NAMES as CACHES
 from helix_megatron.errors import divisors
 from helix_megatron.plan.evidence import band
 from helix_megatron.plan.launch_commands import not_served, serving_command
@@ -86,11 +87,10 @@ def print_load(plan: Plan, load: Load, found: list[Served], count: int) -> None:
     for title in ("at once", "fit", "tokens/s", "ms to first", "ms per token", "keeps up"):
         table.add_column(title, justify="right")
     for number, one in enumerate(found[:count], start=1):
-        cut = one.layout.segments > 1
         table.add_row(
             str(number),
             one.layout.describe(),
-            one.layout.cache if cut else "whole heads",
+            one.layout.cache if one.layout.cache in CACHES else "whole heads",
             f"{one.sequences:.0f}",
             str(one.fitting),
             f"{one.throughput:,.0f}",

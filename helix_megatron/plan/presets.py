@@ -71,6 +71,10 @@ PRESETS: dict[str, tuple[Flags, str]] = {
     ),
     "mixtral-8x7b": (_gpt(32, 4096, 32, 14336, 32000, **MIXTRAL, **_experts(8, 2, 14336)), HF),
     "mixtral-8x22b": (_gpt(56, 6144, 48, 16384, 32768, **MIXTRAL, **_experts(8, 2, 16384)), HF),
+    "grok-1": (
+        _gpt(64, 6144, 48, 32768, 131072, **LLAMA, **_gqa(8), **_experts(8, 2, 32768)),
+        "xai-org/grok-1; the norms after its layers are not here",
+    ),
     "deepseek-like": (
         _gpt(60, 7168, 128, 18432, 129280, kv_channels=128, **LLAMA, **_gqa(8))
         | _experts(256, 8, 2048, moe_shared_expert_intermediate_size=2048)

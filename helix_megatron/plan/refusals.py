@@ -36,8 +36,11 @@ def of_tensor_parallel(model: ModelSpec, tp: int) -> Refusal:
 
 
 def of_whole_heads(model: ModelSpec, tp: int) -> Refusal:
-    """Heads that stock Megatron deals whole."""
+    """Heads that stock Megatron deals whole; a latent that all ranks keep together."""
     heads, kv_heads = model.num_attention_heads, model.num_query_groups
+    latent = model.special.latent
+    if latent and latent.cached % tp:
+        return INDIVISIBLE, f"a latent of {latent.cached} elements cannot be kept by {tp} ranks"
     if heads % tp:
         reason = (
             f"{heads} query heads cannot be dealt whole to {tp} ranks; nearest that divide them: "
@@ -55,8 +58,8 @@ def of_cut_heads(model: ModelSpec) -> Refusal:
     """Attention whose heads Helix does not cut."""
     if model.special.latent is None:
         return None
-    why = "latent attention has one head of latents and no key-value heads to cut; it is planned as plain TP, "
-    return "not modelled", why + "with the latent on every rank"
+    why = "latent attention has one head of latents and no key-value heads to cut; it is planned as plain TP"
+    return "not modelled", f"{why}, with the latents once on all ranks"
 
 
 def of_context_parallel(job: Job, cp: int, *, asked: bool) -> Refusal:

@@ -31,7 +31,7 @@ from helix_megatron.plan.operators import (
 )
 from helix_megatron.plan.schedule import pipeline_seconds
 from helix_megatron.plan.settings import Scenario, Software
-from helix_megatron.plan.steps import BACKWARD, Step
+from helix_megatron.plan.steps import BACKWARD, FORWARD, Step
 from helix_megatron.plan.traffic import Traffic, final_reductions, message_bytes, stage_traffic
 
 
@@ -75,12 +75,13 @@ class Prediction:
 
 
 class Cost(NamedTuple):
-    """Exposed seconds of all layers of a model; attention: core attention and its exchange,
-    forward, which selective recomputation repeats."""
+    """Exposed seconds of all layers of a model; attention: core attention and its exchange, forward, which
+    selective recomputation repeats. gpu: forward and backward, if the GPU never waited for its host."""
 
     forward: float = 0.0
     backward: float = 0.0
     attention: float = 0.0
+    gpu: tuple[float, float] = (0.0, 0.0)
 
 
 @functools.lru_cache(maxsize=16384)
@@ -88,13 +89,19 @@ def layers_cost(scenario: Scenario, stripped: Layout) -> Cost:
     """All layers of the model, one micro-batch."""
     forward = backward = core = 0.0
     part = attention_part(stripped)
+    operators = {FORWARD: 0, BACKWARD: 0}
     for kind in layer_kinds(scenario.model):
-        mixer = _cost(mixer_steps(scenario, part, kind.mixer), part.core_axes)
-        mlp = _cost(mlp_steps(scenario, mlp_part(stripped), kind.mlp))
+        of_mixer = mixer_steps(scenario, part, kind.mixer)
+        of_mlp = mlp_steps(scenario, mlp_part(stripped), kind.mlp)
+        mixer, mlp = _cost(of_mixer, part.core_axes), _cost(of_mlp)
         forward += kind.layers * (mixer.forward + mlp.forward)
         backward += kind.layers * (mixer.backward + mlp.backward)
         core += kind.layers * mixer.attention
-    return Cost(forward, backward, core)
+        for step in (*of_mixer, *of_mlp):
+            operators[step.phase] += kind.layers
+    # The host runs ahead of the GPU where it can: the slower of the two sets the pace.
+    ahead, back = (scenario.host_seconds * operators[phase] for phase in (FORWARD, BACKWARD))
+    return Cost(max(forward, ahead), max(backward, back), core, (forward, backward))
 
 
 @functools.lru_cache(maxsize=16384)
@@ -120,7 +127,7 @@ class Iteration(NamedTuple):
     """What `predict_training` and the search share: seconds, and the parts that reports name.
 
     layers, per_micro_batch: of the busiest stage; forward, backward, recomputed and message, without embedding
-    and loss.
+    and loss. waits: the part of the first three in which the GPU waits for its host.
     """
 
     seconds: float
@@ -133,6 +140,7 @@ class Iteration(NamedTuple):
     final: float
     optimizer: float
     batches: int
+    waits: tuple[float, float, float]
 
 
 def iteration(scenario: Scenario, layout: Layout) -> Iteration:
@@ -143,6 +151,7 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
     cost = layers_cost(scenario, stripped)
     first, last = (outer_cost(scenario, stripped, end) for end in (True, False))
     again = {"none": 0.0, "selective": cost.attention, "full": cost.forward}[layout.recompute]
+    ahead, back = cost.forward - cost.gpu[0], cost.backward - cost.gpu[1]
     dealt = layout.stages(model.num_layers)
     all_layers = (cost.forward + cost.backward + again) / model.num_layers
     message, hop = messages(scenario, layout, all_layers * min(dealt))
@@ -176,6 +185,7 @@ def iteration(scenario: Scenario, layout: Layout) -> Iteration:
         final=final,
         optimizer=optimizer,
         batches=batches,
+        waits=(share * ahead, share * back, share * ahead * (layout.recompute == "full")),
     )
 
 
@@ -185,18 +195,20 @@ def predict_training(scenario: Scenario, layout: Layout, stage: int | None = Non
     model, job, _, software = scenario
     found, tokens = iteration(scenario, layout), job.global_batch * job.sequence
     batches = found.batches
-    forward, backward, recomputed, message = found.per_micro_batch
+    *layers, message = found.per_micro_batch
+    forward, backward, recomputed = (a - b for a, b in zip(layers, found.waits, strict=True))
     terms = {
         "layers, forward": batches * forward,
         "layers, backward": batches * backward,
         "recomputation": batches * recomputed,
+        "waiting for the host": batches * sum(found.waits),
         "embedding, output and loss": found.busy - batches * sum(found.per_micro_batch),
         "pipeline messages, exposed": batches * message,
         "pipeline bubble": found.pipeline - found.busy,
         "data parallel, exposed": sum(row[2] for row in found.data_parallel),
         "gradients of norms and tied embeddings": found.final,
         "optimizer": found.optimizer,
-        "host": hw.ITERATION_OVERHEAD,
+        "host, once": hw.ITERATION_OVERHEAD,
     }
     traffic = stage_traffic(
         scenario,

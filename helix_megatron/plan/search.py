@@ -9,7 +9,7 @@ from typing import Any
 
 from helix_megatron.arguments import as_flag
 from helix_megatron.attention_rates import check_kernel
-from helix_megatron.core.caches import NAMES
+from helix_megatron.core.caches import CACHE_LAYOUTS
 from helix_megatron.core.exchanges import EXACT, NO_EXCHANGE
 from helix_megatron.errors import HelixError, divisors
 from helix_megatron.plan import refusals
@@ -187,12 +187,14 @@ class _Search:
 
     def _exchanges(self, base: Layout) -> Iterator[Layout]:
         """The fastest exchange of each cut; the others are rejected with what they would cost more."""
+        latent = self.model.special.latent is not None and base.tp > 1
+        if self.job.task == "decode" and (latent or base.segments > 1):
+            for cache in CACHE_LAYOUTS:
+                if not latent or cache.placement != "all":  # a latent is one head, and kept whole
+                    yield base._replace(cache=cache.name, exchange=NO_EXCHANGE.name)
+            return
         if base.segments == 1:
             yield base
-            return
-        if self.job.task == "decode":
-            for cache in NAMES:
-                yield base._replace(cache=cache, exchange=NO_EXCHANGE.name)
             return
         what = f"TP {base.tp}, m {base.segments}, queries {base.query_layout}, micro-batch {base.micro_batch}"
         shape = attention_shape(self.model, base, self.job.sequence, self.software.element)

@@ -49,7 +49,8 @@ class Software:
     states are dealt to data parallel ranks. gradient_bytes: of a gradient on the wire.
     scatter_gather: pipeline messages are cut over the tensor parallel ranks even without sequence parallelism,
     as Megatron-LM did before it had that (arXiv 2104.04473, section 4.1). local_modules: Megatron's unfused
-    modules, which keep more, as on a CPU and in `helix graph`.
+    modules, which keep more, as on a CPU and in `helix graph`. cuda_graphs: layers are replayed from CUDA
+    graphs, which cost the host nothing; None: in inference alone.
     """
 
     precision: str = "bf16"
@@ -61,6 +62,7 @@ class Software:
     dropout: bool = False
     scatter_gather: bool = False
     local_modules: bool = False
+    cuda_graphs: bool | None = None
 
     @property
     def element(self) -> int:
@@ -85,3 +87,10 @@ class Scenario(NamedTuple):
     job: Job
     cluster: Cluster
     software: Software
+
+    @property
+    def host_seconds(self) -> float:
+        """Of the host for one operator; 0 where it launches none."""
+        graphs = self.software.cuda_graphs
+        replayed = self.job.task != "train" if graphs is None else graphs
+        return 0.0 if replayed else self.cluster.host_seconds

@@ -58,8 +58,10 @@ class Step(NamedTuple):
 class Recorder:
     """Appends steps for one rank; knows chip, cluster and precision, so that callers state sizes only."""
 
-    def __init__(self, cluster: Cluster, precision: str, element: int) -> None:
-        self.cluster, self.chip = cluster, cluster.chip
+    def __init__(
+        self, cluster: Cluster, precision: str, element: int, *, training: bool = False
+    ) -> None:
+        self.cluster, self.chip = cluster, cluster.chip if training else cluster.chip.serving
         self.precision, self.element = precision, element
         self.steps: list[Step] = []
 
@@ -160,7 +162,8 @@ class LayerRecorder(Recorder):
     def __init__(self, scenario: Scenario, layout: Layout) -> None:
         self.scenario = scenario
         self.model, job, cluster, self.software = scenario
-        super().__init__(cluster, self.software.precision, self.software.element)
+        software, training = self.software, job.task == "train"
+        super().__init__(cluster, software.precision, software.element, training=training)
         self.layout = layout
         self.tokens = layout.micro_batch * job.sequence / layout.cp
         self.own = self.tokens / layout.tp if layout.sequence_parallel else self.tokens

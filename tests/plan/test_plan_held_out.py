@@ -33,13 +33,13 @@ def results() -> dict[str, Result]:
 @pytest.mark.parametrize(
     ("name", "most", "better"),
     [
-        (
-            "megatron_bridge: h100, fp8, dense",
-            8,
-            False,
-        ),  # six rows at nearly one rate: 2.5 % by a guess
+        ("dgx_cloud: h100, bf16, dense", 8, True),
+        ("dgx_cloud: h100, bf16, MoE", 8, True),
+        ("dgx_cloud: gb200, bf16, dense", 8, True),
+        # Runs at nearly one rate: a guess is 4 % off.
+        ("dgx_cloud: h100, fp8, dense", 8, False),
+        ("megatron_bridge: h100, fp8, dense", 8, False),
         ("megatron_bridge: b200, fp8, dense", 10, True),
-        ("megatron_bridge: gb200, fp8, dense", 10, True),
         ("simumax_b200: b200, bf16, dense", 10, True),
         ("silicon_h100: h100, bf16, decode", 12, True),
     ],
@@ -87,6 +87,7 @@ def test_no_table_is_predicted_by_a_share_that_was_fitted_to_it(results):
     for result in results.values():
         group = result.group
         own = held_out.FITTED_ON.get((group.chip, group.precision)) == group.table
+        own = own and group.kind == "dense"
         if group.kind != "decode":
             assert (result.fitted_on == held_out.OWN) != own
     for name in ("simumax_b200: b200, bf16, dense", "megatron_bridge: b200, fp8, dense"):

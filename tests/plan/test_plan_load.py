@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import pytest
 from refusals import refusal
 
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.command import plan_main
+from helix_megatron.plan.inference import fullest
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.load import Load, fitting, prompt_seconds, serve, token_seconds
 from helix_megatron.plan.models import model_of
@@ -102,3 +104,19 @@ def test_replicas_are_as_large_as_a_sequence_needs(capsys):
 def test_what_shows_one_step_is_refused(capsys):
     """A load has no single step to explain."""
     assert "--explain shows a single step" in refusal(capsys, plan_main, [*EIGHT, "--explain", "1"])
+
+
+@pytest.mark.parametrize(("ranks", "sequences"), [(8, 4), (8, 64), (32, 16)])
+def test_experts_wait_for_the_fullest_rank(ranks, sequences):
+    """128 experts, 8 for a token, chosen at random: never below what was drawn, and at most a third above."""
+    draw, most_experts, most_tokens = random.Random(1), 0.0, 0.0
+    for _ in range(200):
+        chosen = [e for _ in range(ranks * sequences) for e in draw.sample(range(128), 8)]
+        of_rank = [[e for e in chosen if e % ranks == rank] for rank in range(ranks)]
+        most_experts += max(len(set(own)) for own in of_rank) / 200
+        most_tokens += max(map(len, of_rank)) / 200
+    here, copies = 128 / ranks, 8.0 * sequences
+    share = 1 - (1 - 1 / 128) ** (copies * ranks)
+    experts = fullest(here * share, here * share * (1 - share), ranks, here)
+    assert 0.95 < experts / most_experts < 1.33
+    assert 0.95 < fullest(copies, copies, ranks) / most_tokens < 1.33

@@ -7,10 +7,12 @@ import json
 import pytest
 from refusals import refusal
 
+from helix_megatron.core.caches import DecodeShape, cache_layout
+from helix_megatron.core.layout import HeadLayout
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.command import plan_main
 from helix_megatron.plan.explain import kinds_of_layers
-from helix_megatron.plan.inference import inference_memory
+from helix_megatron.plan.inference import cache_bytes, decode_steps, inference_memory
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import model_of
 from helix_megatron.plan.operators import latent_steps, layer_kinds, linear_steps
@@ -74,9 +76,9 @@ def test_layers_are_of_the_kinds_that_the_model_has():
         ("qwen3.5-397b-a17b", 1, 15 * 2 * 2 * 256),
         ("qwen3.5-397b-a17b", 8, 15 * 2 * 1 * 256),
         ("nemotron-3-super", 1, 8 * 2 * 2 * 128),
-        # 61 layers of a latent of 512 and 64 rotated dimensions, on every rank.
+        # 61 layers of a latent of 512 and 64 rotated dimensions, once on all ranks.
         ("deepseek-v3", 1, 61 * 576),
-        ("deepseek-v3", 8, 61 * 576),
+        ("deepseek-v3", 8, 61 * 576 / 8),
         # Ten global layers of 4 heads of 512, fifty local ones of 16 of 256.
         ("gemma-4-31b", 1, 10 * 2 * 4 * 512 + 50 * 2 * 16 * 256),
     ],
@@ -138,6 +140,8 @@ def test_latent_attention_is_planned_and_not_cut():
     reasons = {rejected.what: rejected.reason for rejected in plan.rejected}
     assert "latent attention has one head of latents" in reasons["m > 1"]
     plan = search(model_of("kimi-k2"), 64, H100, Job("decode", 8192, 64), Software())
+    caches = {(row.layout.tp > 1, row.layout.cache) for row in plan.everything}
+    assert caches == {(True, "batch"), (True, "sequence"), (False, "heads")}
     assert "no key-value heads to cut" in verdict(plan)[1]
 
 
@@ -170,4 +174,21 @@ def test_commands_that_serve_hybrid_and_latent_models(model, capsys):
     text = capsys.readouterr().out
     command = text[text.index("helix serve \\\n") :].partition("\n\n")[0]
     assert "--nproc-per-node" in command and "--expert" not in command
-    assert ("keeps the latents once" in text) == (model == "deepseek-v3")
+    latent = model == "deepseek-v3"
+    assert latent == ("--cache-layout batch" in command or "--cache-layout sequence" in command)
+
+
+@pytest.mark.parametrize("cache", ["batch", "sequence"])
+def test_latents_cost_what_the_code_that_runs_sends(cache):
+    """The steps of a plan are the collectives of the shape that the engine asks for its cache layout."""
+    model, layout = model_of("deepseek-v3"), Layout(tp=8, micro_batch=16, cache=cache)
+    layer = HeadLayout(128, 1, 576, segments=8, query_layout="heads", rotary="none")
+    shape = DecodeShape(layer, 16, 4096, 2, value_dim=512, whole_keys=True, latent=True)
+    kind = layer_kinds(model)[0]
+    scenario = Scenario(model, Job("decode", 4096, 16), H100, Software())
+    steps = [s for s in decode_steps(scenario, layout, 4096, kind) if s.axis == "exchange"]
+    asked = cache_layout(cache).collectives(shape)
+    for step, collective in zip(steps, asked, strict=True):
+        assert step.moved in (collective.size, collective.gathered)
+    read = cache_layout(cache).read_bytes(shape)
+    assert read == cache_bytes(model, layout, 16, 4096, 2) == 16 * 4096 * 576 * 2 / 8

@@ -12,7 +12,7 @@ from waiting import run_python
 from helix_megatron.errors import HelixError
 from helix_megatron.plan.clusters import CLUSTERS, Cluster, cluster_of
 from helix_megatron.plan.collective_time import Group
-from helix_megatron.plan.inference import inference_memory
+from helix_megatron.plan.inference import inference_memory, predict_decode
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec, model_of
 from helix_megatron.plan.operators import attention_steps
@@ -169,7 +169,7 @@ def test_segments_beat_the_stock_gather():
     model, job = model_of("llama-3-8b"), Job("train", 4096, 8)
     base = Layout(tp=16, dp=1, micro_batch=1, sequence_parallel=True)
     cut = base._replace(segments=2, query_layout="heads", exchange="gather-kv")
-    scenario = Scenario(model, job, CLUSTERS["nvlink-16"], Software())
+    scenario = Scenario(model, job, CLUSTERS["nvlink-16"], Software(cuda_graphs=True))
     stock, helix = (iteration(scenario, x).seconds for x in (base, cut))
     assert helix < stock
 
@@ -264,6 +264,20 @@ def test_predictions_add_up(plan):
         assert p.hidden >= 0
         assert 0 <= p.bubble < 1
         assert p.flops_per_gpu < DGX.chip.flops["bf16"]
+
+
+@pytest.mark.parametrize("task", ["train", "decode"])
+def test_the_host_sets_the_pace_of_small_work(task):
+    """Where the GPU has done an operator before the next is launched; CUDA graphs need no host."""
+    model, layout = model_of("llama-3-8b"), Layout(tp=8, micro_batch=1)
+    scenario = Scenario(model, Job(task, 128, 1), DGX, Software(cuda_graphs=False))
+    graphs = scenario._replace(software=Software(cuda_graphs=True))
+    slow = scenario._replace(cluster=dataclasses.replace(DGX, host_seconds=2 * DGX.host_seconds))
+    predict = predict_training if task == "train" else predict_decode
+    replayed, launched, twice = (predict(s, layout).seconds for s in (graphs, scenario, slow))
+    assert launched > 2 * replayed
+    operators = 32 * (36 if task == "train" else 12) * DGX.host_seconds
+    assert twice - launched == pytest.approx(operators, rel=0.25)
 
 
 @pytest.mark.parametrize(("task", "batch"), [("prefill", 4), ("decode", 64)])

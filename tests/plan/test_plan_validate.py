@@ -6,6 +6,7 @@ The rows here are a few of vTrain's (arXiv 2312.12391, A100) and NeMo's (24.07, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 
@@ -37,6 +38,16 @@ Nemotron-340B,128,32,1,4096,8,8,1,12,322
 LLAMA3-8B,8,128,1,8192,1,1,2,1,12000
 LLAMA3-70B,64,128,1,8192,4,4,2,5,1530
 """
+# vTrain's runs of one node, 0.3 to 1.3 B: what their hosts take, not their GPUs.
+ONE_NODE = """
+0.3,8,8,1,1024,16,20,1024,8,1,1,816
+0.3,8,8,1,1024,16,24,1024,4,2,1,346
+0.3,8,64,1,1024,16,20,1024,2,4,1,1129
+0.3,8,16,1,1024,16,20,1024,1,8,1,145
+0.3,8,8,1,1024,16,24,1024,2,1,4,245
+1.3,8,16,1,2048,16,16,1024,8,1,1,1269
+1.3,8,8,1,2048,16,20,1024,4,1,2,297
+"""
 SMALL = "3.6,64,512,8,3072,32,30,2048"  # the sizes of a row
 # Table 1 of arXiv 2104.04473 (A100, 8 adapters a node): heads, hidden, layers, TP, PP, GPUs, batch, TFLOP/s.
 SC21 = (
@@ -62,13 +73,22 @@ def write(path, columns, rows):
     ("columns", "rows", "most"), [(A100_COLUMNS, A100, 10), (H100_COLUMNS, H100, 8)]
 )
 def test_published_runs_are_predicted(tmp_path, columns, rows, most):
-    """The figures wanted, and better than one rate for all; also with each model left out of the fit."""
+    """The figures wanted; with each model left out of the fit, they are better than one rate for all."""
     result = evaluate(write(tmp_path / "t.csv", columns, rows), None, True)
     assert len(result["rows"]) == 6
     assert result["mean_error_percent"] <= most
     assert result["held_out_error_percent"] <= most
-    assert result["mean_error_percent"] < result["constant_guess_error_percent"]
+    assert result["held_out_error_percent"] < result["constant_guess_error_percent"]
     assert result["rank_correlation_seconds"] > 0.9
+
+
+def test_small_models_take_what_their_hosts_take(tmp_path, monkeypatch):
+    """Up to six times what their GPUs need. The host's time is from other runs: those of Megatron's tests."""
+    table = write(tmp_path / "t.csv", A100_COLUMNS, ONE_NODE)
+    assert evaluate(table, None, False)["mean_error_percent"] < 20
+    graphs = dataclasses.replace(MEGATRON_2021, cuda_graphs=True)
+    monkeypatch.setattr("training_tables.MEGATRON_2021", graphs)
+    assert evaluate(table, None, False)["mean_error_percent"] > 50
 
 
 def test_runs_that_nothing_was_fitted_to_are_predicted():
@@ -125,7 +145,7 @@ Nemotron4-340B,128,32,1,4096,8,8,12,322,
     layouts = [row["layout"] for row in result["rows"]]
     assert layouts == ["TP 8 · PP 9 · VP 7 · DP 8", "TP 1 · DP 8", "TP 8 · PP 8 · VP 12 · DP 2"]
     assert result["ignored_columns"] == ["remark"]
-    assert result["mean_error_percent"] < 15
+    assert result["mean_error_percent"] < 20
     assert main([str(path)]) == 0
     assert "columns not used: remark" in capsys.readouterr().out
     columns = [c for c in A100_COLUMNS if c not in ("billion_parameters", "data_parallel")]
