@@ -166,7 +166,6 @@ def test_one_segment_leaves_everything_stock():
 BAD = {
     "multi_latent_attention": True,
     "experimental_attention_variant": "gated_delta_net",
-    "heterogeneous_block_specs": True,
     "fp8_param": True,
     "fp4_param": True,
     "fused_single_qkv_rope": True,
