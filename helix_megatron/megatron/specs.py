@@ -90,12 +90,12 @@ def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel | None) -> 
             for name, why in LATENT_LAYERS.items()
             if getattr(spec, name, IdentityOp) is not IdentityOp
         }
-        attention = _replaced(spec.attention_layer, helix, kernel)
-        return dataclasses.replace(spec, attention_layer=attention, **refused)
+        layer = _replaced(spec.attention_layer, helix, kernel)
+        return dataclasses.replace(spec, attention_layer=layer, **refused)
     submodules: Any = getattr(spec, "submodules", None)
     if any(hasattr(submodules, name) for name in (*NESTED, "attention_layer")):
         return dataclasses.replace(spec, submodules=_replaced(submodules, helix, kernel))
-    attention = getattr(submodules, "self_attention", None)
+    attention: Any = getattr(submodules, "self_attention", None)
     module = attention and get_module(attention)
     if getattr(module, "__name__", None) in WITHOUT_ATTENTION:
         return spec
