@@ -8,6 +8,7 @@ of the launcher where a test builds a model, and in the class that the test call
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import functools
 import json
 import os
@@ -24,10 +25,13 @@ from helix_megatron.megatron_lm import cpu, hooks, settings
 
 SEGMENTS = int(os.environ["HELIX_SEGMENTS"])
 FOLDER = Path(os.environ["HELIX_FOLDER"])
+SECONDS = int(os.environ["HELIX_TEST_SECONDS"])
 TIMEOUT = datetime.timedelta(minutes=3)  # ends a test of which one rank has failed
 _outcomes: dict[str, list[Any]] = {}
 """By name of the test: passed, skipped or failed; why not passed; whether it built a Helix layer."""
 _built: list[Any] = []
+_beyond_megatrons_core: list[bool] = []
+"""Not empty in a test of context parallelism or packed sequences, which Megatron's core attention refuses."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,13 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _local_specs() -> None:
-    """Layers of Transformer Engine are megatron-core's own."""
+    """Layers of Transformer Engine are megatron-core's own, with our core attention where that has none."""
     from megatron.core.models.gpt import gpt_layer_specs
 
+    from helix_megatron.megatron.core_attention import context_spec
     from helix_megatron.megatron.norms import use_available_norms
 
     def local_spec(**given: Any) -> Any:
-        return use_available_norms(gpt_layer_specs.get_gpt_layer_local_spec(**given))
+        spec = use_available_norms(gpt_layer_specs.get_gpt_layer_local_spec(**given))
+        return context_spec(spec) if _beyond_megatrons_core else spec
 
     gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec = local_spec
     gpt_layer_specs.get_gpt_layer_with_transformer_engine_submodules = lambda **given: (
@@ -131,6 +137,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test begins with stock attention, until it makes groups."""
     settings.record(settings.Settings())
     _built.clear()
+    asked = item.callspec.params if hasattr(item, "callspec") else {}
+    beyond = asked.get("cp", 1) > 1 or asked.get("sequence_packing", False)
+    _beyond_megatrons_core[:] = [True] * beyond
+    faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.__stderr__)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -143,12 +153,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _outcomes[name] = [report.outcome, text.strip().splitlines()[0], bool(_built)]
     elif report.when == "call":
         _outcomes[name] = ["passed", "", bool(_built)]
-    if report.when == "teardown" and os.environ["RANK"] == "0":
-        print(f"m = {SEGMENTS}: {name}: {_outcomes[name][0]}", file=sys.__stderr__, flush=True)
+    if report.when == "teardown":
+        faulthandler.cancel_dump_traceback_later()
+        (FOLDER / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(_outcomes))
+        if os.environ["RANK"] == "0":
+            print(f"m = {SEGMENTS}: {name}: {_outcomes[name][0]}", file=sys.__stderr__, flush=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Failures are for the table that all ranks' outcomes make, and no reason to end other ranks."""
-    path = FOLDER / f"rank-{os.environ['RANK']}.json"
-    path.write_text(json.dumps(_outcomes))
     session.exitstatus = 0

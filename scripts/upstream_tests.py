@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +32,7 @@ from helix_megatron.versions import dotted, found_version, numbers  # noqa: E402
 TESTS = "tests/unit_tests/transformer/test_attention.py"
 Outcomes = dict[str, list[Any]]
 """By name of the test: passed, skipped or failed; why not passed; whether it built a Helix layer."""
-ABSENT = ["failed", "not every rank has run it", False]
+ABSENT = ["failed", "not run", False]
 
 
 def main() -> int:
@@ -42,6 +43,12 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=4, help="default 4")
     parser.add_argument("--segments", type=int, nargs="+", default=[2, 4], help="default 2 4")
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="pytest's: only some tests")
+    parser.add_argument(
+        "--at-once", type=int, default=8, help="tests in the same processes; default 8"
+    )
+    parser.add_argument(
+        "--seconds", type=int, default=300, help="that a test may take; default 300"
+    )
     given = parser.parse_args()
     with exit_on_error(parser.prog):
         version = core_version(given.checkout)
@@ -52,40 +59,96 @@ def main() -> int:
                 f"it in an environment with megatron-core {dotted(version[:2])}."
             )
         print(f"{given.tests}, megatron-core {dotted(version)}, {given.ranks} ranks", flush=True)
-        sides = {size: outcomes(given, size) for size in (1, *given.segments)}
+        os.environ |= environment(given)
+        names = collected(given)
+        sides = {size: outcomes(given, names, size) for size in (1, *given.segments)}
         return report(sides)
 
 
-def outcomes(given: argparse.Namespace, segments: int) -> Outcomes:
-    """Run the tests on all ranks; a test passes if it does on each."""
-    checkout = given.checkout.resolve()
+def environment(given: argparse.Namespace) -> dict[str, str]:
+    """Beside those of this process: the checkout's own core, no GPU, and no threads beside a rank's own."""
+    return {
+        "HELIX_TEST_SECONDS": str(given.seconds),
+        "PYTHONPATH": os.pathsep.join(map(str, (given.checkout.resolve(), ROOT, ROOT / "scripts"))),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def pytest_command(given: argparse.Namespace, *more: str) -> list[str]:
+    """On the checkout, with our plugin in the place of its conftest.py."""
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "upstream_conftest"]
+    return [
+        *command,
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(given.checkout.resolve()),
+        *more,
+    ]
+
+
+def collected(given: argparse.Namespace) -> list[str]:
+    """Names of the tests, in the order of the file."""
+    more = ["--collect-only", "-q", *(["-k", given.k] if given.k else [])]
+    listing = subprocess.run(
+        pytest_command(given, *more, str(given.checkout.resolve() / given.tests)),
+        env=os.environ | {"HELIX_SEGMENTS": "1", "HELIX_FOLDER": os.devnull},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    names = [line.partition("::")[2] for line in listing.stdout.splitlines() if "::" in line]
+    if not names:
+        raise HelixError(
+            f"pytest finds no test in {given.tests}:\n{listing.stdout}{listing.stderr}"
+        )
+    return names
+
+
+def outcomes(given: argparse.Namespace, names: list[str], segments: int) -> Outcomes:
+    """Run tests on all ranks, a few in the same processes; a test passes if it does on each rank.
+
+    Groups of gloo keep their threads until a process ends, so that a whole file would run out of them. A test
+    that ends a process has failed, and those behind it run in new ones.
+    """
+    found: Outcomes = {}
+    while waiting := [name for name in names if name not in found]:
+        few = waiting[: given.at_once]
+        found |= _some(given, few, segments)
+        first = next((name for name in few if name not in found), None)
+        if first is not None:
+            found[first] = [
+                "failed",
+                f"a rank ended, or it took longer than {given.seconds} s",
+                False,
+            ]
+    return found
+
+
+def _some(given: argparse.Namespace, names: list[str], segments: int) -> Outcomes:
     with tempfile.TemporaryDirectory(prefix="helix-upstream-") as folder:
-        os.environ |= {
-            "HELIX_SEGMENTS": str(segments),
-            "HELIX_FOLDER": folder,
-            "PYTHONPATH": os.pathsep.join(map(str, (checkout, ROOT, ROOT / "scripts"))),
-            "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "upstream_conftest"]
-        command += ["-p", "no:terminal", "-p", "no:cacheprovider", "-c", os.devnull]
-        command += ["--rootdir", str(checkout), *(["-k", given.k] if given.k else [])]
-        status = start_ranks(given.ranks, [*command, str(checkout / given.tests)])
+        os.environ |= {"HELIX_SEGMENTS": str(segments), "HELIX_FOLDER": folder}
+        file = given.checkout.resolve() / given.tests
+        start_ranks(
+            given.ranks,
+            pytest_command(given, "-p", "no:terminal", *(f"{file}::{name}" for name in names)),
+        )
         files = sorted(Path(folder).glob("rank-*.json"))
-        if status or len(files) != given.ranks:
-            raise HelixError(
-                f"a rank ended with exit status {status} before its tests had. Try fewer, with -k."
-            )
-        return _together([json.loads(file.read_text()) for file in files])
+        return _together([json.loads(file.read_text()) for file in files], given.ranks)
 
 
-def _together(ranks: list[Outcomes]) -> Outcomes:
+def _together(ranks: list[Outcomes], number: int) -> Outcomes:
+    """Of the tests that every rank has run."""
     every: Outcomes = {}
-    for name in ranks[0]:
-        found = [rank.get(name, ABSENT) for rank in ranks]
-        every[name] = min(found, key=lambda one: ("failed", "skipped", "passed").index(one[0]))
+    for name in ranks[0] if len(ranks) == number else ():
+        found = [rank[name] for rank in ranks if name in rank]
+        if len(found) == number:
+            every[name] = min(found, key=lambda one: ("failed", "skipped", "passed").index(one[0]))
     return every
 
 

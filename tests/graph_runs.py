@@ -15,6 +15,10 @@ BASELINE = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --se
 EXPERTS = f"{HELIX} --num-layers 1 --num-experts 4 --disable-bias-linear"
 DEALT_EXPERTS = f"{HELIX} --num-layers 1 --num-experts 4 --expert-model-parallel-size 4"
 LOCAL = f"{HELIX} --num-layers 1 --helix-attention segment-local"
+CONTEXT = (
+    "--tensor-model-parallel-size 2 --intra-head-parallel-size 2 --context-parallel-size 2 --num-layers 1 "
+    "--group-query-attention --num-query-groups 2"
+)
 PLAIN = (
     "--tensor-model-parallel-size 2 --num-layers 1 --untie-embeddings-and-output-weights --swiglu"
 )

@@ -159,7 +159,7 @@ def _copy_of(graph: Graph, weight: Weight, entry: dict[str, Any]) -> tuple[int, 
     """Ranks that hold the parts of the same copy of a weight share this."""
     if ".experts." in weight.name:
         return (weight.rank // (graph.settings["expert_tensor"] * graph.settings["expert"]),)
-    return entry["data"], entry["pipeline"]
+    return entry["data"], entry["context"], entry["pipeline"]
 
 
 def _sequence(graph: Graph) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,13 +32,14 @@ def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> R
             "--transformer-impl transformer_engine."
         )
     values |= {"transformer_impl": "local", "vocab_size": values["vocab_size"] or BYTES}
-    ranks = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    ranks = math.prod(values[name] for name in names)
     run = RunConfig.from_values(values, ranks if world_size is None else world_size)
     run = run.with_padded_vocabulary()
-    if run.parallel.context_parallel_size > 1 or run.data.packed_documents:
+    if run.data.packed_documents:
         raise HelixError(
-            "a graph shows whole sequences on every data parallel rank, so context parallel ranks and packed "
-            "documents cannot be traced. Leave out --context-parallel-size and --packed-documents."
+            "the borders of packed documents are data, and a graph is traced without. Leave out "
+            "--packed-documents."
         )
     if run.virtual_stages:
         raise HelixError(
@@ -58,6 +60,7 @@ def settings_of(run: RunConfig) -> dict[str, Any]:
         "ranks": run.world_size,
         "tensor": sizes["tp"],
         "pipeline": sizes["pp"],
+        "context": sizes["cp"],
         "data": sizes["dp"],
         "expert": sizes["ep"],
         "expert_tensor": parallel.expert_tensor_parallel_size,

@@ -93,6 +93,7 @@ def _world(run: RunConfig, rank: int) -> AbstractContextManager[None]:
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         run.training.seed,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         intra_head_parallel_size=run.helix.intra_head_parallel_size,
@@ -214,7 +215,8 @@ def _declare(recorder: Recorder, wrapped: Any) -> int:
 
 def _forward_step(run: RunConfig, recorder: Recorder) -> Any:
     """What the training loop does with a micro-batch, on inputs without data."""
-    shape = (run.training.micro_batch_size, run.model.seq_length)
+    own_length = run.model.seq_length // run.parallel.context_parallel_size
+    shape = (run.training.micro_batch_size, own_length)
 
     def forward_step(numbers: Iterator[int], model: Any) -> tuple[Tensor, Any]:
         recorder.micro_batch = next(numbers)
@@ -320,6 +322,7 @@ def _place() -> dict[str, int]:
     return {
         "tensor": megatron_state.get_tensor_model_parallel_rank(),
         "pipeline": megatron_state.get_pipeline_model_parallel_rank(),
+        "context": megatron_state.get_context_parallel_rank(),
         "data": megatron_state.get_data_parallel_rank(),
         "expert": megatron_state.get_expert_model_parallel_rank(),
         "expert_tensor": megatron_state.get_expert_tensor_parallel_rank(),

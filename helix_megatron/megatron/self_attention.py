@@ -303,9 +303,17 @@ class WholeHeadsSelfAttention(HelixSelfAttention):
         query, *gate = (part.reshape(*part.shape[:2], -1, layout.head_dim) for part in heads)
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
-        return query, kv_SBG2C, *gate
+        return query, kv_SBG2C, *(part.contiguous() for part in gate)
 
     def _check_inference(self, context: Any) -> None:
+        heads = self.num_query_groups_per_partition
+        pages = getattr(context, "num_attention_heads_per_partition", heads)
+        if pages != heads:
+            raise HelixError(
+                f"the dynamic inference context has pages for {pages} key-value heads on each "
+                f"rank, and a rank of this layout attends with {heads}. Make it of a copy of the configuration "
+                f"with num_query_groups = {self.config.num_query_groups}, or use helix generate."
+            )
         copies = self.config.num_query_groups // self.layout.num_kv_heads
         if context is not None and copies > 1:
             say_once(
@@ -326,6 +334,11 @@ class CutHeadsSelfAttention(HelixSelfAttention):
         _refuse_unknown_parts(self)
         for name in ("q_layernorm", "k_layernorm"):
             setattr(self, name, cut_norm(getattr(self, name), name, self))
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """As stock; a gate is no view of the projection, which offloading frees."""
+        *heads, last = super().get_query_key_value_tensors(*args, **kwargs)
+        return *heads, last.contiguous() if len(heads) == 3 else last
 
     def _prepare(
         self,

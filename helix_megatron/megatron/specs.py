@@ -32,6 +32,14 @@ LATENT_LAYERS = {
 NESTED = ("layer_specs", "transformer_layer", "mtp_model_layer", "mtp_block_spec")
 """Where blocks, and blocks and layers of multi-token prediction, hold the layers that they are made of."""
 
+WITHOUT_ATTENTION = (
+    None,
+    "IdentityOp",
+    "ColumnParallelLinearGathered",
+    "TELayerNormColumnParallelLinearGathered",
+)
+"""What stands in the place of attention in a layer that has none; the linear ones in heterogeneous models."""
+
 
 class RefusedLayer:
     """Stands for a layer of a hybrid stack that cannot be built, where its pattern asks for it."""
@@ -82,17 +90,17 @@ def _replaced(spec: Any, helix: HelixConfig, kernel: AttentionKernel | None) -> 
             for name, why in LATENT_LAYERS.items()
             if getattr(spec, name, IdentityOp) is not IdentityOp
         }
-        attention = _replaced(spec.attention_layer, helix, kernel)
-        return dataclasses.replace(spec, attention_layer=attention, **refused)
+        layer = _replaced(spec.attention_layer, helix, kernel)
+        return dataclasses.replace(spec, attention_layer=layer, **refused)
     submodules: Any = getattr(spec, "submodules", None)
     if any(hasattr(submodules, name) for name in (*NESTED, "attention_layer")):
         return dataclasses.replace(spec, submodules=_replaced(submodules, helix, kernel))
-    attention = getattr(submodules, "self_attention", None)
-    if attention is None or attention is IdentityOp:
-        return spec  # a layer without attention
+    attention: Any = getattr(submodules, "self_attention", None)
+    module = attention and get_module(attention)
+    if getattr(module, "__name__", None) in WITHOUT_ATTENTION:
+        return spec
     exact = helix.attention == "exact"
     wanted: type = HelixSelfAttention if exact else SegmentLocalSelfAttention
-    module = get_module(attention)
     if isinstance(module, type) and issubclass(module, wanted):
         return spec
     if isinstance(module, type) and issubclass(module, VirtualSelfAttention):

@@ -50,13 +50,6 @@ REFUSED = (
         "this variant replaces self-attention itself",
     ),
     Refused(
-        "heterogeneous_block_specs",
-        False,
-        EVERYWHERE,
-        "megatron-core gives each layer a configuration of its own, without what says how heads are cut",
-        ("Use a model whose layers are alike",),
-    ),
-    Refused(
         "fp8_param",
         False,
         EVERYWHERE,

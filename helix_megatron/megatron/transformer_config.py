@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from megatron.core.transformer.heterogeneous.heterogeneous_config import (
+    HeterogeneousTransformerConfig,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from helix_megatron.config import HelixConfig
@@ -35,6 +39,34 @@ class HelixTransformerConfig(TransformerConfig):
     def __post_init__(self) -> None:
         with relaxed_head_checks(self, self.helix):
             super().__post_init__()
+
+
+@dataclass
+class HelixHeterogeneousTransformerConfig(HeterogeneousTransformerConfig, HelixTransformerConfig):
+    """Megatron's `HeterogeneousTransformerConfig`, and how attention is partitioned.
+
+    Layers may differ in their key-value heads and MLPs, or have a linear layer or nothing in the place of
+    either. Every layer with attention has the layout of its own key-value heads, with the same m and n.
+
+    Raises:
+        HelixError: m and n do not fit the heads of a layer, or another setting does not work with cut heads.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.helix.active:
+            for number, block in enumerate(self.per_block_parameters, 1):
+                if block.attention.num_query_groups is not None:
+                    attention_layout(self.get_config_for_layer(number))
+
+    def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
+        """The configuration of a layer, counted from 1; with cut heads a copy of this one, `helix` included."""
+        if not self.helix.active:
+            return super().get_config_for_layer(layer_number)
+        block, config = self.per_block_parameters[layer_number - 1], copy.copy(self)
+        config.num_query_groups = block.attention.num_query_groups or self.num_query_groups
+        config.ffn_hidden_size = block.mlp.ffn_hidden_size or self.ffn_hidden_size
+        return config
 
 
 @contextlib.contextmanager

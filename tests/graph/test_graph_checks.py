@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from graph_runs import (
     BASELINE,
+    CONTEXT,
     DEALT_EXPERTS,
     EXPERTS,
     HELIX,
@@ -37,8 +38,17 @@ NAMES = [
 
 @pytest.mark.parametrize(
     "run",
-    [HELIX, SEGMENTS, BASELINE, EXPERTS, DEALT_EXPERTS, LOCAL, PLAIN],
-    ids=["helix", "segments", "baseline", "experts", "dealt-experts", "segment-local", "no-sp"],
+    [HELIX, SEGMENTS, BASELINE, EXPERTS, DEALT_EXPERTS, LOCAL, PLAIN, CONTEXT],
+    ids=[
+        "helix",
+        "segments",
+        "baseline",
+        "experts",
+        "dealt-experts",
+        "segment-local",
+        "no-sp",
+        "context",
+    ],
 )
 def test_what_runs_passes_every_check(run):
     """The checks are for faults in layouts and traces; a layout that is right must pass them all."""

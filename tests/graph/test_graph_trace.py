@@ -12,6 +12,7 @@ import pytest
 import torch
 from graph_runs import (
     BASELINE,
+    CONTEXT,
     DEALT_EXPERTS,
     EXPERTS,
     HELIX,
@@ -51,7 +52,8 @@ def real_traffic(argv: list[str]) -> dict[str, int]:
     cpu_runtime.install()
     config, chunks = build(run)
     config.finalize_model_grads_func = finalize_model_grads
-    tokens = torch.arange(run.model.seq_length).repeat(run.training.micro_batch_size, 1)
+    length = run.model.seq_length // run.parallel.context_parallel_size
+    tokens = torch.arange(length).repeat(run.training.micro_batch_size, 1)
 
     def forward_step(_, model):
         losses = model(tokens, tokens, None, labels=tokens)
@@ -75,7 +77,7 @@ def real_traffic(argv: list[str]) -> dict[str, int]:
     return {purpose: number for purpose, number in sent.items() if number}
 
 
-@pytest.mark.parametrize("run", [HELIX, BASELINE], ids=["helix", "baseline"])
+@pytest.mark.parametrize("run", [HELIX, BASELINE, CONTEXT], ids=["helix", "baseline", "context"])
 def test_traced_collectives_are_those_that_really_run(pool, run):
     """The graph claims to be what runs: the same bytes, for the same purposes, as on real ranks."""
     real = pool.run(real_traffic, flags(run), world_size=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from fake_te import FakeTEDotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from pool import RankError
-from test_self_attention import Layer, build, tensors
+from test_self_attention import Layer, assemble, build, expected, run_layer, tensors
 
 LAYERS = {
     "gather-kv": Layer(8, 2, 8, 4, 2, engine=True),
@@ -195,3 +196,118 @@ def test_sinks_are_saved_in_the_order_of_heads(pool, name):
     for key, shape, offset, heads in pool.run(place_of_sinks, layer, world_size=4):
         assert (key, shape, offset) == ("core_attention.softmax_offset", (8,), (heads.start,))
         assert len(heads) == 2
+
+
+class OffloadToHost:
+    """What Megatron's fine-grained offloading does, without a GPU's streams: it copies what is saved for the
+    backward pass of a part, and then frees the storages of the part's inputs."""
+
+    def __init__(self, offload: bool, tensor: torch.Tensor, name: str) -> None:
+        self.offload, self.tensor = offload, tensor
+
+    def __enter__(self) -> torch.Tensor:
+        if self.offload:
+            self.hooks = torch.autograd.graph.saved_tensors_hooks(
+                torch.clone, lambda copied: copied
+            )
+            self.hooks.__enter__()
+        return self.tensor
+
+    def __exit__(self, *error: Any) -> None:
+        if self.offload:
+            self.hooks.__exit__(*error)
+
+    @staticmethod
+    def group_commit(tensor: Any, name: str, forced_released_tensors: Any = ()) -> Any:
+        for freed in forced_released_tensors:
+            freed.untyped_storage().resize_(0)
+        return tensor
+
+    def group_offload(self, tensor: Any, forced_released_tensors: Any = ()) -> Any:
+        return self.group_commit(tensor, "", forced_released_tensors if self.offload else ())
+
+
+def with_offloading(layer: Layer) -> dict[str, Any]:
+    from megatron.core.transformer import attention
+
+    before, attention.off_interface = attention.off_interface, OffloadToHost
+    parts = ["qkv_linear", "core_attn", "attn_proj"]
+    try:
+        return run_layer(layer, fine_grained_activation_offloading=True, offload_modules=parts)
+    finally:
+        attention.off_interface = before
+
+
+OFFLOADED = LAYERS | {
+    "gather-kv, gate": Layer(8, 2, 8, 4, 2, gate=True, norm="RMSNorm"),
+    "gather-kv, gate, no rotary": Layer(8, 1, 16, 4, 4, gate=True, rotary=None),
+    "gather-kv, stock core": Layer(8, 8, 8, 4, 2, kernel="host", bias=True),
+    "all-to-all-sequence": Layer(4, 2, 8, 4, 2, exchange="all-to-all-sequence"),
+    "gather-qk, gate": Layer(4, 2, 8, 4, 2, exchange="gather-qk", gate=True),
+    "score-reduce": Layer(4, 2, 8, 4, 2, exchange="score-reduce"),
+}
+
+
+QUICKLY = ("gather-kv", "gather-kv, gate, no rotary", "gather-qk, gate")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full("attention")] * (name not in QUICKLY))
+        for name in OFFLOADED
+    ],
+)
+def test_offloading_frees_nothing_that_is_needed(pool, name):
+    """The exchange, the gate and the backward pass must not read queries, keys or values that were freed."""
+    layer = OFFLOADED[name]
+    wanted = expected(layer)
+    for key, value in assemble(layer, pool.run(with_offloading, layer, world_size=4)).items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-9, atol=1e-10, msg=key)
+
+
+def consistency(layer: Layer) -> list[str]:
+    """What Megatron's check of norms finds, before and after a rank's key norm has changed."""
+    from megatron.core import parallel_state
+
+    module, found = build(layer, test_mode=True), []
+    x = tensors(layer)["x"]
+    for change in (0.0, 1.0):
+        with torch.no_grad():
+            if parallel_state.get_tensor_model_parallel_rank() == 2:
+                module.k_layernorm.weight[0] += change
+        try:
+            module(x, None)
+            found.append("alike")
+        except AssertionError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("heads", [8, 2])
+def test_test_mode_compares_the_norms_of_all_ranks(pool, heads):
+    """Megatron's check reads whole norms, which every rank keeps, whether it has whole heads or segments."""
+    layer = Layer(heads, 2, 8, 4, 2, norm="LayerNorm")
+    for before, after in pool.run(consistency, layer, world_size=4):
+        assert before == "alike"
+        assert after.startswith("Discrepancy between k_w in TP ranks")
+
+
+def paged(layer: Layer, heads: int) -> None:
+    """Megatron's dynamic context has pages for so many key-value heads on a rank."""
+    context = types.SimpleNamespace(
+        is_static_batching=lambda: False, num_attention_heads_per_partition=heads
+    )
+    build(layer)._check_inference(context)
+
+
+def test_dynamic_context_has_pages_for_the_heads_of_a_rank(pool):
+    """It counts heads by the model's configuration, and a rank may attend with copies of them; without
+    a word it would write past its pages."""
+    uneven = Layer(12, 3, 8, 4, 4)
+    pool.run(paged, Layer(8, 2, 8, 4, 2), 1, world_size=4)
+    pool.run(paged, uneven, 3, world_size=4)
+    with pytest.raises(RankError, match=r"pages for 1 key-value heads .* attends with 3\. .* = 12"):
+        pool.run(paged, uneven, 1, world_size=4)
+    with pytest.raises(RankError, match=r"inference_context = dynamic does not work where queries"):
+        pool.run(paged, Layer(2, 2, 8, 4, 2), 1, world_size=4)

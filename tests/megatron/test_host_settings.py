@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import logging
 import re
@@ -11,15 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import attention, dot_product_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from pool import RankError
 
+from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
+from helix_megatron.megatron.context_parallel import check_communication, documents_of
 from helix_megatron.megatron.core_attention import HelixCoreAttention
 from helix_megatron.megatron.notices import NOTICES, hide_notices
-from helix_megatron.megatron.self_attention import PARTS
+from helix_megatron.megatron.self_attention import PARTS, HelixSelfAttention
 from helix_megatron.megatron.support import REFUSED
 
 
@@ -234,3 +238,29 @@ def test_only_the_notices_are_hidden(capsys):
             warnings.warn(f"{beginning} and so on", DeprecationWarning, stacklevel=1)
     assert shown == [f"Another {beginning}" for beginning in NOTICES.values()]
     assert not warned
+
+
+def test_what_the_layer_is_called_with_is_refused():
+    """Another way of communication, other documents, or other rotary tables would be another result."""
+    ends, others = torch.tensor([0, 3, 8]), torch.tensor([0, 4, 8])
+    packed = functools.partial(PackedSeqParams, cu_seqlens_q=ends)
+    layer = object.__new__(HelixSelfAttention)
+    torch.nn.Module.__init__(layer)
+    layer.layout = HelixConfig(2).layout(2, 2, 16, 4, rotary="half", rotary_dim=16)
+    for call, text in (
+        (
+            lambda: check_communication("p2p"),
+            "by all_gather without Transformer Engine, and p2p is",
+        ),
+        (
+            lambda: documents_of(packed(qkv_format="bshd")),
+            "qkv_format bshd, and this attention takes",
+        ),
+        (
+            lambda: documents_of(packed(qkv_format="thd", cu_seqlens_kv=others)),
+            "have the borders [0, 3, 8] for queries and [0, 4, 8] for keys",
+        ),
+        (lambda: layer.own_rotary_tables(torch.ones(4, 1, 1, 8)), "turns 8 dimensions of a head"),
+    ):
+        with pytest.raises(HelixError, match=re.escape(text)):
+            call()

@@ -333,11 +333,11 @@ def build(layer: Layer, **settings: Any) -> Any:
     return build_module(attention, config=config, layer_number=layer.number).train()
 
 
-def run_layer(layer: Layer) -> dict[str, Any]:
+def run_layer(layer: Layer, **settings: Any) -> dict[str, Any]:
     """Output and gradients on this rank, with the canonical indices of its rows and columns."""
     from megatron.core import parallel_state as megatron_state
 
-    module, values = build(layer), tensors(layer)
+    module, values = build(layer, **settings), tensors(layer)
     rank = megatron_state.get_tensor_model_parallel_rank()
     group = megatron_state.get_tensor_model_parallel_group()
     if layer.attention == "exact":

@@ -6,9 +6,11 @@ import dataclasses
 import re
 import types
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.package_info import MINOR
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -166,7 +168,6 @@ def test_one_segment_leaves_everything_stock():
 BAD = {
     "multi_latent_attention": True,
     "experimental_attention_variant": "gated_delta_net",
-    "heterogeneous_block_specs": True,
     "fp8_param": True,
     "fp4_param": True,
     "fused_single_qkv_rope": True,
@@ -178,6 +179,8 @@ BAD = {
     "fp8_dot_product_attention": True,
     "fp8_multi_head_attention": True,
 }
+BATCH_INVARIANT = {"flash_attention_version": 3, "attention_dropout": 0.0} if MINOR > 16 else {}
+"""What later megatron-cores want with it."""
 ARGUMENTS = {"inference_context", "attention_bias"}
 """What the layer gets when it runs, and no setting."""
 
@@ -213,6 +216,16 @@ def test_refused_settings_are_megatrons_and_off_by_default():
         assert problem(config, where) is None
 
 
+def test_the_page_on_limits_has_every_refusal():
+    """Users look there before they choose a layout: setting and reason, and no refusal that is gone."""
+    page = (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
+    table = page.partition("| where | setting | why |")[2].partition("Each row is shown by")[0]
+    settings = [cell for line in table.splitlines()[2:] for cell in line.split("|")[2:3]]
+    assert {name for cell in settings for name in re.findall(r"`(\w+)`", cell)} == {
+        row.name for row in REFUSED
+    }
+
+
 @pytest.mark.parametrize("row", [row for row in REFUSED if row.where == EVERYWHERE])
 def test_construction_refuses(row):
     """The check runs when the model is configured, before Megatron says what else such a setting needs."""
@@ -240,6 +253,8 @@ def test_a_layout_whose_queries_are_cut_refuses_more():
         {"cuda_graph_impl": "local"},
         {"mtp_num_layers": 1},
         {"test_mode": True},
+        {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]},
+        {"batch_invariant_mode": True, "attention_backend": AttnBackend.flash, **BATCH_INVARIANT},
         {"attention_backend": AttnBackend.flash},
         {"fp8": "hybrid"},
     ],
