@@ -21,7 +21,7 @@ CACHE = "cache"  # what the layers call it
 
 
 class States:
-    """The states of all sequences of one rank. Every rank has all of them, as it has the layers whole.
+    """The states of all sequences on one rank: of its own heads of a layer that is cut, of all others whole.
 
     Args:
         model: of `transformers`.
