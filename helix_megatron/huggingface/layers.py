@@ -88,13 +88,13 @@ class PartitionedHeads(Partitioned):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the library's own."""
-        weight = self._parameters["weight"]
-        group, purpose = self.sharding.tensor_group, "tensor/head-norm"
-        self._parameters["weight"] = to_ranks(weight, group, purpose=purpose)  # type: ignore[assignment]
+        parameters: dict[str, Any] = self._parameters
+        weight, group = parameters["weight"], self.sharding.tensor_group
+        parameters["weight"] = to_ranks(weight, group, purpose="tensor/head-norm")
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._parameters["weight"] = weight
+            parameters["weight"] = weight
 
 
 class PartitionedEmbedding(Partitioned):
