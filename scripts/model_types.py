@@ -37,7 +37,11 @@ def rows() -> list[tuple[str, ...]]:
             if name in SHOWN
             else "no",
             "yes" if name in FAMILIES else "no",
-            "megatron-core" if name in FAMILIES else "transformers" if name in SHOWN else "no",
+            "megatron-core"
+            if name in FAMILIES and FAMILIES[name].runs_in_engine
+            else "transformers"
+            if name in SHOWN
+            else "no",
             "yes" if name in FAMILIES or name in OUTLINES else "no",
             INEXPRESSIBLE.get(name, ""),
         )

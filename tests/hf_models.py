@@ -31,6 +31,14 @@ LLAMA3_ROPE = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+DELTA_NET = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
 
 # name: (model_type, settings of its configuration)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -243,6 +251,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                 "original_max_position_embeddings": 1024,
             },
         },
+    ),
+    "qwen3 next": (
+        "qwen3_next",
+        SIZE | EXPERTS | DELTA_NET | {"shared_expert_intermediate_size": 40},
+    ),
+    "qwen3 5": ("qwen3_5_text", SIZE | DELTA_NET),
+    "qwen3 5 moe": (
+        "qwen3_5_moe_text",
+        {k: size for k, size in SIZE.items() if k != "intermediate_size"}
+        | EXPERTS
+        | DELTA_NET
+        | {"shared_expert_intermediate_size": 40},
     ),
     "qwen3 moe with a dense layer": (
         "qwen3_moe",

@@ -77,7 +77,8 @@ class CanonicalTensor:
 
 def layers_are_stacked(model: ModelConfig) -> bool:
     """Whether megatron-core stores the layers of a model as one tensor per name: not where they may differ."""
-    return not model.num_experts or model.moe_layer_freq == 1
+    alike = not model.num_experts or model.moe_layer_freq == 1
+    return alike and model.linear_attention_freq is None
 
 
 def catalog(flags: Mapping[str, Any]) -> list[CanonicalTensor]:
@@ -93,11 +94,12 @@ def catalog(flags: Mapping[str, Any]) -> list[CanonicalTensor]:
         assert model.max_position_embeddings is not None
         positions = (model.max_position_embeddings, model.hidden_size)
         tensors.append(_alone("embedding.position_embeddings.weight", positions, Cut.REPLICATED))
-    for layer, moe in enumerate(model.moe_layers):
-        tensors += [_of_layer(model, layer, *entry) for entry in layer_tensors(model, moe)]
+    for layer, (moe, linear) in enumerate(zip(model.moe_layers, model.linear_layers, strict=True)):
+        own = layer_tensors(model, moe, linear)
+        tensors += [_of_layer(model, layer, *entry) for entry in own]
         for expert in range(model.num_experts or 0) if moe else ():
-            own = mlp_tensors(model, model.moe_ffn_hidden_size or 0)
-            tensors += [_of_layer(model, layer, *entry, expert) for entry in own]
+            inside = mlp_tensors(model, model.moe_ffn_hidden_size or 0)
+            tensors += [_of_layer(model, layer, *entry, expert) for entry in inside]
     for suffix in ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",):
         name = f"decoder.final_layernorm.{suffix}"
         tensors.append(_alone(name, (model.hidden_size,), Cut.REPLICATED))
@@ -135,8 +137,8 @@ def _of_layer(
     return CanonicalTensor(name + suffix, key + suffix, shape, cut, places, sizes, layer, expert)
 
 
-def layer_tensors(model: ModelConfig, moe: bool) -> list[Entry]:
-    """Everything of a layer but its experts."""
+def layer_tensors(model: ModelConfig, moe: bool, linear: bool = False) -> list[Entry]:
+    """Everything of a layer but its experts; with a gated delta net instead of attention where it is linear."""
     hidden, head = model.hidden_size, model.head_dim
     columns, experts = model.num_attention_heads * head, model.num_experts or 0
     whole, attention = Cut.REPLICATED, "self_attention."
@@ -172,6 +174,9 @@ def layer_tensors(model: ModelConfig, moe: bool) -> list[Entry]:
         (moe and balanced, "mlp.router.expert_bias", (experts,), whole),
     ]
     entries: list[Entry] = [(suffix, shape, cut) for there, suffix, shape, cut in rows if there]
+    if linear:
+        others = [entry for entry in entries if not entry[0].startswith(attention)]
+        entries = [*delta_net_tensors(model), *others]
     if not moe or shared is not None:  # what all tokens pass through
         block = "mlp.shared_experts." if moe else "mlp."
         for suffix, shape, cut in mlp_tensors(model, shared or model.ffn_hidden_size or 0):
@@ -179,6 +184,22 @@ def layer_tensors(model: ModelConfig, moe: bool) -> list[Entry]:
     if shared is not None and model.moe_shared_expert_gate:
         entries.append(("mlp.shared_experts.gate_weight", (1, hidden), whole))
     return entries
+
+
+def delta_net_tensors(model: ModelConfig) -> Iterator[Entry]:
+    """Of a gated delta net, whose parts are cut by its own heads."""
+    hidden, keys, values = model.hidden_size, model.linear_keys, model.linear_values
+    heads, rows = model.linear_num_value_heads, {"query": keys, "key": keys, "value": values}
+    own = "self_attention."
+    yield f"{own}in_proj.layer_norm_weight", (hidden,), Cut.REPLICATED
+    for part, size in (rows | {"z": values, "beta": heads, "alpha": heads}).items():
+        yield f"{own}in_proj.weight.{part}", (size, hidden), Cut.ROWS
+    for part, size in rows.items():
+        yield f"{own}conv1d.weight.{part}", (size, 1, model.linear_conv_kernel_dim), Cut.ROWS
+    for vector in ("dt_bias", "A_log"):
+        yield f"{own}{vector}", (heads,), Cut.ROWS
+    yield f"{own}out_norm.weight", (model.linear_value_head_dim,), Cut.REPLICATED
+    yield f"{own}out_proj.weight", (hidden, values), Cut.COLUMNS
 
 
 def mlp_tensors(model: ModelConfig, ffn: int) -> Iterator[Entry]:

@@ -241,6 +241,12 @@ class RankLayout:
                 f"{model.num_layers} layers cannot be dealt evenly to {self.pipeline} pipeline stages. Valid: "
                 f"{listed(divisors(model.num_layers))}."
             )
+        if model.linear_attention_freq is not None:
+            raise HelixError(
+                "a model with gated delta nets (--linear-attention-freq) has no files per rank here, and its "
+                "checkpoints of Megatron are trained, not served. helix convert --to huggingface makes the "
+                "model that helix generate and helix serve read."
+            )
         heads = model.num_attention_heads
         if self.heads is None and (heads % self.tensor or model.qkv_rows % self.tensor):
             raise HelixError(

@@ -210,6 +210,12 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
             f"{directory} has no arguments of Megatron-LM, so the model's sizes are not known. Save the "
             "checkpoint with Megatron-LM or with this package's training script."
         )
+    if variant := arguments.get("experimental_attention_variant"):
+        raise HelixError(
+            f"{directory} holds a model with experimental_attention_variant = {variant!r}. Megatron-LM stores "
+            "the norms inside gated delta nets less 1 with --apply-layernorm-1p, and the other variants are "
+            "not described here. Only checkpoints that this package wrote can be read with it."
+        )
     names = (*FUNCTION_FLAGS, *OTHER_FLAGS)
     flags = {name: arguments[name] for name in names if name in arguments}
     if arguments.get("tokenizer_type") == "NullTokenizer" and type(flags.get("vocab_size")) is int:

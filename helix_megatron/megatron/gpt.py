@@ -10,8 +10,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from helix_megatron.megatron.core_attention import context_spec
+from helix_megatron.megatron.delta_net import with_delta_nets
 from helix_megatron.megatron.dropout import use_layout_free_dropout
 from helix_megatron.megatron.flat_norm import with_flat_norms
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
@@ -122,6 +124,10 @@ def build_chunk(
     if run.model.post_norms:
         spec = with_post_norms(spec, before=not run.model.no_pre_norms)
     spec = helix_spec(spec, config.helix)
+    if "linear attention" in run.model.traits:
+        first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
+        here = run.model.linear_layers[first : first + len(spec.layer_specs)]
+        spec = with_delta_nets(spec, here, use_engine=use_engine)
     place = {"ignore_virtual": False, "vp_stage": virtual_stage}
     hide_notices()
     model = GPTModel(

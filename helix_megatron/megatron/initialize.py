@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from torch import Tensor
 
 from helix_megatron.errors import HelixError
@@ -43,6 +44,8 @@ def weights_not_drawn(config: Any) -> Iterator[None]:
 def initialize_weights(model: Any, config: Any, seed: int) -> None:
     """Draw every matrix of a model chunk, zero its biases and sinks; norms keep their constants.
 
+    Gated delta nets get what their layer draws by itself: decays of 1 to 16, and small convolutions.
+
     Build the model in `weights_not_drawn`. Every rank draws each of its layers' weights whole, one at a time,
     on the CPU.
 
@@ -51,18 +54,20 @@ def initialize_weights(model: Any, config: Any, seed: int) -> None:
     """
     draw = _Draw(config, seed)
     drawn = set()
-    if recurrent := [name for name, _ in model.named_parameters() if name.endswith("A_log")]:
+    delta_nets = tuple(n for n, part in model.named_modules() if isinstance(part, GatedDeltaNet))
+    decays = [name for name, _ in model.named_parameters() if name.endswith("A_log")]
+    if recurrent := [name for name in decays if not name.startswith(delta_nets)]:
         raise HelixError(
             f"{recurrent[0]} and its layer's other weights are drawn by the layer itself, part by part on each "
             "rank, so initial weights would depend on the layout. Leave the drawing of initial weights to "
             "Megatron, or load a checkpoint."
         )
     for item in sharded_weights(model):
-        if item.data.dim() > 1:
+        if item.data.dim() > 1 or item.key.endswith("A_log"):
             item.data.copy_(own_part(item, draw))
             drawn.add(item.data.data_ptr())
     for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "softmax_offset")):
+        if name.endswith(("bias", "softmax_offset")) and not name.endswith("dt_bias"):
             parameter.zero_()
         elif parameter.dim() > 1 and parameter.data_ptr() not in drawn:
             raise HelixError(
@@ -89,6 +94,10 @@ class _Draw:
         return value
 
     def _method(self, key: str) -> Callable[[Tensor], Any]:
+        if key.endswith("A_log"):
+            return lambda value: value.uniform_(1, 16).log_()
+        if ".conv1d.weight" in key:  # as torch draws it
+            return lambda value: value.uniform_(-1, 1).mul_(value.shape[-1] ** -0.5)
         if key.endswith(OUTPUT_LAYERS):
             return self.config.output_layer_init_method
         if "embedding" in key:

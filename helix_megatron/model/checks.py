@@ -64,6 +64,7 @@ def check_options(model: ModelSizes) -> None:
             "out."
         )
     _check_pattern(model, "no_rope_freq")
+    _check_linear_attention(model)
     if not model.is_gated and (model.activation_func_clamp_value or model.glu_linear_offset):
         raise setting_error(
             "<activation_func_clamp_value> and <glu_linear_offset> are of gated MLPs. Leave them out, or "
@@ -78,6 +79,29 @@ def check_options(model: ModelSizes) -> None:
     if "experts" in model.traits:
         _check_pattern(model, "moe_layer_freq")
         _check_experts(model)
+
+
+def _check_linear_attention(model: ModelSizes) -> None:
+    if "linear attention" not in model.traits:
+        return
+    _check_pattern(model, "linear_attention_freq")
+    keys, values = model.linear_num_key_heads, model.linear_num_value_heads
+    if values % keys:
+        raise HelixError(
+            with_settings(
+                f"<linear_num_value_heads> {values} is no multiple of <linear_num_key_heads> {keys}. Give a "
+                "multiple of it."
+            )
+        )
+    usual = model.normalization == "RMSNorm" and model.swiglu and model.disable_bias_linear
+    if not usual or model.post_norms or model.qk_norm_all_heads:
+        raise HelixError(
+            with_settings(
+                "<linear_attention_freq> is for models with <normalization> RMSNorm, <swiglu> and "
+                "<disable_bias_linear>, without <post_norms> and <qk_norm_all_heads>. Change these, or "
+                "leave it out."
+            )
+        )
 
 
 def _check_pattern(model: ModelSizes, name: str) -> None:

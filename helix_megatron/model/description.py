@@ -22,6 +22,7 @@ from helix_megatron.model.fields import FUNCTION, MIXTURE, TRAINING
 from helix_megatron.model.sizes import ModelSizes
 
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")  # that nothing else implies
+PATTERNS = ("moe_layer_freq", "window_attn_skip_freq", "no_rope_freq", "linear_attention_freq")
 HEADS = ("num_attention_heads", "num_query_groups", "kv_channels")
 
 
@@ -37,7 +38,7 @@ class ModelConfig(ModelSizes):
     """
 
     def __post_init__(self) -> None:
-        for name in ("moe_layer_freq", "window_attn_skip_freq", "no_rope_freq"):
+        for name in PATTERNS:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_values(self)
@@ -194,6 +195,8 @@ class ModelConfig(ModelSizes):
         values["no_rope_freq"] = (
             list(map(int, without)) if "rope" in self.traits and any(without) else None
         )
+        linear = self.linear_layers
+        values["linear_attention_freq"] = list(map(int, linear)) if any(linear) else None
         if all(moe):  # a model without dense layers has no use for their size
             values["ffn_hidden_size"] = None
         return values
@@ -220,6 +223,8 @@ class ModelConfig(ModelSizes):
             settings["window_attn_skip_freq"] = _as_list(self.window_attn_skip_freq)
         if any(self.layers_without_rope):
             settings["no_rope_freq"] = list(map(int, self.layers_without_rope))
+        if "linear attention" in self.traits:
+            settings["linear_attention_freq"] = list(map(int, self.linear_layers))
         return settings | {
             "rotary_percent": self.rotated_share,
             "add_bias_linear": not self.disable_bias_linear,

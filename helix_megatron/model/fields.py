@@ -22,6 +22,11 @@ def _yarn(default: Any, help_text: str, **facts: Any) -> Any:
     return _function(default, f"yarn: {help_text}", **{"under": "yarn", "yarn": True} | facts)
 
 
+def _linear(default: Any, help_text: str, **facts: Any) -> Any:
+    own = {"under": "linear attention", "megatron": True, "largest": 10**5}
+    return _function(default, f"gated delta nets: {help_text}", **own | facts)
+
+
 def _other(default: Any, help_text: str, **facts: Any) -> Any:
     return setting(default, help_text, **{"group": MODEL} | facts)
 
@@ -232,6 +237,17 @@ class ModelFields:
         "every n-th layer has no window; or a list with 1 for each layer that has, such as [0,1,1]",
         parse=layer_pattern,
     )
+    linear_attention_freq: int | tuple[int, ...] | None = _function(
+        None,
+        "all layers but every n-th have a gated delta net instead of attention; or a list with 1 for each that "
+        "has, such as [1,1,1,0]",
+        parse=layer_pattern,
+    )
+    linear_num_key_heads: int = _linear(16, "heads of queries, and of keys")
+    linear_num_value_heads: int = _linear(32, "heads of values, a multiple of those of keys")
+    linear_key_head_dim: int = _linear(128, "dimensions of a head of queries, and of keys")
+    linear_value_head_dim: int = _linear(128, "dimensions of a head of values")
+    linear_conv_kernel_dim: int = _linear(4, "positions that the convolution before them sees")
     untie_embeddings_and_output_weights: bool = _function(
         False, "an output layer with weights of its own"
     )

@@ -74,6 +74,26 @@ class ModelSizes(ModelFields):
         return tuple(map(bool, skip))
 
     @cached_property
+    def linear_layers(self) -> tuple[bool, ...]:
+        """Which layers have a gated delta net instead of attention: all but every n-th, or those of a list."""
+        layers, frequency = range(self.num_layers), self.linear_attention_freq
+        if frequency is None:
+            return (False,) * self.num_layers
+        if isinstance(frequency, int):
+            return tuple((layer + 1) % frequency != 0 for layer in layers)
+        return tuple(map(bool, frequency))
+
+    @property
+    def linear_keys(self) -> int:
+        """Dimensions of all key heads of a gated delta net, which are those of its queries."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def linear_values(self) -> int:
+        """Dimensions of all value heads of a gated delta net."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @cached_property
     def layers_without_rope(self) -> tuple[bool, ...]:
         """Which layers have no rotary embedding though the model has: every n-th, or those of a list."""
         none = self.no_rope_freq
@@ -96,6 +116,7 @@ class ModelSizes(ModelFields):
             "experts": experts,
             # Balanced by a loss over the tokens of a micro-batch, so that its size matters.
             "balanced micro-batches": experts and self.moe_router_load_balancing_type == "aux_loss",
+            "linear attention": self.linear_attention_freq is not None,
             "shared experts": experts and self.moe_shared_expert_intermediate_size is not None,
         }
         return frozenset(trait for trait, has in there.items() if has)

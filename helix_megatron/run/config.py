@@ -64,6 +64,8 @@ class RunConfig:
         self._fill_experts()
         _ = self.layout  # which heads lie where: wrong numbers are found here
         self._check_sequence()
+        if "linear attention" in self.model.traits:
+            self._check_linear_attention()
 
     def _change(self, group: str, **values: Any) -> None:
         object.__setattr__(self, group, dataclasses.replace(getattr(self, group), **values))
@@ -239,6 +241,20 @@ class RunConfig:
                 f"pipeline parallel size {self._pipeline}{context}: their number must be a multiple of {unit}. "
                 f"Start {_multiple(self.world_size, unit)} ranks (<nproc_per_node>, or torchrun's), or change "
                 "<tensor_model_parallel_size>."
+            )
+
+    def _check_linear_attention(self) -> None:
+        heads = self.model.linear_num_key_heads
+        if heads % self._tensor:
+            raise HelixError(
+                f"gated delta nets are cut by their own heads, and {counted(heads, 'key head')} cannot be "
+                f"dealt to {self._tensor} tensor parallel ranks. Valid --tensor-model-parallel-size: "
+                f"{listed(divisors(heads))}."
+            )
+        if self._context > 1 or self.data.packed_documents:
+            raise HelixError(
+                "--context-parallel-size and --packed-documents do not work with --linear-attention-freq: a "
+                "gated delta net of Megatron needs the whole of one sequence. Leave them out."
             )
 
     def _check_sequence(self) -> None:

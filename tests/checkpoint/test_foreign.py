@@ -192,6 +192,10 @@ def test_numbers_of_a_layout_have_a_range(key, value):
         ({"rotary_percent": float("nan")}, "rotary_percent is nan. It must be a finite number"),
         ({"num_layers": 10**12}, "The largest valid value is 10,000"),
         ({"vocab_size": "9", "tokenizer_type": "NullTokenizer"}, "vocab_size is '9'"),
+        (
+            {"experimental_attention_variant": "gated_delta_net"},
+            "experimental_attention_variant = 'gated_delta_net'",
+        ),
         (None, "has no arguments of Megatron-LM"),
     ],
 )

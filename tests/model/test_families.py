@@ -35,9 +35,9 @@ LAYOUTS = {
 # Families whose options are tested one by one on one rank, where the quick tier asks for no others.
 OPTIONS = (
     *("ministral", "smollm3", "granite", "ernie4 5", "phi3", "starcoder2", "gpt oss", "glm4 moe"),
-    *("llama4", "gemma3", "exaone4", "minimax m2", "olmo3"),
+    *("llama4", "gemma3", "exaone4", "minimax m2", "olmo3", "qwen3 next", "qwen3 5", "qwen3 5 moe"),
 )
-ON_FOUR_RANKS = ("ernie4 5", "phi3", "gpt oss", "exaone4")
+ON_FOUR_RANKS = ("ernie4 5", "phi3", "gpt oss", "exaone4", "qwen3 next", "qwen3 5")
 QUARTERED = {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 4}
 
 
@@ -244,6 +244,9 @@ def test_logits_with_other_parallelism(pool, models, name, parallel):
         ("llama4", {"moe_apply_probs_on_input": False}),
         ("llama4", {"qk_l2_norm": False}),
         ("llama4", {"no_rope_freq": None}),
+        ("qwen3 5", {"rotary_percent": 1.0}),
+        ("qwen3 5", {"apply_layernorm_1p": False}),
+        ("qwen3 next", {"moe_router_pre_softmax": True}),
     ],
 )
 def test_every_option_matters(pool, models, name, dropped):

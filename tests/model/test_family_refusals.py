@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 from hf_models import config_of
+from tiny_checkpoints import run_of
 
+from helix_megatron.checkpoint.partition import RankLayout
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.forms import SHOWN
+from helix_megatron.model.description import ModelConfig
 from helix_megatron.model.families import FAMILIES, INEXPRESSIBLE, family_of
 
 UNSUPPORTED = {
@@ -120,6 +123,11 @@ UNSUPPORTED = {
         {"layer_types": ["full_attention", "chunked_attention"]},
         "chunked_attention",
     ),
+    "layers that are neither": (
+        "qwen3 next",
+        {"layer_types": ["linear_attention", "sliding_attention"]},
+        "It must be a list with one of full_attention, linear_attention for each.",
+    ),
     "windows without a size": (
         "qwen2",
         {"layer_types": ["sliding_attention"] * 2},
@@ -160,3 +168,48 @@ def test_llama_4_is_converted_for_the_sequences_that_megatron_computes():
         assert family.config(flags, config) == config
     with pytest.raises(HelixError, match=r"floor_scale = 1, and queries then grow"):
         family.model_flags(config | {"floor_scale": 1})
+
+
+LINEAR = {
+    "num_layers": 2,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "disable_bias_linear": True,
+    "linear_attention_freq": 2,
+    "linear_num_key_heads": 2,
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "text"),
+    [
+        ({"tensor_model_parallel_size": 4, "intra_head_parallel_size": 2}, "2 key heads cannot"),
+        ({"context_parallel_size": 2}, "needs the whole of one sequence"),
+    ],
+)
+def test_layouts_that_gated_delta_nets_cannot_have(parallel, text):
+    """megatron-core would fail in an assertion, or compute something else."""
+    with pytest.raises(HelixError, match=text):
+        run_of(LINEAR, world_size=4, **parallel)
+
+
+def test_gated_delta_nets_have_no_files_per_rank():
+    """Nothing here deals their parts to ranks but megatron-core."""
+    with pytest.raises(HelixError, match=r"gated delta nets .* --to huggingface"):
+        RankLayout(LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"linear_num_value_heads": 3}, "3 is no multiple of"),
+        ({"disable_bias_linear": False}, "is for models with"),
+    ],
+)
+def test_gated_delta_nets_that_megatron_does_not_have(changed, text):
+    """Refused when the model is described, not inside a layer."""
+    with pytest.raises(HelixError, match=text):
+        ModelConfig.from_flags(LINEAR | changed)

@@ -21,11 +21,13 @@ MODELS = {
     "sinks and yarn": "--quick-geglu --activation-func-clamp-value 1.0 --glu-linear-offset 1 "
     "--softmax-type learnable --position-embedding-type yarn --yarn-rotary-scaling-factor 4 "
     "--yarn-original-max-position-embeddings 64",
+    "gated delta nets": "--swiglu --qk-layernorm --attention-output-gate --apply-layernorm-1p "
+    "--rotary-percent 0.5 --linear-attention-freq 2 --linear-num-key-heads 4 --linear-num-value-heads 8 "
+    "--linear-key-head-dim 8 --linear-value-head-dim 8",
     "balanced experts": "--swiglu --num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32 "
     "--moe-router-topk-scaling-factor 1.5 --moe-router-load-balancing-type none",
 }
-QUICK = ("norms behind, of all heads", "sinks and yarn")
 
 
 def train(flags: str, world_size: int) -> list[dict[str, Any]]:
@@ -40,17 +42,22 @@ def train(flags: str, world_size: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "cut"),
     [
-        pytest.param(name, marks=[pytest.mark.full("training")] * (name not in QUICK))
-        for name in MODELS
+        ("norms behind, of all heads", CUT),
+        ("sinks and yarn", CUT),
+        ("gated delta nets", CUT.removesuffix("--sequence-parallel")),
+        *(
+            pytest.param(name, CUT, marks=pytest.mark.full("training"))
+            for name in ("two rotary bases", "balanced experts", "gated delta nets")
+        ),
     ],
 )
-def test_losses_and_norms_are_those_of_one_process(pool, name):
+def test_losses_and_norms_are_those_of_one_process(pool, name, cut):
     """Gradients of what every rank holds whole, and uses a part of, must be summed over ranks, once."""
     flags = f"{SIZE} {MODELS[name]}"
     one = pool.run(train, flags, 1, world_size=1)[0]
-    four = pool.run(train, f"{flags} {CUT}", 4, world_size=4)[0]
+    four = pool.run(train, f"{flags} {cut}", 4, world_size=4)[0]
     assert one[0]["lm_loss"] - one[-1]["lm_loss"] > 0.05
     for key in ("lm_loss", "grad_norm"):
         found, wanted = ([record[key] for record in run] for run in (four, one))

@@ -104,6 +104,13 @@ BASE = (
 # One other value for every setting that decides the losses; what must change with it, too.
 POST_NORMS = {"num_experts": None, "normalization": "RMSNorm", "post_norms": True}
 YARN = {"position_embedding_type": "yarn", "use_rope_scaling": False}
+LINEAR = {
+    "linear_attention_freq": 2,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 DECIDES = {
     "num_layers": (2, {"moe_layer_freq": 2}),
     "hidden_size": 64,
@@ -152,6 +159,15 @@ DECIDES = {
     "softmax_type": "learnable",
     "window_size": 4,
     "window_attn_skip_freq": (2, {}),
+    "linear_attention_freq": (2, LINEAR),
+    "linear_num_key_heads": (4, {k: v for k, v in LINEAR.items() if k != "linear_num_key_heads"}),
+    "linear_num_value_heads": (
+        8,
+        {k: v for k, v in LINEAR.items() if k != "linear_num_value_heads"},
+    ),
+    "linear_key_head_dim": (8, LINEAR),
+    "linear_value_head_dim": (8, LINEAR),
+    "linear_conv_kernel_dim": (3, LINEAR),
     "untie_embeddings_and_output_weights": True,
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,

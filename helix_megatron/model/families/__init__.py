@@ -42,7 +42,10 @@ from helix_megatron.model.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     smollm3,
     starcoder2,
 )
@@ -55,11 +58,11 @@ FAMILIES = {
         *(llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe, ministral),
         *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
         *(glm4, exaone4, gemma3, olmo2, olmo3, minimax_m2, ministral3),
+        *(qwen3_next, qwen3_5, qwen3_5_moe),
     )
 }
 # What conversion cannot express, of model types that Hugging Face's host cuts all the same. megatron-core lacks
-# it, but for latent and linear attention: these it has, and `ModelConfig` does not describe them.
-_LINEAR = "layers of linear attention (layer_types)"
+# it, but for latent attention: that it has, and `ModelConfig` does not describe it.
 INEXPRESSIBLE = {
     "deepseek_v2": "latent attention (kv_lora_rank)",
     "deepseek_v3": "latent attention (kv_lora_rank)",
@@ -70,9 +73,6 @@ INEXPRESSIBLE = {
     "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
     "mimo_v2_flash": "values of another size than keys (v_head_dim)",
     "nemotron_h": "Mamba layers (layers_block_type)",
-    "qwen3_5_moe_text": _LINEAR,
-    "qwen3_5_text": _LINEAR,
-    "qwen3_next": _LINEAR,
 }
 CUTTABLE = {name: family.modules for name, family in FAMILIES.items() if family.modules is not None}
 

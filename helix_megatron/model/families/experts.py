@@ -21,6 +21,7 @@ class Experts(Piece):
         default_number, default_topk: when the keys are absent.
         dense_layers: the family may have layers without experts, and says whether the weights of a token's
             experts are normalised (norm_topk_prob). Without it all layers have experts, and they are.
+        normalised: `norm_topk_prob` when it is absent.
         shared_size: hidden size of the shared expert when its key is absent; None for a family without one.
 
     Softmax over all experts, of which the best k are taken and normalised, is Megatron's softmax over the
@@ -32,6 +33,7 @@ class Experts(Piece):
     default_number: int
     default_topk: int
     dense_layers: bool = True
+    normalised: bool = False
     shared_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class Experts(Piece):
                 f"config.json has {self.number[0]} = 0: a model without experts is of the dense family."
             )
         topk = needed(config, "num_experts_per_tok", self.default_topk)
-        normalised = not self.dense_layers or config.get("norm_topk_prob", False)
+        normalised = not self.dense_layers or config.get("norm_topk_prob", self.normalised)
         if normalised and topk == 1:
             raise HelixError(
                 "config.json has num_experts_per_tok = 1 with normalised weights, which are then always 1; "

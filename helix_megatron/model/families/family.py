@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import FUNCTION_FLAGS, ModelConfig, complete
+from helix_megatron.model.families.conditions import features, sizes_of
 from helix_megatron.model.families.modules import Modules
 from helix_megatron.model.families.pieces import (
     HARMLESS,
@@ -24,6 +26,7 @@ from helix_megatron.model.families.rules import (
     Copies,
     FusedQueryKeyValue,
     Interleaved,
+    Part,
     QueryKeyValue,
     Rule,
     Same,
@@ -46,7 +49,9 @@ class Row:
         name: canonical, below `decoder.layers.N.` for a layer's; `{expert}` is an expert's number.
         sources: Hugging Face names with the letters of their shapes: `self_attn.q_proj.weight[Q,D]`.
         join: `same`, `transposed`, `stacked`, `interleaved`, `qkv`, `fused-qkv` or `fused-qkv-transposed`.
-        when: what a model (a layer) must have for the row to count; see `_features`.
+        when: what a model (a layer) must have for the row to count; see `conditions.features`.
+        part: of its source's rows, in place of `join`: letters of the number of blocks that these are, and of
+            the sizes of a block's parts, and which of the parts the tensor is.
 
     A row of an expert whose sources have no `{expert}` reads its expert from sources that stack all of them on
     their first axis.
@@ -56,6 +61,7 @@ class Row:
     sources: str
     join: str = "same"
     when: str = ""
+    part: tuple[str, tuple[str, ...], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Family:
         aliases: second names that transformers has for keys of the pieces, and that are refused here.
         predicts_further: files have layers of multi-token prediction behind the last, which transformers leaves
             out as well.
+        runs_in_engine: whether megatron-core's code of it generates; transformers' own does for the others.
     """
 
     name: str
@@ -86,6 +93,7 @@ class Family:
     modules: Modules | None = None
     aliases: frozenset[str] = frozenset()
     predicts_further: bool = False
+    runs_in_engine: bool = True
 
     # ---------------------------------------------------------------- configuration
 
@@ -210,21 +218,22 @@ class Family:
 
     def _rules(self, model: ModelConfig, prefix: str, head: str) -> Iterator[Rule]:
         """Outer rows up to the embeddings, then layers, then the other outer rows."""
-        sizes, present = _sizes(model), _features(model, experts=False)
+        sizes, present = sizes_of(model), features(model)
         outer = [row for row in self.outer if set(row.when.split()) <= present]
         before = [row for row in outer if row.name.startswith("embedding.")]
         for row in before:
             yield _rule(row, "", prefix, sizes, model)
-        for number, experts in enumerate(model.moe_layers):
-            yield from self._layer(model, number, experts, prefix, sizes)
+        for number in range(model.num_layers):
+            yield from self._layer(model, number, prefix, sizes)
         for row in outer[len(before) :]:
             own = head if row.name.startswith("output_layer.") else prefix
             yield _rule(row, "", own, sizes, model)
 
     def _layer(
-        self, model: ModelConfig, number: int, experts: bool, prefix: str, sizes: Mapping[str, Any]
+        self, model: ModelConfig, number: int, prefix: str, sizes: Mapping[str, Any]
     ) -> Iterator[Rule]:
-        present = _features(model, experts=experts)
+        experts, linear = model.moe_layers[number], model.linear_layers[number]
+        present = features(model, experts=experts, linear=linear)
         where, source = f"decoder.layers.{number}.", f"{prefix}{self.layer}.{number}."
         for row in self.rows:
             if set(row.when.split()) <= present:
@@ -237,6 +246,7 @@ class Family:
         layers = re.compile(rf"(?:^|\.){self.layer}\.(\d+)\.")
         numbers = {name: int(found[1]) for name in names if (found := layers.search(name))}
         behind = [name for name, number in numbers.items() if number >= num_layers]
+        behind += [name for name in names if name.startswith("mtp.")]
         if behind:
             warnings.warn(
                 f"{len(behind)} tensors of multi-token prediction are left out: {_some(behind)}.",
@@ -276,49 +286,6 @@ def _of_text(names: Collection[str], prefix: str, layer: str, head: str) -> list
     return text
 
 
-def _features(model: ModelConfig, *, experts: bool) -> set[str]:
-    """What rows of tables ask for."""
-    found = {
-        "sinks": model.softmax_type == "learnable",
-        "expert-bias": experts and model.moe_router_enable_expert_bias,
-        "norm-bias": model.normalization == "LayerNorm",
-        "bias": not model.disable_bias_linear,
-        "qkv-bias": model.has_qkv_bias,
-        "qk-norm": model.qk_layernorm and not model.qk_norm_all_heads,
-        "flat-norm": model.qk_layernorm and model.qk_norm_all_heads,
-        "positions": model.position_embedding_type == "learned_absolute",
-        "untied": model.untie_embeddings_and_output_weights,
-        "experts": experts,
-        "dense": not experts,
-        "shared": experts and "shared experts" in model.traits,
-        "shared-gate": experts and model.moe_shared_expert_gate,
-    }
-    return {name for name, there in found.items() if there}
-
-
-def _sizes(model: ModelConfig) -> dict[str, int | None]:
-    """What the letters in shapes stand for."""
-    d = model.head_dim
-    return {
-        "V": model.padded_vocab_size,
-        "P": model.max_position_embeddings,
-        "D": model.hidden_size,
-        "H": d,  # of one head
-        "N": model.num_attention_heads,
-        "Q": model.num_attention_heads * d,
-        "K": model.num_query_groups * d,
-        "QKV": model.qkv_rows,
-        "F": model.ffn_hidden_size,
-        "2F": 2 * (model.ffn_hidden_size or 0),
-        "E": model.num_experts,
-        "M": model.moe_ffn_hidden_size,
-        "2M": 2 * (model.moe_ffn_hidden_size or 0),
-        "S": model.moe_shared_expert_intermediate_size,
-        "1": 1,
-        "3D": 3 * model.hidden_size,
-    }
-
-
 def _rule(
     row: Row, where: str, prefix: str, sizes: Mapping[str, Any], model: ModelConfig, expert: int = 0
 ) -> Rule:
@@ -330,11 +297,17 @@ def _rule(
     name = where + row.name.format(expert=expert)
     stacked = "{expert}" in row.name and "{expert}" not in row.sources
     place = expert if stacked else None
-    return Rule(name, tuple(sources), tuple(shapes), _transform(row.join, model), place)
+    if row.part is None:
+        transform = _transform(row.join, model)
+    else:
+        blocks, parts, own = row.part
+        ends = list(itertools.accumulate((sizes[part] for part in parts), initial=0))
+        transform = Part(sizes[blocks], ends[own], ends[own + 1])
+    return Rule(name, tuple(sources), tuple(shapes), transform, place)
 
 
 def _transform(join: str, model: ModelConfig) -> Transform:
-    heads = QueryKeyValue(model.num_query_groups, model.head_dim)
+    heads = QueryKeyValue(model.num_query_groups, model.head_dim, gated=model.attention_output_gate)
     transforms: dict[str, Transform] = {
         "same": Same(),
         "transposed": Transposed(),

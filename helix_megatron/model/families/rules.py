@@ -99,7 +99,7 @@ def canonical_tensor(rule: Rule, read: Callable[[str, int | None], Tensor]) -> T
 
 
 def rules_by_source(rules: Iterable[Rule]) -> dict[str, list[Rule]]:
-    """The rules that make each source: one, or those of all experts that it stacks, in their order."""
+    """The rules that make each source: one, or those of all experts or parts that it has, in their order."""
     table: dict[str, list[Rule]] = {}
     for rule in rules:
         for source in rule.sources:
@@ -110,10 +110,13 @@ def rules_by_source(rules: Iterable[Rule]) -> dict[str, list[Rule]]:
 def source_tensors(rules: Sequence[Rule], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """The sources that one entry of `rules_by_source` makes, by name; `read` gives a canonical tensor."""
     parts = [rule.from_canonical(read(rule.name)) for rule in rules]
-    if rules[0].place is None:
-        return dict(zip(rules[0].sources, parts[0], strict=True))
     import torch
 
+    if isinstance(rules[0].transform, Part):
+        blocks = torch.cat([part for (part,) in parts], 1)
+        return {rules[0].sources[0]: blocks.flatten(0, 1)}
+    if rules[0].place is None:
+        return dict(zip(rules[0].sources, parts[0], strict=True))
     stacked = (torch.stack(experts) for experts in zip(*parts, strict=True))
     return dict(zip(rules[0].sources, stacked, strict=True))
 
@@ -183,15 +186,40 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The rows from `start` to `stop` of each of `blocks` equal blocks of a source.
+
+    The rules of all parts of a source follow each other, in the order of these rows.
+    """
+
+    blocks: int
+    start: int
+    stop: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return self.blocks * (self.stop - self.start), *shapes[0][1:]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        blocks = tensors[0].unflatten(0, (self.blocks, -1))
+        return blocks[:, self.start : self.stop].flatten(0, 1)
+
+    def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        return [tensor.unflatten(0, (self.blocks, -1))]
+
+
+@dataclass(frozen=True)
 class QueryKeyValue:
     """Queries [h·d, ..], keys and values [g·d, ..] → rows of `linear_qkv` [g, r queries | key | value, d].
 
     Weights and biases alike. Hugging Face's Llama-like models pair rotated dimensions k and k + d/2, as
-    Megatron does by default, so no dimension moves inside a head.
+    Megatron does by default, so no dimension moves inside a head. With an output gate each query head has that
+    of its gate behind it in the source, [h, query | gate, d], and in `linear_qkv` the gates follow all queries
+    of their group, [g, r queries | r gates | key | value, d].
     """
 
     kv_heads: int
     head_dim: int
+    gated: bool = False
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return sum(shape[0] for shape in shapes), *shapes[0][1:]
@@ -201,12 +229,18 @@ class QueryKeyValue:
 
         rest = tensors[0].shape[1:]
         heads = [part.reshape(self.kv_heads, -1, self.head_dim, *rest) for part in tensors]
+        if self.gated:
+            heads[0] = torch.cat([heads[0][:, 0::2], heads[0][:, 1::2]], 1)
         return torch.cat(heads, 1).reshape(-1, *rest)
 
     def split(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         rest = tensor.shape[1:]
         blocks = tensor.reshape(self.kv_heads, -1, self.head_dim, *rest)
-        parts = blocks.split([blocks.shape[1] - 2, 1, 1], 1)
+        parts = list(blocks.split([blocks.shape[1] - 2, 1, 1], 1))
+        if self.gated:
+            import torch
+
+            parts[0] = torch.stack(parts[0].chunk(2, 1), 2).flatten(1, 2)
         return [part.reshape(-1, *rest) for part in parts]
 
 
