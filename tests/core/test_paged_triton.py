@@ -97,8 +97,8 @@ def compare(
     members: int,
 ) -> tuple[float, float]:
     """(largest error, largest value) of a step over all members, against attention in fp64."""
+    from helix_megatron.core.caches.book import PageBook
     from helix_megatron.core.caches.paged import LocalPiece, PagedWork
-    from helix_megatron.core.caches.pages import PageBook
     from helix_megatron.core.kernels.partial import merge
 
     torch.manual_seed(3)

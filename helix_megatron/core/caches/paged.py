@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helix_megatron.core.device import on_device
 from helix_megatron.core.kernels.paged import paged_kernel
 from helix_megatron.core.kernels.partial import PartialKernel, partial_kernel, unfused
 from helix_megatron.core.masks import shown
@@ -115,11 +116,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     storage = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(storage).view(dtype).view(shape)
-
-
-def on_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array of the host as a tensor on a device."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from helix_megatron.core.device import on_device
+
 ROWS = 16  # of a tile at least: what a tensor core takes
 MOST_ROWS = (
     64  # of a tile; heads of more than 256 dimensions have no registers for more than `ROWS`
@@ -219,7 +221,7 @@ def constants(
 def make_tiles(rows: Sequence[Sequence[int]], pages_BP: Tensor, queries: int, every: int) -> Tiles:
     """`Tiles` of rows of seven numbers each, on the device of the page table."""
     table = np.asarray(rows, dtype=np.int32).reshape(-1, FIELDS)
-    return Tiles(torch.from_numpy(table).to(pages_BP.device), pages_BP, queries, every)
+    return Tiles(on_device(table, pages_BP.device), pages_BP, queries, every)
 
 
 def takes(q_THD: Tensor, k_PSGD: Tensor, v_PSGE: Tensor) -> bool:
