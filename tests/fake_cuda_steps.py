@@ -56,9 +56,10 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 
 from helix_megatron import parallel_state  # noqa: E402
+from helix_megatron.core.caches import paged  # noqa: E402
 from helix_megatron.core.caches.pages import Piece  # noqa: E402
 from helix_megatron.core.device import on_device  # noqa: E402
-from helix_megatron.core.kernels.paged import paged_kernel  # noqa: E402
+from helix_megatron.core.kernels.paged import paged_kernels  # noqa: E402
 from helix_megatron.graph.without_data import new_process  # noqa: E402
 from helix_megatron.inference.megatron_runner import MegatronRunner  # noqa: E402
 from helix_megatron.inference.request import Sampling  # noqa: E402
@@ -354,7 +355,8 @@ class NotLaunched:
 
 
 def main() -> None:
-    if paged_kernel("cuda").kernel is not None:
+    paged.agrees = lambda *kind: True
+    if paged_kernels("cuda").kernels:
         importlib.import_module("helix_megatron.core.kernels.paged_triton")._attend = NotLaunched()
     torch.Tensor.pin_memory = pinned
     random: Any = megatron_random
