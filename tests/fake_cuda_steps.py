@@ -56,14 +56,16 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 
 from helix_megatron import parallel_state  # noqa: E402
+from helix_megatron.core.caches import paged  # noqa: E402
 from helix_megatron.core.caches.pages import Piece  # noqa: E402
-from helix_megatron.core.kernels.paged import paged_kernel  # noqa: E402
+from helix_megatron.core.device import on_device  # noqa: E402
+from helix_megatron.core.kernels.paged import paged_kernels  # noqa: E402
 from helix_megatron.graph.without_data import new_process  # noqa: E402
 from helix_megatron.inference.megatron_runner import MegatronRunner  # noqa: E402
 from helix_megatron.inference.request import Sampling  # noqa: E402
 from helix_megatron.inference.runner import make_book  # noqa: E402
 from helix_megatron.inference.sampler import Place, sample  # noqa: E402
-from helix_megatron.inference.step import StepPlan  # noqa: E402
+from helix_megatron.inference.step import StepPlan, tell  # noqa: E402
 from helix_megatron.megatron.gpt import build_chunk, transformer_config  # noqa: E402
 from helix_megatron.megatron.initialize import weights_not_drawn  # noqa: E402
 from helix_megatron.training.arguments import parse_args  # noqa: E402
@@ -132,7 +134,9 @@ class Watch(TorchDispatchMode):
         made = _tensors(output)
         devices = {t.device.type for t in (*given, *made)}
         if len(devices) > 1 and name in ("_to_copy", "copy_"):
-            self.see("copies to the device" if made[0].is_cuda else "waits", name)
+            source = args[1] if name == "copy_" else args[0]
+            by_itself = hasattr(source, "pinned") and kwargs.get("non_blocking")
+            self.see("copies to the device" if made[0].is_cuda and by_itself else "waits", name)
         elif len(devices) > 1:
             self.see("mixes devices", name)
         elif "cpu" in devices:
@@ -160,6 +164,13 @@ class ListsAreCopied(TorchFunctionMode):
                 )
             args = (x, index, *value)
         return func(*args, **kwargs)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """In the place of `Tensor.pin_memory`, which fake tensors have not."""
+    made: Any = tensor.clone()
+    made.pinned = True
+    return made
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -280,6 +291,7 @@ def infer(watch: Watch, flags: str, cache: str) -> None:
         )
         for layer in model.decoder.layers:
             watch.inside_module(layer.self_attention, "layer")
+        runner.plans = runner.group  # over gloo it would be, which needs the other ranks
         book = make_book(cache, runner.members, 64, 16)
         for number in range(len(lengths)):
             book.add(number, number % book.members)
@@ -297,9 +309,12 @@ def infer(watch: Watch, flags: str, cache: str) -> None:
                 )
                 for number, length in enumerate(lengths)
             )
+            plan = StepPlan(pieces=pieces)
             with watch:
+                with watch.inside("plan"):
+                    tell(plan, runner.plans)
                 with watch.inside("step"):
-                    logits = runner.run(StepPlan(pieces=pieces))
+                    logits = runner.run(plan)
                 with watch.inside("sampling"):
                     greedy, warm = (
                         Sampling(temperature=0),
@@ -317,6 +332,8 @@ def faults(watch: Watch) -> None:
                 ("item", lambda: x.sum().item()),
                 ("truth", lambda: bool(x.sum() > 0)),
                 ("to the host", x.cpu),
+                ("from pageable memory", lambda: torch.from_numpy(np.zeros(2)).to(x.device)),
+                ("from pinned memory", lambda: on_device(np.zeros(2), x.device)),
                 ("list", lambda: x[:, [0, 2]]),
                 ("index on the host", lambda: x[torch.tensor([0, 2])]),
                 ("from a list", lambda: torch.tensor([0, 2], device="cuda")),
@@ -338,8 +355,10 @@ class NotLaunched:
 
 
 def main() -> None:
-    if paged_kernel("cuda").kernel is not None:
+    paged.agrees = lambda *kind: True
+    if paged_kernels("cuda").kernels:
         importlib.import_module("helix_megatron.core.kernels.paged_triton")._attend = NotLaunched()
+    torch.Tensor.pin_memory = pinned
     random: Any = megatron_random
     random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = (
         NoRandomStates(),

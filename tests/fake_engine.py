@@ -44,12 +44,12 @@ class FakeTokens(ByteTokens):
     def __init__(self) -> None:
         super().__init__(END + 1)
 
-    def chat_text(self, messages: Sequence[dict[str, Any]]) -> str:
+    def chat_text(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] = ()) -> str:
         if messages[-1]["role"] not in ("user", "tool"):
             raise HelixError("The last message is not the user's. Valid: a conversation that asks.")
         return str(messages[-1]["content"])
 
-    def decoder(self, after: Sequence[int] = ()) -> ByteStream:
+    def decoder(self, after: Sequence[int] = (), special: bool = False) -> ByteStream:
         return FakeTextStream()
 
 

@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("arguments",),
     ("model",),
-    ("observe", "meter", "collectives", "masks", "replicated", "head_norm"),
+    ("observe", "meter", "collectives", "masks", "replicated", "head_norm", "device"),
     ("kernels", "exchanges", "caches"),
     ("attention", "parallel_state", "patching", "needs"),
     ("checkpoint",),

@@ -237,7 +237,7 @@ class Engine:
         sequence.prompt_logprobs += logprobs_of(rows, following, top)
 
     def _tell(self, plan: StepPlan) -> None:
-        tell(plan, self._runner.group, self._runner.device)
+        tell(plan, self._runner.plans)
 
     def _give(self, sequence: Running, choice: Chosen) -> None:
         first = not sequence.generated
@@ -320,7 +320,7 @@ def _say(sequence: Running, output: Output) -> None:
 def follow(runner: Runner) -> None:
     """What every rank but 0 does: compute with it what it says, until it says that there is no more."""
     while True:
-        plan = hear(runner.group, runner.device)
+        plan = hear(runner.plans)
         runner.run(plan)
         if plan.last:
             return

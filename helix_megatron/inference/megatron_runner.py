@@ -16,6 +16,7 @@ from helix_megatron import parallel_state
 from helix_megatron.core.caches import SEGMENTS, cache_layout
 from helix_megatron.core.caches.attention import LocalAttention
 from helix_megatron.core.caches.paged import PagedCache
+from helix_megatron.core.device import on_device
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
@@ -90,9 +91,7 @@ class MegatronRunner(Runner):
         self, tokens: np.ndarray, positions: np.ndarray, wanted: np.ndarray
     ) -> Tensor | None:
         hidden = self._hidden(tokens, positions)
-        return (
-            self._logits(hidden[torch.from_numpy(wanted).to(self.device)]) if len(wanted) else None
-        )
+        return self._logits(hidden[on_device(wanted, self.device)]) if len(wanted) else None
 
     def _hidden(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         """[T, hidden] after the last norm."""
@@ -102,7 +101,7 @@ class MegatronRunner(Runner):
             filler = -len(tokens) % self.group.size()
             tokens, positions = (np.pad(array, (0, filler)) for array in (tokens, positions))
         tokens_1T, positions_1T = (
-            torch.from_numpy(array).to(self.device).unsqueeze(0) for array in (tokens, positions)
+            on_device(array, self.device).unsqueeze(0) for array in (tokens, positions)
         )
         hidden = model.embedding(input_ids=tokens_1T, position_ids=positions_1T)
         rotary = None if self._rotary is None else self._rotary[positions_1T[0]]

@@ -13,6 +13,8 @@ from helix_megatron.flags import check_values, setting
 if TYPE_CHECKING:
     import numpy as np
 
+    from helix_megatron.inference.answers import AnswerParser, Tool
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_SEED = 2**63 - 1
 
@@ -251,8 +253,11 @@ class Tokens(Protocol):
             HelixError: it is no text.
         """
 
-    def chat_text(self, messages: Sequence[dict[str, Any]]) -> str:
+    def chat_text(self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool] = ()) -> str:
         """The text of a conversation, ready for the assistant's answer, to be encoded without `begin`.
+
+        Args:
+            tools: functions that the model may call.
 
         Raises:
             HelixError: the model has no chat template, or the template refuses these messages.
@@ -262,11 +267,22 @@ class Tokens(Protocol):
     def close(self) -> None:
         """End what was started for `chat_text`, which fails from now on."""
 
+    def answers(self, tools: Sequence[Tool]) -> Callable[[str], AnswerParser]:
+        """What makes a parser of an answer that may call tools, given the text of the conversation before it.
+
+        Raises:
+            HelixError: the model is not told of tools, or it is not known how it writes calls.
+        """
+
     def token_text(self, token: int) -> tuple[str, bytes | None]:
         """The text of one token by itself, and its bytes where they are known."""
 
-    def decoder(self, after: Sequence[int] = ()) -> TextStream:
-        """A decoder of one sequence's output, which comes after these tokens."""
+    def decoder(self, after: Sequence[int] = (), special: bool = False) -> TextStream:
+        """A decoder of one sequence's output, which comes after these tokens.
+
+        Args:
+            special: with the text of special tokens, but for those that end a text.
+        """
 
 
 class TextStream(Protocol):

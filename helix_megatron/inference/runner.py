@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from helix_megatron.core.caches.paged import KeptHeads, PagedCache, Window
 from helix_megatron.core.caches.pages import PageTables, Piece
 from helix_megatron.core.caches.windows import BookPair, Reach, WindowBook
 from helix_megatron.core.layout import HeadLayout
-from helix_megatron.inference.step import StepPlan
+from helix_megatron.inference.step import StepPlan, plan_group
 
 
 class Runner(ABC):
@@ -47,6 +48,11 @@ class Runner(ABC):
     def members(self) -> int:
         """How many members of the head group have pages of their own."""
         return self.tables[0].members
+
+    @functools.cached_property
+    def plans(self) -> ProcessGroup:
+        """The group over which rank 0 tells the others its plans. Collective when it is first asked for."""
+        return plan_group(self.group, self.device)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor | None:

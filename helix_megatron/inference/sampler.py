@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helix_megatron.core.caches.paged import on_device
+from helix_megatron.core.device import on_device
 from helix_megatron.inference.request import Sampling, TokenLogprobs
 
 

@@ -23,7 +23,7 @@ from helix_megatron.core.caches import (
 )
 from helix_megatron.core.caches.paged import KeptHeads, Window
 from helix_megatron.core.caches.windows import Reach
-from helix_megatron.core.kernels.paged import paged_kernel
+from helix_megatron.core.kernels.paged import paged_kernels
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError
 from helix_megatron.hardware import MACHINES
@@ -109,7 +109,7 @@ def start(
             f"{runner.cache.nbytes / 2**20:,.1f} MiB, {config.dtype}.",
             file=sys.stderr,
         )
-        print(paged_kernel(runner.device.type).text, file=sys.stderr)
+        print(paged_kernels(runner.device.type).text, file=sys.stderr)
     scheduler = Scheduler(book, options.max_sequences, options.prefill_chunk)
     capacity = Capacity(config.vocab_size, context, options.max_sequences, max_waiting)
     return runner, Engine(runner, scheduler, capacity)

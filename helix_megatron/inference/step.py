@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,34 +60,48 @@ class StepPlan:
         return cls(tuple(numbers[3:end].tolist()), tuple(pieces), bool(last))
 
 
-def tell(plan: StepPlan, group: ProcessGroup, device: device) -> None:
+def plan_group(group: ProcessGroup, device: device) -> ProcessGroup:
+    """The same ranks over gloo, so that a plan does not wait for the device. Collective."""
+    import torch.distributed as dist
+
+    from helix_megatron.core.collectives import backend_of
+
+    if group.size() == 1 or backend_of(group, device) == "gloo":
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    made: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return made
+
+
+def tell(plan: StepPlan, group: ProcessGroup) -> None:
+    """Give every other rank of a group over gloo the plan of a step."""
     numbers = plan.encode()
     first = np.zeros(1 + INLINE, dtype=np.int64)
     first[0] = len(numbers)
     first[1 : 1 + min(INLINE, len(numbers))] = numbers[:INLINE]
-    _broadcast(first, group, device)
+    _broadcast(first, group)
     if len(numbers) > INLINE:
-        _broadcast(numbers[INLINE:], group, device)
+        _broadcast(numbers[INLINE:], group)
 
 
-def hear(group: ProcessGroup, device: device) -> StepPlan:
-    first = _broadcast(np.zeros(1 + INLINE, dtype=np.int64), group, device)
+def hear(group: ProcessGroup) -> StepPlan:
+    """The plan that rank 0 of the group tells."""
+    first = _broadcast(np.zeros(1 + INLINE, dtype=np.int64), group)
     length, numbers = int(first[0]), first[1:]
     if length > INLINE:
-        rest = _broadcast(np.zeros(length - INLINE, dtype=np.int64), group, device)
+        rest = _broadcast(np.zeros(length - INLINE, dtype=np.int64), group)
         numbers = np.concatenate([numbers, rest])
     return StepPlan.decode(numbers[:length])
 
 
-def _broadcast(numbers: np.ndarray, group: ProcessGroup, device: device) -> np.ndarray:
+def _broadcast(numbers: np.ndarray, group: ProcessGroup) -> np.ndarray:
+    """The numbers of rank 0, in place."""
     import torch
     import torch.distributed as dist
 
     from helix_megatron.core.observe import purpose
 
-    if group.size() == 1:
-        return numbers
-    tensor = torch.from_numpy(numbers).to(device)
-    with purpose("plan"):
-        dist.broadcast(tensor, group=group, group_src=0)
-    return tensor.cpu().numpy()
+    if group.size() > 1:
+        with purpose("plan"):
+            dist.broadcast(torch.from_numpy(numbers), group=group, group_src=0)
+    return numbers

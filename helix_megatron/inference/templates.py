@@ -47,8 +47,18 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it looks at tools."""
+        return "tools" in str(self._job["template"])
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The text of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            tools: functions that the model may call, as OpenAI's API describes them.
 
         Raises:
             HelixError: the template refuses these messages.
@@ -57,7 +67,8 @@ class ChatTemplate:
         with self._lock:
             if self._process is None:
                 self._process = self._start()
-            answer = _ask(self._process, list(messages))
+            question = {"messages": list(messages), "tools": list(tools) or None}
+            answer = _ask(self._process, question)
             if answer is None:
                 self._end()
                 raise TemplateLimitError(LIMIT)
@@ -128,8 +139,10 @@ def _main() -> None:
         # Its signal ends the process, whatever it does.
         signal.setitimer(signal.ITIMER_PROF, job["seconds"])
         try:
+            asked = json.loads(line)
             text = tokenizer.apply_chat_template(
-                json.loads(line),
+                asked["messages"],
+                tools=asked["tools"],
                 chat_template=job["template"],
                 tokenize=False,
                 add_generation_prompt=True,

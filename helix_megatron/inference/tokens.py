@@ -15,6 +15,7 @@ from helix_megatron.checkpoint.foreign import check_files, read_json
 from helix_megatron.checkpoint.source import SIDECARS
 from helix_megatron.data.text import EOD_NAMES, is_fault, read_tokenizer_file
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.inference.answers import AnswerParser, Tool, answer_parsers
 from helix_megatron.inference.arguments import InferenceConfig
 from helix_megatron.inference.request import TextStream, Tokens
 from helix_megatron.inference.templates import ChatTemplate
@@ -96,7 +97,7 @@ def _at(path: Path, model: Path) -> Tokens:
         raise HelixError(f"{path} has no tokenizer ({listed(FILES)}). {GIVE}.")
     if (path / TOKENIZER).is_file() and not (path / "tokenizer_config.json").is_file():
         return FileTokens(path / TOKENIZER, configured_stops(path) | configured_stops(model))
-    return HuggingFaceTokens(path, configured_stops(model))
+    return HuggingFaceTokens(path, configured_stops(model), model)
 
 
 class _Tokens:
@@ -111,6 +112,10 @@ class _Tokens:
     _anchor: list[int] | None = None
     _front: Sequence[int] = ()
     _template: ChatTemplate | None = None
+    # With the text of special tokens that do not end a text, where that is another.
+    _decode_special: Callable[[list[int]], str] | None = None
+    response_template: Any = None
+    model_type: str | None = None
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         _utf8(text)
@@ -128,21 +133,30 @@ class _Tokens:
         data = raw_bytes(name) if text else None
         return (name, None) if data is None else (_as_bytes(data), data)
 
-    def chat_text(self, messages: Sequence[dict[str, Any]]) -> str:
+    def chat_text(self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool] = ()) -> str:
         if self._template is None:
             raise HelixError(
                 f"{self.owner} has no chat template, so a conversation cannot be turned into tokens. Send a "
                 "plain prompt, or give --tokenizer DIR with a tokenizer that has a template "
                 "(tokenizer_config.json or chat_template.jinja)."
             )
-        return self._template.render(messages)
+        return self._template.render(messages, tools)
+
+    def answers(self, tools: Sequence[Tool]) -> Callable[[str], AnswerParser]:
+        if self._template is None or not self._template.takes_tools:
+            raise HelixError(
+                f"{self.owner} has no chat template that tells a model of tools. Leave tools out, or have "
+                "tool_choice none."
+            )
+        return answer_parsers(self.response_template, self.model_type, tools)
 
     def close(self) -> None:
         if self._template is not None:
             self._template.close()
 
-    def decoder(self, after: Sequence[int] = ()) -> TextStream:
-        return TokenStream(self._decode, after, self.stop_tokens)
+    def decoder(self, after: Sequence[int] = (), special: bool = False) -> TextStream:
+        decode = self._decode_special if special and self._decode_special else self._decode
+        return TokenStream(decode, after, self.stop_tokens)
 
 
 class ByteTokens(_Tokens):
@@ -173,7 +187,7 @@ class ByteTokens(_Tokens):
         data = bytes([token] if token < BYTES else [])
         return (data.decode() if token < BYTES // 2 else _as_bytes(data)), data
 
-    def decoder(self, after: Sequence[int] = ()) -> TextStream:
+    def decoder(self, after: Sequence[int] = (), special: bool = False) -> TextStream:
         return ByteStream()
 
 
@@ -188,7 +202,7 @@ class NumberTokens(_Tokens):
     def encode(self, text: str, begin: bool = True) -> list[int]:
         raise HelixError(f"the model has no tokenizer, so text has no tokens. {GIVE}.")
 
-    def decoder(self, after: Sequence[int] = ()) -> TextStream:
+    def decoder(self, after: Sequence[int] = (), special: bool = False) -> TextStream:
         return NumberStream(self.stop_tokens)
 
 
@@ -223,13 +237,18 @@ class HuggingFaceTokens(_Tokens):
 
     Args:
         stop_tokens: the tokens that end a text, besides the tokenizer's own.
+        model: the directory with the model's configuration.
 
     Raises:
         HelixError: it cannot be read, or needs code of its own.
     """
 
-    def __init__(self, directory: Path, stop_tokens: Collection[int] = ()) -> None:
+    def __init__(
+        self, directory: Path, stop_tokens: Collection[int] = (), model: Path | None = None
+    ) -> None:
         self.owner = str(directory)
+        if model is not None and (model / "config.json").is_file():
+            self.model_type = read_json(model / "config.json").get("model_type")
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -265,6 +284,7 @@ class HuggingFaceTokens(_Tokens):
         self._front = front(self._encode)
         if self._tokenizer.chat_template:
             self._template = self._chat_template()
+        self.response_template = getattr(self._tokenizer, "response_template", None)
 
     def _chat_template(self) -> ChatTemplate | None:
         try:
@@ -275,6 +295,9 @@ class HuggingFaceTokens(_Tokens):
 
     def _encode(self, text: str, special: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=special)
+
+    def _decode_special(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
     def _decode(self, tokens: list[int]) -> str:
         # "Cleaning up" takes spaces away that were there, depending on what follows them.

@@ -16,6 +16,7 @@ from helix_megatron.core.caches.book import PageBook
 from helix_megatron.core.caches.paged import KeptHeads, PagedCache
 from helix_megatron.core.caches.pages import Piece
 from helix_megatron.core.caches.windows import BookPair
+from helix_megatron.core.device import on_device
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.forms import SHOWN
@@ -110,9 +111,7 @@ class PagedModel:
     @torch.inference_mode()
     def logits(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> Tensor:
         """Logits [rows, vocabulary] of some rows of a step's tokens, in at least fp32, on all ranks."""
-        ids, places, wanted = (
-            torch.from_numpy(array).to(self.device) for array in (tokens, positions, rows)
-        )
+        ids, places, wanted = (on_device(array, self.device) for array in (tokens, positions, rows))
         output = self.model(
             input_ids=ids.unsqueeze(0),
             position_ids=places.unsqueeze(0),

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from helix_megatron.inference.answers import Said, whole
 from helix_megatron.inference.request import Engine, Tokens
 from helix_megatron.serving.api_errors import encoded, install_error_handlers, unavailable
 from helix_megatron.serving.body import read_body, unless_disconnected
@@ -133,12 +134,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 async def _collected(service: Service, plan: Plan, started: float, shape: Shape) -> Response:
     """Answer with all texts at once, when the last one has ended."""
     with service.generation(plan, started) as generation:
-        texts: list[list[str]] = [[] for _ in generation.choices]
+        parts: list[list[Said]] = [[] for _ in generation.choices]
         while generation.open:
-            for choice, text in await generation.pieces():
-                texts[choice.index].append(text)
+            for choice, said in await generation.pieces():
+                parts[choice.index].append(said)
         ended = [
-            ("".join(texts[choice.index]), choice.reason, choice.take_entries())
+            (whole(parts[choice.index]), choice.reason, choice.take_entries())
             for choice in generation.best()
             if choice.reason is not None
         ]

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 IGNORED = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_retention",
@@ -29,10 +28,11 @@ NEUTRAL_CHAT: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "reasoning_effort": (),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
+# Arguments of a call are what the model writes, held to no schema.
+NEUTRAL_FUNCTION: dict[str, tuple[object, ...]] = {"strict": (False,)}
 # Clients send an assistant's answer back as they received it, with what other servers and libraries add to it.
 NEUTRAL_MESSAGE: dict[str, tuple[object, ...]] = {"audio": (), "function_call": ()}
 IGNORED_OF_MESSAGE = frozenset(

@@ -136,13 +136,19 @@ class ReplicaCollector(Collector):
             "Responses that ended because it was gone.",
             labels=["replica"],
         )
+        restarts = CounterMetricFamily(
+            "helix_replica_restarts",
+            "How often it was started again after it had ended.",
+            labels=["replica"],
+        )
         for replica in self._replicas.all:
             labels = [str(replica.number)]
             up.add_metric(labels, float(not replica.trouble))
             busy.add_metric(labels, replica.open)
             answered.add_metric(labels, replica.answered)
             lost.add_metric(labels, replica.lost)
-        yield from (up, busy, answered, lost)
+            restarts.add_metric(labels, replica.restarts)
+        yield from (up, busy, answered, lost, restarts)
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: registering must not ask."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from helix_megatron.errors import HelixError
+from helix_megatron.inference.answers import AnswerParser, Said, whole
 from helix_megatron.inference.request import (
     Constraint,
     Engine,
@@ -37,6 +38,8 @@ class Plan:
         returned: how many choices of each prompt are returned: those whose tokens are likeliest on average.
         logprobs: whether log-probabilities are returned.
         constraint: what makes a constraint for each choice, where they have one.
+        answers: what makes a parser of each choice, where they may call tools.
+        one_call: whether a choice ends with the first call of a tool.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -46,6 +49,8 @@ class Plan:
     returned: int = 1
     logprobs: bool = False
     constraint: Callable[[], Constraint] | None = None
+    answers: Callable[[], AnswerParser] | None = None
+    one_call: bool = False
 
 
 # A decoder knows by the end of the prompt whether a space belongs between it and the output.
@@ -70,15 +75,18 @@ class Choice:
         self._echo = echo
         self._gives_logprobs = plan.logprobs
         self._entries: list[Entry] = []
-        decoder = tokens.decoder(request.prompt[-CONTEXT_TOKENS:])
+        self._answer = plan.answers() if plan.answers else None
+        self._one_call, self._calls = plan.one_call, 0
+        # What calls are written between may be special tokens.
+        decoder = tokens.decoder(request.prompt[-CONTEXT_TOKENS:], special=plan.answers is not None)
         stops = StopStrings(plan.stops)
         self.reason: Finish | None = None
         self.first_token_at = 0.0
         self._decoder = decoder
         self._stops = stops
 
-    def take(self, output: Output) -> str:
-        """The text that is certain now.
+    def take(self, output: Output) -> Said:
+        """What is certain now.
 
         Raises:
             ApiError: the sequence ended without a result.
@@ -108,7 +116,18 @@ class Choice:
         elif output.reason is not None:
             text += self._stops.finish()
             self.reason = output.reason
-        return echo + text
+        return Said(echo + text) if self._answer is None else self._parsed(self._answer, text)
+
+    def _parsed(self, answer: AnswerParser, text: str) -> Said:
+        said = answer.add(text)
+        if self.reason is not None:
+            said = whole([said, answer.finish()])
+        self._calls += len(said.calls)
+        if said.calls and self._one_call:
+            said, self.reason = Said(said.content, said.reasoning, said.calls[:1]), "tool_calls"
+        elif self._calls and self.reason == "stop":
+            self.reason = "tool_calls"
+        return said
 
     def take_entries(self) -> list[Entry] | None:
         """The log-probabilities since the last call; None where there are none to give."""
@@ -171,15 +190,15 @@ class Generation:
     def open(self) -> bool:
         return any(choice.reason is None for choice in self.choices)
 
-    async def pieces(self) -> list[tuple[Choice, str]]:
-        """The next texts, as soon as there are any, one of each choice that has news.
+    async def pieces(self) -> list[tuple[Choice, Said]]:
+        """What is said next, as soon as there are any, one of each choice that has news.
 
         A choice that ends with its piece has a `reason`.
 
         Raises:
             ApiError: the engine failed, or `abort` was called.
         """
-        pieces: dict[Choice, str] = {}
+        pieces: dict[Choice, list[Said]] = {}
         news = [await self._inbox.get()]
         while not self._inbox.empty():
             news.append(self._inbox.get_nowait())
@@ -189,11 +208,11 @@ class Generation:
             choice = self.choices[index]
             if choice.reason is not None:
                 continue  # a stop string ended it when the engine was a step ahead
-            pieces[choice] = pieces.get(choice, "") + choice.take(output)
+            pieces.setdefault(choice, []).append(choice.take(output))
             self._observe(choice, len(output.tokens))
             if choice.reason is not None and output.reason is None:
                 self._engine.cancel(choice.request)
-        return list(pieces.items())
+        return [(choice, whole(parts)) for choice, parts in pieces.items()]
 
     def abort(self, error: ApiError) -> None:
         """End it with an error, from the event loop's thread."""

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from helix_megatron.errors import HelixError, counted
@@ -25,14 +25,16 @@ from helix_megatron.serving.server import Server, allow_many_connections, listen
 from helix_megatron.serving.settings import ServerSettings
 
 POLL_SECONDS, ANSWER_SECONDS = 0.5, 5.0
+LONGEST_PAUSE = 60.0  # before a replica is started again that ends again and again
 GRACE_SECONDS = 10.0  # for replicas to end after they have drained
 GPUS = "CUDA_VISIBLE_DEVICES"
+Process = subprocess.Popen[str]
 
 
 def serve_replicas(
     settings: ServerSettings, arguments: Sequence[str], replicas: int, ranks: int
 ) -> int:
-    """Serve until a signal or the end of the last replica; the exit status.
+    """Serve until a signal, or the end of the last replica that has never worked; the exit status.
 
     Args:
         arguments: of `helix serve`, as they were given.
@@ -62,18 +64,19 @@ def serve_replicas(
     ports = [held.enter_context(reserved_port()) for _ in range(replicas)]
     state = Replicas([Replica(number, port) for number, port in enumerate(ports)])
     listening, writing = os.pipe()  # it closes with this process, and the replicas end
-    processes = []
-    for replica in state.all:
+
+    def start(replica: Replica) -> Process:
         first = replica.number * ranks
         own = {GPUS: ",".join(gpus[first : first + ranks])} if gpus else {}
-        environment = os.environ | own | {PARENT: str(listening)}
-        processes.append(_start(replica, arguments, environment, listening))
+        return _start(replica, arguments, own, listening)
+
+    processes = [start(replica) for replica in state.all]
     try:
         server = Server(make_front(state, settings), listener, 2 * settings.max_open_requests)
         port = server.start()
         place = f"http://{settings.host}:{port}/v1"
         say(f"{settings.model_name}: {place}, {counted(replicas, 'replica')} are being started")
-        _watch(state, processes, asked)
+        _watch(state, processes, asked, start)
         server.announce_stop()
         statuses = _end(processes, settings.drain_seconds + GRACE_SECONDS if asked else 0.0)
         server.stop()
@@ -95,13 +98,13 @@ def _gpus() -> list[str]:
 
 
 def _start(
-    replica: Replica, arguments: Sequence[str], environment: Mapping[str, str], listening: int
-) -> subprocess.Popen[str]:
+    replica: Replica, arguments: Sequence[str], environment: dict[str, str], listening: int
+) -> Process:
     """Start a replica; what it says gets its number in front."""
     own = f"--data-parallel-size 1 --host {HOST} --port {replica.port}".split()
     process = subprocess.Popen(
         [sys.executable, "-m", "helix_megatron.cli", "serve", *arguments, *own],
-        env=environment,
+        env=os.environ | environment | {PARENT: str(listening)},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         pass_fds=(listening,),
@@ -119,21 +122,48 @@ def _start(
     return process
 
 
-def _watch(state: Replicas, processes: Sequence[subprocess.Popen[str]], asked: list[int]) -> None:
-    """Keep each replica's state up to date, until all have ended or a signal came."""
+def _watch(
+    state: Replicas,
+    processes: list[Process],
+    asked: Sequence[int],
+    start: Callable[[Replica], Process],
+) -> None:
+    """Keep each replica's state up to date, until a signal came, or none works and none will be started again.
+
+    One that has taken requests and ends is started again, after a pause that doubles until it takes some. One
+    that never did so has told why, and would again.
+
+    Args:
+        processes: of the replicas; those that are started again take their places.
+    """
+    pauses: dict[int, float] = {}  # of those that have taken requests
+    due: dict[int, float] = {}
     complete = False
-    while not asked and any(process.poll() is None for process in processes):
-        for replica, process in zip(state.all, processes, strict=True):
-            before, replica.trouble = replica.trouble, _trouble(replica, process)
-            if replica.trouble and not before:
-                say(f"replica {replica.number} takes no requests: {replica.trouble}")
+    while not asked and (due or any(process.poll() is None for process in processes)):
+        now = time.monotonic()
+        for number, replica in enumerate(state.all):
+            if number in due:
+                if now >= due[number]:
+                    del due[number]
+                    replica.restarts += 1
+                    processes[number] = start(replica)
+                continue
+            before, replica.trouble = replica.trouble, _trouble(replica, processes[number])
+            if not replica.trouble:
+                pauses[number] = POLL_SECONDS
+            elif not before:
+                say(f"replica {number} takes no requests: {replica.trouble}")
+            if number in pauses and processes[number].poll() is not None:
+                pause = pauses[number]
+                due[number], pauses[number] = now + pause, min(2 * pause, LONGEST_PAUSE)
+                say(f"replica {number} will be started again in {pause:g} s")
         if not complete and len(state.able()) == len(processes):
             complete = True
             say(f"all {len(processes)} replicas take requests")
         time.sleep(POLL_SECONDS)
 
 
-def _trouble(replica: Replica, process: subprocess.Popen[str]) -> str:
+def _trouble(replica: Replica, process: Process) -> str:
     """Why a replica takes no requests; empty if it does."""
     status = process.poll()
     if status is not None:
@@ -151,7 +181,7 @@ def _trouble(replica: Replica, process: subprocess.Popen[str]) -> str:
         return "it does not answer."
 
 
-def _end(processes: Sequence[subprocess.Popen[str]], seconds: float) -> list[int]:
+def _end(processes: Sequence[Process], seconds: float) -> list[int]:
     """Ask the replicas to end, wait so long, and end those that have not; their statuses."""
     for process in processes:
         if process.poll() is None:

@@ -66,6 +66,24 @@ class Message(Strict):
         }
 
 
+class Function(Strict):
+    """A function that the model may call."""
+
+    neutral = fields.NEUTRAL_FUNCTION
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = Field(
+        default=None, description="A JSON Schema of its arguments, which the model is told of."
+    )
+
+
+class Tool(Strict):
+    """What the model may use: functions, which the client runs."""
+
+    type: Literal["function"]
+    function: Function
+
+
 def _with_parsed_arguments(call: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """A call of a tool as templates have it: OpenAI's API has its arguments as JSON in a string."""
     function = call.get("function")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from helix_megatron.inference.answers import AnswerParser
 from helix_megatron.inference.request import MAX_SEED, Capacity, Constraint, Sampling
 from helix_megatron.serving.api_errors import ApiError, shown
 from helix_megatron.serving.generation import Plan
@@ -76,12 +77,14 @@ def plan(
     capacity: Capacity,
     echoes: Sequence[str] = (),
     constraint: Callable[[], Constraint] | None = None,
+    answers: Callable[[], AnswerParser] | None = None,
 ) -> Plan:
     """What the engine is asked for these prompts.
 
     Args:
         echoes: the texts of the prompts, where the choices begin with them.
         constraint: what makes a constraint for each choice.
+        answers: what makes a parser of each choice, where they may call tools.
 
     Raises:
         ApiError: 400.
@@ -100,6 +103,8 @@ def plan(
         returned=request.n or 1,
         logprobs=request.alternatives is not None,
         constraint=constraint,
+        answers=answers,
+        one_call=isinstance(request, ChatRequest) and request.parallel_tool_calls is False,
     )
 
 

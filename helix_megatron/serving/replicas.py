@@ -23,6 +23,7 @@ class Replica:
         trouble: why it takes no requests; empty while it does.
         open: how many requests it answers now.
         answered, lost: how many it has answered, and how many ended because it was gone.
+        restarts: how often it was started again.
     """
 
     number: int
@@ -31,6 +32,7 @@ class Replica:
     open: int = 0
     answered: int = 0
     lost: int = 0
+    restarts: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 Value = TypeVar("Value")
 # OpenAI leaves these fields out, and not all clients take null for that.
 Omitted = Annotated[Value | None, Field(exclude_if=lambda value: value is None)]
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorDetail(BaseModel):
@@ -97,12 +97,35 @@ class CompletionReply(_Response):
     usage: Usage
 
 
+class FunctionCall(BaseModel):
+    """The function that the model calls, and JSON with its arguments, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool, whose result the client may send with its `id`."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ToolCallDelta(ToolCall):
+    """A call in a stream, which comes whole. `index` is its number in the answer."""
+
+    index: int
+
+
 class ChatMessage(BaseModel):
-    """The assistant's answer."""
+    """The assistant's answer. Reasoning is told apart in answers to requests with tools."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: Omitted[str] = None
+    tool_calls: Omitted[list[ToolCall]] = None
 
 
 class ChatChoice(BaseModel):
@@ -174,6 +197,8 @@ class ChatDelta(BaseModel):
 
     role: Omitted[Literal["assistant"]] = None
     content: Omitted[str] = None
+    reasoning_content: Omitted[str] = None
+    tool_calls: Omitted[list[ToolCallDelta]] = None
 
 
 class ChatChunkChoice(BaseModel):

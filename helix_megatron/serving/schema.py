@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError, from_json
 from helix_megatron.inference.request import MAX_SEED
 from helix_megatron.serving import fields
 from helix_megatron.serving.api_errors import ApiError, shown
-from helix_megatron.serving.messages import Message
+from helix_megatron.serving.messages import Message, Tool
 from helix_megatron.serving.strict import (
     KINDS,
     LARGEST_TOKEN,
@@ -37,6 +37,7 @@ MAX_STOPS = 4
 MAX_STOP_LENGTH = 256  # what may be held back of a stream, in characters
 MAX_BIASES = 1024
 MAX_ALTERNATIVES = 20
+MAX_TOOLS = 128
 
 
 Prompt = Annotated[
@@ -225,6 +226,10 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=LARGEST_TOKEN)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="Whether an answer may call several tools; true by default."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -241,6 +246,21 @@ class ChatRequest(GenerationRequest):
     @property
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def told_tools(self) -> list[dict[str, Any]]:
+        """As chat templates have them."""
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+
+    @model_validator(mode="after")
+    def _text_or_tools(self) -> ChatRequest:
+        if self.tools and self.response_format and self.response_format.schema_of_json is not None:
+            raise PydanticCustomError(
+                "response_format",
+                "response_format has every token be a part of a JSON text, so no tool could be called. Valid "
+                "with tools: leave it out, or type text",
+            )
+        return self
 
     @model_validator(mode="after")
     def _alternatives_of_logprobs(self) -> ChatRequest:

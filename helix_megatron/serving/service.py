@@ -8,11 +8,13 @@ import hmac
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from helix_megatron.errors import HelixError
+from helix_megatron.inference.answers import AnswerParser
 from helix_megatron.inference.request import Engine, TemplateLimitError, Tokens
 from helix_megatron.serving.api_errors import ApiError, too_many, unavailable
 from helix_megatron.serving.body import Bodies, Room
@@ -121,6 +123,7 @@ class Service:
             capacity = self.engine.capacity
             request = await _in_thread(self._texts, parse, body, model, capacity.max_context)
             check(request, capacity, self.settings)
+            answers = await self._answers(request)
             wanted, begin = await self._wanted(request)
             prompts = [
                 await _in_thread(self._texts, self.tokens.encode, one, begin)
@@ -139,7 +142,8 @@ class Service:
             if wanted_json is not None:
                 constraint = await _in_thread(self._texts, self.grammars.constraint, wanted_json)
             stops = self.tokens.stop_tokens
-            return request, plan(request, prompts, stops, capacity, echoes, constraint)
+            answer = partial(answers, str(wanted[0])) if answers else None
+            return request, plan(request, prompts, stops, capacity, echoes, constraint, answer)
         except asyncio.CancelledError:
             if self._aborting:
                 raise unavailable(STOPPING) from None
@@ -152,13 +156,27 @@ class Service:
         if isinstance(request, CompletionRequest):
             return request.prompts, True
         assert isinstance(request, ChatRequest)
-        return [await self._conversation(request.messages)], False
+        return [await self._conversation(request.messages, request.told_tools)], False
 
-    async def _conversation(self, turns: Sequence[Message]) -> str:
+    async def _answers(self, request: GenerationRequest) -> Callable[[str], AnswerParser] | None:
+        """What makes parsers of answers that may call tools; None for others."""
+        if not isinstance(request, ChatRequest) or not request.tools:
+            return None
+        try:
+            return await _in_thread(self._texts, self.tokens.answers, request.told_tools)
+        except ApiError as error:
+            raise ApiError(400, f"tools cannot be used: {error}", param="tools") from None
+
+    async def _conversation(
+        self, turns: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+    ) -> str:
         """The text of a conversation."""
         messages = [message.plain() for message in turns]
-        check_size(sum(len(one["content"]) for one in messages), self.engine.capacity, "messages")
-        text = await _in_thread(self._templates, self._chat_text, messages)
+        characters = sum(len(one["content"]) for one in messages) + sum(
+            len(str(tool)) for tool in tools
+        )
+        check_size(characters, self.engine.capacity, "messages")
+        text = await _in_thread(self._templates, self._chat_text, messages, tools)
         check_size(len(text), self.engine.capacity, "messages")
         return text
 
@@ -216,9 +234,9 @@ class Service:
         stream = self.tokens.decoder()
         return stream.add(tokens) + stream.finish()
 
-    def _chat_text(self, messages: list[dict[str, Any]]) -> str:
+    def _chat_text(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
         try:
-            text = self.tokens.chat_text(messages)
+            text = self.tokens.chat_text(messages, tools)
         except TemplateLimitError as error:
             self.chat_trouble = str(error)
             raise

@@ -73,9 +73,9 @@ class EventStream(Response):
                 await write(first)
             while generation.open:
                 news = b"".join(
-                    event(self._shape.chunk(choice.index, text, choice.reason, entries))
-                    for choice, text in await generation.pieces()
-                    if (entries := choice.take_entries()) or text or choice.reason is not None
+                    event(self._shape.chunk(choice.index, said, choice.reason, entries))
+                    for choice, said in await generation.pieces()
+                    if (entries := choice.take_entries()) or said or choice.reason is not None
                 )
                 if news:
                     await write(news)

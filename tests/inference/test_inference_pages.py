@@ -8,6 +8,7 @@ import inference_models as models
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import sized
@@ -25,7 +26,7 @@ from helix_megatron.core.caches.pages import Piece
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.inference.request import Output, Request, Sampling
 from helix_megatron.inference.scheduler import Running, Scheduler
-from helix_megatron.inference.step import StepPlan
+from helix_megatron.inference.step import INLINE, StepPlan, hear, plan_group, tell
 
 BOOKS = [(1, False), (3, False), (3, True), (4, True)]  # members, dealt
 
@@ -122,6 +123,30 @@ def ignore(output: Output) -> None:
 def sequence(number: int, prompt: int, output: int) -> Running:
     sampling = Sampling(max_tokens=output, temperature=0)
     return Running(Request((1,) * prompt, sampling, ignore), sampling, number, [1] * prompt)
+
+
+def plans_beside_the_device(plan: StepPlan) -> tuple[str, bool]:
+    """(back end of the group for plans, whether a plan came as it was sent) where tensors go over NCCL."""
+    from helix_megatron.core import collectives
+
+    known, collectives.backend_of = collectives.backend_of, lambda group, device: "nccl"
+    try:
+        group = plan_group(dist.group.WORLD, torch.device("cuda"))
+    finally:
+        collectives.backend_of = known
+    assert group is not dist.group.WORLD
+    if dist.get_rank() == 0:
+        tell(plan, group)
+        return dist.get_backend(group), True
+    same = (hear(group).encode() == plan.encode()).all()
+    return dist.get_backend(group), bool(same)
+
+
+@pytest.mark.parametrize("tokens", [3, INLINE + 1])
+def test_plans_go_over_gloo_whatever_tensors_go_over(pool, tokens):
+    """A broadcast on a GPU would have every rank wait for its device before the step begins."""
+    plan = StepPlan(pieces=(Piece(4, 2, np.arange(tokens), 0, (5, 6), 1),))
+    assert pool.run(plans_beside_the_device, plan, world_size=2) == [("gloo", True)] * 2
 
 
 @pytest.mark.parametrize(("members", "dealt"), BOOKS)

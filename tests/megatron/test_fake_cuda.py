@@ -134,8 +134,10 @@ def test_the_watch_sees_each_kind_of_fault(reports):
         "to the host": ("waits", "_to_copy"),
         "mask": ("waits", "index"),
         "counts": ("waits", "repeat_interleave"),
-        "list": ("makes on the host", "lift_fresh"),
-        "from a list": ("makes on the host", "lift_fresh"),
+        "list": ("waits", "_to_copy"),
+        "from a list": ("waits", "_to_copy"),
+        "from pageable memory": ("waits", "_to_copy"),
+        "from pinned memory": ("makes on the host", "lift_fresh"),
         "index on the host": ("mixes devices", "index"),
     }
 

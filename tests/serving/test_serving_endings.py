@@ -273,7 +273,7 @@ def test_a_client_that_does_not_read():
     text = "x" * 60_000  # a stop string that may still come holds back nothing of it
 
     class LongWords(FakeTokens):
-        def decoder(self, after=()):
+        def decoder(self, after=(), special=False):
             stream = super().decoder(after)
             stream.add = lambda tokens: text * len(tokens)
             return stream

@@ -180,7 +180,7 @@ def test_wrong_completions(served, change, param, message):
         ({"messages": [{"role": "system", "content": "x"}]}, None, "The last message is not"),
         ({"mesages": []}, "mesages", "Unknown field 'mesages'. Did you mean messages?"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "Give one of them."),
-        ({"tools": [{}]}, "tools", "tools is not supported. Valid: leave it out, or [], null."),
+        ({"tools": [{}]}, "tools[0].type", "tools[0].type is required."),
         ({"logprobs": 1}, "logprobs", "logprobs is 1. Input should be a valid boolean."),
         ({"top_logprobs": 3}, "top_logprobs", "Valid without logprobs true: leave it out, or 0."),
         ({"prompt": "x"}, "prompt", "Unknown field 'prompt'."),

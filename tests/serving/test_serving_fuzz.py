@@ -220,5 +220,5 @@ def test_schema_is_complete():
     request = document["components"]["schemas"]["ChatRequest"]
     assert request["additionalProperties"] is False
     assert request["required"] == ["model", "messages"]
-    assert request["properties"]["tools"]["enum"] == [[], None]
+    assert request["properties"]["tool_choice"]["enum"] == ["none", "auto", None]
     assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"

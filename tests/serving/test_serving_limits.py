@@ -73,7 +73,7 @@ def test_a_template_may_not_make_a_text_that_cannot_fit():
     """It can repeat what it is given."""
 
     class Repeating(Untouched):
-        def chat_text(self, messages):
+        def chat_text(self, messages, tools=()):
             return "x" * (MOST + 1)
 
     body = {"model": MODEL, "messages": [TURN]}
@@ -110,7 +110,7 @@ def test_a_template_that_does_not_end_is_told_by_health():
     """It keeps nobody waiting who has no conversation; one that ends shows that all is well again."""
 
     class Endless(FakeTokens):
-        def chat_text(self, messages):
+        def chat_text(self, messages, tools=()):
             begun.set()
             assert enough.wait(LIMIT)
             if messages[-1]["content"] == "loop":
@@ -139,7 +139,7 @@ def test_a_stop_does_not_wait_for_a_template():
     """Nor for a long text: who waits for it is told, when the time to finish is over."""
 
     class Endless(FakeTokens):
-        def chat_text(self, messages):
+        def chat_text(self, messages, tools=()):
             begun.set()
             assert closed.wait(LIMIT)
             return ""

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import openai
@@ -24,6 +26,7 @@ from hypothesis import strategies as st
 from waiting import LIMIT, wait_until
 
 from helix_megatron.errors import HelixError
+from helix_megatron.serving import launch
 from helix_megatron.serving.front import make_front
 from helix_megatron.serving.launch import serve_replicas
 from helix_megatron.serving.replicas import MORE_TO_DO, Replica, Replicas, beginning_of
@@ -227,6 +230,78 @@ def test_what_cannot_be_started(monkeypatch):
         serve_replicas(ServerSettings(MODEL), [], 2, 1)
 
 
+class FakeProcess:
+    """A replica's process. One that works takes requests until it ends."""
+
+    def __init__(self, works: bool = True) -> None:
+        self.works, self.status = works, None
+
+    def poll(self) -> int | None:
+        return self.status
+
+
+def watched(monkeypatch, events: dict[int, Any], starts: list[FakeProcess]) -> tuple[Any, ...]:
+    """(replicas, when they were started again, what was said) of two replicas; events by seconds."""
+    first = [starts.pop(0), starts.pop(0)]  # the processes, which are replaced by others
+    state, clock = Replicas([Replica(0, 0), Replica(1, 0)]), [0.0]
+    asked: list[int] = []
+    started: list[tuple[int, float]] = []
+    said: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] in events:
+            events[clock[0]](first, asked)
+        assert clock[0] < 1000, "it should have ended"
+
+    def start(replica: Replica) -> Any:
+        started.append((replica.number, clock[0]))
+        return starts.pop(0)
+
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    monkeypatch.setattr(launch, "say", said.append)
+    monkeypatch.setattr(
+        launch,
+        "_trouble",
+        lambda replica, process: (
+            "" if process.works and process.status is None else f"status {process.status}"
+        ),
+    )
+    launch._watch(state, first, asked, start)
+    return state, started, said
+
+
+def ends(number: int, status: int = 1) -> Any:
+    def end(processes: list[FakeProcess], asked: list[int]) -> None:
+        processes[number].status = status
+
+    return end
+
+
+def test_a_replica_that_ended_is_started_again(monkeypatch):
+    """Once it has worked; after pauses that double until it works again. A signal ends it all."""
+    events = {
+        5: ends(0),
+        6: ends(0),  # the second one ends before it has worked
+        10: lambda processes, asked: asked.append(15),
+    }
+    starts = [FakeProcess(), FakeProcess(), FakeProcess(works=False), FakeProcess()]
+    state, started, said = watched(monkeypatch, events, starts)
+    assert started == [(0, 5.5), (0, 7.0)]
+    assert [replica.restarts for replica in state.all] == [2, 0]
+    assert not state.all[0].trouble
+    assert "replica 0 will be started again in 0.5 s" in said
+    assert "replica 0 will be started again in 1 s" in said
+
+
+def test_replicas_that_never_worked_are_left(monkeypatch):
+    """They would tell the same again; when all have ended so, the server ends."""
+    starts = [FakeProcess(works=False), FakeProcess(works=False)]
+    state, started, _ = watched(monkeypatch, {3: ends(0), 4: ends(1)}, starts)
+    assert not started
+    assert [replica.trouble for replica in state.all] == ["status 1", "status None"]
+
+
 # ------------------------------------------------------------------------ real replicas
 
 
@@ -287,8 +362,11 @@ def test_a_real_replica_is_killed(command):
         assert lost > 1 and ends["length"] == 12 - lost > 1
         assert front.metric("helix_replica_lost_requests_total", 1) == 0
         assert ask(99) == "length"
+        wait_until(lambda: front.metric("helix_replica_up", 0) == 1, "it is started again")
+        assert front.metric("helix_replica_restarts_total", 0) == 1
+        assert ask(99) == "length"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(LIMIT) == 1, "a replica had failed"
+        assert process.wait(LIMIT) == 0
         assert not psutil.pid_exists(first.pid)
     finally:
         for child in psutil.Process().children(recursive=True):

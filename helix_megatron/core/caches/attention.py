@@ -134,7 +134,7 @@ class StepAttention(ABC):
         return swap(sent_m, self.group, purpose=purpose)
 
     def _index(self, values: np.ndarray) -> Tensor:
-        from helix_megatron.core.caches.paged import on_device
+        from helix_megatron.core.device import on_device
 
         return on_device(np.asarray(values, dtype=np.int64), self.device)
 

@@ -6,18 +6,23 @@ import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from helix_megatron.core.kernels.paged import paged_kernel
+from helix_megatron.core.device import on_device
+from helix_megatron.core.kernels.paged import (
+    Kind,
+    LocalPiece,
+    PagedKernel,
+    PagedStep,
+    agrees,
+    paged_kernels,
+)
 from helix_megatron.core.kernels.partial import PartialKernel, partial_kernel, unfused
 from helix_megatron.core.masks import shown
-
-if TYPE_CHECKING:
-    from helix_megatron.core.kernels.paged_triton import Tiles
 
 Window = tuple[int, int] | None
 # On a CPU a long run of neighbouring pages is read where it lies; on a GPU one kernel for many short sequences
@@ -117,26 +122,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(storage).view(dtype).view(shape)
 
 
-def on_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array of the host as a tensor on a device."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-@dataclass(frozen=True)
-class LocalPiece:
-    """Consecutive queries of one sequence, and its keys in this rank's pool.
-
-    rows: first and last+1 of the queries; start: position of the first.
-    pages: of the keys; those that lie before the window may be freed ones.
-    positions: of the keys, ascending, as they lie in the pages, none after the last query.
-    """
-
-    rows: tuple[int, int]
-    start: int
-    pages: Sequence[int]
-    positions: np.ndarray
-
-
 @dataclass(frozen=True)
 class _Item:
     """Some queries and where their keys lie: a run of slots, or pages to copy out.
@@ -178,11 +163,17 @@ class PagedWork:
         self._kernel: PartialKernel = partial_kernel(device)
         self._view_from = VIEW_FROM.get(device.type, NEVER)
         self._copy_up_to = COPY_UP_TO.get(device.type, NEVER)
-        self._paged = paged_kernel(device.type).kernel
+        self._step = PagedStep(pieces, queries, page_size, device)
+        self._kernels = paged_kernels(device.type).kernels
+        self._chosen: dict[tuple[Kind, Window], PagedKernel | None] = {}
         self._prepared: dict[Window, list[_Item]] = {}
-        self._tiles: dict[Window, Tiles] = {}
+        self._given: dict[tuple[PagedKernel, Window], Any] = {}
         for window in windows:
-            self._tiles_of(window) if self._paged else self._items(window)
+            for kernel in self._kernels:
+                if kernel.fits(self._step, _back(window)):
+                    self._given_to(kernel, window)
+            if not self._kernels:
+                self._items(window)
 
     def attend(
         self,
@@ -204,16 +195,10 @@ class PagedWork:
         Returns:
             o [queries, H, E], lse [queries, H] in at least fp32; 0 and -inf for a query that sees no key.
         """
-        if self._paged and self._paged.takes(q_THD, k_PSGD, v_PSGE):
-            return self._paged.attend(
-                q_THD,
-                k_PSGD,
-                v_PSGE,
-                self._tiles_of(window),
-                scale=scale,
-                softcap=softcap,
-                back=None if window is None or window[0] < 0 else window[0],
-            )
+        if (chosen := self._kernel_for(q_THD, k_PSGD, v_PSGE, window, softcap)) is not None:
+            given = self._given_to(chosen, window)
+            how: dict[str, Any] = {"scale": scale, "softcap": softcap, "back": _back(window)}
+            return chosen.attend(q_THD, k_PSGD, v_PSGE, given, **how)
         wide = torch.promote_types(q_THD.dtype, torch.float32)
         items, kernel = self._items(window), self._kernel
         if softcap is not None or k_PSGD.size(-1) != v_PSGE.size(-1):
@@ -274,36 +259,51 @@ class PagedWork:
             self._prepared[window] = self._prepare(window)
         return self._prepared[window]
 
-    def _tiles_of(self, window: Window) -> Tiles:
-        """The same for a kernel that reads pages where they lie."""
-        if window not in self._tiles:
-            self._tiles[window] = self._cut_tiles(window)
-        return self._tiles[window]
+    def _given_to(self, kernel: PagedKernel, window: Window) -> Any:
+        """What a kernel that reads pages where they lie is given."""
+        if (kernel, window) not in self._given:
+            self._given[kernel, window] = kernel.prepare(self._step, _back(window))
+        return self._given[kernel, window]
 
-    def _cut_tiles(self, window: Window) -> Tiles:
-        assert self._paged is not None
-        size = self.page_size
-        most = max((stop - start for start, stop in (p.rows for p in self.pieces)), default=1)
-        queries = min(self._paged.QUERIES, 1 << (most - 1).bit_length())
-        width = max((len(piece.pages) for piece in self.pieces), default=1)
-        pages = np.zeros((len(self.pieces), width), dtype=np.int32)
-        rows, every = [], 1
-        for number, piece in enumerate(self.pieces):
-            keys, block = len(piece.positions), int(piece.positions[0]) // size
-            pages[number, : len(piece.pages)] = np.maximum(piece.pages, 0)
-            if keys > size:
-                every = int(piece.positions[size]) // size - block
-            seen = self._first_visible(piece, window) // size
-            for at in range(*piece.rows, queries):
-                count, start = min(queries, piece.rows[1] - at), piece.start + at - piece.rows[0]
-                rows.append((number, at, count, start, keys, seen, block))
-        return self._paged.make_tiles(rows, on_device(pages, self._device), queries, every)
+    def _kernel_for(
+        self,
+        q_THD: Tensor,
+        k_PSGD: Tensor,
+        v_PSGE: Tensor,
+        window: Window,
+        softcap: float | None,
+    ) -> PagedKernel | None:
+        """The first kernel that computes such a layer in this step; None where torch does."""
+        if not self._kernels:
+            return None
+        kind = Kind(
+            q_THD.size(1),
+            k_PSGD.size(2),
+            q_THD.size(2),
+            v_PSGE.size(3),
+            self.page_size,
+            q_THD.dtype,
+            _back(window) is not None,
+            softcap is not None,
+        )
+        if (kind, window) not in self._chosen:
+            self._chosen[kind, window] = next(
+                (
+                    kernel
+                    for kernel in self._kernels
+                    if kernel.fits(self._step, _back(window))
+                    and kernel.takes(q_THD, k_PSGD, v_PSGE)
+                    and agrees(kernel, kind, q_THD.device)
+                ),
+                None,
+            )
+        return self._chosen[kind, window]
 
     def _prepare(self, window: Window) -> list[_Item]:
         items: list[_Item] = []
         short: dict[int, list[tuple[LocalPiece, int]]] = {}
         for piece in self.pieces:
-            first = self._first_visible(piece, window)
+            first = piece.first_visible(_back(window))
             keys = len(piece.positions)
             if first >= keys:
                 continue  # sees nothing here
@@ -319,12 +319,6 @@ class PagedWork:
                 self._together(members[at : at + count]) for at in range(0, len(members), count)
             ]
         return items
-
-    def _first_visible(self, piece: LocalPiece, window: Window) -> int:
-        """Index of the first key that the first query may see; later queries see none before it."""
-        if window is None or window[0] < 0:
-            return 0
-        return int(np.searchsorted(piece.positions, piece.start - window[0]))
 
     def _is_run(self, piece: LocalPiece, first: int) -> bool:
         pages = piece.pages[first // self.page_size :]
@@ -381,3 +375,8 @@ class PagedWork:
         hidden = on_device(~visible, self._device)
         bias = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         return bias.masked_fill_(hidden, float("-inf"))
+
+
+def _back(window: Window) -> int | None:
+    """How many positions a query sees before itself; None: all."""
+    return None if window is None or window[0] < 0 else window[0]

@@ -10,7 +10,6 @@ positions; N tiles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from helix_megatron.core.device import on_device
+from helix_megatron.core.kernels.paged import PagedStep
+
+NAME = "Triton"
 ROWS = 16  # of a tile at least: what a tensor core takes
 MOST_ROWS = (
     64  # of a tile; heads of more than 256 dimensions have no registers for more than `ROWS`
@@ -144,28 +147,20 @@ def attend(
     q_THD: Tensor,
     k_PSGD: Tensor,
     v_PSGE: Tensor,
-    tiles: Tiles,
+    prepared: Tiles,
     *,
     scale: float,
     softcap: float | None = None,
     back: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a step's queries to the keys in this rank's pages.
-
-    Args:
-        scale, softcap: as in `Scores`.
-        back: positions that a query sees before itself; None: all.
-
-    Returns:
-        o [T, H, E], lse [T, H] in fp32; 0 and -inf for a query that sees no key, or is in no tile.
-    """
+    """See `PagedKernel`."""
     heads, groups = q_THD.size(1), k_PSGD.size(2)
     o = torch.zeros(*q_THD.shape[:2], v_PSGE.size(-1), dtype=q_THD.dtype, device=q_THD.device)
     lse = torch.full(q_THD.shape[:2], float("-inf"), dtype=torch.float32, device=q_THD.device)
-    table, pages = tiles.table_NF, tiles.pages_BP
+    table, pages = prepared.table_NF, prepared.pages_BP
     if not len(table):
         return o, lse
-    settings, options = constants(q_THD, k_PSGD, v_PSGE, tiles, softcap is not None)
+    settings, options = constants(q_THD, k_PSGD, v_PSGE, prepared, softcap is not None)
     _attend[(len(table), groups, -(-heads // groups // settings["HEADS"]))](
         q_THD,
         k_PSGD,
@@ -216,10 +211,26 @@ def constants(
     return settings, {"num_warps": 8 if max(d, e) > 128 and few_rows else 4, "num_stages": 2}
 
 
-def make_tiles(rows: Sequence[Sequence[int]], pages_BP: Tensor, queries: int, every: int) -> Tiles:
-    """`Tiles` of rows of seven numbers each, on the device of the page table."""
+def fits(step: PagedStep, back: int | None) -> bool:
+    """Whether the kernel computes such a step: any."""
+    return True
+
+
+def prepare(step: PagedStep, back: int | None) -> Tiles:
+    """The tiles of a step. A sequence's blocks may be dealt out among ranks, every so many-th of them here."""
+    size = step.page_size
+    queries = min(QUERIES, 1 << (step.longest - 1).bit_length())
+    rows, every = [], 1
+    for number, piece in enumerate(step.pieces):
+        keys, block = len(piece.positions), int(piece.positions[0]) // size
+        if keys > size:
+            every = int(piece.positions[size]) // size - block
+        seen = piece.first_visible(back) // size
+        for at in range(*piece.rows, queries):
+            count, start = min(queries, piece.rows[1] - at), piece.start + at - piece.rows[0]
+            rows.append((number, at, count, start, keys, seen, block))
     table = np.asarray(rows, dtype=np.int32).reshape(-1, FIELDS)
-    return Tiles(torch.from_numpy(table).to(pages_BP.device), pages_BP, queries, every)
+    return Tiles(on_device(table, step.device), step.pages_BP, queries, every)
 
 
 def takes(q_THD: Tensor, k_PSGD: Tensor, v_PSGE: Tensor) -> bool:
