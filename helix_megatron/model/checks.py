@@ -87,20 +87,16 @@ def _check_linear_attention(model: ModelSizes) -> None:
     _check_pattern(model, "linear_attention_freq")
     keys, values = model.linear_num_key_heads, model.linear_num_value_heads
     if values % keys:
-        raise HelixError(
-            with_settings(
-                f"<linear_num_value_heads> {values} is no multiple of <linear_num_key_heads> {keys}. Give a "
-                "multiple of it."
-            )
+        raise setting_error(
+            f"<linear_num_value_heads> {values} is no multiple of <linear_num_key_heads> {keys}. Give a "
+            "multiple of it."
         )
     usual = model.normalization == "RMSNorm" and model.swiglu and model.disable_bias_linear
     if not usual or model.post_norms or model.qk_norm_all_heads:
-        raise HelixError(
-            with_settings(
-                "<linear_attention_freq> is for models with <normalization> RMSNorm, <swiglu> and "
-                "<disable_bias_linear>, without <post_norms> and <qk_norm_all_heads>. Change these, or "
-                "leave it out."
-            )
+        raise setting_error(
+            "<linear_attention_freq> is for models with <normalization> RMSNorm, <swiglu> and "
+            "<disable_bias_linear>, without <post_norms> and <qk_norm_all_heads>. Change these, or "
+            "leave it out."
         )
 
 

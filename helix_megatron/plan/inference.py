@@ -389,8 +389,8 @@ def _decode_latent(
 
 
 def fullest(mean: float, variance: float, ranks: int, most: float = math.inf) -> float:
-    """The load of the fullest of so many ranks whose loads are drawn alike: the mean, and √(2 ln ranks) deviations,
-    the usual bound of the expected maximum; tokens choose experts at random."""
+    """The load of the fullest of so many ranks whose loads are drawn alike: the mean, and √(2 ln ranks)
+    deviations, the usual bound of the expected maximum; tokens choose experts at random."""
     return min(most, mean + math.sqrt(2 * math.log(ranks) * variance))
 
 

@@ -246,14 +246,14 @@ class RunConfig:
     def _check_linear_attention(self) -> None:
         heads = self.model.linear_num_key_heads
         if heads % self._tensor:
-            raise HelixError(
+            raise setting_error(
                 f"gated delta nets are cut by their own heads, and {counted(heads, 'key head')} cannot be "
-                f"dealt to {self._tensor} tensor parallel ranks. Valid --tensor-model-parallel-size: "
+                f"dealt to {self._tensor} tensor parallel ranks. Valid <tensor_model_parallel_size>: "
                 f"{listed(divisors(heads))}."
             )
         if self._context > 1 or self.data.packed_documents:
-            raise HelixError(
-                "--context-parallel-size and --packed-documents do not work with --linear-attention-freq: a "
+            raise setting_error(
+                "<context_parallel_size> and <packed_documents> do not work with <linear_attention_freq>: a "
                 "gated delta net of Megatron needs the whole of one sequence. Leave them out."
             )
 
