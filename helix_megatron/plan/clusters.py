@@ -95,7 +95,6 @@ CLUSTERS = {
     )
 }
 LOCAL = "this-machine"
-MOST_YAML = 1 << 14  # bytes
 # Links of the GPUs that are known by nvidia-smi's name for them.
 LOCAL_LINKS = {
     "a100": NVLINK3,

@@ -12,24 +12,21 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from helix_megatron.attention_rates import WRITING, kernel_that_runs
-from helix_megatron.core.caches import NAMES, DecodeShape, cache_layout
-from helix_megatron.core.layout import HeadLayout
-from helix_megatron.hardware import CHIPS
+from helix_megatron.core.caches import NAMES, cache_layout
 from helix_megatron.plan.collective_time import (
     Group,
     collective_seconds,
     point_to_point_seconds,
 )
-from helix_megatron.plan.layouts import Layout, head_layout, strip
-from helix_megatron.plan.memory import Memory, expert_weights, rank_weights
+from helix_megatron.plan.inference_memory import cache_bytes, cache_shape, inference_memory
+from helix_megatron.plan.layouts import Layout, strip
 from helix_megatron.plan.mixers import Linear
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.operators import LayerKind, layer_kinds
 from helix_megatron.plan.roofline import decode_seconds, stream_seconds
 from helix_megatron.plan.schedule import pipeline_seconds
 from helix_megatron.plan.score import Prediction, layers_cost
-from helix_megatron.plan.settings import Job, Scenario, Software
+from helix_megatron.plan.settings import Scenario, Software
 from helix_megatron.plan.steps import FORWARD, Recorder, Step
 from helix_megatron.plan.traffic import Traffic, added, layer_traffic, traffic_of
 
@@ -43,75 +40,6 @@ def inference_software(software: Software) -> Software:
 def for_inference(scenario: Scenario) -> Scenario:
     """The same with `inference_software`."""
     return scenario._replace(software=inference_software(scenario.software))
-
-
-def cache_bytes(
-    model: ModelSpec, layout: Layout, sequences: int, context: int, element: int
-) -> float:
-    """Bytes of keys and values, or of latents, of one layer with attention on one rank."""
-    if layout.cache in NAMES:
-        shape = cache_shape(model, layout, sequences, context, element)
-        return cache_layout(layout.cache).read_bytes(shape)
-    if model.special.latent:  # all ranks together keep it once
-        return sequences * context * model.special.latent.cached * element / layout.tp
-    if layout.segments > 1:
-        shape = cache_shape(model, layout, sequences, context, element)
-        return shape.cache_bytes() / layout.segments
-    # Stock: a copy on every rank that has query heads of it.
-    kv_heads = max(1.0, model.num_query_groups / layout.tp)
-    return 2 * sequences * context * kv_heads * model.head_dim * element
-
-
-def cache_shape(
-    model: ModelSpec, layout: Layout, sequences: int, context: int, element: int
-) -> DecodeShape:
-    """What the ranks of a head group keep together; latents are one head of all tensor parallel ranks."""
-    latent = model.special.latent
-    if latent is None:
-        heads = head_layout(model, layout.tp, layout.segments, layout.query_layout)
-        return DecodeShape(heads, sequences, context, element)
-    sizes = model.num_attention_heads, 1, latent.cached
-    heads = HeadLayout(*sizes, segments=layout.tp, query_layout="heads", rotary="none")
-    return DecodeShape(
-        heads, sequences, context, element, latent.kv_rank, whole_keys=True, latent=True
-    )
-
-
-def average_cache_bytes(
-    model: ModelSpec, layout: Layout, sequences: int, context: int, element: int
-) -> float:
-    """Bytes of an average layer on one rank: keys and values, and states of linear attention in fp32."""
-    whole = model.attention_layers - model.windows
-    total = whole * cache_bytes(model, layout, sequences, context, element)
-    total += model.windows * cache_bytes(model.local_model, layout, sequences, context, element)
-    if model.special.linear:
-        states = 4.0 * sequences * model.special.linear.state / layout.tp
-        total += model.special.linear_layers * states
-    return total / model.num_layers
-
-
-def inference_memory(model: ModelSpec, layout: Layout, job: Job, software: Software) -> Memory:
-    """Weights, the cache of all sequences of a replica, and the work space of a micro-batch."""
-    weights = (rank_weights(model, layout) + expert_weights(model, layout)) * software.weight_bytes
-    layers = max(layout.stages(model.num_layers))
-    sequences = job.global_batch // layout.dp
-    cache = layers * average_cache_bytes(model, layout, sequences, job.sequence, software.element)
-    cache /= layout.cp
-    tokens = layout.micro_batch * (job.sequence / layout.cp if job.task == "prefill" else 1)
-    inner = model.fc1_factor * model.ffn / layout.tp + model.qkv_rows / layout.tp
-    work = tokens * (4 * model.hidden_size + 2 * inner) * software.element
-    if job.task == "prefill" and writes_scores(model, software):
-        work += 6 * tokens * model.num_attention_heads / layout.tp * job.sequence
-    return Memory(weights=weights, activations=work, cache=cache)
-
-
-def writes_scores(model: ModelSpec, software: Software) -> bool:
-    """Whether attention over prompts has no kernel that keeps scores on the chip."""
-    grouped = model.num_query_groups < model.num_attention_heads
-    kernel = kernel_that_runs(
-        CHIPS["h100"], model.head_dim, grouped=grouped, training=False, asked=software.kernel
-    )
-    return kernel in WRITING
 
 
 class StageSeconds(NamedTuple):
@@ -389,8 +317,8 @@ def _decode_latent(
 
 
 def fullest(mean: float, variance: float, ranks: int, most: float = math.inf) -> float:
-    """The load of the fullest of so many ranks whose loads are drawn alike: the mean, and √(2 ln ranks)
-    deviations, the usual bound of the expected maximum; tokens choose experts at random."""
+    """The load of the fullest of so many ranks whose loads are drawn alike: the mean and √(2 ln ranks)
+    deviations, the usual bound of the expected maximum. Tokens choose experts at random."""
     return min(most, mean + math.sqrt(2 * math.log(ranks) * variance))
 
 

@@ -15,12 +15,8 @@ import functools
 import math
 from typing import NamedTuple
 
-from helix_megatron.plan.inference import (
-    average_cache_bytes,
-    inference_memory,
-    predict_decode,
-    predict_prefill,
-)
+from helix_megatron.plan.inference import predict_decode, predict_prefill
+from helix_megatron.plan.inference_memory import average_cache_bytes, inference_memory
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.settings import Job, Scenario
 

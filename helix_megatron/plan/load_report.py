@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from helix_megatron.core.caches import NAMES as CACHES
 from helix_megatron.errors import divisors
@@ -12,9 +12,7 @@ from helix_megatron.plan.launch_commands import not_served, serving_command
 from helix_megatron.plan.load import Load, Served, serve
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.search import search
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from helix_megatron.tables import text_table
 
 
 def served(plan: Plan, load: Load) -> list[Served]:
@@ -65,29 +63,28 @@ def load_json(plan: Plan, load: Load, found: list[Served]) -> dict[str, Any]:
 
 def print_load(plan: Plan, load: Load, found: list[Served], count: int) -> None:
     """The table, what it is worth, and the command of the first row."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console: Console = Console(width=160, markup=False, emoji=False, highlight=False)
     saturated = load.rate == float("inf")
     rate = "as many requests as it can serve" if saturated else f"{load.rate:g} requests a second"
-    console.print(
+    print(
         f"{plan.model.name} on {plan.gpus} × {plan.cluster.chip.name}, {plan.cluster.name}: {rate}, prompts of "
         f"{load.prompt} tokens, answers of {load.output}, {plan.software.precision}. All figures are simulated."
     )
     if not found:
-        console.print(
-            "Nothing fits: not one sequence of this length beside the weights. Try more GPUs."
-        )
+        print("Nothing fits: not one sequence of this length beside the weights. Try more GPUs.")
         return
-    table = Table(title="Layouts by the time of an answer; those that cannot keep up come last")
-    table.add_column("#", justify="right")
-    table.add_column("layout")
-    table.add_column("cache")
-    for title in ("at once", "fit", "tokens/s", "ms to first", "ms per token", "keeps up"):
-        table.add_column(title, justify="right")
-    for number, one in enumerate(found[:count], start=1):
-        table.add_row(
+    head = (
+        "#",
+        "layout",
+        "cache",
+        "at once",
+        "fit",
+        "tokens/s",
+        "ms to first",
+        "ms per token",
+        "keeps up",
+    )
+    rows = [
+        (
             str(number),
             one.layout.describe(),
             one.layout.cache if one.layout.cache in CACHES else "whole heads",
@@ -98,16 +95,19 @@ def print_load(plan: Plan, load: Load, found: list[Served], count: int) -> None:
             f"{one.token * 1e3:.2f}",
             "–" if saturated else "yes" if one.sustained else "no",
         )
-    console.print(table)
-    console.print("at once, fit: sequences of one replica; tokens/s: of answers, all GPUs.")
-    console.print(
+        for number, one in enumerate(found[:count], start=1)
+    ]
+    print("Layouts by the time of an answer; those that cannot keep up come last:")
+    print(text_table(head, rows, left=3))
+    print("at once, fit: sequences of one replica; tokens/s: of answers, all GPUs.")
+    print(
         f"Time per token: {band(plan.scenario, found[0].layout).text()}. Time to first: not validated."
     )
-    console.print(verdict_text(plan, load, found))
+    print(verdict_text(plan, load, found))
     layout = found[0].layout
     batch = max(1, round(found[0].sequences)) * layout.dp
     job = dataclasses.replace(plan.job, global_batch=batch)
-    console.print("\n" + serving_command(dataclasses.replace(plan, job=job), layout))
+    print("\n" + serving_command(dataclasses.replace(plan, job=job), layout))
 
 
 def verdict_text(plan: Plan, load: Load, found: list[Served]) -> str:

@@ -14,7 +14,7 @@ from helix_megatron.core.exchanges import EXACT, NO_EXCHANGE
 from helix_megatron.errors import HelixError, divisors
 from helix_megatron.plan import refusals
 from helix_megatron.plan.clusters import Cluster
-from helix_megatron.plan.inference import inference_memory
+from helix_megatron.plan.inference_memory import inference_memory
 from helix_megatron.plan.layouts import Layout, attention_shape, head_layout, strip
 from helix_megatron.plan.memory import RECOMPUTE, training_bytes, training_states
 from helix_megatron.plan.models import ModelSpec

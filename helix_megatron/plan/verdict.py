@@ -8,7 +8,7 @@ from collections.abc import Callable
 from helix_megatron.errors import divisors, listed
 from helix_megatron.hardware import FRAMEWORK_BYTES
 from helix_megatron.plan.evidence import band
-from helix_megatron.plan.inference import average_cache_bytes
+from helix_megatron.plan.inference_memory import average_cache_bytes
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.memory import training_states
 from helix_megatron.plan.results import Plan, Row
@@ -55,10 +55,6 @@ def verdict(plan: Plan) -> tuple[bool, str]:
         text = f"no layout that cuts heads fits. Best: {whole}."
         if plan.model.special.latent:
             text = f"its latent attention has no key-value heads to cut. Best: {whole}."
-            if plan.job.task != "train":
-                text += (
-                    " helix serve keeps the latents once on all ranks; here they are on every one."
-                )
         return False, f"Helix does not help here: {text}"
     if stock is None:
         return True, f"Helix helps: nothing runs here without cutting heads. Best: {cut}."

@@ -12,7 +12,8 @@ from helix_megatron.core.layout import HeadLayout
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.command import plan_main
 from helix_megatron.plan.explain import kinds_of_layers
-from helix_megatron.plan.inference import cache_bytes, decode_steps, inference_memory
+from helix_megatron.plan.inference import decode_steps
+from helix_megatron.plan.inference_memory import cache_bytes, inference_memory
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import model_of
 from helix_megatron.plan.operators import latent_steps, layer_kinds, linear_steps

@@ -12,7 +12,8 @@ from waiting import run_python
 from helix_megatron.errors import HelixError
 from helix_megatron.plan.clusters import CLUSTERS, Cluster, cluster_of
 from helix_megatron.plan.collective_time import Group
-from helix_megatron.plan.inference import inference_memory, predict_decode
+from helix_megatron.plan.inference import predict_decode
+from helix_megatron.plan.inference_memory import inference_memory
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import ModelSpec, model_of
 from helix_megatron.plan.operators import attention_steps
