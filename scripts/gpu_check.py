@@ -24,11 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_check_paged
+
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 8
 EXACT, HALF = 1e-10, 2.0  # fp64 error; half-precision error in multiples of the unsharded one's
-# Dimensions of keys and of values, positions of a page.
-PAGED_SIZES = ((64, 64, 16), (128, 128, 16), (128, 128, 64), (192, 128, 16), (256, 256, 16))
 LOSSES = 2e-2  # relative difference of losses in bf16
 
 
@@ -363,33 +363,10 @@ def kernels(machine: Machine) -> int:
                 f"| {dim} | {shown} | {error:.2f} | {seconds * 1e3:.2f} | {verdict(right)} |",
                 flush=True,
             )
-    return int(not (good & paged_kernels_are_right(machine)))
-
-
-def paged_kernels_are_right(machine: Machine) -> bool:
-    """Print how much each kernel for attention over pages differs from torch; whether all of it is allowed."""
-    import torch
-
-    from helix_megatron.core.kernels.paged import ALLOWED, Kind, largest_error, paged_kernels
-
-    found, good = paged_kernels(machine.device), True
-    print(f"\n{found.text}\n\nbf16, largest difference from torch in fp32, of the largest value:\n")
-    print(markdown(("kernel", "d", "page", "window, soft cap", "difference", ""), []), end="")
-    for kernel in found.kernels:
-        for d, e, size in PAGED_SIZES:
-            shapes = (1, 8, d), (1, size, 2, d), (1, size, 2, e)
-            q, k, v = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
-            for more in (False, True) if kernel.takes(q, k, v) else ():
-                kind = Kind(8, 2, d, e, size, torch.bfloat16, windowed=more, capped=more)
-                try:
-                    error = largest_error(kernel, kind, torch.device(machine.device))
-                    right = error <= ALLOWED[torch.bfloat16]
-                    result = f"{error:.1e} | {verdict(right)}"
-                    good &= right
-                except Exception as refusal:  # helix then goes on with the next one
-                    result = f" | {type(refusal).__name__}: {str(refusal)[:80]}"
-                print(f"| {kernel.NAME} | {d}, {e} | {size} | {more} | {result} |", flush=True)
-    return good
+    text, rows, paged_good = gpu_check_paged.differences(machine.device)
+    print(f"\n{text}\n\nbf16, largest difference from torch in fp32, of the largest value:\n")
+    print(markdown(("kernel", "d", "page", "window, soft cap", "difference"), rows))
+    return int(not (good and paged_good))
 
 
 def attempts(found: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

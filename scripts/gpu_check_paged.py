@@ -1,0 +1,33 @@
+"""What gpu_check.py says of kernels for attention over pages."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+DIMS = (64, 64), (128, 128), (192, 128), (256, 256)  # of keys and of values
+PAGE_SIZES = (16, 64)
+
+
+def differences(device: str) -> tuple[str, list[tuple[Any, ...]], bool]:
+    """(which kernels there are, how much each differs from torch, whether all of it is allowed).
+
+    What a kernel refuses is allowed: the engine then asks the next one.
+    """
+    import torch
+
+    from helix_megatron.core.kernels.paged import ALLOWED, Kind, largest_error, paged_kernels
+
+    found, rows, good = paged_kernels(device), [], True
+    for kernel, (d, e), size, more in product(found.kernels, DIMS, PAGE_SIZES, (False, True)):
+        kind = Kind(8, 2, d, e, size, torch.bfloat16, windowed=more, capped=more)
+        try:
+            error = largest_error(kernel, kind, torch.device(device))
+        except Exception as refusal:
+            text = f"{type(refusal).__name__}: {str(refusal)[:80]}"
+        else:
+            right = error <= ALLOWED[kind.dtype]
+            good &= right
+            text = f"{error:.1e}, {'ok' if right else '**wrong**'}"
+        rows.append((kernel.NAME, f"{d}, {e}", size, more, text))
+    return found.text, rows, good
