@@ -35,7 +35,16 @@ from helix_megatron.megatron.context_parallel import (
 )
 from helix_megatron.megatron.norms import with_classes
 from helix_megatron.megatron.random import fork_head_group_state
-from helix_megatron.megatron.support import BATCH, KERNEL, LEFT_CUT, STOCK, check, problem, refusal
+from helix_megatron.megatron.support import (
+    BATCH,
+    KERNEL,
+    LEFT_CUT,
+    PACKED,
+    STOCK,
+    check,
+    problem,
+    refusal,
+)
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
 
@@ -140,6 +149,7 @@ class HelixCoreAttention(DotProductAttention):
         """`context_parallel.over_context` in this layer's group; `packed` is Megatron's `PackedSeqParams`."""
         group, documents = self.pg_collection.cp, None
         if packed is not None:
+            check(self.config, PACKED)
             group = packed.cp_group or group
             documents, mask = documents_of(packed), dataclasses.replace(mask, hidden=None)
         return over_context(q, k, v, attend, mask=mask, group=group, documents=documents)

@@ -19,6 +19,7 @@ CUT = "where queries are cut, too"
 KERNEL = "with Helix's own attention kernels"
 LEFT_CUT = "with an exchange that leaves heads cut"
 BATCH = "with exchange all-to-all-batch"
+PACKED = "with packed sequences in Helix's own attention kernels"
 
 _HOST = ("Set ", Setting("kernel", "host"), " with a layer spec of Transformer Engine's")
 _HEADS = ("Set ", Setting("query_layout", "heads"), " where the query heads divide evenly")
@@ -111,6 +112,9 @@ REFUSED = (
     Refused("fp8_dot_product_attention", False, KERNEL, "they do not compute in fp8", _HOST),
     Refused("fp8_multi_head_attention", False, KERNEL, "they do not compute in fp8", _HOST),
     Refused("attention_bias", None, KERNEL, "they take none", _HOST),
+    Refused(
+        "cuda_graph_impl", "none", PACKED, "the borders of documents are read on the host", _HOST
+    ),
 )
 
 

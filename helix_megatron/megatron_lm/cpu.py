@@ -32,6 +32,7 @@ DEFAULTS = {
     "no_persist_layer_norm": True,
     "apply_rope_fusion": False,
     "masked_softmax_fusion": False,
+    "cp_comm_type": ["all_gather"],
 }
 _added: list[str] = []
 
@@ -135,6 +136,7 @@ def _defaults(upstream: Any) -> Callable[..., Any]:
 
     --distributed-backend gloo --transformer-impl local --use-cpu-initialization
     --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion
+    --cp-comm-type all_gather
     """
 
     @functools.wraps(upstream)

@@ -311,3 +311,18 @@ def test_dynamic_context_has_pages_for_the_heads_of_a_rank(pool):
         pool.run(paged, uneven, 1, world_size=4)
     with pytest.raises(RankError, match=r"inference_context = dynamic does not work where queries"):
         pool.run(paged, Layer(2, 2, 8, 4, 2), 1, world_size=4)
+
+
+def captured(layer: Layer) -> None:
+    """A layer for CUDA graphs is built, and is given packed sequences."""
+    build(layer, cuda_graph_impl="local").core_attention.over_context(*[None] * 5, packed=object())
+
+
+@pytest.mark.parametrize("exchange", ["gather-kv", "all-to-all-heads", "gather-qk"])
+def test_cuda_graphs_are_refused_with_packed_sequences_alone(pool, exchange):
+    """Our kernels read the borders of documents on the host, which a graph cannot capture; all else it can
+    (tests/megatron/test_fake_cuda.py)."""
+    layout = "heads" if exchange == "gather-kv" else "segments"
+    layer = Layer(8, 2, 8, 4, 2, exchange=exchange, query_layout=layout)
+    with pytest.raises(RankError, match="cuda_graph_impl = local does not work with packed seq"):
+        pool.run(captured, layer, world_size=4)

@@ -23,6 +23,7 @@ from helix_megatron.megatron.support import (
     EVERYWHERE,
     KERNEL,
     LEFT_CUT,
+    PACKED,
     REFUSED,
     check,
     problem,
@@ -178,6 +179,7 @@ BAD = {
     "batch_invariant_mode": True,
     "fp8_dot_product_attention": True,
     "fp8_multi_head_attention": True,
+    "cuda_graph_impl": "local",
 }
 BATCH_INVARIANT = {"flash_attention_version": 3, "attention_dropout": 0.0} if MINOR > 16 else {}
 """What later megatron-cores want with it."""
@@ -212,7 +214,7 @@ def test_refused_settings_are_megatrons_and_off_by_default():
     assert named - ARGUMENTS == set(BAD)
     assert len({(row.name, row.where) for row in REFUSED}) == len(REFUSED)
     config = helix_config()  # raises if a default were refused
-    for where in (EVERYWHERE, CUT, KERNEL, LEFT_CUT, BATCH):
+    for where in (EVERYWHERE, CUT, KERNEL, LEFT_CUT, BATCH, PACKED):
         assert problem(config, where) is None
 
 

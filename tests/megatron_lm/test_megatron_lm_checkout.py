@@ -126,8 +126,9 @@ def test_a_hybrid_model_has_the_losses_of_one_rank() -> None:
         [*flags(4, 2), "--sequence-parallel"],
         [*flags(2, 2), "--pipeline-model-parallel-size", "2"],
         [*flags(2, 2), "--use-distributed-optimizer"],
+        [*flags(2, 2), "--context-parallel-size", "2"],
     ],
-    ids=["tp4", "tp4-sp", "tp2-pp2", "tp2-dp2"],
+    ids=["tp4", "tp4-sp", "tp2-pp2", "tp2-dp2", "tp2-cp2"],
 )
 def test_losses_are_those_of_one_rank(given) -> None:
     """Tensor parallelism above the two heads of the model, with everything that is combined with it."""
