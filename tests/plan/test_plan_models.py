@@ -9,13 +9,14 @@ from refusals import refusal
 
 from helix_megatron.core.caches import DecodeShape, cache_layout
 from helix_megatron.core.layout import HeadLayout
+from helix_megatron.model.families import family_of
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.command import plan_main
 from helix_megatron.plan.explain import kinds_of_layers
 from helix_megatron.plan.inference import decode_steps
 from helix_megatron.plan.inference_memory import cache_bytes, inference_memory
 from helix_megatron.plan.layouts import Layout
-from helix_megatron.plan.models import model_of
+from helix_megatron.plan.models import model_of, spec_of_config, spec_of_flags
 from helix_megatron.plan.operators import latent_steps, layer_kinds, linear_steps
 from helix_megatron.plan.published_sizes import CONFIGS
 from helix_megatron.plan.results import Plan
@@ -92,7 +93,8 @@ def test_caches_hold_what_was_worked_out_by_hand(name, tensor_parallel, elements
     )
     assert long - short == pytest.approx(2 * elements * (sizes[0] - sizes[1]))
     linear = model.special.linear
-    states = 4 * model.special.linear_layers * linear.state / tensor_parallel if linear else 0
+    states = 4 * linear.state + 2 * linear.channels * linear.kernel if linear else 0
+    states *= model.special.linear_layers / tensor_parallel
     assert long - 2 * elements * sizes[0] == pytest.approx(states)
 
 
@@ -193,3 +195,12 @@ def test_latents_cost_what_the_code_that_runs_sends(cache):
         assert step.moved in (collective.size, collective.gathered)
     read = cache_layout(cache).read_bytes(shape)
     assert read == cache_bytes(model, layout, 16, 4096, 2) == 16 * 4096 * 576 * 2 / 8
+
+
+def test_flags_of_gated_delta_nets_count_as_their_config():
+    """What a converted checkpoint says is the model that its config.json was."""
+    config = CONFIGS["qwen3.5-122b-a10b"]
+    flags = family_of(config).model_flags(config)
+    by_flags, by_config = spec_of_flags("", flags, ""), spec_of_config("", config, "")
+    assert by_flags.special == by_config.special
+    assert by_flags.parameters == pytest.approx(by_config.parameters, rel=1e-4)
