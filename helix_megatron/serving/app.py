@@ -80,9 +80,10 @@ class PlainPaths:
 
 
 def _key(service: Service) -> list[Any]:
-    def authorised(
+    async def authorised(
         request: Request, _: Annotated[object, Security(HTTPBearer(auto_error=False))]
     ) -> None:
+        # async, or each request would have a thread of its own for it, with memory of its own
         service.authorise(request)
 
     return [Depends(authorised)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import threading
 from collections.abc import Iterator
 
 import openai
@@ -31,6 +32,14 @@ def client(served) -> openai.OpenAI:
 def test_no_torch():
     """The server's side must start fast, and run where there is no torch."""
     assert printed_afresh("import helix_megatron.serving.server") == ["[]"]
+
+
+def test_no_thread_for_a_request(client):
+    """What a thread frees stays its own: a server that hops to others grows with its load."""
+    client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+    names = {thread.name for thread in threading.enumerate()}
+    assert "helix-http" in names
+    assert not any("AnyIO" in name for name in names)
 
 
 def test_completion(client):
