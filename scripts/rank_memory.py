@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ def _states(model: Any) -> Iterator[torch.Tensor]:
 def as_planned(settings: Mapping[str, Any], ranks: int, segments: int) -> RankMemory:
     """The same from `helix plan`, experts cut for all ranks."""
     model = spec_of_config("model", settings, "")
-    layout = Layout(tp=ranks, etp=ranks, segments=segments, query_layout="heads", cache="sequence")
+    sizes = {"tp": ranks, "etp": ranks, "segments": segments, "query_layout": "heads"}
+    layout = Layout(**sizes, cache="sequence" if segments > 1 else "heads")
     job = Job("decode", sequence=CONTEXT, global_batch=1)
     memory = inference_memory(model, layout, job, Software())
     return RankMemory(segments, memory.weights, memory.cache)
@@ -126,8 +127,12 @@ def rows() -> Iterator[tuple[str, ...]]:
     for name in MODELS:
         for ranks in RANKS:
             run = as_run(CONFIGS[name], ranks)
-            m = 1 if "kv_lora_rank" in CONFIGS[name] else run.segments
-            plain, cut = (as_planned(CONFIGS[name], ranks, one) for one in (1, m))
+            latent = "kv_lora_rank" in CONFIGS[name]
+            plain, cut = (
+                as_planned(CONFIGS[name], ranks, 1 if latent else m) for m in (1, run.segments)
+            )
+            if latent:  # of which plain TP has a copy on every rank
+                plain = replace(plain, cache=plain.cache * ranks)
             sizes = (plain.weights, plain.cache), (cut.weights, cut.cache), (run.weights, run.cache)
             texts = [f"{size / 1e9:.2f} GB" for pair in sizes for size in pair]
             yield f"{name}, {ranks}", *texts[:2], str(run.segments), *texts[2:]

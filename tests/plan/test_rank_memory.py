@@ -33,6 +33,7 @@ def test_latents_are_kept_once():
     settings = CONFIGS["deepseek-v3"] | {"num_hidden_layers": 4}
     run = rank_memory.as_run(settings, 8)
     assert run.cache * 8 == 2 * 576 * 4 * rank_memory.CONTEXT
+    assert rank_memory.as_planned(settings, 8, 1).cache == run.cache
 
 
 @pytest.mark.full("conversion")
