@@ -94,6 +94,16 @@ def block_cut(dim: int, size: int, ranks: int, blocks: int = 1) -> Cut:
     return Cut(dim, tuple(part.reshape(-1) for part in parts))
 
 
+def parts_cut(dim: int, sizes: Sequence[int], ranks: int) -> Cut:
+    """Each of the neighbouring parts of a dimension, of these sizes, dealt as `block_cut` deals one."""
+    starts = np.cumsum([0, *sizes])
+    parts = [block_cut(dim, size, ranks).indices for size in sizes]
+    dealt = (
+        [start + part[r] for start, part in zip(starts, parts, strict=False)] for r in range(ranks)
+    )
+    return Cut(dim, tuple(map(np.concatenate, dealt)))
+
+
 @lru_cache(maxsize=256)
 def query_cut(dim: int, layout: HeadLayout) -> Cut:
     """Rows of a query projection, or columns of an output projection, [h, d]."""

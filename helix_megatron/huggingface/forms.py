@@ -18,7 +18,7 @@ import numpy as np
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
-from helix_megatron.huggingface.cuts import Cut, block_cut, kv_cut, query_cut
+from helix_megatron.huggingface.cuts import Cut, block_cut, kv_cut, parts_cut, query_cut
 
 # Model types beside the families of conversion that the tests show to be cut exactly by their form.
 # fmt: off
@@ -273,6 +273,32 @@ def expert_cuts(module: Any, ranks: int) -> Iterator[tuple[str, Cut]]:
     if f"{up}_bias" in parameters:
         yield f"{up}_bias", Cut(1, cut.indices)
     yield "down_proj", block_cut(columns, size, ranks)
+
+
+# Projections of a gated delta net, of Qwen3-Next and of Qwen3.5, and what it counts of its heads.
+DELTA_NET_INPUTS = ({"in_proj_qkvz", "in_proj_ba"}, {f"in_proj_{part}" for part in ("qkv", *"zba")})
+DELTA_NET_SIZES = ("num_k_heads", "num_v_heads", "key_dim", "value_dim", "conv_dim")
+
+
+def delta_net_cuts(module: Any, ranks: int) -> Iterator[tuple[str, Cut]]:
+    """(name below the module, cut) of a gated delta net, by its key heads and the value heads of each.
+
+    Nothing where the ranks do not divide the key heads: then it stays whole.
+    """
+    parts = {n for n, part in module.named_children() if next(part.parameters(), None) is not None}
+    inputs = parts - {"conv1d", "norm", "out_proj"}
+    if inputs not in DELTA_NET_INPUTS or not all(hasattr(module, n) for n in DELTA_NET_SIZES):
+        return
+    if module.num_k_heads % ranks:
+        return
+    channels = parts_cut(0, (module.key_dim, module.key_dim, module.value_dim), ranks)
+    for name in sorted(inputs):
+        whole = block_cut(0, getattr(module, name).out_features, ranks)
+        yield from _linear(module, name, channels if name == "in_proj_qkv" else whole)
+    yield from _linear(module, "conv1d", channels)
+    for name in ("dt_bias", "A_log"):
+        yield name, block_cut(0, module.num_v_heads, ranks)
+    yield "out_proj.weight", block_cut(1, module.value_dim, ranks)
 
 
 def check_divides(what: str, size: int, ranks: int) -> None:

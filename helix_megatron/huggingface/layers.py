@@ -74,6 +74,29 @@ class PartitionedExperts(Partitioned):
         return sum_of(part, group, purpose=purpose)
 
 
+class PartitionedDeltaNet(Partitioned):
+    """A gated delta net with some of its key heads, and the value heads of each. `out_proj` sums."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, L, D] → [B, L, D], both replicated; states in a cache are those of this rank's heads."""
+        x = to_ranks(hidden_states, self.sharding.tensor_group, purpose="tensor/delta-net")
+        return super().forward(x, *args, **kwargs)
+
+
+class PartitionedHeads(Partitioned):
+    """A norm of whole heads of which this rank has some. The gradient of its weight is the sum over ranks."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the library's own."""
+        parameters: dict[str, Any] = self._parameters
+        weight, group = parameters["weight"], self.sharding.tensor_group
+        parameters["weight"] = to_ranks(weight, group, purpose="tensor/head-norm")
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            parameters["weight"] = weight
+
+
 class PartitionedEmbedding(Partitioned):
     """The rows of some tokens. `first_token` is the first of them."""
 

@@ -13,6 +13,7 @@ from helix_megatron.huggingface.cuts import Cut, block_cut
 from helix_megatron.huggingface.forms import (
     AttentionForm,
     attention_form,
+    delta_net_cuts,
     expert_cuts,
     mlp_cuts,
 )
@@ -33,9 +34,10 @@ NO_PROBABILITIES = (
 class Plan:
     """Which parameters of a model are cut, and how.
 
-    helix: the setting; attention: the attention modules by path; layout: of the first of them; mlps, experts:
-    paths of the modules that are cut; cuts: by the name in the model's state dictionary (a tied parameter has
-    two), replicated parameters left out; embeddings, mlp: what `shard` was asked to cut besides attention.
+    helix: the setting; attention: the attention modules by path; layout: of the first of them; mlps, experts,
+    delta_nets: paths of the modules that are cut; cuts: by the name in the model's state dictionary (a tied
+    parameter has two), replicated parameters left out; embeddings, mlp: what `shard` was asked to cut besides
+    attention.
     """
 
     helix: HelixConfig
@@ -43,6 +45,7 @@ class Plan:
     layout: HeadLayout
     mlps: Sequence[str]
     experts: Sequence[str]
+    delta_nets: Sequence[str]
     cuts: Mapping[str, Cut]
     embeddings: bool
     mlp: bool
@@ -105,24 +108,22 @@ def plan(
     _check_setting(model, helix)
     cuts: dict[str, Cut] = {}
     attention: dict[str, AttentionForm] = {}
-    mlps, experts = [], []
+    mlps: list[str] = []
+    experts: list[str] = []
+    delta_nets: list[str] = []
+    others = ((mlps, mlp_cuts), (experts, expert_cuts), (delta_nets, delta_net_cuts))
     for path, module in model.named_modules():
+        own: dict[str, Cut] = {}
         if form := attention_form(
             module, getattr(getattr(module, "config", None), "model_type", kind)
         ):
             attention[path] = form
-            found = form.cuts(module, helix, tensor_parallel_size)
-        elif not mlp:
-            continue
-        elif own := dict(mlp_cuts(module, tensor_parallel_size)):
-            mlps.append(path)
-            found = iter(own.items())
-        elif own := dict(expert_cuts(module, tensor_parallel_size)):
-            experts.append(path)
-            found = iter(own.items())
-        else:
-            continue
-        cuts |= {f"{path}.{name}" if path else name: cut for name, cut in found}
+            own = dict(form.cuts(module, helix, tensor_parallel_size))
+        for paths, cuts_of in others if mlp and form is None else ():
+            if own := dict(cuts_of(module, tensor_parallel_size)):
+                paths.append(path)
+                break
+        cuts |= {f"{path}.{name}" if path else name: cut for name, cut in own.items()}
     if not attention:
         raise _not_found(model, "no attention module of a decoder")
     layouts = [form.layout(helix, tensor_parallel_size) for form in attention.values()]
@@ -140,7 +141,7 @@ def plan(
             raise _not_found(model, what)
     if embeddings:
         cuts |= _vocabulary_cuts(model, tensor_parallel_size)
-    return Plan(helix, attention, layouts[0], mlps, experts, cuts, embeddings, mlp)
+    return Plan(helix, attention, layouts[0], mlps, experts, delta_nets, cuts, embeddings, mlp)
 
 
 def as_config(helix: HelixConfig | Mapping[str, Any] | int) -> HelixConfig:

@@ -17,7 +17,7 @@ from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface import attention, layers, upstream
 from helix_megatron.huggingface.cuts import Cut
-from helix_megatron.huggingface.forms import SHOWN
+from helix_megatron.huggingface.forms import DELTA_NET_SIZES, SHOWN
 from helix_megatron.huggingface.groups import intra_head_group_of
 from helix_megatron.huggingface.plan import Plan, as_config, plan
 from helix_megatron.huggingface.sharding import Sharding
@@ -236,6 +236,15 @@ def _replace_modules(model: Any, sharding: Sharding) -> None:
             if getattr(experts, name, None) == size:
                 setattr(experts, name, size // what.num_ranks)
         layers.replace(experts, layers.PartitionedExperts, sharding=sharding)
+    for path in what.delta_nets:
+        delta_net = modules[path]
+        for name in DELTA_NET_SIZES:
+            setattr(delta_net, name, getattr(delta_net, name) // what.num_ranks)
+        for name in ("groups", "in_channels", "out_channels"):
+            setattr(delta_net.conv1d, name, delta_net.conv_dim)
+        layers.replace(delta_net, layers.PartitionedDeltaNet, sharding=sharding)
+        layers.replace(delta_net.norm, layers.PartitionedHeads, sharding=sharding)
+        layers.replace(delta_net.out_proj, layers.RowParallelLinear, sharding=sharding)
     _settle_experts(model, what)
     if what.embeddings:
         _replace_vocabulary(model, sharding, sharding.rank)

@@ -34,7 +34,7 @@ class Described:
         longest: the positions for which the engine computes what the library does; None: its configuration does
             not say.
         attention: the forms of its attention modules, by path.
-        recurrent: the paths of its layers that keep a state and no keys, all of which every rank has whole.
+        recurrent: the paths of its layers that keep a state and no keys.
         bound: why no sequence can be longer than that, as the rest of a sentence; empty where one can.
         latent_dim: dimensions of a latent with its rotated part; None where keys and values are whole heads.
     """

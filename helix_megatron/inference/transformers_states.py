@@ -21,7 +21,7 @@ CACHE = "cache"  # what the layers call it
 
 
 class States:
-    """The states of all sequences of one rank. Every rank has all of them, as it has the layers whole.
+    """The states of all sequences on one rank: of its own heads of a layer that is cut, of all others whole.
 
     Args:
         model: of `transformers`.
@@ -33,7 +33,8 @@ class States:
         self._parts: list[tuple[slice, Any]] = [(slice(None), None)]
         for path in paths:
             module = model.get_submodule(path)
-            if CACHE not in inspect.signature(module.forward).parameters:
+            classes: list[Any] = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
+            if not any(CACHE in inspect.signature(kind.forward).parameters for kind in classes):
                 raise HelixError(
                     f"{type(module).__name__} of this release of transformers keeps its states in another way. "
                     "Try pip install 'transformers>=5.24'."

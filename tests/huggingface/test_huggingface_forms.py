@@ -119,6 +119,42 @@ def test_every_type_that_counts_as_shown_is_shown():
     assert {tiny_config(family).model_type for family in BY_FORM} == SHOWN
 
 
+@pytest.mark.parametrize(("ranks", "cut"), [(2, True), (4, False)])
+def test_gated_delta_nets_are_cut_where_the_ranks_divide_their_key_heads(ranks, cut):
+    """Two key heads: on two ranks each has one, with its value heads, and half of all matrices."""
+    model = tiny_model("qwen3_5")
+    what = plan(model, 2, ranks)
+    path = "model.layers.0.linear_attn"
+    assert what.delta_nets == [path] * cut
+    whole = {n: t for n, t in model.state_dict().items() if n.startswith(path) and "norm" not in n}
+    for rank in range(ranks):
+        own = what.split(whole, rank)
+        assert {n: t.numel() for n, t in own.items()} == {
+            n: t.numel() // (ranks if cut else 1) for n, t in whole.items()
+        }
+
+
+def run_states() -> list[tuple[int, ...]]:
+    groups = make_groups(2, 2)
+    model = shard(tiny_model("qwen3_next"), 2, tensor_group=groups.tensor)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(), past_key_values=cache, use_cache=True)
+    states = cache.layers[0]
+    return [
+        tuple(state.shape)
+        for kept in (states.conv_states, states.recurrent_states)
+        for state in (kept.values() if isinstance(kept, dict) else kept)
+        if state is not None
+    ]
+
+
+def test_states_of_a_rank_are_those_of_its_heads(pool):
+    """One of 2 key heads and 2 of 4 value heads of 8: half of the states of the whole model."""
+    for shapes in pool.run(run_states, world_size=2, timeout=300):
+        assert shapes == [(2, 32, 4), (2, 2, 8, 8)]
+
+
 def run_caches(family: str) -> list[tuple[int, ...]]:
     groups = make_groups(4, 4)
     model = shard(tiny_model(family), 4, tensor_group=groups.tensor)
