@@ -59,13 +59,17 @@ def cache_bytes(
 def average_cache_bytes(
     model: ModelSpec, layout: Layout, sequences: int, context: int, element: int
 ) -> float:
-    """Bytes of an average layer on one rank: keys and values, and states of linear attention in fp32."""
+    """Bytes of an average layer on one rank: keys and values, and what linear attention keeps of a sequence.
+
+    That is its state in fp32, and the positions that its convolution sees.
+    """
     whole = model.attention_layers - model.windows
     total = whole * cache_bytes(model, layout, sequences, context, element)
     total += model.windows * cache_bytes(model.local_model, layout, sequences, context, element)
     if model.special.linear:
-        states = 4.0 * sequences * model.special.linear.state / layout.tp
-        total += model.special.linear_layers * states
+        linear = model.special.linear
+        states = 4.0 * linear.state + element * linear.channels * linear.kernel
+        total += model.special.linear_layers * sequences * states / layout.tp
     return total / model.num_layers
 
 

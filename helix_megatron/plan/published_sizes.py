@@ -34,7 +34,8 @@ def _qwen3_5(layers: int, hidden: int, heads: int, kv: int, value_heads: int, **
 
 def _qwen3_5_moe(*sizes: int, experts: int, topk: int, ffn: int) -> Any:
     own = {"num_experts": experts, "num_experts_per_tok": topk, "moe_intermediate_size": ffn}
-    return _qwen3_5(*sizes, **own, shared_expert_intermediate_size=ffn)
+    dense = _qwen3_5(*sizes, **own, shared_expert_intermediate_size=ffn)
+    return dense | {"model_type": "qwen3_5_moe_text"}
 
 
 def _nemotron(

@@ -89,7 +89,8 @@ def test_caches_hold_what_was_worked_out_by_hand(name, tensor_parallel, elements
     )
     assert long - short == pytest.approx(2 * elements * (sizes[0] - sizes[1]))
     linear = model.special.linear
-    states = 4 * model.special.linear_layers * linear.state / tensor_parallel if linear else 0
+    states = 4 * linear.state + 2 * linear.channels * linear.kernel if linear else 0
+    states *= model.special.linear_layers / tensor_parallel
     assert long - 2 * elements * sizes[0] == pytest.approx(states)
 
 

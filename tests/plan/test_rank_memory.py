@@ -1,0 +1,41 @@
+"""docs/planner.md's memory of hybrid and latent models is what the code that serves them holds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from helix_megatron.plan.published_sizes import CONFIGS
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+import rank_memory
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* stay whole on every rank")
+
+
+@pytest.mark.parametrize(
+    ("layers", "ranks"), [(4, 8), pytest.param(8, 16, marks=pytest.mark.full("conversion"))]
+)
+def test_planned_is_as_run(layers, ranks):
+    """Some layers of Qwen3.5-397B at full width: the plan's bytes are those of the model and of the engine."""
+    settings = CONFIGS["qwen3.5-397b-a17b"] | {"num_hidden_layers": layers}
+    run = rank_memory.as_run(settings, ranks)
+    planned = rank_memory.as_planned(settings, ranks, run.segments)
+    assert run.segments == ranks // 2
+    assert planned.cache == run.cache
+    assert planned.weights == pytest.approx(run.weights, rel=1e-4)
+
+
+def test_latents_are_kept_once():
+    """DeepSeek-V3: 576 numbers of a position and layer, on all ranks together."""
+    settings = CONFIGS["deepseek-v3"] | {"num_hidden_layers": 4}
+    run = rank_memory.as_run(settings, 8)
+    assert run.cache * 8 == 2 * 576 * 4 * rank_memory.CONTEXT
+
+
+@pytest.mark.full("conversion")
+def test_the_page_has_the_table_of_today():
+    """`python scripts/rank_memory.py` writes it."""
+    assert rank_memory.PAGE.read_text() == rank_memory.page()
