@@ -18,7 +18,7 @@ from helix_megatron.errors import HelixError, did_you_mean, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import MODEL_FLAGS, SIZES, ModelConfig, padded_rows
 from helix_megatron.model.fields import add_model_flags
-from helix_megatron.plan.mixers import ORDINARY, Special
+from helix_megatron.plan.mixers import ORDINARY, Special, gated_delta_net
 from helix_megatron.plan.outlines import outline_of, text_config
 from helix_megatron.plan.presets import PRESETS
 from helix_megatron.plan.published_sizes import CONFIGS
@@ -258,7 +258,8 @@ def spec_of_config(name: str, config: Mapping[str, Any], source: str) -> ModelSp
     outline = outline_of(config)
     if outline is None:
         outline = family_of(config).model_flags(config), ORDINARY
-    return dataclasses.replace(spec_of_flags(name, outline[0], source), special=outline[1])
+    spec = spec_of_flags(name, outline[0], source)
+    return spec if outline[1] == ORDINARY else dataclasses.replace(spec, special=outline[1])
 
 
 def model_of_arguments(arguments: Sequence[str]) -> ModelSpec:
@@ -305,4 +306,14 @@ def spec_of_flags(name: str, flags: Mapping[str, Any], source: str) -> ModelSpec
     if model.padded_vocab_size is None:
         raise HelixError(f"model {name}: --vocab-size is missing.")
     given = {key: flags[key] for key in sorted(flags) if flags[key] is not None}
-    return dataclasses.replace(model, name=name, flags=given, source=source)
+    special = ORDINARY
+    if linear := sum(model.linear_layers):
+        delta_net = gated_delta_net(
+            model.linear_num_key_heads,
+            model.linear_num_value_heads,
+            model.linear_key_head_dim,
+            model.linear_value_head_dim,
+            model.linear_conv_kernel_dim,
+        )
+        special = Special(linear=delta_net, linear_layers=linear)
+    return dataclasses.replace(model, name=name, flags=given, source=source, special=special)

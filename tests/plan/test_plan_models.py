@@ -7,12 +7,13 @@ import json
 import pytest
 from refusals import refusal
 
+from helix_megatron.model.families import family_of
 from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.command import plan_main
 from helix_megatron.plan.explain import kinds_of_layers
 from helix_megatron.plan.inference import inference_memory
 from helix_megatron.plan.layouts import Layout
-from helix_megatron.plan.models import model_of
+from helix_megatron.plan.models import model_of, spec_of_config, spec_of_flags
 from helix_megatron.plan.operators import latent_steps, layer_kinds, linear_steps
 from helix_megatron.plan.published_sizes import CONFIGS
 from helix_megatron.plan.results import Plan
@@ -172,3 +173,12 @@ def test_commands_that_serve_hybrid_and_latent_models(model, capsys):
     command = text[text.index("helix serve \\\n") :].partition("\n\n")[0]
     assert "--nproc-per-node" in command and "--expert" not in command
     assert ("keeps the latents once" in text) == (model == "deepseek-v3")
+
+
+def test_flags_of_gated_delta_nets_count_as_their_config():
+    """What a converted checkpoint says is the model that its config.json was."""
+    config = CONFIGS["qwen3.5-122b-a10b"]
+    flags = family_of(config).model_flags(config)
+    by_flags, by_config = spec_of_flags("", flags, ""), spec_of_config("", config, "")
+    assert by_flags.special == by_config.special
+    assert by_flags.parameters == pytest.approx(by_config.parameters, rel=1e-4)
