@@ -223,8 +223,11 @@ def _by_transformers(options: Mapping[str, Any]) -> bool:
     content = read_json(config)
     kind = content.get("model_type")
     # The engine has no pages for what megatron-core makes of latents, and no states.
+    layers = content.get("layer_types")
+    linear = isinstance(layers, list) and "linear_attention" in layers
     known = not isinstance(kind, str) or (kind in FAMILIES and FAMILIES[kind].runs_in_engine)
-    return asked == "transformers" or (asked == "auto" and not known)
+    other = not known or content.get("kv_lora_rank") or linear
+    return asked == "transformers" or (asked == "auto" and bool(other))
 
 
 def _transformers_config(options: Mapping[str, Any], world_size: int) -> InferenceConfig:

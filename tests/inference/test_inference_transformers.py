@@ -358,6 +358,7 @@ def test_flags_that_do_not_fit_are_refused(saved, flags, text):
         ({"model_type": "llama"}, "transformers", True),
         ({"model_type": "of tomorrow"}, "auto", True),
         ({"model_type": "of tomorrow"}, "megatron", False),
+        ({"model_type": "qwen3_next"}, "auto", True),
         ({"model_type": "llama", "kv_lora_rank": 16}, "auto", True),
         ({"model_type": "llama", "layer_types": ["linear_attention"]}, "auto", True),
         (None, "auto", False),

@@ -349,6 +349,29 @@ def test_layers_of_multi_token_prediction_are_left_out(models):
         family.rules(flags, {*tensors, "model.layers.2.eh_proj.weight"})
 
 
+def test_files_that_stack_all_experts_of_a_layer(models):
+    """Qwen3.5's may: the same model, and the same names on the way back."""
+    directory, _ = models("qwen3 5 moe")
+    config, tensors = read_config(directory), load_file(directory / "model.safetensors")
+    _, wanted = canonical(directory)
+    for layer in range(config["num_hidden_layers"]):
+        experts = f"model.layers.{layer}.mlp.experts."
+        each = [
+            {p: tensors.pop(f"{experts}{e}.{p}_proj.weight") for p in ("gate", "up", "down")}
+            for e in range(config["num_experts"])
+        ]
+        fused = [torch.cat([own["gate"], own["up"]]) for own in each]
+        tensors[f"{experts}gate_up_proj"] = torch.stack(fused)
+        tensors[f"{experts}down_proj"] = torch.stack([own["down"] for own in each])
+    family = family_of(config)
+    rules = family.rules(family.model_flags(config), tensors)
+    made = {rule.name: canonical_tensor(rule, reader(tensors)) for rule in rules}
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], wanted[name]) for name in made)
+    for source, makers in rules_by_source(rules).items():
+        assert torch.equal(source_tensors(makers, made.__getitem__)[source], tensors[source])
+
+
 def test_tensors_of_another_shape_are_named(models):
     """A configuration of another size must be found out before anything is written."""
     directory, _ = models("llama 2")

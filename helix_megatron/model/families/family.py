@@ -7,7 +7,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from helix_megatron.errors import HelixError, listed
@@ -62,6 +62,24 @@ class Row:
     join: str = "same"
     when: str = ""
     part: tuple[str, tuple[str, ...], int] | None = None
+
+
+# Experts of files that stack all of a layer, as Qwen3.5's may.
+STACKED = {
+    row.name: row
+    for row in (
+        Row(
+            "mlp.experts.{expert}.linear_fc1.weight",
+            "mlp.experts.gate_up_proj[E,2M,D]",
+            when="experts",
+        ),
+        Row(
+            "mlp.experts.{expert}.linear_fc2.weight",
+            "mlp.experts.down_proj[E,D,M]",
+            when="experts",
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -207,7 +225,11 @@ class Family:
         prefix = text_prefix(names, self.prefix) if names else self.prefix
         beside = head_prefix(names or ())
         head = f"{beside}lm_head.weight"
-        rules = list(self._rules(model, prefix, beside))
+        spelled = self
+        if any(name.endswith(".mlp.experts.gate_up_proj") for name in names or ()):
+            rows = (STACKED[r.name] if "{expert}" in r.sources else r for r in self.rows)
+            spelled = replace(self, rows=tuple(rows))
+        rules = list(spelled._rules(model, prefix, beside))
         if not model.untie_embeddings_and_output_weights and names and head in names:
             rules[0] = _with_copy(rules[0], head)
         if names is not None:
