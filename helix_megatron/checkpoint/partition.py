@@ -242,10 +242,10 @@ class RankLayout:
                 f"{listed(divisors(model.num_layers))}."
             )
         if model.linear_attention_freq is not None:
-            raise HelixError(
-                "a model with gated delta nets (--linear-attention-freq) has no files per rank here, and its "
-                "checkpoints of Megatron are trained, not served. helix convert --to huggingface makes the "
-                "model that helix generate and helix serve read."
+            raise setting_error(
+                "a model with gated delta nets (<linear_attention_freq>) has no files per rank here, and its "
+                "checkpoints of Megatron are trained, not served. Convert it to Hugging Face's form, which "
+                "helix generate and helix serve read."
             )
         heads = model.num_attention_heads
         if self.heads is None and (heads % self.tensor or model.qkv_rows % self.tensor):

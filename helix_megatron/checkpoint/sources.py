@@ -213,7 +213,7 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
     if variant := arguments.get("experimental_attention_variant"):
         raise HelixError(
             f"{directory} holds a model with experimental_attention_variant = {variant!r}. Megatron-LM stores "
-            "the norms inside gated delta nets less 1 with --apply-layernorm-1p, and the other variants are "
+            "the norms inside gated delta nets less 1 with apply_layernorm_1p, and the other variants are "
             "not described here. Only checkpoints that this package wrote can be read with it."
         )
     names = (*FUNCTION_FLAGS, *OTHER_FLAGS)
