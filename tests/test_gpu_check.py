@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gpu_check
+import gpu_check_paged
+from helix_megatron.core.kernels import paged
 
 SCRIPT = Path(gpu_check.__file__).with_suffix(".sh")
 
@@ -23,6 +26,26 @@ def run(*arguments: str, seconds: float = 500) -> subprocess.CompletedProcess[st
         check=False,
         timeout=seconds,
     )
+
+
+class FailingKernel:
+    """A kernel over pages that takes everything, or nothing, and computes nothing."""
+
+    NAME = "Broken"
+
+    def __init__(self, takes: bool) -> None:
+        self.takes = lambda *tensors: takes
+
+    def prepare(self, step: Any, back: int | None) -> None:
+        raise RuntimeError("no such instruction")
+
+
+@pytest.mark.parametrize(("kernels", "good"), [((), True), ((False,), True), ((True,), False)])
+def test_a_kernel_over_pages_must_compute_what_it_takes(monkeypatch, kernels, good):
+    """One that fails at everything would else be a page on which all is well."""
+    found = paged.Kernels(tuple(FailingKernel(takes) for takes in kernels), "")
+    monkeypatch.setattr(paged, "paged_kernels", lambda device: found)
+    assert gpu_check_paged.differences("cpu")[2] is good
 
 
 def test_without_a_gpu_it_ends_with_one_sentence(tmp_path):

@@ -6,7 +6,9 @@ Models write calls in formats of their own. The parser is that of `transformers`
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ Tool = Mapping[str, Any]
 
 CONTENT, CALLS = "content", "tool_calls"
 REASONING = ("reasoning_content", "thinking")
-NEEDS = "Try pip install 'transformers>=5.24'."
+NEEDS = "Try pip install 'transformers>=5.18'."
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Said:
 
 
 def whole(parts: Sequence[Said]) -> Said:
-    """Several parts, one after the other."""
+    """Join several parts of an answer, in their order."""
     return Said(
         "".join(part.content for part in parts),
         "".join(part.reasoning for part in parts),
@@ -52,7 +54,7 @@ def whole(parts: Sequence[Said]) -> Said:
 
 
 class AnswerParser:
-    """Takes an answer apart while it comes. What turns out to be no call is content, as it was written.
+    """It takes an answer apart while it comes. What turns out to be no call is content, as it was written.
 
     Args:
         parser: a `ResponseParser` of `transformers`, which has seen the prompt.
@@ -61,6 +63,8 @@ class AnswerParser:
 
     def __init__(self, parser: Any, ends: Sequence[str] = ()) -> None:
         self._parser, self._ends = parser, ends
+        self._end = re.compile("|".join(map(re.escape, ends))) if ends else None
+        self._longest = max(map(len, ends), default=0)
         self._raw = ""  # the answer as it was written
         self._seen = self._sure = (
             0  # characters of it that events had, and that are given or were a call
@@ -68,15 +72,31 @@ class AnswerParser:
         self._failed = False
 
     def add(self, text: str) -> Said:
-        """What the text adds to the answer, as far as it is certain."""
+        """Return what the text adds to the answer, as far as it is certain, however the answer is cut."""
+        back = self._raw[len(self._raw) - min(self._longest, len(self._raw)) :]
+        ends = self._end.finditer(back + text) if self._end else ()
+        cuts = [cut for end in ends if (cut := end.end() - len(back)) > 0]
+        return whole([self._add(text[a:b]) for a, b in itertools.pairwise((0, *cuts, len(text)))])
+
+    def _add(self, text: str) -> Said:
         if self._failed:
             return Said(text)
         self._raw += text
         return self._said(lambda: self._parser.feed(text))
 
-    def finish(self) -> Said:
-        """What was held back."""
-        return Said() if self._failed else self._said(lambda: self._parser.finalize()[1])
+    def finish(self, *, cut: bool = False) -> Said:
+        """Return what was held back.
+
+        Args:
+            cut: a length or a stop text ended the answer, not the model: a call that is open then is none.
+        """
+        return Said() if self._failed else self._said(lambda: self._rest(cut))
+
+    def _rest(self, cut: bool) -> Sequence[Mapping[str, Any]]:
+        events = self._parser.finalize()[1]
+        if cut and any(e["type"] == "region_close" and e["field"] == CALLS for e in events):
+            raise ValueError("the call is not whole")
+        return events
 
     def _said(self, parse: Callable[[], Sequence[Mapping[str, Any]]]) -> Said:
         try:

@@ -61,7 +61,7 @@ class StepPlan:
 
 
 def plan_group(group: ProcessGroup, device: device) -> ProcessGroup:
-    """The same ranks over gloo, so that a plan does not wait for the device. Collective."""
+    """Make a group of the same ranks over gloo, with the same timeout: plans wait for no device. Collective."""
     import torch.distributed as dist
 
     from helix_megatron.core.collectives import backend_of
@@ -69,7 +69,8 @@ def plan_group(group: ProcessGroup, device: device) -> ProcessGroup:
     if group.size() == 1 or backend_of(group, device) == "gloo":
         return group
     ranks = dist.get_process_group_ranks(group)
-    made: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    timeout = group._get_backend(group._device_types[0]).options._timeout
+    made: Any = dist.new_group(ranks, timeout, backend="gloo", use_local_synchronization=True)
     return made
 
 
@@ -85,7 +86,7 @@ def tell(plan: StepPlan, group: ProcessGroup) -> None:
 
 
 def hear(group: ProcessGroup) -> StepPlan:
-    """The plan that rank 0 of the group tells."""
+    """Return the plan that rank 0 of the group tells."""
     first = _broadcast(np.zeros(1 + INLINE, dtype=np.int64), group)
     length, numbers = int(first[0]), first[1:]
     if length > INLINE:
@@ -95,7 +96,7 @@ def hear(group: ProcessGroup) -> StepPlan:
 
 
 def _broadcast(numbers: np.ndarray, group: ProcessGroup) -> np.ndarray:
-    """The numbers of rank 0, in place."""
+    """Give every rank the numbers of rank 0, in place."""
     import torch
     import torch.distributed as dist
 

@@ -121,7 +121,8 @@ class Choice:
     def _parsed(self, answer: AnswerParser, text: str) -> Said:
         said = answer.add(text)
         if self.reason is not None:
-            said = whole([said, answer.finish()])
+            cut = self.reason == "length" or self._stops.hit
+            said = whole([said, answer.finish(cut=cut)])
         self._calls += len(said.calls)
         if said.calls and self._one_call:
             said, self.reason = Said(said.content, said.reasoning, said.calls[:1]), "tool_calls"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import inference_models as models
@@ -126,15 +127,20 @@ def sequence(number: int, prompt: int, output: int) -> Running:
 
 
 def plans_beside_the_device(plan: StepPlan) -> tuple[str, bool]:
-    """(back end of the group for plans, whether a plan came as it was sent) where tensors go over NCCL."""
+    """(back end of the group for plans, whether a plan came as it was sent) where tensors go over NCCL.
+
+    Its timeout is that of the group of the tensors, which a user has chosen.
+    """
     from helix_megatron.core import collectives
 
     known, collectives.backend_of = collectives.backend_of, lambda group, device: "nccl"
     try:
-        group = plan_group(dist.group.WORLD, torch.device("cuda"))
+        tensors = dist.new_group(timeout=datetime.timedelta(minutes=7))
+        group = plan_group(tensors, torch.device("cuda"))
     finally:
         collectives.backend_of = known
-    assert group is not dist.group.WORLD
+    assert group is not tensors
+    assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(minutes=7)
     if dist.get_rank() == 0:
         tell(plan, group)
         return dist.get_backend(group), True

@@ -17,7 +17,7 @@ from helix_megatron.inference.answers import answer_parsers
 from helix_megatron.inference.tokens import HuggingFaceTokens
 
 pytest.importorskip(
-    "transformers.utils.chat_parsing", reason="before transformers 5.24 there is no parser of calls"
+    "transformers.utils.chat_parsing", reason="early transformers 5 has no parser of calls"
 )
 ASK = [{"role": "user", "content": "x"}]
 TOOL = {
@@ -109,6 +109,33 @@ def test_what_is_no_call_is_text(served, wrong):
 def test_a_length_that_ends_a_call(served):
     """Half a call is text, and the reason is the length."""
     assert ask(served, CALL, max_tokens=20) == (CALL[:20], "", [], "length")
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_arguments_that_are_cut_off_are_no_call(cut):
+    """Formats without JSON could be closed anywhere: a call with fewer arguments would be another call."""
+    start = "<tool_call>\n<function=weather>\n<parameter=days>\n2\n</parameter>\n"
+    parser = answer_parsers(None, "qwen3_5", [TOOL])("")
+    said = [parser.add(letter) for letter in f"Now {start}<parameter=pla"]
+    said.append(parser.finish(cut=cut))
+    content, calls = (
+        "".join(part.content for part in said),
+        [c for part in said for c in part.calls],
+    )
+    if cut:
+        assert (content, calls) == (f"Now {start}<parameter=pla", [])
+    else:  # a token that ends calls, and is not shown
+        assert (content, [json.loads(call.arguments) for call in calls]) == ("Now", [{"days": 2}])
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 1000])
+def test_a_good_call_before_a_bad_one_is_one_however_they_come(pieces):
+    """Text that was held back for a stop text comes with what follows."""
+    parser, text = answer_parsers(None, "qwen3", [TOOL])(""), f"{CALL}<tool_call>no</tool_call>"
+    said = [parser.add(text[at : at + pieces]) for at in range(0, len(text), pieces)]
+    said.append(parser.finish())
+    assert [call.name for part in said for call in part.calls] == ["weather"]
+    assert "".join(part.content for part in said) == "<tool_call>no</tool_call>"
 
 
 def test_one_call_only(served):

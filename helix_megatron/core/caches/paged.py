@@ -169,9 +169,11 @@ class PagedWork:
         self._prepared: dict[Window, list[_Item]] = {}
         self._given: dict[tuple[PagedKernel, Window], Any] = {}
         for window in windows:
-            for kernel in self._kernels:
-                if kernel.fits(self._step, _back(window)):
-                    self._given_to(kernel, window)
+            fitting = (k for k in self._kernels if k.fits(self._step, _back(window)))
+            if (
+                first := next(fitting, None)
+            ) is not None:  # others are prepared where it takes no such layer
+                self._given_to(first, window)
             if not self._kernels:
                 self._items(window)
 

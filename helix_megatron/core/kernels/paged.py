@@ -133,7 +133,7 @@ class PagedKernel(Protocol):
     NAME: str
 
     def __hash__(self) -> int:
-        """Each kernel is itself."""
+        """A kernel equals nothing but itself."""
 
     def takes(self, q_THD: Tensor, k_PSGD: Tensor, v_PSGE: Tensor) -> bool:
         """Whether it computes such heads and pages."""
@@ -235,13 +235,28 @@ def agrees(kernel: PagedKernel, kind: Kind, device: torch.device) -> bool:
     return False
 
 
+class NotTakenError(Exception):
+    """A kernel does not compute heads and pages of a kind."""
+
+
 def largest_error(kernel: PagedKernel, kind: Kind, device: torch.device) -> float:
     """The largest difference of outputs and log-sum-exps from torch's in fp32, of the largest value.
 
-    The step has single queries and chunks, at the beginning of sequences and later, in pages out of order.
+    Of two steps, in pages out of order: one of single queries alone, and one with chunks, at the beginning of
+    sequences and later.
+
+    Raises:
+        NotTakenError: the kernel says that it does not compute this.
     """
+    alone = (37, 1), (6, 1), (2 * kind.page_size + 3, 1)  # positions before the queries, queries
+    steps = alone, (*alone, (0, 21), (2 * kind.page_size + 3, 5))
+    return max(_largest_error(kernel, kind, device, lengths) for lengths in steps)
+
+
+def _largest_error(
+    kernel: PagedKernel, kind: Kind, device: torch.device, lengths: Sequence[tuple[int, int]]
+) -> float:
     size, random = kind.page_size, torch.Generator().manual_seed(5)
-    lengths = ((37, 1), (0, 21), (6, 1), (2 * size + 3, 5))  # positions before the queries, queries
     pieces, row, page = [], 0, sum(-(-(before + count) // size) for before, count in lengths)
     shape = (kind.groups, page, size)
     k, v = (
@@ -254,6 +269,8 @@ def largest_error(kernel: PagedKernel, kind: Kind, device: torch.device) -> floa
         pieces.append(LocalPiece((row, row + count), before, pages, np.arange(before + count)))
         row, page = row + count, page - own
     q = torch.randn(row, kind.heads, kind.key_dim, generator=random).to(device, kind.dtype)
+    if not kernel.takes(q, k, v):
+        raise NotTakenError
     step = PagedStep(pieces, row, size, device)
     back, softcap = 9 if kind.windowed else None, 5.0 if kind.capped else None
     how: dict[str, Any] = {"scale": kind.key_dim**-0.5, "softcap": softcap}
