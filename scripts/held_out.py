@@ -31,6 +31,7 @@ FITTED_ON = {
     ("gb200", "fp8"): "megatron_bridge",
 }
 OWN = "the planner's own share, fitted to no row of this table"
+DENSE = "the planner's own share, fitted to the dense rows of this table"
 MODELS = 3  # of a table, at least, for one of them to be predicted from the others
 GROWN = 0.5  # percentage points by which an error may differ from the accepted one
 APART = 0.05  # pairs that differ by less are not counted
@@ -120,10 +121,12 @@ def results_of(groups: Sequence[Group]) -> list[Result]:
 
 
 def _result(group: Group, others: Sequence[Group]) -> Result:
-    if group.kind != "dense" or FITTED_ON.get((group.chip, group.precision)) != group.table:
-        return Result(group, tuple(point.predict(None) for point in group.points), OWN)
+    fitted = FITTED_ON.get((group.chip, group.precision)) == group.table
+    if group.kind != "dense" or not fitted:
+        share = DENSE if fitted and group.kind == "MoE" else OWN
+        return Result(group, tuple(point.predict(None) for point in group.points), share)
     dense = [g for g in others if g.kind == "dense"]
-    labels = {point.label for point in group.points}
+    labels = {_model(point) for point in group.points}
     same = [g for g in dense if (g.chip, g.precision) == (group.chip, group.precision)]
     if not same and len(labels) < MODELS:
         same = [g for g in dense if CHIPS[g.chip].family == CHIPS[group.chip].family]
@@ -131,9 +134,14 @@ def _result(group: Group, others: Sequence[Group]) -> Result:
         share = fit([point for g in same for point in g.points])
         predicted = tuple(point.predict(share) for point in group.points)
         return Result(group, predicted, f"{share:.2f} from {'; '.join(g.name for g in same)}")
-    shares = {x: fit([p for p in group.points if p.label != x]) for x in labels}
-    predicted = tuple(point.predict(shares[point.label]) for point in group.points)
+    shares = {x: fit([p for p in group.points if _model(p) != x]) for x in labels}
+    predicted = tuple(point.predict(shares[_model(point)]) for point in group.points)
     return Result(group, predicted, "each model left out in turn: no other table of this kind")
+
+
+def _model(point: Point) -> str:
+    """What a point is left out with: a model with fewer layers is no other one."""
+    return point.label.removesuffix("-Proxy")
 
 
 # ---------------------------------------------------------------------------- accepted

@@ -38,7 +38,7 @@ BEGIN, END = "<!-- made by scripts/rank_memory.py -->", "<!-- end -->"
 HEADER = (
     "model, ranks",
     "plain TP, planned: weights",
-    "plain TP, planned: cache",
+    "plain TP: cache",
     "m",
     "Helix, planned: weights",
     "Helix, planned: cache",

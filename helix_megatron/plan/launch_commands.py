@@ -236,7 +236,7 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
             "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "
             "Hugging Face models run that helix_megatron.huggingface has cut."
         )
-    if not plan.scenario.host_seconds:
+    if plan.cluster.host_seconds and not plan.scenario.host_seconds:
         runs = "helix serve launches operators one by one, and this row is timed as if it did not"
         if plan.job.task == "train":
             runs = "scripts/pretrain_gpt.py captures no CUDA graphs, which this row is timed with"

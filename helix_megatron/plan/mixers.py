@@ -1,7 +1,7 @@
 """What models of 2026 have beside ordinary attention, as sizes: linear or latent attention, two kinds of heads.
 
-megatron-core cuts linear attention by its own heads, as ordinary tensor parallelism, and latent attention by
-its query heads, with the latent on every rank. Helix cuts neither: it cuts the attention layers between them.
+Linear attention is cut by its own heads, as ordinary tensor parallelism, and latent attention by its query
+heads, with the latents once on all ranks that serve it. Segments cut the attention layers between them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ CHUNK = 64  # tokens that a chunked scan of linear attention computes at once
 class Linear:
     """A layer of linear attention: a gated delta net (arXiv 2412.06464) or Mamba 2 (arXiv 2405.21060).
 
-    heads: by which tensor parallelism cuts it. rows: of its input projections, columns: of the output
-    projection's input. channels: of the convolution before it. key, value: dimensions of a head's keys and
-    values. state: elements of a sequence's state, all heads.
+    heads: of its state. shares: what tensor parallelism deals to ranks, whole: key heads with their value
+    heads, or heads. rows: of its input projections, columns: of the output projection's input. channels: of
+    the convolution before it. key, value: dimensions of a head's keys and values. state: elements of a
+    sequence's state, all heads.
     """
 
     name: str
     heads: int
+    shares: int
     rows: int
     columns: int
     channels: int
@@ -50,13 +52,15 @@ def gated_delta_net(key_heads: int, value_heads: int, key: int, value: int, kern
     keys, values = key_heads * key, value_heads * value
     rows = 2 * keys + 2 * values + 2 * value_heads
     name = "gated delta net"
-    return Linear(name, value_heads, rows, values, 2 * keys + values, kernel, key, value)
+    channels = 2 * keys + values
+    return Linear(name, value_heads, key_heads, rows, values, channels, kernel, key, value)
 
 
 def mamba2(heads: int, dims: int, groups: int, state: int, kernel: int) -> Linear:
     """As Nemotron-H has it: gate, inputs, and for each group what writes and reads the state."""
     inner, channels = heads * dims, heads * dims + 2 * groups * state
-    return Linear("Mamba 2", heads, inner + channels + heads, inner, channels, kernel, state, dims)
+    rows = inner + channels + heads
+    return Linear("Mamba 2", heads, heads, rows, inner, channels, kernel, state, dims)
 
 
 @dataclass(frozen=True)

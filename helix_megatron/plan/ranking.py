@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from helix_megatron.core.caches import NAMES as CACHES
 from helix_megatron.errors import listed
 from helix_megatron.plan.evidence import band
 from helix_megatron.plan.explain import attention_times
@@ -98,7 +99,7 @@ def _cells(plan: Plan, number: int | None, p: Prediction) -> list[str]:
     return [
         "–" if number is None else str(number),
         layout.describe() + (" · no SP" if without else ""),
-        "whole heads" if layout.segments == 1 else exchange,
+        exchange if layout.segments > 1 or (decode and layout.cache in CACHES) else "whole heads",
         f"{layout.micro_batch} × {p.micro_batches}",
         layout.recompute,
         f"{p.seconds * 1e3:.2f}" if decode else f"{p.seconds:.3f}",

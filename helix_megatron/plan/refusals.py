@@ -27,7 +27,9 @@ def of_tensor_parallel(model: ModelSpec, tp: int) -> Refusal:
     if model.shared_ffn:
         widths["hidden size of the shared experts"] = model.shared_ffn
     if model.special.linear:
-        widths[f"number of {model.special.linear.name} heads"] = model.special.linear.heads
+        linear = model.special.linear
+        key = "key " if linear.shares < linear.heads else ""
+        widths[f"number of {linear.name} {key}heads"] = linear.shares
     for name, size in widths.items():
         if size % tp:
             reason = f"{name} {size} is not divisible by {tp}; nearest that divide it: "
@@ -35,12 +37,13 @@ def of_tensor_parallel(model: ModelSpec, tp: int) -> Refusal:
     return None
 
 
-def of_whole_heads(model: ModelSpec, tp: int) -> Refusal:
-    """Heads that stock Megatron deals whole; a latent that all ranks keep together."""
+def of_whole_heads(model: ModelSpec, tp: int, *, cached: bool) -> Refusal:
+    """Heads that stock Megatron deals whole; a latent that all ranks keep together, where it is `cached`."""
     heads, kv_heads = model.num_attention_heads, model.num_query_groups
     latent = model.special.latent
-    if latent and latent.cached % tp:
-        return INDIVISIBLE, f"a latent of {latent.cached} elements cannot be kept by {tp} ranks"
+    if latent and cached and latent.cached % tp:
+        reason = f"a latent of {latent.cached} elements cannot be kept by {tp} ranks; nearest that divide it: "
+        return INDIVISIBLE, reason + nearest(latent.cached, tp)
     if heads % tp:
         reason = (
             f"{heads} query heads cannot be dealt whole to {tp} ranks; nearest that divide them: "

@@ -121,7 +121,8 @@ class _Search:
             if m > 1 and not self._allowed("m > 1", refusals.of_cut_heads(self.model)):
                 continue
             if m == 1:
-                if self._allowed(what, refusals.of_whole_heads(self.model, tp), tp=tp, segments=1):
+                whole = refusals.of_whole_heads(self.model, tp, cached=self.job.task == "decode")
+                if self._allowed(what, whole, tp=tp, segments=1):
                     yield 1, "segments"
                 continue
             for query_layout in layouts:

@@ -52,10 +52,15 @@ def verdict(plan: Plan) -> tuple[bool, str]:
     stock = plan.best(RIVALS["m = 1"])
     cut, whole = (row.layout.describe() if row else "none" for row in (helix, stock))
     if helix is None:
-        text = f"no layout that cuts heads fits. Best: {whole}."
-        if plan.model.special.latent:
-            text = f"its latent attention has no key-value heads to cut. Best: {whole}."
-        return False, f"Helix does not help here: {text}"
+        text = f"Helix does not help here: no layout that cuts heads fits. Best: {whole}."
+        if plan.model.special.latent and plan.job.task == "decode":
+            text = (
+                "Its latents have no key-value heads to cut, and helix serve keeps them once on all ranks. "
+                f"Plain tensor parallelism, with a copy on each, is not ranked here. Best: {whole}."
+            )
+        elif plan.model.special.latent:
+            text = f"Helix does not help here: latent attention has no key-value heads to cut. Best: {whole}."
+        return False, text
     if stock is None:
         return True, f"Helix helps: nothing runs here without cutting heads. Best: {cut}."
     gain = stock.seconds / helix.seconds - 1

@@ -34,7 +34,7 @@ Process = subprocess.Popen[str]
 def serve_replicas(
     settings: ServerSettings, arguments: Sequence[str], replicas: int, ranks: int
 ) -> int:
-    """Serve until a signal, or the end of the last replica that has never worked; the exit status.
+    """Serve until a signal, or until no replica works or will be started again; return the exit status.
 
     Args:
         arguments: of `helix serve`, as they were given.

@@ -249,7 +249,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def told_tools(self) -> list[dict[str, Any]]:
-        """As chat templates have them."""
+        """Give the tools as chat templates have them."""
         return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
 
     @model_validator(mode="after")

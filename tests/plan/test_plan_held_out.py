@@ -40,6 +40,8 @@ def results() -> dict[str, Result]:
         ("dgx_cloud: h100, fp8, dense", 8, False),
         ("megatron_bridge: h100, fp8, dense", 8, False),
         ("megatron_bridge: b200, fp8, dense", 10, True),
+        # Slower software than that of the table from which its share is.
+        ("megatron_bridge: gb200, fp8, dense", 15, False),
         ("simumax_b200: b200, bf16, dense", 10, True),
         ("silicon_h100: h100, bf16, decode", 12, True),
     ],
@@ -87,9 +89,10 @@ def test_no_table_is_predicted_by_a_share_that_was_fitted_to_it(results):
     for result in results.values():
         group = result.group
         own = held_out.FITTED_ON.get((group.chip, group.precision)) == group.table
-        own = own and group.kind == "dense"
-        if group.kind != "decode":
+        if group.kind == "dense":
             assert (result.fitted_on == held_out.OWN) != own
+        if group.kind == "MoE":
+            assert result.fitted_on == (held_out.DENSE if own else held_out.OWN)
     for name in ("simumax_b200: b200, bf16, dense", "megatron_bridge: b200, fp8, dense"):
         fitted = results[name].fitted_on.split(" from ")[1]
         assert name.split(":")[0] not in fitted
