@@ -123,8 +123,8 @@ def results_of(groups: Sequence[Group]) -> list[Result]:
 def _result(group: Group, others: Sequence[Group]) -> Result:
     fitted = FITTED_ON.get((group.chip, group.precision)) == group.table
     if group.kind != "dense" or not fitted:
-        share = DENSE if fitted and group.kind == "MoE" else OWN
-        return Result(group, tuple(point.predict(None) for point in group.points), share)
+        source = DENSE if fitted and group.kind == "MoE" else OWN
+        return Result(group, tuple(point.predict(None) for point in group.points), source)
     dense = [g for g in others if g.kind == "dense"]
     labels = {_model(point) for point in group.points}
     same = [g for g in dense if (g.chip, g.precision) == (group.chip, group.precision)]
