@@ -28,7 +28,7 @@ COMMANDS = {
     "import of the layer": "-c import,helix_megatron.megatron.specs",
     "helix plan": "-m helix_megatron.cli plan --model llama-3-70b --gpus 64",
     "start of training": f"{TRAIN} 1",
-    "200 training steps": f"{TRAIN} 201",
+    "start and 200 steps": f"{TRAIN} 200",
     "conversion of 100 MB": "-m helix_megatron.bench convert --size 100MB",
 }
 
@@ -40,6 +40,17 @@ def main() -> int:
     parser.add_argument("revision", help="a commit, tag or branch to compare with")
     parser.add_argument("--turns", type=int, default=5, help="pairs of runs (default: 5)")
     args = parser.parse_args()
+    known = [
+        "git",
+        "-C",
+        str(ROOT),
+        "rev-parse",
+        "--verify",
+        "--quiet",
+        f"{args.revision}^{{commit}}",
+    ]
+    if subprocess.run(known, capture_output=True, check=False).returncode:
+        parser.error(f"{args.revision} is no commit, tag or branch of this repository.")
     with checkout(args.revision) as before:
         header = f"{'':22}{args.revision[:10]:>12}{'here':>12}{'ratio of pairs':>22}"
         print(f"{header}   processor seconds, medians", flush=True)

@@ -12,7 +12,6 @@ import faulthandler
 import functools
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ SEGMENTS = int(os.environ["HELIX_SEGMENTS"])
 FOLDER = Path(os.environ["HELIX_FOLDER"])
 SECONDS = int(os.environ["HELIX_TEST_SECONDS"])
 TIMEOUT = datetime.timedelta(minutes=3)  # ends a test of which one rank has failed
+_STDERR = os.fdopen(os.dup(2), "w")  # pytest keeps what a test writes to the other one
 _outcomes: dict[str, list[Any]] = {}
 """By name of the test: passed, skipped or failed; why not passed; whether it built a Helix layer."""
 _built: list[Any] = []
@@ -140,7 +140,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     asked = item.callspec.params if hasattr(item, "callspec") else {}
     beyond = asked.get("cp", 1) > 1 or asked.get("sequence_packing", False)
     _beyond_megatrons_core[:] = [True] * beyond
-    faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(SECONDS, exit=True, file=_STDERR)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -155,9 +155,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _outcomes[name] = ["passed", "", bool(_built)]
     if report.when == "teardown":
         faulthandler.cancel_dump_traceback_later()
-        (FOLDER / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(_outcomes))
+        whole = FOLDER / f"rank-{os.environ['RANK']}.json"
+        part = whole.with_suffix(".part")
+        part.write_text(json.dumps(_outcomes))
+        part.replace(whole)  # a rank may end at any time
         if os.environ["RANK"] == "0":
-            print(f"m = {SEGMENTS}: {name}: {_outcomes[name][0]}", file=sys.__stderr__, flush=True)
+            print(f"m = {SEGMENTS}: {name}: {_outcomes[name][0]}", file=_STDERR, flush=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

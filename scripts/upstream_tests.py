@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from helix_megatron.arguments import exit_on_error  # noqa: E402
 from helix_megatron.errors import HelixError  # noqa: E402
+from helix_megatron.flags import whole  # noqa: E402
 from helix_megatron.megatron_lm.source import core_version  # noqa: E402
 from helix_megatron.run.local_ranks import start_ranks  # noqa: E402
 from helix_megatron.versions import dotted, found_version, numbers  # noqa: E402
@@ -44,10 +46,10 @@ def main() -> int:
     parser.add_argument("--segments", type=int, nargs="+", default=[2, 4], help="default 2 4")
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="pytest's: only some tests")
     parser.add_argument(
-        "--at-once", type=int, default=8, help="tests in the same processes; default 8"
+        "--at-once", type=whole(), default=8, help="tests in the same processes; default 8"
     )
     parser.add_argument(
-        "--seconds", type=int, default=300, help="that a test may take; default 300"
+        "--seconds", type=whole(), default=300, help="that a test may take; default 300"
     )
     given = parser.parse_args()
     with exit_on_error(parser.prog):
@@ -134,10 +136,10 @@ def _some(given: argparse.Namespace, names: list[str], segments: int) -> Outcome
     with tempfile.TemporaryDirectory(prefix="helix-upstream-") as folder:
         os.environ |= {"HELIX_SEGMENTS": str(segments), "HELIX_FOLDER": folder}
         file = given.checkout.resolve() / given.tests
-        start_ranks(
-            given.ranks,
-            pytest_command(given, "-p", "no:terminal", *(f"{file}::{name}" for name in names)),
-        )
+        tests = [f"{file}::{name}" for name in names]
+        status = start_ranks(given.ranks, pytest_command(given, "-p", "no:terminal", *tests))
+        if status == 128 + signal.SIGTERM:
+            raise SystemExit(status)
         files = sorted(Path(folder).glob("rank-*.json"))
         return _together([json.loads(file.read_text()) for file in files], given.ranks)
 

@@ -244,8 +244,8 @@ class RankLayout:
         if model.linear_attention_freq is not None:
             raise setting_error(
                 "a model with gated delta nets (<linear_attention_freq>) has no files per rank here, and its "
-                "checkpoints of Megatron are trained, not served. Convert it to Hugging Face's form, which "
-                "helix generate and helix serve read."
+                "checkpoints of Megatron are trained, not served: helix generate and helix serve read its "
+                "Hugging Face form."
             )
         heads = model.num_attention_heads
         if self.heads is None and (heads % self.tensor or model.qkv_rows % self.tensor):

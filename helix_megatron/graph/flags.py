@@ -9,7 +9,7 @@ from typing import Any
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.exchanges import choose
-from helix_megatron.errors import HelixError
+from helix_megatron.errors import HelixError, setting_error
 from helix_megatron.hardware import GPU
 from helix_megatron.run.config import RunConfig
 from helix_megatron.training.arguments import parse_args
@@ -40,6 +40,11 @@ def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> R
         raise HelixError(
             "the borders of packed documents are data, and a graph is traced without. Leave out "
             "--packed-documents."
+        )
+    if run.model.linear_attention_freq is not None:
+        raise setting_error(
+            "gated delta nets are not traced: a graph has layers with attention alone. Leave out "
+            "<linear_attention_freq>."
         )
     if run.virtual_stages:
         raise HelixError(

@@ -139,7 +139,8 @@ def _warn_of_whole(model: Any, what: Plan) -> None:
         most = sorted(owners, key=lambda kind: -owners[kind])
         warnings.warn(
             f"{sum(owners.values()):,} of {total:,} parameters stay whole on every rank, those of "
-            f"{listed(most[:4])}: Helix does not know how to cut these modules.",
+            f"{listed(most[:4])}: Helix does not know how to cut these modules, or the ranks do not divide "
+            "their heads.",
             stacklevel=3,
         )
 

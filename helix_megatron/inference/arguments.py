@@ -226,6 +226,10 @@ def _by_transformers(options: Mapping[str, Any]) -> bool:
     layers = content.get("layer_types")
     linear = isinstance(layers, list) and "linear_attention" in layers
     known = not isinstance(kind, str) or (kind in FAMILIES and FAMILIES[kind].runs_in_engine)
+    if asked == "megatron" and linear:
+        raise HelixError(
+            f"--implementation megatron does not compute the gated delta nets of {path}. Leave the flag out."
+        )
     other = not known or content.get("kv_lora_rank") or linear
     return asked == "transformers" or (asked == "auto" and bool(other))
 

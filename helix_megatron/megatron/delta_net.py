@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from helix_megatron.errors import HelixError
 from helix_megatron.megatron.norms import TorchNorm
 
 
@@ -61,7 +63,15 @@ def with_delta_nets(spec: Any, linear: Sequence[bool], *, use_engine: bool) -> A
         spec: of a block, with Megatron's local layers or Transformer Engine's.
         linear: for each of its layers, whether it has a gated delta net.
         use_engine: whether the layers are Transformer Engine's, whose projection has the norm before it.
+
+    Raises:
+        HelixError: there is a GPU, and not the package with which megatron-core computes them there.
     """
+    if torch.cuda.is_available() and importlib.util.find_spec("fla") is None:
+        raise HelixError(
+            "megatron-core computes gated delta nets on a GPU with flash-linear-attention, which is not "
+            "installed. Try pip install flash-linear-attention."
+        )
     ends: tuple[Any, Any] = (ColumnParallelLinear, RowParallelLinear)
     if use_engine:
         from megatron.core.extensions import transformer_engine as engine

@@ -38,6 +38,7 @@ from helix_megatron.run.settings import Training
 
 
 def transformer_config(run: RunConfig) -> HelixTransformerConfig:
+    """Megatron's configuration of a run, with how attention is partitioned."""
     model, training = run.model, run.training
     settings = same_named(run.parallel, "megatron") | same_named(training, "megatron")
     if training.recompute_granularity == "full":
@@ -68,6 +69,7 @@ def transformer_config(run: RunConfig) -> HelixTransformerConfig:
 
 
 def parameter_dtype(training: Training) -> torch.dtype:
+    """The dtype of parameters and activations."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return dtypes[training.precision]
 

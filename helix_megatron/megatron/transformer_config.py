@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import HeadLayout, rotary_of
+from helix_megatron.errors import HelixError
 from helix_megatron.megatron.support import CUT, EVERYWHERE, check
 
 
@@ -37,6 +38,12 @@ class HelixTransformerConfig(TransformerConfig):
     do where documents are not reset. Attention then drops them."""
 
     def __post_init__(self) -> None:
+        by_layer = isinstance(self, HeterogeneousTransformerConfig)
+        if self.helix.active and self.heterogeneous_block_specs and not by_layer:
+            raise HelixError(
+                "heterogeneous_block_specs is True, and this configuration has one layout for all layers. Take "
+                "HelixHeterogeneousTransformerConfig."
+            )
         with relaxed_head_checks(self, self.helix):
             super().__post_init__()
 
@@ -63,6 +70,10 @@ class HelixHeterogeneousTransformerConfig(HeterogeneousTransformerConfig, HelixT
         """The configuration of a layer, counted from 1; with cut heads a copy of this one, `helix` included."""
         if not self.helix.active:
             return super().get_config_for_layer(layer_number)
+        if not 1 <= layer_number <= len(self.per_block_parameters):
+            raise ValueError(
+                f"layer {layer_number} is none of the layers 1 to {len(self.per_block_parameters)}"
+            )
         block, config = self.per_block_parameters[layer_number - 1], copy.copy(self)
         config.num_query_groups = block.attention.num_query_groups or self.num_query_groups
         config.ffn_hidden_size = block.mlp.ffn_hidden_size or self.ffn_hidden_size

@@ -85,6 +85,10 @@ def _check_linear_attention(model: ModelSizes) -> None:
     if "linear attention" not in model.traits:
         return
     _check_pattern(model, "linear_attention_freq")
+    if not any(model.linear_layers):
+        raise setting_error(
+            "<linear_attention_freq> gives no layer a gated delta net. Leave it out."
+        )
     keys, values = model.linear_num_key_heads, model.linear_num_value_heads
     if values % keys:
         raise setting_error(

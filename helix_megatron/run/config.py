@@ -105,6 +105,7 @@ class RunConfig:
 
     @property
     def data_parallel_size(self) -> int:
+        """Copies of the model, each of which trains on samples of its own."""
         return self.world_size // (self._tensor * self._pipeline * self._context)
 
     @property
@@ -120,6 +121,7 @@ class RunConfig:
 
     @property
     def tokens_per_iteration(self) -> int:
+        """Tokens of the samples of an iteration."""
         return self.global_batch_size * self.model.seq_length
 
     @property

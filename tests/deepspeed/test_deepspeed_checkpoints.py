@@ -120,7 +120,7 @@ def test_code_in_a_checkpoint_does_not_run(saved, tmp_path):
     file = tmp_path / "hostile" / "global_step2" / "mp_rank_00_model_states.pt"
     state = torch.load(file, weights_only=False)
     torch.save(state | {"ds_version": PAYLOADS["os.system"](str(marker))}, file)
-    with pytest.raises(HelixError, match=r"mp_rank_00_model_states\.pt is refused.*--trust-check"):
+    with pytest.raises(HelixError, match=r"mp_rank_00_model_states\.pt is refused.*trust_check"):
         merge_checkpoint(tmp_path / "hostile")
     assert not marker.exists()
     command = [sys.executable, "-m", "helix_megatron.deepspeed.merge", "--trust-checkpoint"]

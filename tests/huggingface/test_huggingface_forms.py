@@ -149,6 +149,10 @@ def run_states() -> list[tuple[int, ...]]:
     ]
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.DynamicCache, "has_previous_state"),
+    reason="early transformers 5 keeps states in caches of each model's own",
+)
 def test_states_of_a_rank_are_those_of_its_heads(pool):
     """One of 2 key heads and 2 of 4 value heads of 8: half of the states of the whole model."""
     for shapes in pool.run(run_states, world_size=2, timeout=300):

@@ -28,9 +28,9 @@ from helix_megatron.inference.step import StepPlan
 def with_sinks(work: str, text: str, dtype: torch.dtype, world_size: int) -> Any:
     """Logits of a model whose softmax has learned sinks, which no flag asks for."""
 
-    from helix_megatron.training import model as training_model
+    from helix_megatron.megatron import gpt
 
-    kept, build = training_model.transformer_config, models.build
+    kept, build = gpt.transformer_config, models.build
 
     def config_with_sinks(run: Any) -> Any:
         config = kept(run)
@@ -46,13 +46,13 @@ def with_sinks(work: str, text: str, dtype: torch.dtype, world_size: int) -> Any
             offset.data = torch.linspace(-1, 2, 4, dtype=offset.dtype)[heads] + number
         return run, model
 
-    training_model.transformer_config, models.build = config_with_sinks, build_with_sinks
+    gpt.transformer_config, models.build = config_with_sinks, build_with_sinks
     try:
         if work == "cached":
             return logits_of_all_caches(text, world_size, dtype)
         return logits_without_cache(text, dtype, world_size)
     finally:
-        training_model.transformer_config, models.build = kept, build
+        gpt.transformer_config, models.build = kept, build
 
 
 def test_learned_sinks_are_those_of_the_model(pool):

@@ -65,6 +65,14 @@ def test_one_rank_of_two():
 
 def test_neither():
     pytest.skip("never")
+
+
+def test_the_end():
+    os._exit(1)
+
+
+def test_behind_it():
+    pass
 """
 
 
@@ -78,6 +86,7 @@ def test_both_sides_are_run_and_compared(tmp_path: Path) -> None:
     (core / "package_info.py").write_text(Path(package_info.__file__).read_text())
     (tests / "test_attention.py").write_text(UNIT_TESTS)
     flags = ["--tests", "unit/test_attention.py", "--ranks", "2", "--segments", "2"]
+    flags += ["--at-once", "4"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), *flags],
         capture_output=True,
@@ -92,7 +101,9 @@ def test_both_sides_are_run_and_compared(tmp_path: Path) -> None:
         "passed     passed *   test_two_ranks",
         "failed     failed     test_one_rank_of_two  (AssertionError: this is the other rank)",
         "skipped    skipped    test_neither  (never)",
-        "passed of 5: 3 with stock attention; 2 with m = 2; 1 with stock attention alone.",
+        "failed     failed     test_the_end  (a rank ended, or it took longer than 300 s)",
+        "passed     passed     test_behind_it",
+        "passed of 7: 4 with stock attention; 3 with m = 2; 1 with stock attention alone.",
     ):
         assert line in lines, done.stdout + done.stderr
     assert any(line.startswith("passed     failed *   test_stock_alone  (") for line in lines)

@@ -198,7 +198,7 @@ def test_layouts_that_gated_delta_nets_cannot_have(parallel, text):
 
 def test_gated_delta_nets_have_no_files_per_rank():
     """Nothing here deals their parts to ranks but megatron-core."""
-    with pytest.raises(HelixError, match=r"gated delta nets .* --to huggingface"):
+    with pytest.raises(HelixError, match=r"gated delta nets .* no files per rank"):
         RankLayout(LINEAR)
 
 

@@ -135,7 +135,9 @@ def test_hybrid_models_are_planned_with_cut_heads():
     assert "state" in names["MoE, gated delta net"] and "core attention" in names["MoE"]
     wide = found("qwen3.5-397b-a17b", "decode", gpus=32, batch=32)
     reasons = {r.reason for r in wide.rejected if r.what == "TP 32"}
-    assert any("gated delta net key heads 16 is not divisible by 32" in reason for reason in reasons)
+    assert any(
+        "gated delta net key heads 16 is not divisible by 32" in reason for reason in reasons
+    )
 
 
 def test_latent_attention_is_planned_and_not_cut():

@@ -43,7 +43,8 @@ class LinearLayers(Piece):
                 f"config.json sets layer_types = {types!r:.120} for {layers} layers. It must be a list with "
                 f"one of {listed((FULL, LINEAR))} for each."
             )
-        return {"linear_attention_freq": [int(kind == LINEAR) for kind in types]}
+        linear = [int(kind == LINEAR) for kind in types]
+        return {"linear_attention_freq": linear if any(linear) else None}
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
         return {"layer_types": [LINEAR if linear else FULL for linear in model.linear_layers]}

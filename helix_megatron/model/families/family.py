@@ -226,7 +226,8 @@ class Family:
         beside = head_prefix(names or ())
         head = f"{beside}lm_head.weight"
         spelled = self
-        if any(name.endswith(".mlp.experts.gate_up_proj") for name in names or ()):
+        own = (name for name in names or () if name.startswith(f"{prefix}{self.layer}."))
+        if any(name.endswith(".mlp.experts.gate_up_proj") for name in own):
             rows = (STACKED[r.name] if "{expert}" in r.sources else r for r in self.rows)
             spelled = replace(self, rows=tuple(rows))
         rules = list(spelled._rules(model, prefix, beside))
