@@ -273,6 +273,15 @@ def test_interleaved_stages_are_refused():
         parse([*run.split(), "--micro-batch-size", "1", "--global-batch-size", "2"], "helix graph")
 
 
+def test_gated_delta_nets_are_refused(refused):
+    """Without the flag the graph would be of another model."""
+    text = "--swiglu --normalization RMSNorm --disable-bias-linear --linear-attention-freq 2"
+    error = refused(*text.split())
+    assert (
+        "gated delta nets are not traced" in error and "Leave out --linear-attention-freq" in error
+    )
+
+
 def test_an_output_that_cannot_be_made_is_explained(tmp_path, refused):
     """A file where the directory should be."""
     (tmp_path / "file").write_text("")

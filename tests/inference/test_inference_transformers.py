@@ -373,6 +373,19 @@ def test_whose_code_computes_the_model(tmp_path, content, asked, wanted):
     assert _by_transformers({"load": str(tmp_path), "implementation": asked}) is wanted
 
 
+def test_megatron_does_not_compute_delta_nets(tmp_path):
+    """The engine has no states for them there."""
+    from helix_megatron.inference.arguments import _by_transformers
+
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "qwen3_next", "layer_types": ["linear_attention"]}'
+    )
+    with pytest.raises(
+        HelixError, match="--implementation megatron does not compute the gated delta nets"
+    ):
+        _by_transformers({"load": str(tmp_path), "implementation": "megatron"})
+
+
 def test_transformers_computes_hugging_face_models_only(tmp_path):
     """A checkpoint of Megatron has no code there."""
     from helix_megatron.inference.arguments import inference_config

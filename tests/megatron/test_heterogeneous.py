@@ -112,6 +112,22 @@ def test_each_layer_has_its_own_layout_from_the_start():
     assert stock.get_config_for_layer(2).num_query_groups == 2
 
 
+def test_the_configuration_of_one_layout_is_refused():
+    """Megatron would ask it for the configuration of a layer, which it has not."""
+    with pytest.raises(HelixError, match="Take HelixHeterogeneousTransformerConfig"):
+        HelixTransformerConfig(
+            num_layers=2,
+            hidden_size=16,
+            num_attention_heads=4,
+            heterogeneous_block_specs=True,
+            helix=HelixConfig(2),
+            tensor_model_parallel_size=4,
+        )
+    config = HelixHeterogeneousTransformerConfig(**settings(2, 4, 2), tensor_model_parallel_size=4)
+    with pytest.raises(ValueError, match="layer 0 is none of the layers 1 to 2"):
+        config.get_config_for_layer(0)
+
+
 def test_a_layer_that_does_not_fit_is_refused_when_the_model_is_configured():
     """Otherwise the first layers would be built, and the error would come from the last one."""
     with pytest.raises(HelixError) as error:

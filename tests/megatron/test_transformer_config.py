@@ -219,7 +219,7 @@ def test_refused_settings_are_megatrons_and_off_by_default():
 
 
 def test_the_page_on_limits_has_every_refusal():
-    """Users look there before they choose a layout: each setting under its place, and no refusal that is gone."""
+    """Users look there before they choose a layout: each setting under its place, and none that is gone."""
     page = (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
     table = page.partition("| where | setting | why |")[2].partition("Each row is shown by")[0]
     said: list[list[str]] = []

@@ -207,6 +207,7 @@ def test_gated_delta_nets_have_no_files_per_rank():
     [
         ({"linear_num_value_heads": 3}, "3 is no multiple of"),
         ({"disable_bias_linear": False}, "is for models with"),
+        ({"linear_attention_freq": 1}, "gives no layer a gated delta net"),
     ],
 )
 def test_gated_delta_nets_that_megatron_does_not_have(changed, text):
