@@ -133,13 +133,14 @@ class BalancedExperts(Piece):
     the weights of a token's experts are normalised, and then multiplied by `routed_scaling_factor`.
 
     Args:
-        number, topk, scaling, dense: when the keys are absent.
+        number, topk, scaling, dense, groups: when the keys are absent; the last are n_group and topk_group.
     """
 
     number: int
     topk: int
     scaling: float
     dense: int
+    groups: tuple[int, int] = (1, 1)
     keys: tuple[str, ...] = (
         "n_routed_experts",
         "num_experts_per_tok",
@@ -198,7 +199,10 @@ class BalancedExperts(Piece):
         }
 
     def _groups(self, config: Config, topk: int) -> dict[str, int | None]:
-        groups, chosen = needed(config, "n_group", 1), needed(config, "topk_group", 1)
+        groups, chosen = (
+            needed(config, key, default)
+            for key, default in zip(("n_group", "topk_group"), self.groups, strict=True)
+        )
         if groups == chosen:
             return {"moe_router_num_groups": None, "moe_router_group_topk": None}
         if topk // chosen != 2:
