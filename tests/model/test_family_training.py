@@ -6,8 +6,10 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hf_models import MODELS as MODELS_TO_CONVERT
 from hf_models import save
+from safetensors.torch import load_file
 
 from helix_megatron import cli
 
@@ -96,4 +98,12 @@ def test_a_converted_model_of_latents_trains(pool, tmp_path, monkeypatch):
     paths = (str(tmp_path / "hf"), str(tmp_path / "store"))
     assert cli.main(["convert", *paths, "--to", "canonical"]) == 0
     flags = f"--load {paths[1]} --use-checkpoint-args --finetune {STEPS}"
-    compare(pool, flags, f"{flags} --tensor-model-parallel-size 2 --sequence-parallel", 2)
+    saved = f"--save {tmp_path / 'run'} --save-interval 4"
+    compare(pool, flags, f"{flags} --tensor-model-parallel-size 2 --sequence-parallel {saved}", 2)
+    back = tmp_path / "back"
+    assert cli.main(["convert", str(tmp_path / "run"), str(back), "--to", "huggingface"]) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", back))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].shape == tensor.shape and after[name].isfinite().all()
+        assert not torch.equal(after[name], tensor), f"{name} was not trained"
