@@ -288,6 +288,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"shared_expert_intermediate_size": 40},
     ),
     "deepseek v3": ("deepseek_v3", SIZE | LATENT | BALANCED),
+    "deepseek v2": (
+        "deepseek_v2",
+        SIZE
+        | LATENT
+        | BALANCED
+        | {
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+            "n_group": 1,
+            "routed_scaling_factor": 1.5,
+            # Without mscale_all_dim, by which transformers 5.2 does not scale the scores of this type.
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 40.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "deepseek v3 with whole queries": (
         "deepseek_v3",
         SIZE | LATENT | BALANCED | {"q_lora_rank": None, "rope_parameters": None},

@@ -128,6 +128,16 @@ UNSUPPORTED = {
         {"layer_types": ["linear_attention", "sliding_attention"]},
         "It must be a list with one of full_attention, linear_attention for each.",
     ),
+    "groups that count by their best expert": (
+        "deepseek v2",
+        {"topk_method": "group_limited_greedy"},
+        "topk_method = 'group_limited_greedy'",
+    ),
+    "weights that transformers does not normalise": (
+        "deepseek v2",
+        {"norm_topk_prob": True},
+        "norm_topk_prob = True",
+    ),
     "keys and values of fewer heads, with latents": (
         "deepseek v3",
         {"num_key_value_heads": 2},
