@@ -40,6 +40,34 @@ DELTA_NET = {
     "linear_value_head_dim": 12,
 }
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 40.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.0,
+    },
+}
+BALANCED = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 1,
+}
+
 # name: (model_type, settings of its configuration)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 2": ("llama", SIZE | {"num_key_value_heads": 4}),
@@ -219,14 +247,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4 moe": (
         "glm4_moe",
         SIZE
+        | BALANCED
         | {
-            "num_hidden_layers": 3,
             "head_dim": 16,
-            "moe_intermediate_size": 24,
-            "num_experts_per_tok": 2,
-            "n_routed_experts": 8,
-            "n_group": 4,
-            "topk_group": 1,
             "routed_scaling_factor": 1.5,
             "attention_bias": True,
             "use_qk_norm": True,
@@ -263,6 +286,30 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | EXPERTS
         | DELTA_NET
         | {"shared_expert_intermediate_size": 40},
+    ),
+    "deepseek v3": ("deepseek_v3", SIZE | LATENT | BALANCED),
+    "deepseek v2": (
+        "deepseek_v2",
+        SIZE
+        | LATENT
+        | BALANCED
+        | {
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+            "n_group": 1,
+            "routed_scaling_factor": 1.5,
+            # Without mscale_all_dim, by which transformers 5.2 does not scale the scores of this type.
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 40.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "deepseek v3 with whole queries": (
+        "deepseek_v3",
+        SIZE | LATENT | BALANCED | {"q_lora_rank": None, "rope_parameters": None},
     ),
     "qwen3 moe with a dense layer": (
         "qwen3_moe",

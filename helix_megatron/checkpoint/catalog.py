@@ -177,6 +177,9 @@ def layer_tensors(model: ModelConfig, moe: bool, linear: bool = False) -> list[E
     if linear:
         others = [entry for entry in entries if not entry[0].startswith(attention)]
         entries = [*delta_net_tensors(model), *others]
+    if model.multi_latent_attention:
+        others = [entry for entry in entries if not entry[0].startswith(attention)]
+        entries = [*latent_tensors(model), *others]
     if not moe or shared is not None:  # what all tokens pass through
         block = "mlp.shared_experts." if moe else "mlp."
         for suffix, shape, cut in mlp_tensors(model, shared or model.ffn_hidden_size or 0):
@@ -200,6 +203,25 @@ def delta_net_tensors(model: ModelConfig) -> Iterator[Entry]:
         yield f"{own}{vector}", (heads,), Cut.ROWS
     yield f"{own}out_norm.weight", (model.linear_value_head_dim,), Cut.REPLICATED
     yield f"{own}out_proj.weight", (hidden, values), Cut.COLUMNS
+
+
+def latent_tensors(model: ModelConfig) -> Iterator[Entry]:
+    """Of multi-latent attention: projections down to latents, and up from them to the heads."""
+    hidden, heads, own = model.hidden_size, model.num_attention_heads, "self_attention."
+    latent, rotated = model.kv_lora_rank, model.qk_pos_emb_head_dim
+    queries, keys = heads * (model.qk_head_dim + rotated), heads * model.qk_head_dim
+    values = heads * model.v_head_dim
+    yield "input_layernorm.weight", (hidden,), Cut.REPLICATED
+    if model.q_lora_rank is None:
+        yield f"{own}linear_q_proj.weight", (queries, hidden), Cut.ROWS
+    else:
+        yield f"{own}linear_q_down_proj.weight", (model.q_lora_rank, hidden), Cut.ROWS
+        yield f"{own}linear_q_up_proj.layer_norm_weight", (model.q_lora_rank,), Cut.REPLICATED
+        yield f"{own}linear_q_up_proj.weight", (queries, model.q_lora_rank), Cut.ROWS
+    yield f"{own}linear_kv_down_proj.weight", (latent + rotated, hidden), Cut.ROWS
+    yield f"{own}linear_kv_up_proj.layer_norm_weight", (latent,), Cut.REPLICATED
+    yield f"{own}linear_kv_up_proj.weight", (keys + values, latent), Cut.ROWS
+    yield f"{own}linear_proj.weight", (hidden, values), Cut.COLUMNS
 
 
 def mlp_tensors(model: ModelConfig, ffn: int) -> Iterator[Entry]:
@@ -228,8 +250,8 @@ def extra_states(flags: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], t
         if not linear.startswith("linear_") or last != "weight":
             continue
         modules = [module]
-        if linear == "linear_qkv":
-            modules.append(module.removesuffix("linear_qkv") + "core_attention")
+        if linear in ("linear_qkv", "linear_kv_up_proj"):
+            modules.append(module.removesuffix(linear) + "core_attention")
         for owner in modules:
             if tensor.leading:
                 places[f"{owner}._extra_state", tensor.leading] = tensor.leading_shape

@@ -241,12 +241,15 @@ class RankLayout:
                 f"{model.num_layers} layers cannot be dealt evenly to {self.pipeline} pipeline stages. Valid: "
                 f"{listed(divisors(model.num_layers))}."
             )
-        if model.linear_attention_freq is not None:
-            raise setting_error(
-                "a model with gated delta nets (<linear_attention_freq>) has no files per rank here, and its "
-                "checkpoints of Megatron are trained, not served: helix generate and helix serve read its "
-                "Hugging Face form."
-            )
+        for has, what in (
+            (model.linear_attention_freq, "gated delta nets (<linear_attention_freq>)"),
+            (model.multi_latent_attention, "latent attention (<multi_latent_attention>)"),
+        ):
+            if has:
+                raise setting_error(
+                    f"a model with {what} has no files per rank here, and its checkpoints of Megatron are "
+                    "trained, not served: helix generate and helix serve read its Hugging Face form."
+                )
         heads = model.num_attention_heads
         if self.heads is None and (heads % self.tensor or model.qkv_rows % self.tensor):
             raise HelixError(

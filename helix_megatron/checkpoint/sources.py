@@ -216,6 +216,12 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
             "the norms inside gated delta nets less 1 with apply_layernorm_1p, and the other variants are "
             "not described here. Only checkpoints that this package wrote can be read with it."
         )
+    if arguments.get("multi_latent_attention"):
+        raise HelixError(
+            f"{directory} holds a model with multi_latent_attention = True. Megatron-LM describes its rotary "
+            "embedding by other arguments, and stores its norms under names that depend on its layers. Only "
+            "checkpoints that this package wrote can be read with it."
+        )
     names = (*FUNCTION_FLAGS, *OTHER_FLAGS)
     flags = {name: arguments[name] for name in names if name in arguments}
     if arguments.get("tokenizer_type") == "NullTokenizer" and type(flags.get("vocab_size")) is int:

@@ -270,6 +270,15 @@ def _l2norm(upstream: Any) -> Callable[..., torch.Tensor]:
     return l2norm
 
 
+# Latent attention.
+
+
+@TABLE.replace("megatron.core.transformer.multi_latent_attention:HAVE_TE")
+def _no_transformer_engine(upstream: Any) -> bool:
+    """multi_latent_attention.py:62 (0.16) takes it for installed; :185 is a `TypeError` then."""
+    return False
+
+
 # Compilation.
 
 

@@ -47,11 +47,12 @@ class PlainNorm(TorchNorm):
         config.layernorm_zero_centered_gamma = False
         super().__init__(config, hidden_size, eps)
         if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
-            self.weight.register_hook(_sum_over_ranks)
+            self.weight.register_hook(sum_over_ranks)
 
 
-def _sum_over_ranks(gradient: Tensor) -> Tensor:
-    total = gradient.clone()
+def sum_over_ranks(gradient: Tensor) -> Tensor:
+    """Of the tensor parallel ranks, on each of them; a hook for a tensor that all have, and use a part of."""
+    total = gradient.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
     return total
 

@@ -17,6 +17,7 @@ from helix_megatron.megatron.delta_net import with_delta_nets
 from helix_megatron.megatron.dropout import use_layout_free_dropout
 from helix_megatron.megatron.flat_norm import with_flat_norms
 from helix_megatron.megatron.initialize import initialize_weights, weights_not_drawn
+from helix_megatron.megatron.latent import with_whole_latents
 from helix_megatron.megatron.local_rotary import turn_windowed_layers
 from helix_megatron.megatron.model_options import (
     activation,
@@ -31,7 +32,7 @@ from helix_megatron.megatron.notices import hide_notices
 from helix_megatron.megatron.optional import available_backends
 from helix_megatron.megatron.post_norms import with_post_norms
 from helix_megatron.megatron.specs import helix_spec
-from helix_megatron.megatron.transformer_config import HelixTransformerConfig
+from helix_megatron.megatron.transformer_config import HelixLatentConfig, HelixTransformerConfig
 from helix_megatron.model.description import ModelConfig
 from helix_megatron.run.config import RunConfig, same_named
 from helix_megatron.run.settings import Training
@@ -48,8 +49,9 @@ def transformer_config(run: RunConfig) -> HelixTransformerConfig:
         # The batched form pairs messages wrongly with two stages and changes the loss silently.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     on_gpu = torch.cuda.is_available()
-    config = HelixTransformerConfig(
-        **model.transformer_settings,
+    kind = HelixLatentConfig if model.multi_latent_attention else HelixTransformerConfig
+    config = kind(
+        **model.transformer_settings | model.latent_settings,
         **settings,
         helix=run.helix,
         virtual_pipeline_model_parallel_size=run.virtual_stages,
@@ -126,6 +128,8 @@ def build_chunk(
     if run.model.post_norms:
         spec = with_post_norms(spec, before=not run.model.no_pre_norms)
     spec = helix_spec(spec, config.helix)
+    if run.model.multi_latent_attention:
+        spec = with_whole_latents(spec)
     if "linear attention" in run.model.traits:
         first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
         here = run.model.linear_layers[first : first + len(spec.layer_specs)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatron.core.transformer.heterogeneous.heterogeneous_config import (
     HeterogeneousTransformerConfig,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import HeadLayout, rotary_of
@@ -78,6 +78,15 @@ class HelixHeterogeneousTransformerConfig(HeterogeneousTransformerConfig, HelixT
         config.num_query_groups = block.attention.num_query_groups or self.num_query_groups
         config.ffn_hidden_size = block.mlp.ffn_hidden_size or self.ffn_hidden_size
         return config
+
+
+@dataclass
+class HelixLatentConfig(MLATransformerConfig, HelixTransformerConfig):
+    """Megatron's `MLATransformerConfig`, whose heads cannot be cut.
+
+    Raises:
+        HelixError: the partitioning would cut them.
+    """
 
 
 @contextlib.contextmanager

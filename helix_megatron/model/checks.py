@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from helix_megatron.errors import listed, setting_error
 from helix_megatron.model.patterns import is_pattern
 from helix_megatron.model.sizes import ModelSizes
 
 ACTIVATIONS = ("swiglu", "geglu", "quick_geglu", "openai_gelu")
+# Settings of other attention, which latent attention of Megatron does not read or has no tensors for.
+WITHOUT_LATENTS = (
+    *("group_query_attention", "add_qkv_bias", "qk_l2_norm", "qk_norm_all_heads", "softmax_scale"),
+    *(
+        "softmax_type",
+        "window_size",
+        "linear_attention_freq",
+        "attention_output_gate",
+        "post_norms",
+    ),
+    *("no_rope_freq", "rotary_percent", "rotary_interleaved", "rotary_base_windowed"),
+    *("use_rope_scaling", "rotary_seq_len_interpolation_factor"),
+)
 MOST_EXPERTS = 200_000  # of all layers
 
 
@@ -25,7 +40,7 @@ def check_options(model: ModelSizes) -> None:
             f"{model.max_position_embeddings}. Leave the latter out, or raise it."
         )
     rotated = model.rotary_dim
-    if rotated % 2:
+    if rotated % 2 and not model.multi_latent_attention:
         raise setting_error(
             f"rotary embedding rotates pairs of dimensions, and {rotated} of the {model.head_dim} "
             "dimensions of a head (<kv_channels>, <rotary_percent>) are not an even number."
@@ -65,6 +80,7 @@ def check_options(model: ModelSizes) -> None:
         )
     _check_pattern(model, "no_rope_freq")
     _check_linear_attention(model)
+    _check_latent_attention(model)
     if not model.is_gated and (model.activation_func_clamp_value or model.glu_linear_offset):
         raise setting_error(
             "<activation_func_clamp_value> and <glu_linear_offset> are of gated MLPs. Leave them out, or "
@@ -102,6 +118,28 @@ def _check_linear_attention(model: ModelSizes) -> None:
             "<disable_bias_linear>, without <post_norms> and <qk_norm_all_heads>. Change these, or "
             "leave it out."
         )
+
+
+def _check_latent_attention(model: ModelSizes) -> None:
+    if not model.multi_latent_attention:
+        return
+    if model.position_embedding_type not in ("rope", "yarn") or model.qk_pos_emb_head_dim % 2:
+        raise setting_error(
+            "<multi_latent_attention> rotates pairs of <qk_pos_emb_head_dim> dimensions, and that is "
+            f"{model.qk_pos_emb_head_dim} with <position_embedding_type> {model.position_embedding_type}. "
+            "Give an even number, and rope or yarn."
+        )
+    needed: dict[str, Any] = {name: getattr(ModelSizes, name) for name in WITHOUT_LATENTS}
+    needed |= {"normalization": "RMSNorm", "qk_layernorm": True, "disable_bias_linear": True}
+    needed |= {"kv_channels": model.v_head_dim}
+    if "yarn" in model.traits:
+        needed["yarn_correction_range_round_to_int"] = True
+    for name, value in needed.items():
+        if getattr(model, name) != value:
+            raise setting_error(
+                f"<{name}> is {getattr(model, name)!r}, and with <multi_latent_attention> Megatron computes "
+                f"only {value!r}. Give that, or leave out <multi_latent_attention>."
+            )
 
 
 def _check_pattern(model: ModelSizes, name: str) -> None:

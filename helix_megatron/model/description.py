@@ -54,6 +54,8 @@ class ModelConfig(ModelSizes):
                 f"{heads} query heads cannot share {self.num_query_groups} key-value heads. Valid "
                 f"<num_query_groups>: {listed(divisors(heads))}."
             )
+        if self.kv_channels is None and self.multi_latent_attention:
+            self._set("kv_channels", self.v_head_dim)
         if self.kv_channels is None:
             if self.hidden_size % heads:
                 raise setting_error(
@@ -149,7 +151,18 @@ class ModelConfig(ModelSizes):
     # ------------------------------------------------------------------------ layouts
 
     def layout(self, helix: HelixConfig, tensor_parallel: int) -> HeadLayout:
-        """How the heads lie on tensor parallel ranks."""
+        """How the heads lie on tensor parallel ranks.
+
+        Raises:
+            HelixError: they do not fit; or attention is latent, and `helix` would cut heads.
+        """
+        if helix.active and self.multi_latent_attention:
+            raise setting_error(
+                f"<intra_head_parallel_size> {helix.intra_head_parallel_size} would cut heads, and latent "
+                "attention (<multi_latent_attention>) has no key-value heads to cut: it trains with plain "
+                "tensor parallelism, and helix generate and helix serve keep its latents once on all ranks. "
+                "Leave <intra_head_parallel_size> at 1."
+            )
         return helix.layout(
             self.num_attention_heads,
             self.num_query_groups,
@@ -239,10 +252,29 @@ class ModelConfig(ModelSizes):
         return {name: getattr(self, name) for name in names}
 
     @property
+    def latent_settings(self) -> dict[str, Any]:
+        """What Megatron's configuration of latent attention has beside; its layers rotate by themselves."""
+        if not self.multi_latent_attention:
+            return {}
+        names = names_with(ModelConfig, latent=True)
+        yarn = {name.removeprefix("yarn_"): value for name, value in self.yarn_settings.items()}
+        yarn.pop("correction_range_round_to_int", None)  # as if set
+        return {
+            **{name: getattr(self, name) for name in names},
+            "rope_type": self.position_embedding_type,
+            "rotary_base": self.rotary_base,
+            "rotary_scaling_factor": 1.0,  # read for the scale of scores without yarn, too
+            **yarn,
+        }
+
+    @property
     def gpt_settings(self) -> dict[str, Any]:
         """What Megatron's GPTModel is told about the model."""
         tied = not self.untie_embeddings_and_output_weights
-        return self._given_to("gpt") | {"share_embeddings_and_output_weights": tied}
+        settings = self._given_to("gpt") | {"share_embeddings_and_output_weights": tied}
+        return settings | (
+            {"position_embedding_type": "rope"} if self.multi_latent_attention else {}
+        )
 
     def _given_to(self, reader: str) -> dict[str, Any]:
         settings = {}

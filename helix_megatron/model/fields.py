@@ -27,6 +27,11 @@ def _linear(default: Any, help_text: str, **facts: Any) -> Any:
     return _function(default, f"gated delta nets: {help_text}", **own | facts)
 
 
+def _latent(default: Any, help_text: str, **facts: Any) -> Any:
+    own = {"under": "latent attention", "latent": True, "largest": 10**5}
+    return _function(default, f"latent attention: {help_text}", **own | facts)
+
+
 def _other(default: Any, help_text: str, **facts: Any) -> Any:
     return setting(default, help_text, **{"group": MODEL} | facts)
 
@@ -248,6 +253,19 @@ class ModelFields:
     linear_key_head_dim: int = _linear(128, "dimensions of a head of queries, and of keys")
     linear_value_head_dim: int = _linear(128, "dimensions of a head of values")
     linear_conv_kernel_dim: int = _linear(4, "positions that the convolution before them sees")
+    multi_latent_attention: bool = _function(
+        False, "attention over one latent of all heads, as DeepSeek-V3 has it", latent=True
+    )
+    q_lora_rank: int | None = _latent(
+        None,
+        "dimensions of the queries' latent; queries come from the hidden states when not given",
+    )
+    kv_lora_rank: int = _latent(512, "dimensions of the latent of keys and values")
+    qk_head_dim: int = _latent(128, "dimensions of queries and keys of a head that are not rotated")
+    qk_pos_emb_head_dim: int = _latent(
+        64, "dimensions of queries of a head, and of the one key of all heads, that are rotated"
+    )
+    v_head_dim: int = _latent(128, "dimensions of values of a head")
     untie_embeddings_and_output_weights: bool = _function(
         False, "an output layer with weights of its own"
     )

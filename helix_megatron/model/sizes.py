@@ -117,6 +117,7 @@ class ModelSizes(ModelFields):
             # Balanced by a loss over the tokens of a micro-batch, so that its size matters.
             "balanced micro-batches": experts and self.moe_router_load_balancing_type == "aux_loss",
             "linear attention": self.linear_attention_freq is not None,
+            "latent attention": self.multi_latent_attention,
             "shared experts": experts and self.moe_shared_expert_intermediate_size is not None,
         }
         return frozenset(trait for trait, has in there.items() if has)

@@ -18,7 +18,7 @@ from helix_megatron.errors import HelixError, did_you_mean, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import MODEL_FLAGS, SIZES, ModelConfig, padded_rows
 from helix_megatron.model.fields import add_model_flags
-from helix_megatron.plan.mixers import ORDINARY, Special, gated_delta_net
+from helix_megatron.plan.mixers import ORDINARY, Latent, Special, gated_delta_net
 from helix_megatron.plan.outlines import outline_of, text_config
 from helix_megatron.plan.presets import PRESETS
 from helix_megatron.plan.published_sizes import CONFIGS
@@ -316,4 +316,7 @@ def spec_of_flags(name: str, flags: Mapping[str, Any], source: str) -> ModelSpec
             model.linear_conv_kernel_dim,
         )
         special = Special(linear=delta_net, linear_layers=linear)
+    if model.multi_latent_attention:
+        dims = (model.qk_pos_emb_head_dim, model.qk_head_dim, model.v_head_dim)
+        special = Special(latent=Latent(model.q_lora_rank or 0, model.kv_lora_rank, *dims))
     return dataclasses.replace(model, name=name, flags=given, source=source, special=special)

@@ -66,6 +66,8 @@ class RunConfig:
         self._check_sequence()
         if "linear attention" in self.model.traits:
             self._check_linear_attention()
+        if self.model.multi_latent_attention:
+            self._check_latent_attention()
 
     def _change(self, group: str, **values: Any) -> None:
         object.__setattr__(self, group, dataclasses.replace(getattr(self, group), **values))
@@ -257,6 +259,25 @@ class RunConfig:
             raise setting_error(
                 "<context_parallel_size> and <packed_documents> do not work with <linear_attention_freq>: a "
                 "gated delta net of Megatron needs the whole of one sequence. Leave them out."
+            )
+
+    def _check_latent_attention(self) -> None:
+        model = self.model
+        widths = {
+            "<q_lora_rank>": model.q_lora_rank or 0,
+            "<kv_lora_rank> and <qk_pos_emb_head_dim> together": model.kv_lora_rank
+            + model.qk_pos_emb_head_dim,
+        }
+        for name, width in widths.items():
+            if width % self._tensor:
+                raise setting_error(
+                    f"{name} are {width} dimensions, whose projection cannot be dealt to {self._tensor} tensor "
+                    f"parallel ranks. Valid <tensor_model_parallel_size>: {listed(divisors(width))}."
+                )
+        if self._context > 1 or self.data.packed_documents:
+            raise setting_error(
+                "<context_parallel_size> and <packed_documents> do not work with <multi_latent_attention>: "
+                "Megatron's attention in plain torch needs the whole of one sequence. Leave them out."
             )
 
     def _check_sequence(self) -> None:

@@ -196,6 +196,7 @@ def test_numbers_of_a_layout_have_a_range(key, value):
             {"experimental_attention_variant": "gated_delta_net"},
             "experimental_attention_variant = 'gated_delta_net'",
         ),
+        ({"multi_latent_attention": True}, "multi_latent_attention = True. Megatron-LM describes"),
         (None, "has no arguments of Megatron-LM"),
     ],
 )

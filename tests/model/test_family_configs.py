@@ -34,9 +34,9 @@ def test_defaults_are_those_of_transformers(name):
         {"n_layer": 3, "n_embd": 64, "n_head": 4, "vocab_size": 99}
         if name == "gpt2"
         else {
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 4,
             "hidden_size": 512,
-            "num_attention_heads": 32,
+            "num_attention_heads": 128 if name == "deepseek_v3" else 32,
             "intermediate_size": 96,
             "moe_intermediate_size": 48,
             "vocab_size": 99,

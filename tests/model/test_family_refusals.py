@@ -128,6 +128,48 @@ UNSUPPORTED = {
         {"layer_types": ["linear_attention", "sliding_attention"]},
         "It must be a list with one of full_attention, linear_attention for each.",
     ),
+    "groups that count by their best expert": (
+        "deepseek v2",
+        {"topk_method": "group_limited_greedy"},
+        "topk_method = 'group_limited_greedy'",
+    ),
+    "weights that transformers does not normalise": (
+        "deepseek v2",
+        {"norm_topk_prob": True},
+        "norm_topk_prob = True",
+    ),
+    "keys and values of fewer heads, with latents": (
+        "deepseek v3",
+        {"num_key_value_heads": 2},
+        "num_key_value_heads = 2 and num_attention_heads = 4",
+    ),
+    "biases of latents": ("deepseek v3", {"attention_bias": True}, "attention_bias = True"),
+    "norms of latents with another epsilon": (
+        "deepseek v3",
+        {"rms_norm_eps": 1e-5},
+        "rms_norm_eps = 1e-05",
+    ),
+    "other rotary pairs": ("deepseek v3", {"rope_interleave": False}, "rope_interleave = False"),
+    "latents with scaled positions": (
+        "deepseek v3",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        "rope_type default and yarn only",
+    ),
+    "a scale of scores that rotation does not have": (
+        "deepseek v3",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale_all_dim": 1.0}},
+        "mscale_all_dim = 1.0",
+    ),
+    "a range that is not rounded": (
+        "deepseek v3",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+        "truncate = false",
+    ),
+    "weights in blocks of fp8": (
+        "deepseek v3",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        "quantization_config",
+    ),
     "windows without a size": (
         "qwen2",
         {"layer_types": ["sliding_attention"] * 2},
@@ -196,10 +238,59 @@ def test_layouts_that_gated_delta_nets_cannot_have(parallel, text):
         run_of(LINEAR, world_size=4, **parallel)
 
 
-def test_gated_delta_nets_have_no_files_per_rank():
+LATENT = {name: LINEAR[name] for name in LINEAR if not name.startswith("linear")} | {
+    "multi_latent_attention": True,
+    "qk_layernorm": True,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_pos_emb_head_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"), [(LINEAR, "gated delta nets"), (LATENT, "latent attention")]
+)
+def test_what_has_no_files_per_rank(flags, text):
     """Nothing here deals their parts to ranks but megatron-core."""
-    with pytest.raises(HelixError, match=r"gated delta nets .* no files per rank"):
-        RankLayout(LINEAR)
+    with pytest.raises(HelixError, match=rf"{text} .* no files per rank"):
+        RankLayout(flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parallel", "text"),
+    [
+        (
+            {},
+            {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 2},
+            "no key-value heads",
+        ),
+        ({}, {"context_parallel_size": 2}, "needs the whole of one sequence"),
+        ({"q_lora_rank": 6}, {"tensor_model_parallel_size": 4}, "are 6 dimensions, .*: 1, 2, 3, 6"),
+        ({"kv_lora_rank": 18}, {"tensor_model_parallel_size": 4}, "are 26 dimensions"),
+    ],
+)
+def test_layouts_that_latent_attention_cannot_have(flags, parallel, text):
+    """megatron-core would fail in an assertion."""
+    with pytest.raises(HelixError, match=text):
+        run_of(LATENT | flags, world_size=4, **parallel)
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"qk_layernorm": False}, "qk_layernorm is False, .* only True"),
+        ({"window_size": 4}, "window_size is 4, .* only None"),
+        ({"group_query_attention": True}, "group_query_attention is True, .* only False"),
+        ({"kv_channels": 8}, "kv_channels is 8, .* only 128"),
+        ({"position_embedding_type": "yarn"}, "round_to_int is False, .* only True"),
+        ({"position_embedding_type": "none"}, "8 with position_embedding_type none"),
+        ({"qk_pos_emb_head_dim": 7}, "and that is 7"),
+    ],
+)
+def test_latent_attention_that_megatron_does_not_have(changed, text):
+    """Its layers read none of these settings."""
+    with pytest.raises(HelixError, match=text):
+        ModelConfig.from_flags(LATENT | changed)
 
 
 @pytest.mark.parametrize(

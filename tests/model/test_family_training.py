@@ -6,12 +6,22 @@ import math
 from typing import Any
 
 import pytest
+import torch
+from hf_models import MODELS as MODELS_TO_CONVERT
+from hf_models import save
+from safetensors.torch import load_file
 
-SIZE = (
-    "--num-layers 2 --hidden-size 32 --kv-channels 16 --num-attention-heads 4 --group-query-attention "
-    "--num-query-groups 2 --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 "
-    "--lr 1e-2 --lr-decay-style constant --normalization RMSNorm --disable-bias-linear"
+from helix_megatron import cli
+
+STEPS = (
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 "
+    "--lr-decay-style constant"
 )
+SIZE = (
+    f"{STEPS} --num-layers 2 --hidden-size 32 --num-attention-heads 4 --normalization RMSNorm "
+    "--disable-bias-linear"
+)
+GROUPED = "--kv-channels 16 --group-query-attention --num-query-groups 2"
 CUT = "--tensor-model-parallel-size 4 --intra-head-parallel-size 2 --sequence-parallel"
 MODELS = {
     "norms behind, of all heads": "--swiglu --post-norms --no-pre-norms --qk-layernorm --qk-norm-all-heads "
@@ -24,6 +34,10 @@ MODELS = {
     "gated delta nets": "--swiglu --qk-layernorm --attention-output-gate --apply-layernorm-1p "
     "--rotary-percent 0.5 --linear-attention-freq 2 --linear-num-key-heads 4 --linear-num-value-heads 8 "
     "--linear-key-head-dim 8 --linear-value-head-dim 8",
+    "latent attention": "--swiglu --multi-latent-attention --qk-layernorm --q-lora-rank 24 --kv-lora-rank 16 "
+    "--qk-head-dim 6 --qk-pos-emb-head-dim 8 --v-head-dim 10 --position-embedding-type yarn "
+    "--yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 8 --yarn-mscale-all-dim 0.7 "
+    "--yarn-correction-range-round-to-int",
     "balanced experts": "--swiglu --num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32 "
     "--moe-router-topk-scaling-factor 1.5 --moe-router-load-balancing-type none",
@@ -47,19 +61,49 @@ def train(flags: str, world_size: int) -> list[dict[str, Any]]:
         ("norms behind, of all heads", CUT),
         ("sinks and yarn", CUT),
         ("gated delta nets", CUT.removesuffix("--sequence-parallel")),
+        ("latent attention", "--tensor-model-parallel-size 4"),
         *(
             pytest.param(name, CUT, marks=pytest.mark.full("training"))
             for name in ("two rotary bases", "balanced experts", "gated delta nets")
+        ),
+        pytest.param(
+            "latent attention",
+            "--tensor-model-parallel-size 4 --sequence-parallel",
+            marks=pytest.mark.full("training"),
         ),
     ],
 )
 def test_losses_and_norms_are_those_of_one_process(pool, name, cut):
     """Gradients of what every rank holds whole, and uses a part of, must be summed over ranks, once."""
-    flags = f"{SIZE} {MODELS[name]}"
-    one = pool.run(train, flags, 1, world_size=1)[0]
-    four = pool.run(train, f"{flags} {cut}", 4, world_size=4)[0]
+    heads = "" if name == "latent attention" else GROUPED
+    flags = f"{SIZE} {heads} {MODELS[name]}"
+    compare(pool, flags, f"{flags} {cut}", 4)
+
+
+def compare(pool, alone: str, cut: str, ranks: int) -> None:
+    one = pool.run(train, alone, 1, world_size=1)[0]
+    several = pool.run(train, cut, ranks, world_size=ranks)[0]
     assert one[0]["lm_loss"] - one[-1]["lm_loss"] > 0.05
     for key in ("lm_loss", "grad_norm"):
-        found, wanted = ([record[key] for record in run] for run in (four, one))
+        found, wanted = ([record[key] for record in run] for run in (several, one))
         assert all(map(math.isfinite, found))
         assert found == pytest.approx(wanted, rel=1e-4), key
+
+
+def test_a_converted_model_of_latents_trains(pool, tmp_path, monkeypatch):
+    """DeepSeek-V3 with its experts, described by the checkpoint alone."""
+    kind, settings = MODELS_TO_CONVERT["deepseek v3"]
+    monkeypatch.setitem(MODELS_TO_CONVERT, "of bytes", (kind, settings | {"vocab_size": 256}))
+    save("of bytes", tmp_path / "hf")
+    paths = (str(tmp_path / "hf"), str(tmp_path / "store"))
+    assert cli.main(["convert", *paths, "--to", "canonical"]) == 0
+    flags = f"--load {paths[1]} --use-checkpoint-args --finetune {STEPS}"
+    saved = f"--save {tmp_path / 'run'} --save-interval 4"
+    compare(pool, flags, f"{flags} --tensor-model-parallel-size 2 --sequence-parallel {saved}", 2)
+    back = tmp_path / "back"
+    assert cli.main(["convert", str(tmp_path / "run"), str(back), "--to", "huggingface"]) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", back))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].shape == tensor.shape and after[name].isfinite().all()
+        assert not torch.equal(after[name], tensor), f"{name} was not trained"

@@ -111,6 +111,13 @@ LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+LATENT = {
+    "multi_latent_attention": True,
+    "use_rope_scaling": False,
+    "window_size": None,
+    "normalization": "RMSNorm",
+    "qk_layernorm": True,
+}
 DECIDES = {
     "num_layers": (2, {"moe_layer_freq": 2}),
     "hidden_size": 64,
@@ -168,6 +175,12 @@ DECIDES = {
     "linear_key_head_dim": (8, LINEAR),
     "linear_value_head_dim": (8, LINEAR),
     "linear_conv_kernel_dim": (3, LINEAR),
+    "multi_latent_attention": (True, LATENT),
+    "q_lora_rank": (8, LATENT),
+    "kv_lora_rank": (8, LATENT),
+    "qk_head_dim": (8, LATENT),
+    "qk_pos_emb_head_dim": (8, LATENT),
+    "v_head_dim": (8, LATENT),
     "untie_embeddings_and_output_weights": True,
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,

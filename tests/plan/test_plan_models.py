@@ -201,9 +201,10 @@ def test_latents_cost_what_the_code_that_runs_sends(cache):
     assert read == cache_bytes(model, layout, 16, 4096, 2) == 16 * 4096 * 576 * 2 / 8
 
 
-def test_flags_of_gated_delta_nets_count_as_their_config():
+@pytest.mark.parametrize("name", ["qwen3.5-122b-a10b", "deepseek-v3"])
+def test_flags_of_other_attention_count_as_their_config(name):
     """What a converted checkpoint says is the model that its config.json was."""
-    config = CONFIGS["qwen3.5-122b-a10b"]
+    config = CONFIGS[name]
     flags = family_of(config).model_flags(config)
     by_flags, by_config = spec_of_flags("", flags, ""), spec_of_config("", config, "")
     assert by_flags.special == by_config.special

@@ -19,6 +19,8 @@ from typing import Any
 
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.model.families import (
+    deepseek_v2,
+    deepseek_v3,
     ernie4_5,
     exaone4,
     gemma,
@@ -58,14 +60,11 @@ FAMILIES = {
         *(llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe, ministral),
         *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
         *(glm4, exaone4, gemma3, olmo2, olmo3, minimax_m2, ministral3),
-        *(qwen3_next, qwen3_5, qwen3_5_moe),
+        *(qwen3_next, qwen3_5, qwen3_5_moe, deepseek_v2, deepseek_v3),
     )
 }
-# What conversion cannot express, of model types that Hugging Face's host cuts all the same. megatron-core lacks
-# it, but for latent attention: that it has, and `ModelConfig` does not describe it.
+# What conversion cannot express, of model types that Hugging Face's host cuts all the same.
 INEXPRESSIBLE = {
-    "deepseek_v2": "latent attention (kv_lora_rank)",
-    "deepseek_v3": "latent attention (kv_lora_rank)",
     "falcon_h1": "attention and Mamba side by side in every layer",
     "gemma2": "soft caps of scores and logits (attn_logit_softcapping, final_logit_softcapping)",
     "gemma4": "heads of two sizes (global_head_dim)",

@@ -133,13 +133,16 @@ class BalancedExperts(Piece):
     the weights of a token's experts are normalised, and then multiplied by `routed_scaling_factor`.
 
     Args:
-        number, topk, scaling, dense: when the keys are absent.
+        number, topk, scaling, dense, groups, shared: when the keys are absent; `groups` are n_group and
+            topk_group.
     """
 
     number: int
     topk: int
     scaling: float
     dense: int
+    groups: tuple[int, int] = (1, 1)
+    shared: int = 1
     keys: tuple[str, ...] = (
         "n_routed_experts",
         "num_experts_per_tok",
@@ -169,12 +172,6 @@ class BalancedExperts(Piece):
             needed(config, "num_experts_per_tok", self.topk),
         )
         dense = min(needed(config, "first_k_dense_replace", self.dense), layers)
-        if not needed(config, "norm_topk_prob", True) or topk == 1:
-            raise HelixError(
-                f"config.json sets norm_topk_prob = {config.get('norm_topk_prob', True)} and "
-                f"num_experts_per_tok = {topk}. Megatron's router normalises the sigmoids of a token's "
-                "experts, and of one expert it does not. Valid: true, with 2 experts or more."
-            )
         if dense == layers:
             raise HelixError(
                 f"config.json sets first_k_dense_replace = {dense}, which gives experts to none of {layers} "
@@ -186,19 +183,31 @@ class BalancedExperts(Piece):
             "moe_router_topk": topk,
             "moe_ffn_hidden_size": size,
             "moe_layer_freq": [int(layer >= dense) for layer in range(layers)] if dense else 1,
-            "moe_shared_expert_intermediate_size": size * needed(config, "n_shared_experts", 1),
+            "moe_shared_expert_intermediate_size": size
+            * needed(config, "n_shared_experts", self.shared),
             "moe_shared_expert_gate": False,
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
             "moe_router_topk_scaling_factor": float(
                 needed(config, "routed_scaling_factor", self.scaling)
             ),
             "moe_router_dtype": "fp32",
+            **self._scores(config, topk),
             **self._groups(config, topk),
         }
 
+    def _scores(self, config: Config, topk: int) -> dict[str, Any]:
+        if not needed(config, "norm_topk_prob", True) or topk == 1:
+            raise HelixError(
+                f"config.json sets norm_topk_prob = {config.get('norm_topk_prob', True)} and "
+                f"num_experts_per_tok = {topk}. Megatron's router normalises the sigmoids of a token's "
+                "experts, and of one expert it does not. Valid: true, with 2 experts or more."
+            )
+        return {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+
     def _groups(self, config: Config, topk: int) -> dict[str, int | None]:
-        groups, chosen = needed(config, "n_group", 1), needed(config, "topk_group", 1)
+        groups, chosen = (
+            needed(config, key, default)
+            for key, default in zip(("n_group", "topk_group"), self.groups, strict=True)
+        )
         if groups == chosen:
             return {"moe_router_num_groups": None, "moe_router_group_topk": None}
         if topk // chosen != 2:
@@ -224,3 +233,30 @@ class BalancedExperts(Piece):
             "first_k_dense_replace": model.moe_layers.index(True),
             "norm_topk_prob": True,
         }
+
+
+@dataclass(frozen=True)
+class SoftmaxExperts(BalancedExperts):
+    """Such experts, chosen and weighed by a softmax over all, as in DeepSeek-V2-Lite (arXiv 2405.04434)."""
+
+    keys: tuple[str, ...] = (*BalancedExperts.keys, "topk_method")
+
+    def _scores(self, config: Config, topk: int) -> dict[str, Any]:
+        if needed(config, "norm_topk_prob", False):
+            raise HelixError(
+                "config.json sets norm_topk_prob = True, which transformers does not read in these models. Set "
+                "it to false if its logits are the model's."
+            )
+        return {"moe_router_pre_softmax": True}
+
+    def _groups(self, config: Config, topk: int) -> dict[str, int | None]:
+        method = needed(config, "topk_method", "greedy")
+        if method != "greedy":
+            raise HelixError(
+                f"config.json sets topk_method = {method!r:.80}. These models count a group of experts by its "
+                "best one, and Megatron's router by its num_experts_per_tok / topk_group best. Valid: greedy."
+            )
+        return {"moe_router_num_groups": None, "moe_router_group_topk": None}
+
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        return super().config(model) | {"norm_topk_prob": False, "topk_method": "greedy"}
