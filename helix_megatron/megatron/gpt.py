@@ -34,8 +34,8 @@ from helix_megatron.megatron.post_norms import with_post_norms
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixLatentConfig, HelixTransformerConfig
 from helix_megatron.model.description import ModelConfig
-from helix_megatron.run.config import RunConfig, same_named
-from helix_megatron.run.settings import Training
+from helix_megatron.run.config import RunConfig
+from helix_megatron.run.settings import Training, same_named
 
 
 def transformer_config(run: RunConfig) -> HelixTransformerConfig:

@@ -14,7 +14,7 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.core.exchanges import AttentionShape
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import counted, divisors, listed, setting_error
-from helix_megatron.flags import names_with, values_of
+from helix_megatron.flags import values_of
 from helix_megatron.model.description import ModelConfig
 from helix_megatron.run.settings import (
     LOSSES,
@@ -255,11 +255,7 @@ class RunConfig:
                 f"dealt to {self._tensor} tensor parallel ranks. Valid <tensor_model_parallel_size>: "
                 f"{listed(divisors(heads))}."
             )
-        if self._context > 1 or self.data.packed_documents:
-            raise setting_error(
-                "<context_parallel_size> and <packed_documents> do not work with <linear_attention_freq>: a "
-                "gated delta net of Megatron needs the whole of one sequence. Leave them out."
-            )
+        self._check_whole_sequences("<linear_attention_freq>: a gated delta net of Megatron")
 
     def _check_latent_attention(self) -> None:
         model = self.model
@@ -274,10 +270,13 @@ class RunConfig:
                     f"{name} are {width} dimensions, whose projection cannot be dealt to {self._tensor} tensor "
                     f"parallel ranks. Valid <tensor_model_parallel_size>: {listed(divisors(width))}."
                 )
+        self._check_whole_sequences("<multi_latent_attention>: Megatron's attention in plain torch")
+
+    def _check_whole_sequences(self, what: str) -> None:
         if self._context > 1 or self.data.packed_documents:
             raise setting_error(
-                "<context_parallel_size> and <packed_documents> do not work with <multi_latent_attention>: "
-                "Megatron's attention in plain torch needs the whole of one sequence. Leave them out."
+                f"<context_parallel_size> and <packed_documents> do not work with {what} needs the whole of "
+                "one sequence. Leave them out."
             )
 
     def _check_sequence(self) -> None:
@@ -393,11 +392,6 @@ SETTINGS: dict[str, type] = {
     "checkpoints": Checkpoints,
     "logging": Logging,
 }
-
-
-def same_named(settings: Any, reader: str) -> dict[str, Any]:
-    """The values of the fields that `reader` (`megatron`, `optimizer`) has under the same name."""
-    return {name: getattr(settings, name) for name in names_with(type(settings), **{reader: True})}
 
 
 def _multiple(number: int, unit: int) -> int:

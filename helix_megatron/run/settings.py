@@ -17,6 +17,7 @@ from helix_megatron.flags import (
     OUTPUT_DIRECTORY,
     OUTPUT_FILE,
     check_values,
+    names_with,
     setting,
 )
 
@@ -367,3 +368,8 @@ class Logging(_Checked):
                 f"<eval_interval> {self.eval_interval} validates, and <eval_iters> 0 gives it no batches. "
                 "Leave either out."
             )
+
+
+def same_named(settings: Any, reader: str) -> dict[str, Any]:
+    """The values of the fields that `reader` (`megatron`, `optimizer`) has under the same name."""
+    return {name: getattr(settings, name) for name in names_with(type(settings), **{reader: True})}

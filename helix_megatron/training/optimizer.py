@@ -8,7 +8,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from helix_megatron.megatron.gpt import parameter_dtype
-from helix_megatron.run.config import RunConfig, same_named
+from helix_megatron.run.config import RunConfig
+from helix_megatron.run.settings import same_named
 
 
 def build_optimizer(run: RunConfig, chunks: list[Any]) -> tuple[Any, OptimizerParamScheduler]:

@@ -12,8 +12,8 @@ from helix_megatron.arguments import as_flag
 from helix_megatron.errors import HelixError
 from helix_megatron.flags import Number, PathText, one_line
 from helix_megatron.model.description import FREE_FLAGS, FUNCTION_FLAGS, ModelConfig
-from helix_megatron.run.config import RunConfig, same_named
-from helix_megatron.run.settings import Data, Optimization, Training
+from helix_megatron.run.config import RunConfig
+from helix_megatron.run.settings import Data, Optimization, Training, same_named
 from helix_megatron.training.arguments import build_parser, parse_args
 
 BEFORE = json.loads((Path(__file__).parents[1] / "flags_of_version_1.json").read_text())
