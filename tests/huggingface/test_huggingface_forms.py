@@ -23,7 +23,12 @@ from helix_megatron.errors import HelixError
 from helix_megatron.huggingface import make_groups, plan, shard
 from helix_megatron.huggingface.forms import SHOWN
 
-LAYOUTS = {"m 2, n 1": (2, 2), "m 2, n 2": (4, 2), "m 4, n 1": (4, 4)}  # ranks, m
+LAYOUTS = {  # ranks, m; 8 ranks run in the full tier alone
+    "m 2, n 1": (2, 2),
+    "m 2, n 2": (4, 2),
+    "m 4, n 1": (4, 4),
+    "m 4, n 2": (8, 4),
+}
 OF_THEIR_OWN = (
     *(
         "qwen3_next",
@@ -56,12 +61,17 @@ def results(make: Callable[[torch.dtype], Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def reference(family: str) -> dict[str, Any]:
-    return results(lambda dtype: built(family, dtype))
+def reference(family: str, heads: int) -> dict[str, Any]:
+    return results(lambda dtype: built(family, heads, dtype))
 
 
-def built(family: str, dtype: torch.dtype) -> Any:
-    model = tiny_model(family, dtype=dtype)
+def sizes(family: str, heads: int) -> dict[str, int]:
+    latents = {"num_key_value_heads": heads} if family.startswith("deepseek") else {}
+    return {"num_attention_heads": heads} | latents
+
+
+def built(family: str, heads: int, dtype: torch.dtype) -> Any:
+    model = tiny_model(family, dtype=dtype, **sizes(family, heads))
     if dtype is torch.float64 and hasattr(model.config, "_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped products have no fp64
     return model
@@ -70,7 +80,8 @@ def built(family: str, dtype: torch.dtype) -> Any:
 def run_sharded(family: str, m: int) -> dict[str, Any]:
     groups = make_groups(dist.get_world_size(), m)
     cut = {"tensor_group": groups.tensor, "intra_head_group": groups.intra_head}
-    return results(lambda dtype: shard(built(family, dtype), m, **cut))
+    heads = max(4, dist.get_world_size())
+    return results(lambda dtype: shard(built(family, heads, dtype), m, **cut))
 
 
 def assert_equals_whole(ranks: list[dict[str, Any]], wanted: dict[str, Any], cuts: Any) -> None:
@@ -99,7 +110,7 @@ def assert_equals_whole(ranks: list[dict[str, Any]], wanted: dict[str, Any], cut
             family,
             layout,
             marks=[pytest.mark.full("conversion")]
-            * (family not in OF_THEIR_OWN or (i + j) % 3 > 0),
+            * (family not in OF_THEIR_OWN or (i + j) % 3 > 0 or LAYOUTS[layout][0] == 8),
         )
         for i, family in enumerate(BY_FORM)
         for j, layout in enumerate(LAYOUTS)
@@ -108,10 +119,11 @@ def assert_equals_whole(ranks: list[dict[str, Any]], wanted: dict[str, Any], cut
 def test_families_equal_the_whole_model(pool, family, layout):
     """Gates, sinks, windows, soft caps, norms of all heads, latents: all of it is the library's own code."""
     world_size, m = LAYOUTS[layout]
-    what = plan(tiny_model(family), m, world_size)
+    heads = max(4, world_size)
+    what = plan(tiny_model(family, **sizes(family, heads)), m, world_size)
     assert what.layout.query_layout == "heads"
     ranks = pool.run(run_sharded, family, m, world_size=world_size, timeout=300)
-    assert_equals_whole(ranks, reference(family), what.cuts)
+    assert_equals_whole(ranks, reference(family, heads), what.cuts)
 
 
 def test_every_type_that_counts_as_shown_is_shown():
