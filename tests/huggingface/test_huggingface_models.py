@@ -22,7 +22,12 @@ from tiny_transformers import (
 
 from helix_megatron.huggingface import make_groups, shard, sharding_of
 
-LAYOUTS = {"m 2, n 1": (2, 2), "m 2, n 2": (4, 2), "m 4, n 1": (4, 4)}  # ranks, m
+LAYOUTS = {  # ranks, m; 8 ranks, twice as many as query heads, run in the full tier alone
+    "m 2, n 1": (2, 2),
+    "m 2, n 2": (4, 2),
+    "m 4, n 1": (4, 4),
+    "m 4, n 2": (8, 4),
+}
 NEW_TOKENS = 32
 CACHES = ("dynamic", "static")
 
@@ -85,8 +90,10 @@ def assert_same(ranks: list[dict], wanted: dict) -> None:
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        # The quick tier has every second pair: each family, and each layout, several times.
-        pytest.param(family, layout, marks=[pytest.mark.full("conversion")] * ((i + j) % 2))
+        # The quick tier has every second pair of 2 and 4 ranks: each family, and each layout, several times.
+        pytest.param(
+            family, layout, marks=[pytest.mark.full("conversion")] * ((i + j) % 2 or j == 3)
+        )
         for i, family in enumerate(FAMILIES)
         for j, layout in enumerate(LAYOUTS)
     ],
