@@ -94,7 +94,27 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", _MIXED),
     "gemma3": ("Gemma3TextConfig", _MIXED),
     "gemma4": ("Gemma4TextConfig", {**_MIXED, "hidden_size_per_layer_input": 0}),
+    "gemma4, experts": (  # as Gemma 4 26B-A4B: global layers have fewer, wider heads, and keys for values
+        "Gemma4TextConfig",
+        {
+            **EXPERTS,
+            **_MIXED,
+            "hidden_size": 64,
+            "hidden_size_per_layer_input": 0,
+            "num_key_value_heads": 4,
+            "num_global_key_value_heads": 2,
+            "global_head_dim": 32,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
     "nemotron_h": ("NemotronHConfig", {}),
+    "nemotron_h, latent experts": (
+        "NemotronHConfig",
+        {"hidden_size": 64, "moe_latent_size": 16},
+    ),
     "glm4": ("Glm4Config", {"attention_bias": True}),
     "glm4_moe": (
         "Glm4MoeConfig",
@@ -117,7 +137,10 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
     "mimo_v2_flash": ("MiMoV2FlashConfig", _MOE),
     "smollm3": ("SmolLM3Config", {}),
     "deepseek_v2": ("DeepseekV2Config", {**_MOE, **_LATENT}),
-    "deepseek_v3": ("DeepseekV3Config", {**_MOE, **_LATENT}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {**_MOE, **_LATENT, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+    ),
 }
 
 

@@ -103,7 +103,8 @@ class Special:
     linear, linear_layers: layers that have linear attention in place of attention. separate: a layer is
     attention, or linear attention, or an MLP, as in Nemotron-H; attention_layers of them are the first.
     latent: attention of all layers. local: (key-value heads, dimensions) of layers with a window, where the
-    others have other ones. expert_width: of what experts read and write, where that is not the hidden size.
+    others have other ones. values_are_keys: those others project no values (Gemma 4), which counts in
+    parameters and not in time. expert_width: of what experts read and write, where that is not the hidden size.
     """
 
     linear: Linear | None = None
@@ -112,6 +113,7 @@ class Special:
     attention_layers: int = 0
     latent: Latent | None = None
     local: tuple[int, int] | None = None
+    values_are_keys: bool = False
     expert_width: int = 0
 
     @property

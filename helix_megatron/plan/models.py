@@ -103,6 +103,8 @@ class ModelSpec(ModelConfig):
         if self.special.latent:
             own = self.special.latent.parameters(self.hidden_size, self.num_attention_heads)
             counts["attention"] = [own[0], own[1] + self.norm_parameters]
+        if self.special.values_are_keys:
+            counts["attention"][0] -= self.num_query_groups * self.head_dim * self.hidden_size
         if self.special.expert_width:
             counts["router"][1] += 2 * self.hidden_size * self.special.expert_width
         return counts

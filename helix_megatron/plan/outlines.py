@@ -158,7 +158,8 @@ def _gemma4(config: Config) -> Outline:
         topk = {"num_experts_per_tok": config["top_k_experts"]}
         ffn, dense = config["moe_intermediate_size"], config["intermediate_size"]
         flags |= _experts({**config, **topk}, "num_experts", ffn, dense)
-    return flags, Special(local=(config["num_key_value_heads"], config["head_dim"]))
+    local = config["num_key_value_heads"], config["head_dim"]
+    return flags, Special(local=local, values_are_keys=config.get("attention_k_eq_v", False))
 
 
 def _gpt_oss(config: Config) -> Outline:

@@ -85,6 +85,7 @@ def _latent(heads: int, experts: int, dense: int, vocabulary: int) -> Any:
 
 
 GEMMA4 = {
+    "attention_k_eq_v": True,
     "global_head_dim": 512,
     "sliding_window": 1024,
     "tie_word_embeddings": True,

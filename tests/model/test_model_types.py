@@ -82,4 +82,5 @@ def test_the_planner_reads_what_transformers_writes(tmp_path, name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     found = read_config(tmp_path / "config.json").parameters
-    assert found == pytest.approx(model.num_parameters(), rel=5e-3)
+    small = sum(p.numel() for p in model.parameters() if p.dim() < 2)  # of which outlines know few
+    assert found == pytest.approx(model.num_parameters(), abs=small)
