@@ -110,6 +110,19 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 30.0,
         },
     ),
+    "gemma4, shared keys": (  # as Gemma 4 E2B: the last layers attend to keys of those before
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 6,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "use_double_wide_mlp": True,
+            "global_head_dim": 32,
+        },
+    ),
     "nemotron_h": ("NemotronHConfig", {}),
     "nemotron_h, latent experts": (
         "NemotronHConfig",

@@ -42,8 +42,9 @@ LATENT = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
 class AttentionForm:
     """One attention module's projections and sizes.
 
-    kind: `separate` q_proj, k_proj, v_proj; `fused` qkv_proj; `latent`: queries and key-value heads are
-        expanded from latents, DeepSeek's multi-head latent attention.
+    kind: `separate` q_proj, k_proj, v_proj, or q_proj alone where the keys and values are another layer's
+        (Gemma 4 E2B); `fused` qkv_proj; `latent`: queries and key-value heads are expanded from latents,
+        DeepSeek's multi-head latent attention.
     output: the name of the projection back; query_rows: rows of the query projection per head, twice d with
         an output gate; flat_norms: norms over all heads together.
     """
@@ -83,9 +84,9 @@ class AttentionForm:
             queries = head_cut(layout, self.query_rows)
         if self.kind == "separate":
             yield from _linear(module, "q_proj", queries)
-            yield from _linear(module, "k_proj", kv_cut(0, layout))
-            if module.v_proj is not None:
-                yield from _linear(module, "v_proj", kv_cut(0, values))
+            for name, cut in (("k_proj", kv_cut(0, layout)), ("v_proj", kv_cut(0, values))):
+                if getattr(module, name, None) is not None:
+                    yield from _linear(module, name, cut)
         elif self.kind == "fused":
             yield from _linear(module, "qkv_proj", fused_cut(layout, values))
         else:
@@ -138,7 +139,7 @@ def attention_form(module: Any, model_type: str | None = None) -> AttentionForm 
         form = _latent(module, output)
     elif hasattr(module, "qkv_proj"):
         form = _fused(module, output)
-    elif all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj")):
+    elif hasattr(module, "q_proj") and hasattr(module, "k_proj") == hasattr(module, "v_proj"):
         form = _separate(module, output, model_type)
     else:
         raise _unknown(kind, "no q_proj, k_proj and v_proj, no qkv_proj and no kv_b_proj")
@@ -157,11 +158,17 @@ def _separate(module: Any, output: str, model_type: str | None) -> AttentionForm
             type(module).__name__,
             f"{rows} rows of queries and {columns} columns of output, with heads of {d} and {e} dimensions",
         )
+    if hasattr(module, "k_proj"):
+        kv_heads = module.k_proj.out_features // d
+    elif groups := getattr(module, "num_key_value_groups", 0):
+        kv_heads = heads // groups
+    else:
+        raise _unknown(type(module).__name__, "no k_proj, and no num_key_value_groups")
     return AttentionForm(
         "separate",
         output,
         heads,
-        module.k_proj.out_features // d,
+        kv_heads,
         d,
         e,
         rows // heads,

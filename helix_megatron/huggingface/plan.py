@@ -151,9 +151,15 @@ def as_config(helix: HelixConfig | Mapping[str, Any] | int) -> HelixConfig:
     return HelixConfig.from_dict(helix) if isinstance(helix, Mapping) else HelixConfig(helix)
 
 
+def embeddings_of(model: Any) -> list[Any]:
+    """What looks tokens up: the embedding, and Gemma 4's other one, of what each layer is given besides."""
+    per_layer = (m for n, m in model.named_modules() if n.endswith("embed_tokens_per_layer"))
+    return [model.get_input_embeddings(), *per_layer]
+
+
 def _vocabulary_cuts(model: Any, ranks: int) -> dict[str, Cut]:
-    """The rows of the embedding, and of an output layer over the vocabulary, tied or not."""
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    """The rows of embeddings, and of an output layer over the vocabulary, tied or not."""
+    layers = [*embeddings_of(model), model.get_output_embeddings()]
     weights = {id(layer.weight): layer.weight for layer in layers if layer is not None}
     return {
         name: block_cut(0, parameter.size(0), ranks)

@@ -19,7 +19,7 @@ from helix_megatron.huggingface import attention, layers, upstream
 from helix_megatron.huggingface.cuts import Cut
 from helix_megatron.huggingface.forms import DELTA_NET_SIZES, SHOWN
 from helix_megatron.huggingface.groups import intra_head_group_of
-from helix_megatron.huggingface.plan import Plan, as_config, plan
+from helix_megatron.huggingface.plan import Plan, as_config, embeddings_of, plan
 from helix_megatron.huggingface.sharding import Sharding
 from helix_megatron.huggingface.whole_heads import replace_attention
 from helix_megatron.model.families import CUTTABLE
@@ -265,11 +265,9 @@ def _settle_experts(model: Any, what: Plan) -> None:
 
 
 def _replace_vocabulary(model: Any, sharding: Sharding, rank: int) -> None:
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    for layer, mixin in (
-        (embedding, layers.PartitionedEmbedding),
-        (output, layers.PartitionedOutput),
-    ):
+    output = model.get_output_embeddings()
+    embeddings = [(layer, layers.PartitionedEmbedding) for layer in embeddings_of(model)]
+    for layer, mixin in (*embeddings, (output, layers.PartitionedOutput)):
         if layer is None:
             continue
         name = next(n for n, p in model.named_parameters() if p is layer.weight)

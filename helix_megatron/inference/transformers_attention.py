@@ -70,6 +70,7 @@ class Layer:
         self.module, self.head_group = module, head_group
         self.latent = hasattr(module, "kv_b_proj")
         self.asked: Asked | None = None
+        self.noted_key: Tensor | None = None  # which tells layers that attend to another's keys
         self.index = 0
         self.attention: StepAttention | None = None
         if self.latent:
@@ -84,6 +85,8 @@ class Layer:
         self, q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, mask: Any, **asked: Any
     ) -> Tensor:
         """[1, H, T, D], [1, u, T, D], [1, u, T, E] → [1, T, H, E]."""
+        if self.asked is None:
+            self.noted_key = k_BGLD
         if self.latent:
             q_BHLD = self._absorbed(q_BHLD)
         elif heads := getattr(self.module, "heads", None):

@@ -77,13 +77,22 @@ class PagedModel:
                 f"{type(model).__name__} computes the attention of {silent[0]} without the library's attention "
                 f"functions, so the engine has no part in it. {INSTEAD}"
             )
-        for index, layer in enumerate(self.layers):
-            layer.index = index
+        self.asked = self._number_layers()
 
-    @property
-    def asked(self) -> list[Asked]:
-        """What each layer asked for."""
-        return [layer.asked for layer in self.layers if layer.asked is not None]
+    def _number_layers(self) -> list[Asked]:
+        """What each layer with pages asked for.
+
+        Layers that attend to another's keys (Gemma 4 E2B) have its pages, and write the same into them again.
+        """
+        first: list[Layer] = []
+        for layer in self.layers:
+            keys = [other.noted_key for other in first]
+            layer.index = next((i for i, k in enumerate(keys) if k is layer.noted_key), len(first))
+            if layer.index == len(first):
+                first.append(layer)
+        for layer in self.layers:
+            layer.noted_key = None
+        return [layer.asked for layer in first if layer.asked is not None]
 
     def kept(self, pools: Pools) -> list[KeptHeads]:
         """What a rank keeps of each layer."""
@@ -157,9 +166,9 @@ class TransformersRunner(Runner):
         self.attentions = [
             attention_of(layout, model.head_group, tables, self.cache) for tables in self.tables
         ]
-        for layer, asked, own in zip(model.layers, model.asked, kept, strict=True):
-            layer.attention = self.attentions[own.kind]
-            layer.attention.windows.add(asked.scores.window)
+        for layer in model.layers:
+            layer.attention = self.attentions[kept[layer.index].kind]
+            layer.attention.windows.add(model.asked[layer.index].scores.window)
         if model.before:
             self._check_probe(model.before, make_book(cache, layout.segments, pools, page_size))
 

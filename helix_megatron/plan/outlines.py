@@ -140,6 +140,12 @@ def _nemotron_h(config: Config) -> Outline:
 
 def _gemma4(config: Config) -> Outline:
     """The global layers are those that flags describe: they have the fewest key-value heads."""
+    for key in ("num_kv_shared_layers", "hidden_size_per_layer_input"):
+        if config.get(key):
+            raise HelixError(
+                f"config.json sets {key} = {config[key]}, and the planner does not count layers that share "
+                "keys or have inputs of their own (Gemma 4 E2B and E4B). Valid: 0."
+            )
     full = [at for at, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
     per_layer = config.get("per_layer_config", {})  # what transformers 5 writes
     own = per_layer.get(str(full[0]), {}) if full else {}

@@ -163,6 +163,13 @@ def test_windows_free_their_pages(pool, cache):
     assert [one[0]["left"] for one in found] == [0] * 4
 
 
+def test_layers_that_attend_to_keys_of_others_have_no_pages(pool):
+    """Four layers, the last two with the keys of the first two: 2 heads of 16, and 2 of 32 dimensions."""
+    found = pool.run(several, [("gemma4, shared keys", "batch")], m=2, world_size=2)
+    assert found[0][0]["tokens"] == greedy("gemma4, shared keys")
+    assert [one[0]["bytes"] for one in found] == [200 * PAGE * 2 * (16 + 32) * 2 * 4] * 2
+
+
 # ------------------------------------------------------------------------------ latents
 
 
