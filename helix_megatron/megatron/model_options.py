@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.activations import quick_gelu
 from torch import Tensor
 
+from helix_megatron.core.kernels.softcap import soft_cap
 from helix_megatron.model.description import ModelConfig
 
 
@@ -75,6 +76,23 @@ def divide_logits(model: Any, divisor: float) -> None:
     norm = getattr(model.decoder, "final_layernorm", None)
     if divisor != 1.0 and norm is not None:
         norm.register_forward_hook(lambda module, inputs, output: output / divisor)
+
+
+def cap_logits(model: Any, cap: float | None) -> None:
+    """Bound logits by c · tanh(logit / c), behind the output layer: each rank those of its own vocabulary rows.
+
+    Cross entropy over vocabulary-parallel logits then has the loss and the gradients of capped logits. Who
+    computes logits from the weights alone must cap them too, by the configuration's `final_logit_softcapping`.
+    """
+    layer = getattr(model, "output_layer", None)
+    if cap is None or layer is None:
+        return
+
+    def bound(module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = output
+        return soft_cap(logits, cap), bias
+
+    layer.register_forward_hook(bound)
 
 
 def leave_heads_without_rope_unnormalised(model: Any, layers: tuple[bool, ...]) -> None:

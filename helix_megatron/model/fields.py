@@ -174,6 +174,12 @@ class ModelFields:
         above=0,
     )
     logits_scaling: float = _function(1.0, "divide logits by this, as Granite does", above=0)
+    final_logit_softcapping: float | None = _function(
+        None, "bound logits by c·tanh(logit / c) with this c, as Gemma 2 does", above=0
+    )
+    attn_logit_softcapping: float | None = _function(
+        None, "bound attention scores by c·tanh(score / c) with this c, as Gemma 2 does", above=0
+    )
     normalization: str = _function(
         "LayerNorm", "norm of the hidden states", choices=("LayerNorm", "RMSNorm"), megatron=True
     )

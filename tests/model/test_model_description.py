@@ -145,6 +145,8 @@ DECIDES = {
     "embedding_multiplier": 2.0,
     "residual_multiplier": 0.5,
     "logits_scaling": 2.0,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
     "normalization": "RMSNorm",
     "post_norms": (True, POST_NORMS),
     "no_pre_norms": (True, POST_NORMS),
