@@ -64,6 +64,9 @@ FAMILIES = {
         *(qwen3_next, qwen3_5, qwen3_5_moe, deepseek_v2, deepseek_v3),
     )
 }
+# Types of files whose models are those of a family. transformers knows them by code in the files, if at all,
+# which is never run.
+READ_AS = {"kimi_k2": "deepseek_v3"}
 # What conversion cannot express, of model types that Hugging Face's host cuts all the same.
 INEXPRESSIBLE = {
     "falcon_h1": "attention and Mamba side by side in every layer",
@@ -112,6 +115,7 @@ def family_named(name: str) -> Family:
             f"models of type {name} have {INEXPRESSIBLE[name]}, which conversion cannot express. Without it "
             "helix_megatron.huggingface cuts them in place."
         )
+    name = READ_AS.get(name, name)
     if name not in FAMILIES:
         close = difflib.get_close_matches(name, FAMILIES, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
