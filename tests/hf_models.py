@@ -320,6 +320,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "deepseek v2 with groups": (
+        "deepseek_v2",
+        SIZE
+        | LATENT
+        | BALANCED
+        | {"rope_parameters": None, "topk_method": "group_limited_greedy", "n_shared_experts": 2},
+    ),
     "deepseek v3 with whole queries": (
         "deepseek_v3",
         SIZE | LATENT | BALANCED | {"q_lora_rank": None, "rope_parameters": None},

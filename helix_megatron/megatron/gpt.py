@@ -23,6 +23,7 @@ from helix_megatron.megatron.model_options import (
     activation,
     can_fuse_activation,
     cap_logits,
+    count_groups_by_best,
     divide_logits,
     leave_heads_without_rope_unnormalised,
     scale_embeddings,
@@ -150,6 +151,8 @@ def build_chunk(
     scale_residuals(model, run.model.residual_multiplier)
     divide_logits(model, run.model.logits_scaling)
     cap_logits(model, run.model.final_logit_softcapping)
+    if run.model.moe_router_groups_by_best:
+        count_groups_by_best(model)
     if run.model.rotary_base_windowed:
         stretch = run.model.rotary_seq_len_interpolation_factor or 1.0
         windowed, base = run.model.windowed_layers, run.model.rotary_base_windowed

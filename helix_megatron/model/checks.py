@@ -200,6 +200,14 @@ def _check_experts(model: ModelSizes) -> None:
             f"<moe_router_num_groups> is {groups} and <moe_router_group_topk> {chosen}. Give both, the "
             "second at most the first, or neither."
         )
+    if model.moe_router_groups_by_best and (
+        groups is None or model.moe_router_topk * groups > model.num_experts * (chosen or 0)
+    ):
+        raise setting_error(
+            f"<moe_router_groups_by_best> chooses <moe_router_topk> {model.moe_router_topk} experts of "
+            f"<moe_router_group_topk> {chosen} of <moe_router_num_groups> {groups} groups of the "
+            f"{model.num_experts}. Give groups that have so many, or leave it out."
+        )
     if model.moe_apply_probs_on_input and model.moe_router_topk > 1:
         raise setting_error(
             f"<moe_apply_probs_on_input> needs <moe_router_topk> 1, and it is {model.moe_router_topk}."

@@ -339,6 +339,11 @@ class ModelFields:
         None, "groups of experts, of which a token takes the best", largest=10_000
     )
     moe_router_group_topk: int | None = _expert(None, "groups of a token", largest=10_000)
+    moe_router_groups_by_best: bool = _expert(
+        False,
+        "count a group of experts by its best one, as DeepSeek-V2 does, instead of by several",
+        megatron=None,
+    )
     moe_router_topk_scaling_factor: float | None = _expert(
         None, "multiply the weights of a token's experts by this", above=0
     )

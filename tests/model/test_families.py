@@ -283,6 +283,7 @@ def test_logits_with_other_parallelism(pool, models, name, parallel):
         ("qwen3 5", {"apply_layernorm_1p": False}),
         ("qwen3 next", {"moe_router_pre_softmax": True}),
         ("deepseek v2", {"moe_router_pre_softmax": False}),
+        ("deepseek v2 with groups", {"moe_router_groups_by_best": False}),
         ("deepseek v3", {"yarn_mscale": 1.0}),
         ("deepseek v3", {"yarn_rotary_scaling_factor": 20.0}),
         ("deepseek v3", {"yarn_original_max_position_embeddings": 4096}),

@@ -128,10 +128,15 @@ UNSUPPORTED = {
         {"layer_types": ["linear_attention", "sliding_attention"]},
         "It must be a list with one of full_attention, linear_attention for each.",
     ),
-    "groups that count by their best expert": (
+    "groups that are chosen in another way": (
         "deepseek v2",
-        {"topk_method": "group_limited_greedy"},
-        "topk_method = 'group_limited_greedy'",
+        {"topk_method": "noaux_tc"},
+        "topk_method = 'noaux_tc'",
+    ),
+    "groups without as many experts": (
+        "deepseek v2 with groups",
+        {"num_experts_per_tok": 3},
+        "of moe_router_group_topk 1 of moe_router_num_groups 4 groups of the 8",
     ),
     "weights that transformers does not normalise": (
         "deepseek v2",

@@ -197,6 +197,10 @@ DECIDES = {
     "moe_router_enable_expert_bias": (True, {"moe_router_score_function": "sigmoid"}),
     "moe_router_num_groups": (2, {"moe_router_group_topk": 1}),
     "moe_router_group_topk": (1, {"moe_router_num_groups": 2}),
+    "moe_router_groups_by_best": (
+        True,
+        {"moe_router_num_groups": 2, "moe_router_group_topk": 2},
+    ),
     "moe_router_topk_scaling_factor": 1.5,
     "moe_router_dtype": "fp32",
     "moe_apply_probs_on_input": (True, {"moe_router_topk": 1, "moe_router_pre_softmax": True}),
@@ -269,6 +273,7 @@ def built(run: RunConfig) -> dict:
             model.residual_multiplier,
             model.logits_scaling,
         ),
+        "router": model.moe_router_groups_by_best,
         "qk": (model.qk_l2_norm, model.qk_norm_all_heads),
         "norms": (model.post_norms, model.no_pre_norms),
         "windowed": model.rotary_base_windowed,
