@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from helix_megatron.huggingface.forms import SHOWN
-from helix_megatron.model.families import CUTTABLE, FAMILIES, INEXPRESSIBLE
+from helix_megatron.model.families import CUTTABLE, FAMILIES, INEXPRESSIBLE, READ_AS
 from helix_megatron.plan.outlines import OUTLINES
 from helix_megatron.tables import markdown_table
 
@@ -30,7 +30,7 @@ def rows() -> list[tuple[str, ...]]:
     """A row for each model type, as `HEADER` names its cells."""
     return [
         (
-            f"`{name}`",
+            f"`{shown}`",
             "query heads whole or cut"
             if name in CUTTABLE
             else "whole query heads"
@@ -45,7 +45,8 @@ def rows() -> list[tuple[str, ...]]:
             "yes" if name in FAMILIES or name in OUTLINES else "no",
             INEXPRESSIBLE.get(name, ""),
         )
-        for name in sorted({*CUTTABLE, *SHOWN, *FAMILIES})
+        for shown in sorted({*CUTTABLE, *SHOWN, *FAMILIES, *READ_AS})
+        for name in (READ_AS.get(shown, shown),)
     ]
 
 

@@ -238,10 +238,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {
             "head_dim": 16,
             "query_pre_attn_scalar": 20,
+            "final_logit_softcapping": 6.0,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 3.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             },
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        SIZE
+        | {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 5.0,
         },
     ),
     "glm4 moe": (
@@ -306,6 +319,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                 "original_max_position_embeddings": 16,
             },
         },
+    ),
+    "deepseek v2 with groups": (
+        "deepseek_v2",
+        SIZE
+        | LATENT
+        | BALANCED
+        | {"rope_parameters": None, "topk_method": "group_limited_greedy", "n_shared_experts": 2},
     ),
     "deepseek v3 with whole queries": (
         "deepseek_v3",

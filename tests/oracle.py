@@ -24,6 +24,7 @@ def attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """[L, B, H·D]; one (query, head) at a time in meaning: softmax over the keys that the query sees.
 
@@ -46,6 +47,8 @@ def attention(
     for head in range(heads):
         q, k, v = q_SBHD[:, :, head], k_SBGD[:, :, head // share], v_SBGD[:, :, head // share]
         scores = torch.einsum("qbd,kbd->bqk", q, k) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         if bias is not None:
             scores = scores + bias[:, head]
         seen = visible.expand_as(scores)

@@ -7,6 +7,7 @@ What CUDA would do is stood in for by a few lines here, for one process on the C
 
 from __future__ import annotations
 
+import argparse
 import importlib.abc
 import json
 import os
@@ -29,9 +30,17 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
 from megatron.core.tensor_parallel.random import initialize_rng_tracker  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer import (  # noqa: E402
+    MLATransformerConfig,
+    TransformerConfig,
+    multi_latent_attention,
+)
+from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from torch.distributed.checkpoint import FileSystemReader  # noqa: E402
 
@@ -41,7 +50,8 @@ def build(model: dict[str, Any]) -> GPTModel:
     settings = model["config"]
     if settings.get("gated_linear_unit"):
         settings = settings | {"activation_func": torch.nn.functional.silu}
-    config = TransformerConfig(
+    latent = settings.get("multi_latent_attention")
+    config = (MLATransformerConfig if latent else TransformerConfig)(
         use_cpu_initialization=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -50,7 +60,20 @@ def build(model: dict[str, Any]) -> GPTModel:
         masked_softmax_fusion=False,
         **settings,
     )
-    return GPTModel(config, get_gpt_layer_local_spec(**model["spec"]), **model["gpt"]).eval()
+    if latent:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, **model["spec"])
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = Core
+    else:
+        spec = get_gpt_layer_local_spec(**model["spec"])
+    return GPTModel(config, spec, **model["gpt"]).eval()
+
+
+class Core(DotProductAttention):
+    """Latent attention gives it the sizes of heads, which only Transformer Engine's takes."""
+
+    def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
 def loss_of(model: GPTModel, tokens: torch.Tensor) -> list[float]:
@@ -69,6 +92,7 @@ def main() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     moe_utils.te_general_gemm = None
+    multi_latent_attention.HAVE_TE = False  # 0.16.1 takes it for installed
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     initialize_rng_tracker(inference_rng_tracker=True)  # nothing is dropped
@@ -82,6 +106,8 @@ def main() -> None:
         for parameter in gpt.parameters():  # norms and biases too
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
         os.makedirs(directory)
+        if "args" in model:  # as Megatron-LM keeps them
+            sharded["args"] = argparse.Namespace(**model["args"])
         dist_checkpointing.save(sharded, directory)
     else:
         before = loss_of(gpt, tokens)

@@ -33,7 +33,12 @@ from helix_megatron.errors import HelixError, listed
 DATA = ".distcp"  # ending of files with tensors
 PREFIX = "module."  # megatron-core's distributed data parallel puts it before every key
 # Transformer Engine's MoE layers have a norm of their own where its dense layers fuse it into linear_fc1.
-ALIASES = (("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),)
+# So have megatron-core's own layers with latent attention, which Transformer Engine's fuse into projections.
+ALIASES = (
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+    ("self_attention.linear_q_up_proj.layer_norm_", "self_attention.q_layernorm."),
+    ("self_attention.linear_kv_up_proj.layer_norm_", "self_attention.kv_layernorm."),
+)
 
 
 class CanonicalReader(Source):

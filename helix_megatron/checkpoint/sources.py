@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +217,7 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
             "the norms inside gated delta nets less 1 with apply_layernorm_1p, and the other variants are "
             "not described here. Only checkpoints that this package wrote can be read with it."
         )
-    if arguments.get("multi_latent_attention"):
-        raise HelixError(
-            f"{directory} holds a model with multi_latent_attention = True. Megatron-LM describes its rotary "
-            "embedding by other arguments, and stores its norms under names that depend on its layers. Only "
-            "checkpoints that this package wrote can be read with it."
-        )
+    arguments = with_latents(arguments)
     names = (*FUNCTION_FLAGS, *OTHER_FLAGS)
     flags = {name: arguments[name] for name in names if name in arguments}
     if arguments.get("tokenizer_type") == "NullTokenizer" and type(flags.get("vocab_size")) is int:
@@ -232,3 +228,36 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
     if isinstance(window, tuple | list) and window:  # before the query, and after it
         flags["window_size"] = window[0]
     return complete(flags)
+
+
+def with_latents(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of Megatron-LM in which latent attention is described as other attention is.
+
+    What they leave out is the default of its `MLATransformerConfig`. Others are returned as they are.
+
+    Raises:
+        HelixError: scores are scaled by yarn's `mscale_all_dim` without yarn.
+    """
+    if not arguments.get("multi_latent_attention"):
+        return dict(arguments)
+    given = {name: value for name, value in arguments.items() if value is not None}
+    kind, positions = given.get("rope_type", "yarn"), given.get("position_embedding_type")
+    own = {"kv_channels": given.get("v_head_dim", 128), "yarn_correction_range_round_to_int": True}
+    if positions in ("rope", "yarn", "none"):  # its layers rotate by themselves
+        own["position_embedding_type"] = kind
+    for name, default in (
+        ("rotary_scaling_factor", 40.0),
+        ("original_max_position_embeddings", 4096),
+        ("beta_fast", 32.0),
+        ("beta_slow", 1.0),
+        ("mscale", 1.0),
+        ("mscale_all_dim", 0.0),
+    ):
+        own[f"yarn_{name}"] = given.get(name, default)
+    if kind == "rope" and own["yarn_rotary_scaling_factor"] != 1 and own["yarn_mscale_all_dim"]:
+        raise HelixError(
+            f"its arguments have rope_type rope with rotary_scaling_factor "
+            f"{own['yarn_rotary_scaling_factor']} and mscale_all_dim {own['yarn_mscale_all_dim']}, by which "
+            "Megatron scales scores without yarn. Such models cannot be described here."
+        )
+    return {**arguments, **own}

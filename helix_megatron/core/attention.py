@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from helix_megatron.core.exchanges import AttentionShape, Exchange, LocalInputs, choose
 from helix_megatron.core.kernels import AttentionKernel
 from helix_megatron.core.kernels.sdpa import sdpa
+from helix_megatron.core.kernels.softcap import with_cap
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.core.masks import AttentionMask
 from helix_megatron.errors import HelixError
@@ -37,6 +38,7 @@ def partitioned_attention(
     dropout: float = 0.0,
     dropout_state: Callable[[bool], AbstractContextManager[object]] = lambda shared: nullcontext(),
     kernel: AttentionKernel = sdpa,
+    softcap: float | None = None,
 ) -> Tensor:
     """This rank's part of exact attention.
 
@@ -50,6 +52,7 @@ def partitioned_attention(
         exchange: `auto` or a name of `HelixConfig.exchange`. All ranks of the group must ask alike.
         dropout: probability of dropping an attention weight.
         dropout_state: enters the random state for dropout, see `LocalInputs`.
+        softcap: makes softcap · tanh(score / softcap) of each score; with the default kernel only.
 
     Returns:
         [L, B, h·d/p]: the columns of `layout.proj_columns`, in their order.
@@ -67,9 +70,10 @@ def partitioned_attention(
         segment=group.rank(),
         mask=mask or AttentionMask(),
         scale=layout.head_dim**-0.5 if scale is None else scale,
-        kernel=kernel,
+        kernel=with_cap(kernel, softcap),
         dropout=dropout,
         dropout_state=dropout_state,
+        softcap=softcap,
     )
     return choose_for(inputs, exchange).run(inputs).flatten(2)
 

@@ -46,6 +46,11 @@ def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> R
             "gated delta nets are not traced: a graph has layers with attention alone. Leave out "
             "<linear_attention_freq>."
         )
+    if run.model.attn_logit_softcapping is not None:
+        raise setting_error(
+            "soft caps of scores are not traced: a graph has attention as one fused kernel, and the one that "
+            "computes them is not. Leave out <attn_logit_softcapping>."
+        )
     if run.virtual_stages:
         raise HelixError(
             "interleaved pipeline stages cannot be traced. Leave out --num-layers-per-virtual-pipeline-stage."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from helix_megatron.huggingface.files import (
 )
 from helix_megatron.huggingface.shard import shard
 from helix_megatron.huggingface.sharding import sharding_of
-from helix_megatron.model.families import FAMILIES, family_of
+from helix_megatron.model.families import FAMILIES, READ_AS, family_of
 
 # Old files keep these tables, which models compute.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -102,8 +102,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _config(directory: Path) -> Any:
-    from transformers import AutoConfig
-
     if not (directory / "config.json").exists():
         raise HelixError(
             f"{directory} is no directory of a Hugging Face model: it has no config.json. Give the path of "
@@ -111,9 +109,9 @@ def _config(directory: Path) -> Any:
         )
     content = read_json(directory / "config.json")
     kind = content.get("model_type")
-    if kind in FAMILIES if isinstance(kind, str) else True:
+    if kind in FAMILIES.keys() | READ_AS.keys() if isinstance(kind, str) else True:
         family_of(content).check_values(content)
-    config = _by_transformers(AutoConfig, directory)
+    config = library_config(directory)
     if getattr(config, "quantization_config", None) is not None:
         raise HelixError(
             f"the weights in {directory} are quantized, and quantized weights cannot be cut. Take the model in "
@@ -122,14 +120,32 @@ def _config(directory: Path) -> Any:
     return config
 
 
-def _by_transformers(kind: Any, directory: Path) -> Any:
+def library_config(directory: Path) -> Any:
+    """The configuration of a model in the library's class, that of another type where `READ_AS` says so.
+
+    Raises:
+        HelixError: the library refuses it.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    content = read_json(directory / "config.json")
+    kind = content.get("model_type")
+    if kind not in READ_AS or kind in CONFIG_MAPPING:
+        return _by_transformers(AutoConfig.from_pretrained, directory)
+    kind = READ_AS[kind]
+    known = {key: value for key, value in content.items() if key != "auto_map"}
+    read = CONFIG_MAPPING[kind].from_dict
+    return _by_transformers(lambda _: read(known | {"model_type": kind}), directory)
+
+
+def _by_transformers(read: Callable[[Path], Any], directory: Path) -> Any:
     """A configuration, as the library reads it; it checks values by exceptions of many kinds.
 
     Raises:
         HelixError: it refuses one.
     """
     try:
-        return kind.from_pretrained(directory)
+        return read(directory)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise HelixError(
@@ -220,4 +236,4 @@ def _load_generation_config(model: Any, directory: Path) -> None:
     path = directory / "generation_config.json"
     if path.exists():
         read_json(path)
-        model.generation_config = _by_transformers(GenerationConfig, directory)
+        model.generation_config = _by_transformers(GenerationConfig.from_pretrained, directory)

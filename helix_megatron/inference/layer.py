@@ -38,7 +38,8 @@ class PagedSelfAttention(nn.Module):
         scale = config.softmax_scale or inner.hidden_size_per_attention_head**-0.5
         window = layer_window(config, inner.layer_number)
         attention.windows.add(window)
-        self.scores = Scores(scale, window, sinks_H=_sinks(inner, attention))
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        self.scores = Scores(scale, window, softcap, _sinks(inner, attention))
         without_rope = config.no_rope_freq
         self.rotates = not (without_rope and without_rope[inner.layer_number - 1])
 

@@ -17,6 +17,7 @@ from helix_megatron.core.caches import SEGMENTS, cache_layout
 from helix_megatron.core.caches.attention import LocalAttention
 from helix_megatron.core.caches.paged import PagedCache
 from helix_megatron.core.device import on_device
+from helix_megatron.core.kernels.softcap import soft_cap
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.core.observe import purpose
 from helix_megatron.errors import HelixError
@@ -120,6 +121,7 @@ class MegatronRunner(Runner):
             weight = model.shared_embedding_or_output_weight()
         logits = F.linear(hidden_BH, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = soft_cap(logits, getattr(model.config, "final_logit_softcapping", None))
         if self.group.size() > 1:
             first = self.group.rank() == 0
             parts = [torch.empty_like(logits) for _ in range(self.group.size())] if first else None

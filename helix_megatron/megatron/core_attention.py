@@ -24,6 +24,7 @@ from helix_megatron.core.exchanges.gather_kv import kv_heads_attended
 from helix_megatron.core.exchanges.segments import heads_first, sequence_first
 from helix_megatron.core.kernels import AttentionKernel
 from helix_megatron.core.kernels.sdpa import sdpa, with_sinks
+from helix_megatron.core.kernels.softcap import with_cap
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.core.masks import AttentionMask
 from helix_megatron.errors import HelixError, Setting
@@ -34,9 +35,11 @@ from helix_megatron.megatron.context_parallel import (
     over_context,
 )
 from helix_megatron.megatron.norms import with_classes
+from helix_megatron.megatron.notices import say_once
 from helix_megatron.megatron.random import fork_head_group_state
 from helix_megatron.megatron.support import (
     BATCH,
+    FOREIGN,
     KERNEL,
     LEFT_CUT,
     PACKED,
@@ -64,8 +67,12 @@ class HelixCoreAttention(DotProductAttention):
     It also knows context parallelism, where it gathers keys and values, and packed sequences. Unlike Megatron's
     it honours the mask type as well as a mask tensor: what either hides is hidden. The tensor has this rank's
     queries and the keys of the whole sequence; packed sequences have their borders instead. A query that sees
-    no key gives zeros, where Megatron's gives the mean of all values.
+    no key gives zeros, where Megatron's gives the mean of all values. Scores have a soft cap where the
+    configuration has `attn_logit_softcapping`.
     """
+
+    notice = ""
+    """Which kernel computes attention, and why; said once."""
 
     def __init__(
         self,
@@ -92,7 +99,13 @@ class HelixCoreAttention(DotProductAttention):
         super().__init__(
             alone, layer_number, attn_mask_type, attention_type, pg_collection=pg_collection
         )
-        self.config, self.kernel = config, kernel
+        self.softcap = getattr(config, "attn_logit_softcapping", None)
+        self.config, self.kernel = config, with_cap(kernel, self.softcap)
+        if self.softcap is not None:
+            self.notice = (
+                "Attention is computed by Helix's own kernel, some queries at a time: it alone has soft caps "
+                f"(attn_logit_softcapping = {self.softcap:g})."
+            )
         if self.softmax_offset is not None:
             if kernel is not sdpa:
                 raise HelixError(
@@ -126,6 +139,7 @@ class HelixCoreAttention(DotProductAttention):
         if attention_bias is not None:
             raise refusal("attention_bias", "a tensor", KERNEL)
         _refuse_unknown(newer)
+        say_once(self.notice)
         packed = query.dim() == 3
         if packed:
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
@@ -213,6 +227,7 @@ class ExchangedCore:
                 kernel=ours.kernel,
                 dropout=ours.dropout if ours.training else 0.0,
                 dropout_state=ours.dropout_state,
+                softcap=ours.softcap,
             )
 
         mask = ours.mask(attention_mask, attn_mask_type)
@@ -299,7 +314,7 @@ def build_exchanged(
 def context_spec(spec: Any) -> Any:
     """A layer, block or stack spec with our core attention in place of Megatron's own `DotProductAttention`.
 
-    For stock layers with context parallelism or packed sequences where there is no Transformer Engine.
+    For stock layers with context parallelism, packed sequences or soft caps, without Transformer Engine.
     """
     return with_classes(spec, {DotProductAttention: HelixCoreAttention})
 
@@ -318,10 +333,12 @@ def choose_core(build: CoreBuilder, config: Any, kernel: AttentionKernel | None)
     module = get_module(build) if isinstance(build, ModuleSpec) else build
     backend = getattr(config, "attention_backend", None)
     wish = config.helix.kernel if kernel is None else "sdpa"
-    cannot = problem(config, KERNEL)
+    cannot, uncapped = problem(config, KERNEL), problem(config, FOREIGN)
     ours = wish == "sdpa"
     if wish != "auto":
         why = f"kernel {wish} was asked for"
+    elif uncapped:
+        ours, why = True, f"{uncapped.setting} = {uncapped.value} needs it"
     elif module is not DotProductAttention:
         why = "the layer spec names it"
     elif config.context_parallel_size > 1:
@@ -332,8 +349,8 @@ def choose_core(build: CoreBuilder, config: Any, kernel: AttentionKernel | None)
         why = f"{cannot.setting} = {cannot.value} needs it"
     else:
         ours, why = True, "it is faster than Megatron's unfused attention"
-    if ours and cannot:
-        raise cannot
+    if error := cannot if ours else uncapped:
+        raise error
     ours_is = "torch's scaled_dot_product_attention" if kernel is None else kernel
     name = ours_is if ours else getattr(module, "__name__", module)
 
@@ -342,7 +359,7 @@ def choose_core(build: CoreBuilder, config: Any, kernel: AttentionKernel | None)
 
     def build_core(**arguments: Any) -> Any:
         core = build(**arguments)
-        core.notice = f"Attention is computed by {name}: {why}."
+        core.notice = getattr(core, "notice", "") or f"Attention is computed by {name}: {why}."
         return core
 
     return build_core

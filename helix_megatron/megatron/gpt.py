@@ -22,6 +22,8 @@ from helix_megatron.megatron.local_rotary import turn_windowed_layers
 from helix_megatron.megatron.model_options import (
     activation,
     can_fuse_activation,
+    cap_logits,
+    count_groups_by_best,
     divide_logits,
     leave_heads_without_rope_unnormalised,
     scale_embeddings,
@@ -65,7 +67,7 @@ def transformer_config(run: RunConfig) -> HelixTransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
     )
-    for name, value in model.yarn_settings.items():  # no fields of Megatron's
+    for name, value in (model.soft_caps | model.yarn_settings).items():  # no fields of Megatron's
         setattr(config, name, value)
     return config
 
@@ -116,7 +118,8 @@ def build_chunk(
     )
     if not use_engine:
         spec = use_available_norms(spec)
-        if config.context_parallel_size > 1 or run.data.packed_documents:
+        capped = run.model.attn_logit_softcapping is not None
+        if capped or config.context_parallel_size > 1 or run.data.packed_documents:
             spec = context_spec(spec)
     if run.model.qk_norm_all_heads:
         spec = with_flat_norms(
@@ -147,6 +150,9 @@ def build_chunk(
     scale_embeddings(model, run.model.embedding_multiplier)
     scale_residuals(model, run.model.residual_multiplier)
     divide_logits(model, run.model.logits_scaling)
+    cap_logits(model, run.model.final_logit_softcapping)
+    if run.model.moe_router_groups_by_best:
+        count_groups_by_best(model)
     if run.model.rotary_base_windowed:
         stretch = run.model.rotary_seq_len_interpolation_factor or 1.0
         windowed, base = run.model.windowed_layers, run.model.rotary_base_windowed
@@ -173,7 +179,7 @@ def leave_communication_to_the_dispatcher(model: Any) -> None:
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
-    """Whether layers are Transformer Engine's: as asked for, else where it is installed."""
+    """Whether layers are Transformer Engine's: as asked for, else where it is installed and knows the model."""
     if model.transformer_impl is not None:
         return model.transformer_impl == "transformer_engine"
-    return available_backends().transformer_engine
+    return model.attn_logit_softcapping is None and available_backends().transformer_engine

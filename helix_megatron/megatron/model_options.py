@@ -8,8 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from helix_megatron.core.kernels.softcap import soft_cap
 from helix_megatron.model.description import ModelConfig
 
 
@@ -75,6 +78,57 @@ def divide_logits(model: Any, divisor: float) -> None:
     norm = getattr(model.decoder, "final_layernorm", None)
     if divisor != 1.0 and norm is not None:
         norm.register_forward_hook(lambda module, inputs, output: output / divisor)
+
+
+def cap_logits(model: Any, cap: float | None) -> None:
+    """Bound logits by c · tanh(logit / c), behind the output layer: each rank those of its own vocabulary rows.
+
+    Cross entropy over vocabulary-parallel logits then has the loss and the gradients of capped logits. Who
+    computes logits from the weights alone must cap them too, by the configuration's `final_logit_softcapping`.
+    """
+    layer = getattr(model, "output_layer", None)
+    if cap is None or layer is None:
+        return
+
+    def bound(module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = output
+        return soft_cap(logits, cap), bias
+
+    layer.register_forward_hook(bound)
+
+
+def count_groups_by_best(model: Any) -> None:
+    """Let routers count a group of experts by its best one, as DeepSeek-V2's do (arXiv 2405.04434, 2.2.2).
+
+    megatron-core counts it by the sum of its topk / group_topk best, in a function of a module that all routers
+    share: another stands there while a router of this model chooses.
+    """
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.routing = _with_best_groups(module.routing)
+
+
+def _with_best_groups(routing: Callable[..., Any]) -> Callable[..., Any]:
+    def route(*args: Any, **kwargs: Any) -> Any:
+        stock, moe_utils.group_limited_topk = moe_utils.group_limited_topk, _best_groups_topk
+        try:
+            return routing(*args, **kwargs)
+        finally:
+            moe_utils.group_limited_topk = stock
+
+    return route
+
+
+def _best_groups_topk(
+    scores: Tensor, topk: int, num_tokens: int, num_experts: int, num_groups: int, group_topk: int
+) -> tuple[Tensor, Tensor]:
+    """The `topk` best of [num_tokens, num_experts] in the `group_topk` groups with the best one each."""
+    grouped = scores.view(num_tokens, num_groups, -1)
+    groups = grouped.amax(-1).topk(group_topk, dim=-1).indices
+    left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, groups, value=False)
+    rest = grouped.masked_fill(left_out.unsqueeze(-1), -torch.inf)
+    best = rest.flatten(1).topk(topk, dim=-1)
+    return best.values, best.indices
 
 
 def leave_heads_without_rope_unnormalised(model: Any, layers: tuple[bool, ...]) -> None:

@@ -19,6 +19,7 @@ CUT = "where queries are cut, too"
 KERNEL = "with Helix's own attention kernels"
 LEFT_CUT = "with an exchange that leaves heads cut"
 BATCH = "with exchange all-to-all-batch"
+FOREIGN = "with a core attention other than Helix's own"
 PACKED = "with packed sequences in Helix's own attention kernels"
 
 _HOST = ("Set ", Setting("kernel", "host"), " with a layer spec of Transformer Engine's")
@@ -112,6 +113,13 @@ REFUSED = (
     Refused("fp8_dot_product_attention", False, KERNEL, "they do not compute in fp8", _HOST),
     Refused("fp8_multi_head_attention", False, KERNEL, "they do not compute in fp8", _HOST),
     Refused("attention_bias", None, KERNEL, "they take none", _HOST),
+    Refused(
+        "attn_logit_softcapping",
+        None,
+        FOREIGN,
+        "neither Megatron's nor Transformer Engine's bounds scores",
+        ("Set ", Setting("kernel", "auto")),
+    ),
     Refused(
         "cuda_graph_impl", "none", PACKED, "the borders of documents are read on the host", _HOST
     ),

@@ -20,6 +20,7 @@ WITHOUT_LATENTS = (
         "post_norms",
     ),
     *("no_rope_freq", "rotary_percent", "rotary_interleaved", "rotary_base_windowed"),
+    "attn_logit_softcapping",
     *("use_rope_scaling", "rotary_seq_len_interpolation_factor"),
 )
 MOST_EXPERTS = 200_000  # of all layers
@@ -79,6 +80,7 @@ def check_options(model: ModelSizes) -> None:
             "out."
         )
     _check_pattern(model, "no_rope_freq")
+    _check_soft_cap(model)
     _check_linear_attention(model)
     _check_latent_attention(model)
     if not model.is_gated and (model.activation_func_clamp_value or model.glu_linear_offset):
@@ -95,6 +97,17 @@ def check_options(model: ModelSizes) -> None:
     if "experts" in model.traits:
         _check_pattern(model, "moe_layer_freq")
         _check_experts(model)
+
+
+def _check_soft_cap(model: ModelSizes) -> None:
+    if model.attn_logit_softcapping is not None and (
+        model.softmax_type != "vanilla" or model.transformer_impl == "transformer_engine"
+    ):
+        raise setting_error(
+            "<attn_logit_softcapping> is known to Helix's own attention, without sinks and without Transformer "
+            f"Engine: <softmax_type> is {model.softmax_type}, <transformer_impl> {model.transformer_impl}. "
+            "Leave out these, or the soft cap."
+        )
 
 
 def _check_linear_attention(model: ModelSizes) -> None:
@@ -186,6 +199,14 @@ def _check_experts(model: ModelSizes) -> None:
         raise setting_error(
             f"<moe_router_num_groups> is {groups} and <moe_router_group_topk> {chosen}. Give both, the "
             "second at most the first, or neither."
+        )
+    if model.moe_router_groups_by_best and (
+        groups is None or model.moe_router_topk * groups > model.num_experts * (chosen or 0)
+    ):
+        raise setting_error(
+            f"<moe_router_groups_by_best> chooses <moe_router_topk> {model.moe_router_topk} experts of "
+            f"<moe_router_group_topk> {chosen} of <moe_router_num_groups> {groups} groups of the "
+            f"{model.num_experts}. Give groups that have so many, or leave it out."
         )
     if model.moe_apply_probs_on_input and model.moe_router_topk > 1:
         raise setting_error(

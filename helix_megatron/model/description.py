@@ -252,6 +252,12 @@ class ModelConfig(ModelSizes):
         return {name: getattr(self, name) for name in names}
 
     @property
+    def soft_caps(self) -> dict[str, float | None]:
+        """What this package reads of Megatron's configuration; they are no fields of it."""
+        names = ("attn_logit_softcapping", "final_logit_softcapping")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def latent_settings(self) -> dict[str, Any]:
         """What Megatron's configuration of latent attention has beside; its layers rotate by themselves."""
         if not self.multi_latent_attention:

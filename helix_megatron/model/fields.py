@@ -174,6 +174,12 @@ class ModelFields:
         above=0,
     )
     logits_scaling: float = _function(1.0, "divide logits by this, as Granite does", above=0)
+    final_logit_softcapping: float | None = _function(
+        None, "bound logits by c·tanh(logit / c) with this c, as Gemma 2 does", above=0
+    )
+    attn_logit_softcapping: float | None = _function(
+        None, "bound attention scores by c·tanh(score / c) with this c, as Gemma 2 does", above=0
+    )
     normalization: str = _function(
         "LayerNorm", "norm of the hidden states", choices=("LayerNorm", "RMSNorm"), megatron=True
     )
@@ -333,6 +339,11 @@ class ModelFields:
         None, "groups of experts, of which a token takes the best", largest=10_000
     )
     moe_router_group_topk: int | None = _expert(None, "groups of a token", largest=10_000)
+    moe_router_groups_by_best: bool = _expert(
+        False,
+        "count a group of experts by its best one, as DeepSeek-V2 does, instead of by several",
+        megatron=None,
+    )
     moe_router_topk_scaling_factor: float | None = _expert(
         None, "multiply the weights of a token's experts by this", above=0
     )

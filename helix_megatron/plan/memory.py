@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from helix_megatron.attention_rates import WRITING, kernel_that_runs
 from helix_megatron.core.exchanges import COSTS
+from helix_megatron.core.kernels import CAPPED_QUERIES
 from helix_megatron.hardware import (
     CHIPS,
     FRAGMENTS,
@@ -307,6 +308,9 @@ def _core_attention(
     pairs = layout.micro_batch * local.heads * job.sequence**2 / layout.cp
     if model.rotary != "none" and m == 1:
         size += (queries + keys) * element  # values are a view of all that linear_qkv has written
+    if model.attn_logit_softcapping is not None:  # scores of some queries at a time, computed again
+        rows = min(CAPPED_QUERIES, job.sequence)
+        return size, layout.micro_batch * local.heads * rows * job.sequence * 16
     kernel = kernel_that_runs(
         CHIPS["h100"],  # which kernels write scores is the same on all
         local.query_dim,

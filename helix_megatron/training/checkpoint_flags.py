@@ -54,11 +54,12 @@ def checkpoint_defaults(path: Path, *, attention: str, trust: bool) -> dict[str,
 def stored_arguments(path: Path, manifest: Manifest | None, *, trust: bool) -> dict[str, Any]:
     """Model flags and place in the data: from the manifest, else from the arguments that Megatron-LM saved."""
     from helix_megatron.checkpoint.safe import load_common  # needs torch
+    from helix_megatron.checkpoint.sources import with_latents
 
     if manifest is not None:
         return manifest.model | manifest.extra
     common = load_common(path, trust=trust)
-    arguments = dict(vars(common["args"])) if "args" in common else {}
+    arguments = with_latents(vars(common["args"])) if "args" in common else {}
     heads = arguments.get("num_attention_heads")
     if heads is not None and not arguments.get("group_query_attention"):
         arguments["num_query_groups"] = heads  # Megatron-LM leaves 1 there

@@ -196,7 +196,19 @@ def test_numbers_of_a_layout_have_a_range(key, value):
             {"experimental_attention_variant": "gated_delta_net"},
             "experimental_attention_variant = 'gated_delta_net'",
         ),
-        ({"multi_latent_attention": True}, "multi_latent_attention = True. Megatron-LM describes"),
+        (
+            {"multi_latent_attention": True, "qk_layernorm": False},
+            "normalization is 'LayerNorm', and with",
+        ),
+        (
+            {
+                "multi_latent_attention": True,
+                "rope_type": "rope",
+                "rotary_scaling_factor": 4.0,
+                "mscale_all_dim": 1.0,
+            },
+            "rope_type rope with rotary_scaling_factor 4.0 and mscale_all_dim 1.0",
+        ),
         (None, "has no arguments of Megatron-LM"),
     ],
 )

@@ -38,6 +38,7 @@ class Case:
     padding: bool = False
     rotary: str = "half"
     rotary_dim: int | None = None
+    softcap: float | None = None
 
     def layout(self, query_layout: str) -> HeadLayout:
         return HeadLayout(
@@ -68,6 +69,7 @@ CASES = {
     "one query": Case(4, 2, 8, 2, 2, length=1, cached=9),
     "partial rotary": Case(4, 2, 16, 2, 2, rotary_dim=8),
     "odd thirds of partial rotary": Case(3, 1, 18, 1, 3, batch=3, length=6, rotary_dim=12),
+    "soft cap": Case(4, 2, 8, 2, 2, window=(5, 0), padding=True, softcap=0.8),
     "8 ranks": Case(8, 2, 16, 2, 4),
     "16 ranks": Case(8, 4, 16, 4, 4),
 }
@@ -148,6 +150,7 @@ def run_exchange(
             group=group,
             mask=AttentionMask(case.causal, case.window, hidden_of(case)),
             exchange=exchange,
+            softcap=case.softcap,
         )
         forward_bytes, forward_calls = meter.bytes("exchange"), meter.calls("exchange")
         output.backward(grad[..., layout.proj_columns(rank)])
@@ -166,7 +169,11 @@ def reference(
     q, k, v, grad = full_tensors(case, dtype)
     leaves = [t.requires_grad_() for t in (q, k, v)]
     output = oracle.attention(
-        *leaves, causal=case.causal, window=case.window, hidden=hidden_of(case)
+        *leaves,
+        causal=case.causal,
+        window=case.window,
+        hidden=hidden_of(case),
+        softcap=case.softcap,
     )
     output.backward(grad)
     return output.detach(), [t.grad for t in leaves]

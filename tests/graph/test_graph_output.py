@@ -282,6 +282,13 @@ def test_gated_delta_nets_are_refused(refused):
     )
 
 
+def test_soft_caps_of_scores_are_refused(refused):
+    """The graph's fused attention is not what computes them."""
+    error = refused("--attn-logit-softcapping", "50")
+    assert "soft caps of scores are not traced" in error
+    assert "Leave out --attn-logit-softcapping" in error
+
+
 def test_an_output_that_cannot_be_made_is_explained(tmp_path, refused):
     """A file where the directory should be."""
     (tmp_path / "file").write_text("")

@@ -163,6 +163,7 @@ def test_learnable_sinks_are_refused_where_ranks_share_the_batch(pool):
 def notices(layer: Layer) -> list[str]:
     kernels = {"auto": layer, "host": dataclasses.replace(layer, kernel="host")}
     asked = {"unfused": build(layer, attention_backend=AttnBackend.unfused)}
+    asked["capped"] = build(dataclasses.replace(layer, softcap=50.0))
     built = {name: build(each) for name, each in kernels.items()} | asked
     return [module.core_attention.notice for module in built.values()]
 
@@ -175,7 +176,17 @@ def test_the_run_says_what_computes_attention_and_why(pool):
         "attention.",
         "Attention is computed by DotProductAttention: kernel host was asked for.",
         "Attention is computed by DotProductAttention: attention_backend is unfused.",
+        "Attention is computed by Helix's own kernel, some queries at a time: it alone has soft caps "
+        "(attn_logit_softcapping = 50).",
     ]
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_the_hosts_attention_would_drop_a_soft_cap(pool, engine):
+    """And the model would be another."""
+    layer = Layer(8, 2, 8, 4, 2, engine=engine, kernel="host", softcap=50.0)
+    with pytest.raises(RankError, match=r"attn_logit_softcapping = 50.0 does not work with a core"):
+        pool.run(build, layer, world_size=4)
 
 
 def place_of_sinks(layer: Layer) -> tuple[Any, ...]:

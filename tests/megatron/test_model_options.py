@@ -111,6 +111,10 @@ def test_other_patterns_are_refused(text):
             "scale rotary embedding, and --position-embedding-type is none. Leave them out.",
         ),
         ("--window-attn-skip-freq 2", "there is none. Add --window-size, or leave it out."),
+        *(
+            (f"--attn-logit-softcapping 50 {other}", "Leave out these, or the soft cap.")
+            for other in ("--softmax-type learnable", "--transformer-impl transformer_engine")
+        ),
         (
             "--window-size 4 --window-attn-skip-freq [0,1]",
             "--window-attn-skip-freq lists 2 layers, and --num-layers is 4. List all of them.",

@@ -45,6 +45,7 @@ class Layer:
     number: int = 1  # of the layer, counted from 1
     padding: bool = False
     scale: float | None = None
+    softcap: float | None = None
     sequence_parallel: bool = False
     recompute: bool = False
     batch: int = 4
@@ -92,6 +93,10 @@ LAYERS = {
     "padding": Layer(2, 2, 8, 4, 2, padding=True),
     "padding, heads": Layer(8, 2, 8, 4, 2, padding=True),
     "softmax scale": Layer(2, 2, 8, 4, 2, scale=0.2),
+    "soft cap": Layer(8, 2, 8, 4, 2, softcap=0.4, engine=True, recompute=True),
+    "soft cap, queries cut": Layer(
+        8, 2, 8, 4, 2, softcap=0.4, query_layout="segments", window=(3, 0), padding=True
+    ),
     "sequence parallel": Layer(2, 2, 8, 4, 2, sequence_parallel=True, norm="RMSNorm"),
     "recompute": Layer(2, 2, 8, 4, 2, recompute=True),
     "MHA, stock core": Layer(8, 8, 8, 4, 2, kernel="host"),
@@ -256,6 +261,7 @@ def expected(layer: Layer) -> dict[str, torch.Tensor]:
         causal=True,
         window=layer.window if layer.number != layer.full_every else None,
         hidden=padding_mask(layer),
+        softcap=layer.softcap,
         scale=layer.scale,
         bias=score_bias(layer),
         sinks=sinks,
@@ -321,6 +327,7 @@ def build(layer: Layer, **settings: Any) -> Any:
         ),
         **settings,
     )
+    config.attn_logit_softcapping = layer.softcap
     spec = get_gpt_layer_local_spec(
         qk_layernorm=layer.norm is not None,
         qk_l2_norm=layer.norm == "L2Norm",

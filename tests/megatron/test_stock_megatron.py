@@ -122,6 +122,81 @@ def test_helix_loads_what_stock_megatron_core_saved(pool, tmp_path, name):
         assert ours == pytest.approx(theirs, abs=1e-6)
 
 
+LATENT = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 10,
+    "rotary_scaling_factor": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "qk_layernorm": True,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "ffn_hidden_size": 48,
+    "moe_layer_freq": [0, 1],
+    "moe_ffn_hidden_size": 24,
+    "moe_router_topk": 2,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_dtype": "fp32",
+    "moe_shared_expert_intermediate_size": 24,
+    "moe_router_topk_scaling_factor": 1.5,
+}
+# What Megatron-LM's arguments call otherwise, or have beside; the head size is what it fills in.
+ARGUMENTS = {
+    "num_experts": 4,
+    "swiglu": True,
+    "norm_epsilon": 1e-6,
+    "untie_embeddings_and_output_weights": True,
+    "position_embedding_type": "rope",
+    "rope_type": None,
+    "kv_channels": 8,
+    "group_query_attention": False,
+    "num_query_groups": 1,
+    "vocab_size": 256,
+    "padded_vocab_size": 256,
+    "max_position_embeddings": 16,
+    "moe_router_load_balancing_type": "aux_loss",
+}
+
+
+@pytest.mark.filterwarnings("ignore:config.json sets .* is ignored")
+def test_latent_attention_of_megatron_lm_goes_to_hugging_face(tmp_path):
+    """Its own names of rotary settings and of norms: the losses are those of transformers' DeepSeek-V3."""
+    from transformers import AutoModelForCausalLM
+
+    from helix_megatron import cli
+
+    beside = {
+        "num_moe_experts": 4,
+        "gated_linear_unit": True,
+        "layernorm_epsilon": 1e-6,
+        "kv_channels": 10,
+    }
+    model = {
+        "config": LATENT | beside,
+        "spec": {"normalization": "RMSNorm"},
+        "gpt": GPT | {"share_embeddings_and_output_weights": False},
+        "args": LATENT | ARGUMENTS,
+    }
+    directory, back = tmp_path / "iter_0000001", tmp_path / "hf"
+    theirs = stock("save", directory, model, tmp_path)
+    assert cli.main(["convert", str(directory), str(back), "--to", "huggingface"]) == 0
+    found = AutoModelForCausalLM.from_pretrained(back).eval()
+    assert found.config.model_type == "deepseek_v3"
+    inputs, labels = TOKENS[:, :-1], TOKENS[:, 1:]
+    with torch.no_grad():
+        logits = found(inputs, use_cache=False).logits.transpose(1, 2)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").mean(1)
+    assert losses.tolist() == pytest.approx(theirs, abs=1e-5)
+
+
 def test_weights_without_a_place_are_refused(pool, tmp_path):
     """An output layer of its own, loaded into a model with tied embeddings, would be dropped in silence."""
     flags, layout, ranks, model = MODELS["dense, (2,2)"]

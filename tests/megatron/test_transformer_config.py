@@ -21,6 +21,7 @@ from helix_megatron.megatron.support import (
     BATCH,
     CUT,
     EVERYWHERE,
+    FOREIGN,
     KERNEL,
     LEFT_CUT,
     PACKED,
@@ -180,11 +181,14 @@ BAD = {
     "fp8_dot_product_attention": True,
     "fp8_multi_head_attention": True,
     "cuda_graph_impl": "local",
+    "attn_logit_softcapping": 50.0,
 }
 BATCH_INVARIANT = {"flash_attention_version": 3, "attention_dropout": 0.0} if MINOR > 16 else {}
 """What later megatron-cores want with it."""
 ARGUMENTS = {"inference_context", "attention_bias"}
 """What the layer gets when it runs, and no setting."""
+OF_THIS_PACKAGE = {"attn_logit_softcapping"}
+"""What its models set in Megatron's configuration."""
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: f"{row.name} {row.where}")
@@ -210,11 +214,11 @@ def test_refused_settings_are_megatrons_and_off_by_default():
     """A renamed setting would be refused never; a wrong default would refuse every model."""
     fields = {f.name for f in dataclasses.fields(TransformerConfig)}
     named = {row.name for row in REFUSED}
-    assert named - ARGUMENTS <= fields
+    assert named - ARGUMENTS - OF_THIS_PACKAGE <= fields
     assert named - ARGUMENTS == set(BAD)
     assert len({(row.name, row.where) for row in REFUSED}) == len(REFUSED)
     config = helix_config()  # raises if a default were refused
-    for where in (EVERYWHERE, CUT, KERNEL, LEFT_CUT, BATCH, PACKED):
+    for where in (EVERYWHERE, CUT, KERNEL, LEFT_CUT, BATCH, PACKED, FOREIGN):
         assert problem(config, where) is None
 
 

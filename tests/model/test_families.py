@@ -35,10 +35,29 @@ LAYOUTS = {
 # Families whose options are tested one by one on one rank, where the quick tier asks for no others.
 OPTIONS = (
     *("ministral", "smollm3", "granite", "ernie4 5", "phi3", "starcoder2", "gpt oss", "glm4 moe"),
-    *("llama4", "gemma3", "exaone4", "minimax m2", "olmo3", "qwen3 next", "qwen3 5", "qwen3 5 moe"),
+    *(
+        "llama4",
+        "gemma2",
+        "gemma3",
+        "exaone4",
+        "minimax m2",
+        "olmo3",
+        "qwen3 next",
+        "qwen3 5",
+        "qwen3 5 moe",
+    ),
     *("deepseek v2", "deepseek v3"),
 )
-ON_FOUR_RANKS = ("ernie4 5", "phi3", "gpt oss", "exaone4", "qwen3 next", "qwen3 5", "deepseek v3")
+ON_FOUR_RANKS = (
+    "gemma2",
+    "ernie4 5",
+    "phi3",
+    "gpt oss",
+    "exaone4",
+    "qwen3 next",
+    "qwen3 5",
+    "deepseek v3",
+)
 QUARTERED = {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 4}
 
 
@@ -200,6 +219,14 @@ def test_logits_are_those_of_transformers(pool, models, name, layout):
                 "sequence_parallel": True,
             },
         ),
+        *(
+            ("gemma2", {**LAYOUTS["2 ranks, m 2"], "helix_query_layout": "segments", **exchange})
+            for exchange in (
+                {},
+                {"helix_exchange": "score-reduce"},
+                {"pipeline_model_parallel_size": 3, "sequence_parallel": True},
+            )
+        ),
         ("gpt2", {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
         ("qwen3 moe", {**LAYOUTS["4 ranks, m 2"], "expert_model_parallel_size": 2}),
     ],
@@ -244,6 +271,10 @@ def test_logits_with_other_parallelism(pool, models, name, parallel):
         ("minimax m2", {"rotary_percent": 1.0}),
         ("olmo3", {"rotary_base_windowed": None}),
         ("gemma3", {"softmax_scale": None}),
+        ("gemma3", {"final_logit_softcapping": None}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("gemma2", {"softmax_scale": None}),
         ("exaone4", {"no_rope_freq": None}),
         ("llama4", {"moe_apply_probs_on_input": False}),
         ("llama4", {"qk_l2_norm": False}),
@@ -252,6 +283,7 @@ def test_logits_with_other_parallelism(pool, models, name, parallel):
         ("qwen3 5", {"apply_layernorm_1p": False}),
         ("qwen3 next", {"moe_router_pre_softmax": True}),
         ("deepseek v2", {"moe_router_pre_softmax": False}),
+        ("deepseek v2 with groups", {"moe_router_groups_by_best": False}),
         ("deepseek v3", {"yarn_mscale": 1.0}),
         ("deepseek v3", {"yarn_rotary_scaling_factor": 20.0}),
         ("deepseek v3", {"yarn_original_max_position_embeddings": 4096}),

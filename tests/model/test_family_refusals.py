@@ -128,10 +128,15 @@ UNSUPPORTED = {
         {"layer_types": ["linear_attention", "sliding_attention"]},
         "It must be a list with one of full_attention, linear_attention for each.",
     ),
-    "groups that count by their best expert": (
+    "groups that are chosen in another way": (
         "deepseek v2",
-        {"topk_method": "group_limited_greedy"},
-        "topk_method = 'group_limited_greedy'",
+        {"topk_method": "noaux_tc"},
+        "topk_method = 'noaux_tc'",
+    ),
+    "groups without as many experts": (
+        "deepseek v2 with groups",
+        {"num_experts_per_tok": 3},
+        "of moe_router_group_topk 1 of moe_router_num_groups 4 groups of the 8",
     ),
     "weights that transformers does not normalise": (
         "deepseek v2",
@@ -192,9 +197,9 @@ def test_what_cannot_be_converted_is_named():
     """A type that Hugging Face's host cuts converts, or is refused for what is in the way."""
     with pytest.raises(
         HelixError,
-        match=r"gemma2 have soft caps .*attn_logit_softcapping.*, which conversion cannot",
+        match=r"gemma4 have heads of two sizes .*global_head_dim.*, which conversion cannot",
     ):
-        family_of({"model_type": "gemma2"})
+        family_of({"model_type": "gemma4"})
     assert not INEXPRESSIBLE.keys() & FAMILIES.keys()
     assert {*INEXPRESSIBLE, *FAMILIES} >= SHOWN
 

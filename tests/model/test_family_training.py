@@ -28,6 +28,8 @@ MODELS = {
     "--residual-multiplier 0.5 --logits-scaling 2 --softmax-scale 0.3",
     "two rotary bases": "--geglu --post-norms --qk-layernorm --window-size 8 --window-attn-skip-freq 2 "
     "--rotary-base-windowed 500 --apply-layernorm-1p --no-rope-freq [1,0]",
+    "soft caps": "--geglu --post-norms --window-size 8 --window-attn-skip-freq [1,0] --softmax-scale 0.3 "
+    "--attn-logit-softcapping 0.5 --final-logit-softcapping 4",
     "sinks and yarn": "--quick-geglu --activation-func-clamp-value 1.0 --glu-linear-offset 1 "
     "--softmax-type learnable --position-embedding-type yarn --yarn-rotary-scaling-factor 4 "
     "--yarn-original-max-position-embeddings 64",
@@ -60,11 +62,12 @@ def train(flags: str, world_size: int) -> list[dict[str, Any]]:
     [
         ("norms behind, of all heads", CUT),
         ("sinks and yarn", CUT),
+        ("soft caps", "--tensor-model-parallel-size 2 --context-parallel-size 2"),
         ("gated delta nets", CUT.removesuffix("--sequence-parallel")),
         ("latent attention", "--tensor-model-parallel-size 4"),
         *(
             pytest.param(name, CUT, marks=pytest.mark.full("training"))
-            for name in ("two rotary bases", "balanced experts", "gated delta nets")
+            for name in ("two rotary bases", "soft caps", "balanced experts", "gated delta nets")
         ),
         pytest.param(
             "latent attention",

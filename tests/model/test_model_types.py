@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.forms import SHOWN
-from helix_megatron.model.families import CUTTABLE, FAMILIES
+from helix_megatron.model.families import CUTTABLE, FAMILIES, READ_AS
 from helix_megatron.plan.models import read_config
 from helix_megatron.plan.outlines import OUTLINES
 
@@ -37,6 +37,9 @@ def test_every_cell_is_shown_by_a_test():
         row[0].strip("`"): dict(zip(model_types.HEADER, row, strict=True))
         for row in model_types.rows()
     }
+
+    for name, other in READ_AS.items():  # tests/model/test_kimi.py
+        assert table.pop(name) == table[other] | {"model type": f"`{name}`"}
 
     def saying(column: str, *words: str) -> set[str]:
         return {name for name, cells in table.items() if cells[column] in words}

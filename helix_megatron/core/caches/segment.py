@@ -48,6 +48,7 @@ class SegmentAttention(StepAttention):
 
         from helix_megatron.core.collectives import all_reduce
         from helix_megatron.core.kernels.partial import with_sinks
+        from helix_megatron.core.kernels.softcap import soft_cap
 
         window = scores.window
         self.cache.write(layer, self._slots_T, k_TGC, v_TGC)
@@ -64,8 +65,7 @@ class SegmentAttention(StepAttention):
             self.group,
             purpose="exchange/segment",
         )
-        if scores.softcap is not None:
-            summed = scores.softcap * (summed / scores.softcap).tanh()
+        summed = soft_cap(summed, scores.softcap)
         outputs, at = [], 0
         masks = self._masks.get(window) or self._masks_of(window)
         for piece, keys, own, hidden in zip(self._pieces, self._keys, partial, masks, strict=True):

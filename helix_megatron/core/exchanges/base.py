@@ -91,6 +91,7 @@ class LocalInputs:
     `group` are the m ranks of the head group, `segment` is this rank's j among them.
     `dropout_state(shared)` enters the random state for dropout: shared by the head group where its ranks hold
     the same probabilities, this rank's own where they hold different ones.
+    `softcap` makes softcap · tanh(score / softcap) of each score: `kernel` does it already.
     """
 
     q: Tensor
@@ -104,6 +105,7 @@ class LocalInputs:
     kernel: AttentionKernel
     dropout: float = 0.0
     dropout_state: Callable[[bool], AbstractContextManager[object]] = lambda shared: nullcontext()
+    softcap: float | None = None
 
     @property
     def same_length(self) -> bool:

@@ -43,6 +43,7 @@ class ScoreReduce(Exchange):
 
         from helix_megatron.core.collectives import all_reduce
         from helix_megatron.core.exchanges.segments import heads_first, sequence_first
+        from helix_megatron.core.kernels.softcap import masked_softmax, soft_cap
 
         x = inputs
         groups = x.k.size(2)
@@ -54,21 +55,10 @@ class ScoreReduce(Exchange):
         scores_BHLS = all_reduce(partial_BGRLS, x.group, purpose="exchange/score-reduce").flatten(
             1, 2
         )
-        probabilities = _softmax(scores_BHLS * x.scale, x).to(x.v.dtype)
+        scores_BHLS = soft_cap(scores_BHLS * x.scale, x.softcap)
+        probabilities = masked_softmax(scores_BHLS, x.mask).to(x.v.dtype)
         if x.dropout:
             with x.dropout_state(True):
                 probabilities = torch.nn.functional.dropout(probabilities, p=x.dropout)
         o_BGRLC = probabilities.unflatten(1, (groups, -1)) @ v_BGSC.unsqueeze(2)
         return sequence_first(o_BGRLC.flatten(1, 2))
-
-
-def _softmax(scores_BHLS: Tensor, x: LocalInputs) -> Tensor:
-    """Softmax over the visible keys; zeros for a query that sees none."""
-    queries, keys = scores_BHLS.shape[-2:]
-    if x.mask.hides_nothing(queries, keys):
-        return scores_BHLS.softmax(-1)
-    visible = x.mask.visible(queries, keys, scores_BHLS.device)
-    blind = ~visible.any(-1, keepdim=True)
-    # A finite score in blind rows keeps NaN out of their gradient.
-    scores_BHLS = scores_BHLS.masked_fill(~(visible | blind), float("-inf"))
-    return scores_BHLS.softmax(-1).masked_fill(blind, 0.0)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from helix_megatron.core.masks import AttentionMask
 
 
+CAPPED_QUERIES = 256
+"""Queries that attention with soft caps takes at a time (`softcap`)."""
+
+
 class AttentionKernel(Protocol):
     """softmax(scale · q kᵀ, masked) v."""
 

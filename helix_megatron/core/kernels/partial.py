@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from helix_megatron.core.kernels.softcap import soft_cap
+
 PartialKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 """(q_BHLD, k_BGSD, v_BGSE, bias, scale) → (o_BHLE, lse_BHL).
 
@@ -41,8 +43,7 @@ def unfused(
     wide = torch.promote_types(q_BHLD.dtype, torch.float32)
     q_BGRLD = q_BHLD.to(wide).unflatten(1, (groups, -1)) * scale
     scores = q_BGRLD @ k_BGSD.to(wide).transpose(2, 3).unsqueeze(2)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
+    scores = soft_cap(scores, softcap)
     if bias is not None:
         bias = bias.to(wide)[(None,) * (4 - bias.dim())]
         scores = (scores.flatten(1, 2) + bias).unflatten(1, (groups, -1))

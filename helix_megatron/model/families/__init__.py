@@ -24,6 +24,7 @@ from helix_megatron.model.families import (
     ernie4_5,
     exaone4,
     gemma,
+    gemma2,
     gemma3,
     glm4,
     glm4_moe,
@@ -59,14 +60,16 @@ FAMILIES = {
     for module in (
         *(llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe, ministral),
         *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
-        *(glm4, exaone4, gemma3, olmo2, olmo3, minimax_m2, ministral3),
+        *(glm4, exaone4, gemma2, gemma3, olmo2, olmo3, minimax_m2, ministral3),
         *(qwen3_next, qwen3_5, qwen3_5_moe, deepseek_v2, deepseek_v3),
     )
 }
+# Types of files whose models are those of a family. transformers knows them by code in the files, if at all,
+# which is never run.
+READ_AS = {"kimi_k2": "deepseek_v3"}
 # What conversion cannot express, of model types that Hugging Face's host cuts all the same.
 INEXPRESSIBLE = {
     "falcon_h1": "attention and Mamba side by side in every layer",
-    "gemma2": "soft caps of scores and logits (attn_logit_softcapping, final_logit_softcapping)",
     "gemma4": "heads of two sizes (global_head_dim)",
     "gemma4_text": "heads of two sizes (global_head_dim)",
     "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
@@ -112,6 +115,7 @@ def family_named(name: str) -> Family:
             f"models of type {name} have {INEXPRESSIBLE[name]}, which conversion cannot express. Without it "
             "helix_megatron.huggingface cuts them in place."
         )
+    name = READ_AS.get(name, name)
     if name not in FAMILIES:
         close = difflib.get_close_matches(name, FAMILIES, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite: latent attention, and experts that a softmax chooses, beside shared ones."""
+"""DeepSeek-V2 and V2-Lite: latent attention, and experts that a softmax chooses, beside shared ones."""
 
 from __future__ import annotations
 

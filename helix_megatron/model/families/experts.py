@@ -203,7 +203,7 @@ class BalancedExperts(Piece):
             )
         return {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 
-    def _groups(self, config: Config, topk: int) -> dict[str, int | None]:
+    def _groups(self, config: Config, topk: int) -> dict[str, Any]:
         groups, chosen = (
             needed(config, key, default)
             for key, default in zip(("n_group", "topk_group"), self.groups, strict=True)
@@ -235,9 +235,15 @@ class BalancedExperts(Piece):
         }
 
 
+LIMITED = "group_limited_greedy"
+
+
 @dataclass(frozen=True)
 class SoftmaxExperts(BalancedExperts):
-    """Such experts, chosen and weighed by a softmax over all, as in DeepSeek-V2-Lite (arXiv 2405.04434)."""
+    """Such experts, chosen and weighed by a softmax over all, as in DeepSeek-V2 (arXiv 2405.04434).
+
+    With topk_method greedy of all experts (V2-Lite), else of the groups with the best one each.
+    """
 
     keys: tuple[str, ...] = (*BalancedExperts.keys, "topk_method")
 
@@ -249,14 +255,23 @@ class SoftmaxExperts(BalancedExperts):
             )
         return {"moe_router_pre_softmax": True}
 
-    def _groups(self, config: Config, topk: int) -> dict[str, int | None]:
+    def _groups(self, config: Config, topk: int) -> dict[str, Any]:
         method = needed(config, "topk_method", "greedy")
-        if method != "greedy":
+        if method not in ("greedy", LIMITED):
             raise HelixError(
-                f"config.json sets topk_method = {method!r:.80}. These models count a group of experts by its "
-                "best one, and Megatron's router by its num_experts_per_tok / topk_group best. Valid: greedy."
+                f"config.json sets topk_method = {method!r:.80}. Valid: greedy, {LIMITED}."
             )
-        return {"moe_router_num_groups": None, "moe_router_group_topk": None}
+        groups = (
+            (needed(config, "n_group"), needed(config, "topk_group"))
+            if method == LIMITED
+            else (None, None)
+        )
+        return {
+            "moe_router_num_groups": groups[0],
+            "moe_router_group_topk": groups[1],
+            "moe_router_groups_by_best": method == LIMITED,
+        }
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
-        return super().config(model) | {"norm_topk_prob": False, "topk_method": "greedy"}
+        method = LIMITED if model.moe_router_num_groups else "greedy"
+        return super().config(model) | {"norm_topk_prob": False, "topk_method": method}

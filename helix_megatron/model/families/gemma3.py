@@ -15,6 +15,7 @@ from helix_megatron.model.families.pieces import (
     Heads,
     Only,
     Piece,
+    SoftCaps,
     Tied,
     Vocabulary,
     needed,
@@ -84,9 +85,9 @@ FAMILY = Family(
         Only(
             attention_bias=(False,),
             use_bidirectional_attention=(False, None),
-            attn_logit_softcapping=(None,),
-            final_logit_softcapping=(None,),
+            attn_logit_softcapping=(None,),  # transformers does not read it
         ),
+        SoftCaps(final_logit_softcapping=None),
     ),
     rows=LAYER,
     outer=LLAMA_OUTER,

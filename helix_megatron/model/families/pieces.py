@@ -276,6 +276,20 @@ class Unread(Piece):
         return {}
 
 
+class SoftCaps(Piece):
+    """Soft caps of scores and logits, null where there is none, with the family's defaults."""
+
+    def __init__(self, **defaults: float | None) -> None:
+        self.defaults, self.keys = defaults, tuple(defaults)
+        self.fields = {key: key for key in defaults}  # type: ignore[misc]
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        return {key: config.get(key, default) for key, default in self.defaults.items()}
+
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        return {key: getattr(model, key) for key in self.keys}
+
+
 class EmbeddingScale(Piece):
     """Gemma multiplies the word embedding by the square root of the hidden size."""
 

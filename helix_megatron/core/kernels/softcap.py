@@ -1,0 +1,104 @@
+"""Attention with soft caps as an `AttentionKernel`: softmax(c · tanh(scale · q kᵀ / c), masked) v.
+
+torch's `scaled_dot_product_attention` knows no cap, which Gemma 2 has. Here some queries at a time meet the
+keys that any of them sees, and the backward pass computes their scores again: these take memory for the few
+queries, not for the sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from helix_megatron.core.kernels import CAPPED_QUERIES
+from helix_megatron.core.kernels.sdpa import sdpa
+from helix_megatron.core.masks import AttentionMask
+from helix_megatron.errors import HelixError
+
+if TYPE_CHECKING:
+    from helix_megatron.core.kernels import AttentionKernel
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(x / cap), between -cap and cap, of scores or logits; `x` itself where there is no cap."""
+    return x if cap is None else cap * (x / cap).tanh()
+
+
+def capped(
+    cap: float,
+    q_BHLD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSE: Tensor,
+    *,
+    mask: AttentionMask,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """See `AttentionKernel`; scores are computed in at least fp32. `cap` is above 0."""
+    queries, keys = q_BHLD.size(2), k_BGSD.size(2)
+    outputs = []
+    for start in range(0, queries, CAPPED_QUERIES):
+        stop = min(start + CAPPED_QUERIES, queries)
+        part, seen = mask.block(start, stop, queries, keys)
+        block = (q_BHLD[:, :, start:stop], k_BGSD[:, :, seen], v_BGSE[:, :, seen])
+        outputs.append(
+            checkpoint(
+                _attend,
+                *(*block, part, scale, cap, dropout),
+                use_reentrant=False,
+                preserve_rng_state=dropout > 0,
+            )
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def with_cap(kernel: AttentionKernel, cap: float | None) -> AttentionKernel:
+    """The kernel of scores with such a cap; `kernel` itself where there is none.
+
+    Raises:
+        HelixError: `kernel` is somebody's own, which would drop the cap.
+    """
+    if cap is None:
+        return kernel
+    if kernel is not sdpa:
+        raise HelixError(
+            f"attn_logit_softcapping is {cap}, which kernel {kernel} does not know. Leave the kernel out."
+        )
+    return functools.partial(capped, cap)
+
+
+def _attend(
+    q_BHLD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSE: Tensor,
+    mask: AttentionMask,
+    scale: float,
+    cap: float,
+    dropout: float,
+) -> Tensor:
+    groups = k_BGSD.size(1)
+    wide = torch.promote_types(q_BHLD.dtype, torch.float32)
+    q_BGRLD = q_BHLD.to(wide).unflatten(1, (groups, -1)) * scale
+    scores_BGRLS = q_BGRLD @ k_BGSD.to(wide).transpose(2, 3).unsqueeze(2)
+    weights_BHLS = masked_softmax(soft_cap(scores_BGRLS, cap).flatten(1, 2), mask)
+    weights_BHLS = weights_BHLS.to(v_BGSE.dtype)
+    if dropout:
+        weights_BHLS = F.dropout(weights_BHLS, p=dropout)
+    return (weights_BHLS.unflatten(1, (groups, -1)) @ v_BGSE.unsqueeze(2)).flatten(1, 2)
+
+
+def masked_softmax(scores_BHLS: Tensor, mask: AttentionMask) -> Tensor:
+    """Softmax over the visible keys; zeros for a query that sees none."""
+    queries, keys = scores_BHLS.shape[-2:]
+    if mask.hides_nothing(queries, keys):
+        return scores_BHLS.softmax(-1)
+    visible = mask.visible(queries, keys, scores_BHLS.device)
+    blind = ~visible.any(-1, keepdim=True)
+    # A finite score in blind rows keeps NaN out of their gradient.
+    scores_BHLS = scores_BHLS.masked_fill(~(visible | blind), float("-inf"))
+    return scores_BHLS.softmax(-1).masked_fill(blind, 0.0)

@@ -1,0 +1,99 @@
+"""Kimi K2: files of a type that transformers knows by their own code only, whose models are DeepSeek-V3's.
+
+The oracle is transformers' DeepSeek-V3 with the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import MODELS, read_config, save
+from safetensors.torch import load_file
+from test_families import canonical
+
+from helix_megatron import cli
+from helix_megatron.inference.transformers_load import describe
+from helix_megatron.plan.models import read_config as planned
+
+# As in the published file; the code that it names does not exist here, and would fail if it were run.
+OF_THE_FILE = {
+    "model_type": "kimi_k2",
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    },
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+    "ep_size": 1,
+    "seq_aux": True,
+}
+ROPE = {
+    "type": "yarn",
+    "factor": 32.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 1.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+@pytest.fixture
+def kimi(tmp_path, monkeypatch) -> tuple[Path, Path, torch.Tensor]:
+    """(DeepSeek-V3, the same as Kimi K2, logits)."""
+    kind, settings = MODELS["deepseek v3"]
+    own = {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE | {"rope_theta": 50000.0}}
+    monkeypatch.setitem(MODELS, "kimi", (kind, settings | own))
+    deepseek, directory = tmp_path / "deepseek", tmp_path / "kimi"
+    logits = save("kimi", deepseek)
+    directory.mkdir()
+    config = read_config(deepseek) | OF_THE_FILE
+    del config["rope_parameters"]
+    config |= {"rope_theta": 50000.0, "rope_scaling": ROPE}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").symlink_to(deepseek / "model.safetensors")
+    return deepseek, directory, logits
+
+
+@pytest.mark.filterwarnings("ignore:config.json sets .* is ignored")
+def test_it_is_the_model_that_its_code_is(kimi, tmp_path):
+    """Planned and converted as DeepSeek-V3, whose logits are tested; the way back is the file that it was."""
+    deepseek, directory, _ = kimi
+    (flags, tensors), (theirs, same) = canonical(directory), canonical(deepseek)
+    assert flags == theirs and tensors.keys() == same.keys()
+    assert (
+        planned(directory / "config.json").parameters
+        == planned(deepseek / "config.json").parameters
+    )
+    assert describe(directory) == describe(deepseek)
+    there, back = str(tmp_path / "store"), tmp_path / "back"
+    assert cli.main(["convert", str(directory), there, "--to", "canonical"]) == 0
+    assert cli.main(["convert", there, str(back), "--to", "huggingface"]) == 0
+    assert read_config(back) == read_config(directory)
+    before, after = (load_file(path / "model.safetensors") for path in (directory, back))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def read_whole(directory: str) -> torch.Tensor:
+    """Logits of the model, cut for these ranks."""
+    import torch.distributed as dist
+    from hf_models import tokens
+
+    from helix_megatron.huggingface import from_pretrained, make_groups
+
+    groups = make_groups(dist.get_world_size(), 1)
+    model = from_pretrained(directory, 1, tensor_group=groups.tensor)
+    with torch.no_grad():
+        return model(tokens(), use_cache=False).logits
+
+
+def test_it_is_cut_in_place(pool, kimi):
+    """Without its own code; `helix generate` and `helix serve` read it in the same way."""
+    _, directory, expected = kimi
+    for logits in pool.run(read_whole, str(directory), world_size=2):
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
