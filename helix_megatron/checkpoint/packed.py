@@ -93,7 +93,7 @@ def unpack_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     matrices = out.view(-1, groups * GROUP, rows)
     packed = blocks.reshape(-1, rows, groups, size), scales.reshape(-1, rows, groups, 1, 1)
     for matrix, own, exponents in zip(matrices, *packed, strict=True):
-        factors = torch.ldexp(torch.ones(()), exponents.int() - 127)
+        factors = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
         values = pairs.index_select(0, own.int().flatten()).view(rows, groups, size, 2)
         matrix.copy_((values * factors).flatten(1).to(dtype).t())
     return out

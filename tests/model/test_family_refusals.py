@@ -56,10 +56,10 @@ UNSUPPORTED = {
         },
         "low_freq_factor = 2.0 of llama3 rotary embedding. Megatron's GPT has 1.0 only.",
     ),
-    "fraction of a theta": (
+    "a theta below one": (
         "llama 2",
-        {"rope_parameters": {"rope_theta": 10000.5}},
-        "rope_theta = 10000.5",
+        {"rope_parameters": {"rope_theta": 0.5}},
+        "rope_theta = 0.5. It must be a finite number of at least 1.",
     ),
     "partial rotary": (
         "llama 2",
