@@ -129,6 +129,12 @@ OUTPUT_FILE, OUTPUT_DIRECTORY = PathText("file", True), PathText("directory", Tr
 OUTPUT_TEXT = PathText("file", True, or_standard_output=True)
 
 
+def whole_or_real(text: str) -> int | float:
+    """A type of `argparse`: a number, which is whole where it has no fraction, as files of it then say."""
+    value = Number(float, {}, LARGEST_REAL).read(text)
+    return int(value) if value.is_integer() else float(value)
+
+
 def one_line(text: str) -> str:
     """A type of `argparse`: a name, or another text of one line."""
     if not text.strip() or _has_control_characters(text) or len(text) > LONGEST_TEXT:

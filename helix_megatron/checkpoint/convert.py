@@ -122,9 +122,15 @@ def convert(
     if not dry_run:
         check_target(target_path, options.overwrite)
     opened = open_source(
-        source, trust=options.trust, verify=options.verify_source, like=options.like
+        source,
+        trust=options.trust,
+        verify=options.verify_source,
+        like=options.like,
+        dtype=_dtype(options.dtype),
     )
     say = partial(print, file=out, flush=True)
+    if opened.packing:
+        say(f"Weights are read from {opened.packing} and kept in {options.dtype or 'bf16'}.")
     if options.segments is not None:
         opened = _segment_local(opened, options)
         say(f"Warning: {QUALITY}.")

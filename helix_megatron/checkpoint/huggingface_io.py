@@ -8,7 +8,8 @@ are all in memory, so files are written here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from helix_megatron.checkpoint.foreign import (
 from helix_megatron.checkpoint.manifest import FileEntry
 from helix_megatron.checkpoint.output import OutputFile
 from helix_megatron.errors import HelixError, listed
+from helix_megatron.model.packing import Packing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -63,9 +65,15 @@ class HuggingFaceReader:
     Args:
         directory: with `model.safetensors`, or shards and their index.
 
+    Attributes:
+        files: their tensors, by name.
+        packing: how some of them are packed; None for plain files. See `packed.open_weights`.
+
     Raises:
         HelixError: there are no safetensors files, or one is damaged or missing, by name.
     """
+
+    packing: Packing | None = None
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
@@ -119,6 +127,12 @@ class HuggingFaceReader:
         if place is not None:
             return self._open[1].get_slice(name)[place]
         return self._open[1].get_tensor(name)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Any]:
+        """What gives parts of a tensor by slices. The mapping of its file lasts as long as the block."""
+        with self.open(self.file(name)) as opened:
+            yield opened.get_slice(name)
 
     def _entries_of(self, file: str) -> list[Entry]:
         """The tensors of a file; the package checks header, offsets and size, but takes names twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from helix_megatron.checkpoint.foreign import read_json
 from helix_megatron.checkpoint.huggingface_io import (
     INDEX,
+    WEIGHTS,
     Entry,
     make_index,
     shards,
@@ -25,6 +27,8 @@ from helix_megatron.checkpoint.targets import Report, Row, Tensors, as_json, man
 from helix_megatron.model.families import Family, family_for_flags, family_of
 from helix_megatron.model.families.rules import rules_by_source, source_tensors
 from helix_megatron.model.families.towers import is_tower, text_config
+from helix_megatron.model.packing import KEY as PACKED
+from helix_megatron.model.packing import packing_of
 
 READ_AHEAD = (
     2  # tensors of a family's rule that wait for their turn in a file, as multiples of the largest
@@ -34,9 +38,9 @@ READ_AHEAD = (
 class HuggingFaceTarget:
     """A directory as transformers' `save_pretrained` writes it.
 
-    When the source is what came from a Hugging Face model and neither dtype nor size of files is asked for, its
-    files have the same tensors under the same names again. Of a model that sees only the text was converted: it
-    becomes a text model.
+    When the source is what came from a Hugging Face model, in files that pack nothing, and neither dtype nor
+    size of files is asked for, its files have the same tensors under the same names again. Of a model that
+    sees only the text was converted: it becomes a text model.
     """
 
     kind = "huggingface"
@@ -50,6 +54,12 @@ class HuggingFaceTarget:
         flags = self.source.flags
         self.family: Family = family_of(original) if original else family_for_flags(flags)
         self.config = self.family.config(flags, original) | self._dtype_keys(original)
+        packed = whole is not None and packing_of(whole) is not None
+        if packed:
+            warnings.warn(
+                f"config.json is written without {PACKED}: the weights are no longer packed.",
+                stacklevel=2,
+            )
         tower = whole is not None and is_tower(whole)
         if tower:
             self.config["architectures"] = [self.family.architecture]
@@ -64,7 +74,8 @@ class HuggingFaceTarget:
                 for name, shape in zip(rule.sources, rule.shapes, strict=True)
             }.values()
         )
-        if shard_size is None and not tensors.cast and files.keys() >= self._rules_of.keys():
+        kept = shard_size is None and not tensors.cast and not packed
+        if kept and files.keys() >= self._rules_of.keys():
             self._files: dict[str, list[Entry]] = {}
             for entry in entries:
                 self._files.setdefault(files[entry.name], []).append(entry)
@@ -93,7 +104,7 @@ class HuggingFaceTarget:
     def finish(self, content: Path, records: Mapping[str, dict[str, Any]]) -> Manifest:
         write_side_files(self._sidecars, content)
         (content / INDEX).unlink(missing_ok=True)
-        if len(self._files) > 1:
+        if list(self._files) != [WEIGHTS]:
             (content / INDEX).write_bytes(make_index(self._files))
         path = content / "config.json"
         if not path.exists() or read_json(path) != self.config:

@@ -64,9 +64,10 @@ class Source(ABC):
         kind: `canonical`, `huggingface` or `ranks`.
         tensors: by canonical name, in the order of the layers.
         attention, segments, iteration: as in a manifest.
+        packing: how files keep some weights in fewer bits, for people; empty where they do not.
     """
 
-    kind = ""
+    kind = packing = ""
     attention, segments = "exact", 1
     iteration: int | None = None
 

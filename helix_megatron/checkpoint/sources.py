@@ -17,11 +17,11 @@ from helix_megatron.checkpoint.foreign import read_json, resolved
 from helix_megatron.checkpoint.huggingface_io import (
     INDEX,
     WEIGHTS,
-    HuggingFaceReader,
     make_index,
     snapshot_of,
 )
 from helix_megatron.checkpoint.manifest import Manifest
+from helix_megatron.checkpoint.packed import open_weights
 from helix_megatron.checkpoint.partition import MANIFEST_KEYS, RankLayout
 from helix_megatron.checkpoint.rank_io import LATEST, RankReader, rank_directory
 from helix_megatron.checkpoint.safe import load_common
@@ -45,7 +45,11 @@ OTHER_FLAGS = (
 
 
 class HuggingFaceSource(Source):
-    """A directory as transformers' `save_pretrained` writes it.
+    """A directory as transformers' `save_pretrained` writes it, or with weights in blocks of fp8 or in MXFP4.
+
+    Args:
+        directory: of config.json and safetensors.
+        dtype: of packed weights, once unpacked; bfloat16 when None.
 
     Raises:
         HelixError: no such directory, or weights that are not those of its config.json: this is told before the
@@ -54,9 +58,10 @@ class HuggingFaceSource(Source):
 
     kind = "huggingface"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype | None = None) -> None:
         config = read_json(directory / "config.json")
-        self._files = HuggingFaceReader(directory)
+        self._files = open_weights(directory, dtype)
+        self.packing = str(self._files.packing or "")
         text = text_config(config)
         family = family_of(text)
         super().__init__(directory, family.model_flags(text))
@@ -93,14 +98,21 @@ class HuggingFaceSource(Source):
         return ", ".join(source + place for source in rule.sources)
 
     def sidecars(self) -> dict[str, bytes | Path]:
-        return {INDEX: make_index(self._files.files)} | side_files(self.directory)
+        index: dict[str, bytes | Path] = {INDEX: make_index(self._files.files)}
+        files = side_files(self.directory)
+        return files | index if self.packing else index | files  # that of packed files names scales
 
 
 # ------------------------------------------------------------------------- opening
 
 
 def open_source(
-    path: Path | str, *, trust: bool = False, verify: bool = True, like: Path | str | None = None
+    path: Path | str,
+    *,
+    trust: bool = False,
+    verify: bool = True,
+    like: Path | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Source:
     """Find out what a directory holds, check its files against its manifest, and open it.
 
@@ -112,6 +124,7 @@ def open_source(
             of it is used; `finish` completes that.
         like: for rank files without a manifest, as a DeepSpeed run leaves them: a directory of rank files with
             a manifest, whose model and layout they have.
+        dtype: see `HuggingFaceSource`.
 
     Raises:
         HelixError: no checkpoint, or a damaged one; names the file.
@@ -140,7 +153,7 @@ def open_source(
         unverified = {name: entry for name, entry in entries.items() if name.endswith(DATA)}
         source = CanonicalReader(directory, flags, trust=trust, unverified=unverified)
     elif kind == "huggingface":
-        source = HuggingFaceSource(directory)
+        source = HuggingFaceSource(directory, dtype)
     else:
         if manifest is None:
             if like is None:

@@ -85,8 +85,7 @@ def _read_into(
             f"{name} in {files.directory} has shape {found}, and the configuration asks for {whole_shape}. "
             "Take config.json and weights of one model."
         )
-    with files.open(files.file(name)) as file:
-        stored = file.get_slice(name)
+    with files.part(name) as stored:
         if cut is None:
             out.copy_(stored[:])
             return

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.checkpoint.foreign import read_json, resolved
 from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader, snapshot_of
+from helix_megatron.checkpoint.packed import open_weights
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.kernels import AttentionKernel
 from helix_megatron.core.kernels.sdpa import sdpa
@@ -30,6 +31,8 @@ from helix_megatron.huggingface.files import (
 from helix_megatron.huggingface.shard import shard
 from helix_megatron.huggingface.sharding import sharding_of
 from helix_megatron.model.families import FAMILIES, READ_AS, family_of
+from helix_megatron.model.packing import KEY as PACKED
+from helix_megatron.model.packing import packing_of
 
 # Old files keep these tables, which models compute.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -54,7 +57,8 @@ def from_pretrained(
 
     Args:
         directory: with config.json and safetensors.
-        dtype: of the weights; the configuration's when None, or else the files'.
+        dtype: of the weights; the configuration's when None, or else the files'. Weights in blocks of fp8 or in
+            MXFP4 are unpacked to it.
         device: where the weights go; the CPU when None.
         others: see `shard`.
 
@@ -68,9 +72,16 @@ def from_pretrained(
 
     resolved(directory)
     directory = snapshot_of(Path(directory))
-    config = _config(directory)
-    files = HuggingFaceReader(directory)
-    dtype = _dtype(dtype) or getattr(config, "dtype", None) or float_dtype(files)
+    config = read_configuration(directory)
+    dtype = _dtype(dtype) or getattr(config, "dtype", None)
+    files = open_weights(directory, dtype)
+    dtype = dtype or float_dtype(files)
+    if files.packing is not None:
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"the weights in {directory} are read from {files.packing} and kept in {name}.",
+            stacklevel=2,
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = shard(
@@ -101,7 +112,12 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _config(directory: Path) -> Any:
+def read_configuration(directory: Path) -> Any:
+    """The configuration of a directory, as the library reads it, without what it says of packed weights.
+
+    Raises:
+        HelixError: no such directory, values that cannot be, or weights packed in a way that is not known.
+    """
     if not (directory / "config.json").exists():
         raise HelixError(
             f"{directory} is no directory of a Hugging Face model: it has no config.json. Give the path of "
@@ -111,16 +127,13 @@ def _config(directory: Path) -> Any:
     kind = content.get("model_type")
     if kind in FAMILIES.keys() | READ_AS.keys() if isinstance(kind, str) else True:
         family_of(content).check_values(content)
-    config = library_config(directory)
-    if getattr(config, "quantization_config", None) is not None:
-        raise HelixError(
-            f"the weights in {directory} are quantized, and quantized weights cannot be cut. Take the model in "
-            "bfloat16, float16 or float32."
-        )
+    packing_of(content)
+    config = _library_config(directory)
+    vars(config).pop(PACKED, None)  # what is packed in files is unpacked as it is read
     return config
 
 
-def library_config(directory: Path) -> Any:
+def _library_config(directory: Path) -> Any:
     """The configuration of a model in the library's class, that of another type where `READ_AS` says so.
 
     Raises:

@@ -171,6 +171,8 @@ def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceCo
     # Whether every tensor can be cut for the ranks is known before one starts.
     RankLayout(stock.to_flags(), tensor, 1, expert, expert_tensor, helix)
     dtype = describe.precision(checkpoint, options["dtype"])
+    if checkpoint.packing:
+        notes.append(f"Weights are read from {checkpoint.packing} and kept in {dtype}.")
     run = RunConfig(
         dataclasses.replace(
             model,

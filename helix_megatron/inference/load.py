@@ -84,7 +84,8 @@ def _fill(model: GPTModel, config: InferenceConfig) -> None:
     def fill() -> tuple[list[str], set[str]]:
         # Hashing is one rank's work on each machine: all of them read the same files.
         verify = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
-        source = open_source(path, trust=config.trust_checkpoint, verify=verify)
+        dtype = TORCH_DTYPES[config.dtype]
+        source = open_source(path, trust=config.trust_checkpoint, verify=verify, dtype=dtype)
         tensors = _Tensors(source, vocabulary, rows)
         fill_weights(model, tensors)
         source.finish()

@@ -228,12 +228,12 @@ def precision_of_files(directory: Path, asked: str) -> str:
     """`precision` of a Hugging Face model's files."""
     import torch
 
-    from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
+    from helix_megatron.checkpoint.packed import open_weights
     from helix_megatron.huggingface.files import float_dtype
 
     if asked != "auto":
         return asked
-    return _precision(float_dtype(HuggingFaceReader(directory)), torch.cuda.is_available())
+    return _precision(float_dtype(open_weights(directory)), torch.cuda.is_available())
 
 
 def _precision(own: Any, on_gpu: bool) -> str:

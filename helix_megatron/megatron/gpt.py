@@ -153,6 +153,10 @@ def build_chunk(
     cap_logits(model, run.model.final_logit_softcapping)
     if run.model.moe_router_groups_by_best:
         count_groups_by_best(model)
+    if run.model.scales_rope_otherwise:
+        rope, high = model.rotary_pos_emb, run.model.rope_high_freq_factor
+        factor = run.model.rope_scaling_factor
+        rope.inv_freq = rope._apply_scaling(rope.inv_freq, factor, high_freq_factor=high)
     if run.model.rotary_base_windowed:
         stretch = run.model.rotary_seq_len_interpolation_factor or 1.0
         windowed, base = run.model.windowed_layers, run.model.rotary_base_windowed

@@ -274,10 +274,17 @@ class ModelConfig(ModelSizes):
         }
 
     @property
+    def scales_rope_otherwise(self) -> bool:
+        """Whether frequencies are scaled as Llama 3.1's are, but for a constant that GPTModel has."""
+        return "rope scaling" in self.traits and self.rope_high_freq_factor != 4.0
+
+    @property
     def gpt_settings(self) -> dict[str, Any]:
         """What Megatron's GPTModel is told about the model."""
         tied = not self.untie_embeddings_and_output_weights
         settings = self._given_to("gpt") | {"share_embeddings_and_output_weights": tied}
+        if self.scales_rope_otherwise:
+            settings["rope_scaling"] = False
         return settings | (
             {"position_embedding_type": "rope"} if self.multi_latent_attention else {}
         )

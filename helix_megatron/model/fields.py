@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from helix_megatron.flags import add_flags, names_with, setting
+from helix_megatron.flags import add_flags, names_with, setting, whole_or_real
 from helix_megatron.model.patterns import layer_pattern
 
 # What a field decides: what the model computes and the shapes of its weights; or only how it is trained.
@@ -98,8 +98,14 @@ class ModelFields:
         choices=("rope", "yarn", "learned_absolute", "none"),
         gpt=True,
     )
-    rotary_base: int = _function(
-        10000, "base period of rotary embedding", under="rope", gpt=True, largest=10**15
+    rotary_base: float = _function(
+        10000,
+        "base period of rotary embedding",
+        at_least=1,
+        parse=whole_or_real,
+        under="rope",
+        gpt=True,
+        largest=10**15,
     )
     rotary_base_windowed: int | None = _function(
         None,
@@ -137,6 +143,12 @@ class ModelFields:
         above=0,
         under="rope scaling",
         gpt=True,
+    )
+    rope_high_freq_factor: float = _function(
+        4.0,
+        "frequencies of more than this many turns in 8192 positions are not scaled, with --use-rope-scaling",
+        above=0,
+        under="rope scaling",
     )
     yarn_rotary_scaling_factor: float = _yarn(
         1.0, "how much longer sequences are than before yarn", above=0

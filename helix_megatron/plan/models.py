@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from helix_megatron.errors import HelixError, did_you_mean, listed
 from helix_megatron.flags import flag_of
 from helix_megatron.model.description import MODEL_FLAGS, SIZES, ModelConfig, padded_rows
 from helix_megatron.model.fields import add_model_flags
+from helix_megatron.model.packing import KEY as PACKED
 from helix_megatron.plan.mixers import ORDINARY, Latent, Special, gated_delta_net
 from helix_megatron.plan.outlines import outline_of, text_config
 from helix_megatron.plan.presets import PRESETS
@@ -256,7 +258,13 @@ def spec_of_config(name: str, config: Mapping[str, Any], source: str) -> ModelSp
     """
     from helix_megatron.model.families import family_of
 
-    config = text_config(config)
+    if config.get(PACKED):
+        warnings.warn(
+            f"config.json says that files keep its weights in fewer bits ({PACKED}). They are unpacked when "
+            "they are read, and counted so, in bf16 where no other precision is asked for.",
+            stacklevel=2,
+        )
+    config = {key: value for key, value in text_config(config).items() if key != PACKED}
     outline = outline_of(config)
     if outline is None:
         outline = family_of(config).model_flags(config), ORDINARY

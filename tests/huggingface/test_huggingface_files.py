@@ -282,7 +282,7 @@ def _quantized(directory: Path) -> None:
         (_damaged_index, "is damaged: no valid JSON"),
         (_truncated, "safetensors is damaged: "),
         (_other_family, "attention of class GPT2Attention has none of o_proj, out_proj, dense"),
-        (_quantized, "are quantized, and quantized weights cannot be cut"),
+        (_quantized, "weights are quantized by 'bitsandbytes' (quantization_config), which cannot"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(pool, tmp_path, damage, said):

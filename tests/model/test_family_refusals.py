@@ -56,10 +56,10 @@ UNSUPPORTED = {
         },
         "low_freq_factor = 2.0 of llama3 rotary embedding. Megatron's GPT has 1.0 only.",
     ),
-    "fraction of a theta": (
+    "a theta below one": (
         "llama 2",
-        {"rope_parameters": {"rope_theta": 10000.5}},
-        "rope_theta = 10000.5",
+        {"rope_parameters": {"rope_theta": 0.5}},
+        "rope_theta = 0.5. It must be a finite number of at least 1.",
     ),
     "partial rotary": (
         "llama 2",
@@ -85,7 +85,7 @@ UNSUPPORTED = {
     "quantized": (
         "mistral",
         {"quantization_config": {"bits": 4}},
-        "quantization_config = {'bits': 4}, which mistral models do not have here",
+        "quantized by None (quantization_config), which cannot be read. Valid: fp8, mxfp4",
     ),
     "part of a head": ("llama 2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "second names": (
@@ -169,11 +169,6 @@ UNSUPPORTED = {
         "deepseek v3",
         {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
         "truncate = false",
-    ),
-    "weights in blocks of fp8": (
-        "deepseek v3",
-        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-        "quantization_config",
     ),
     "windows without a size": (
         "qwen2",

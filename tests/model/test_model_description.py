@@ -10,7 +10,7 @@ import pytest
 
 from helix_megatron.arguments import as_flag
 from helix_megatron.errors import HelixError
-from helix_megatron.flags import Number, PathText, one_line
+from helix_megatron.flags import Number, PathText, one_line, whole_or_real
 from helix_megatron.model.description import FREE_FLAGS, FUNCTION_FLAGS, ModelConfig
 from helix_megatron.run.config import RunConfig
 from helix_megatron.run.settings import Data, Optimization, Training, same_named
@@ -23,6 +23,7 @@ def row(action) -> list:
     """What a flag is to a command line, except for its help."""
     kind = getattr(action.type, "__self__", action.type)
     kind = kind.kind if isinstance(kind, Number) else kind
+    kind = int if kind is whole_or_real else kind  # what is no whole number is new
     kind = str if kind is one_line or isinstance(kind, PathText) else kind
     kind = kind and kind.__name__
     choices = action.choices and list(action.choices)
@@ -65,7 +66,7 @@ def test_a_model_is_a_value():
             {"norm_epsilon": float("nan")},
             "--norm-epsilon is nan. It must be a finite number above 0.",
         ),
-        ({"rotary_base": 0}, "--rotary-base is 0. It must be a whole number of at least 1."),
+        ({"rotary_base": 0}, "--rotary-base is 0. It must be a finite number of at least 1."),
         (
             {"ffn_hidden_size": 0},
             "--ffn-hidden-size is 0. It must be a whole number of at least 1.",
@@ -134,6 +135,7 @@ DECIDES = {
     "rotary_seq_len_interpolation_factor": 2.0,
     "use_rope_scaling": False,
     "rope_scaling_factor": 4.0,
+    "rope_high_freq_factor": 2.0,
     "yarn_rotary_scaling_factor": (2.0, YARN),
     "yarn_original_max_position_embeddings": (64, YARN),
     "yarn_beta_fast": (8.0, YARN),
@@ -277,6 +279,7 @@ def built(run: RunConfig) -> dict:
         "qk": (model.qk_l2_norm, model.qk_norm_all_heads),
         "norms": (model.post_norms, model.no_pre_norms),
         "windowed": model.rotary_base_windowed,
+        "rope": model.rope_high_freq_factor,
         "init": model.init_method_std,
     }
     for group in (run.parallel, training, run.optimization):

@@ -35,6 +35,8 @@ from helix_megatron.model.families.rules import (
     Transposed,
 )
 from helix_megatron.model.families.towers import head_prefix, text_prefix
+from helix_megatron.model.packing import KEY as PACKED
+from helix_megatron.model.packing import packing_of
 
 # Tensors of old files that hold constants: rotary frequencies and GPT-2's causal masks.
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
@@ -130,6 +132,9 @@ class Family:
                 continue
             if key == "partial_rotary_factor" and value == 1:
                 continue
+            if key == PACKED:
+                packing_of(config)  # refuses what cannot be unpacked
+                continue
             if key in READ or key in self.aliases:
                 raise HelixError(
                     f"config.json sets {key} = {_short(value)}, which {self.name} models do not have here. "
@@ -164,7 +169,8 @@ class Family:
         Args:
             flags: of a model that this family can express.
             original: config.json that the weights once had. It is kept, except where flags have changed
-                since; what flags do not determine (token ids, dtype) is always its.
+                since, and for how files packed them; what flags do not determine (token ids, dtype) is
+                always its.
 
         Raises:
             HelixError: a flag has a value that this family cannot express.
@@ -179,7 +185,8 @@ class Family:
         changed = {key: value for key, value in fresh.items() if before.get(key) != value}
         if "rope_parameters" in changed:  # in all spellings: an older one left as it was would win
             changed |= {key: fresh[key] for key in ("rope_theta", "rope_scaling")}
-        return {**original, **changed}
+        kept = {key: value for key, value in original.items() if key != PACKED}
+        return {**kept, **changed}
 
     def differences(self, flags: Mapping[str, Any]) -> list[str]:
         """Flags that this family cannot express: `--flag = value (here: the nearest value)`."""

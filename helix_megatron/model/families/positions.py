@@ -81,18 +81,12 @@ class Rope(Piece):
             )
         return flags
 
-    def _theta(self, rope: dict[str, Any], config: Config) -> int:
+    def _theta(self, rope: dict[str, Any], config: Config) -> float:
         theta = rope.pop("rope_theta", None)
         if theta is None:
             theta = needed(config, "rope_theta", self.theta)
-        if type(theta) not in (int, float) or not math.isfinite(theta):
-            check_field("rope_theta", "rotary_base", theta)
-        if theta != int(theta):
-            raise HelixError(
-                f"config.json sets rope_theta = {theta}, and Megatron's rotary_base is a whole number."
-            )
-        check_field("rope_theta", "rotary_base", int(theta))
-        return int(theta)
+        check_field("rope_theta", "rotary_base", theta)
+        return int(theta) if theta == int(theta) else float(theta)
 
     def _share(self, rope: dict[str, Any], config: Config) -> float:
         share = rope.pop("partial_rotary_factor", None)
@@ -108,7 +102,11 @@ class Rope(Piece):
     def config(self, model: ModelConfig) -> dict[str, Any]:
         rope: dict[str, Any] = {"rope_theta": float(model.rotary_base), "rope_type": "default"}
         if model.use_rope_scaling:
-            rope |= {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3}
+            factors = {
+                "factor": model.rope_scaling_factor,
+                "high_freq_factor": model.rope_high_freq_factor,
+            }
+            rope |= {"rope_type": "llama3", **factors, **LLAMA3}
         elif "yarn" in model.traits:
             rope |= {
                 "rope_type": "yarn",
@@ -132,7 +130,6 @@ class Rope(Piece):
 # What Megatron has as constants.
 LLAMA3 = {
     "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 
@@ -145,8 +142,11 @@ def _llama3(rope: dict[str, Any]) -> dict[str, Any]:
             raise HelixError(
                 f"config.json sets {key} = {given} of llama3 rotary embedding. Megatron's GPT has {value} only."
             )
+    high = rope.pop("high_freq_factor", 4.0)
+    check_field("high_freq_factor", "rope_high_freq_factor", high)
     return {
         "use_rope_scaling": True,
+        "rope_high_freq_factor": float(high),
         "rope_scaling_factor": float(needed(rope, "factor")),
     }
 
