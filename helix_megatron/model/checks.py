@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from helix_megatron.errors import listed, setting_error
+from helix_megatron.errors import HelixError, divisors, listed, setting_error, with_settings
 from helix_megatron.model.patterns import is_pattern
 from helix_megatron.model.sizes import ModelSizes
 
@@ -95,6 +95,23 @@ def check_options(model: ModelSizes) -> None:
     if "experts" in model.traits:
         _check_pattern(model, "moe_layer_freq")
         _check_experts(model)
+
+
+def check_mamba_groups(groups: int, ranks: int) -> None:
+    """Refuse tensor parallel ranks that cannot share the groups of Mamba heads evenly.
+
+    Raises:
+        HelixError: with the valid numbers of ranks.
+    """
+    if groups % ranks:
+        raise HelixError(
+            with_settings(
+                f"{groups} groups of Mamba heads (<mamba_num_groups>) cannot be dealt to {ranks} tensor "
+                "parallel ranks."
+            ),
+            valid=divisors(groups),
+            valid_name="tensor parallel sizes",
+        )
 
 
 def _check_linear_attention(model: ModelSizes) -> None:
