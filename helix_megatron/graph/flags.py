@@ -46,6 +46,11 @@ def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> R
             "gated delta nets are not traced: a graph has layers with attention alone. Leave out "
             "<linear_attention_freq>."
         )
+    if run.model.hybrid_layer_pattern is not None:
+        raise setting_error(
+            "layers of several kinds are not traced: a graph has layers of attention and MLP. Leave out "
+            "<hybrid_layer_pattern>."
+        )
     if run.virtual_stages:
         raise HelixError(
             "interleaved pipeline stages cannot be traced. Leave out --num-layers-per-virtual-pipeline-stage."

@@ -8,6 +8,7 @@ with the same names in checkpoints, from what runs everywhere: attention (`*`), 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -20,6 +21,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from helix_megatron.megatron import mamba
 from helix_megatron.megatron.norms import use_available_norms
+from helix_megatron.megatron.specs import helix_spec
+from helix_megatron.run.config import RunConfig
 
 try:
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -29,7 +32,38 @@ except ModuleNotFoundError:  # their names before megatron-core 0.18
     from megatron.core.ssm.mamba_block import MambaStack as HybridStack
     from megatron.core.ssm.mamba_block import MambaStackSubmodules as HybridStackSubmodules
 
-__all__ = ["HybridModel", "HybridStack", "HybridStackSubmodules", "local_stack_spec"]
+_arguments = inspect.signature(HybridModel.__init__).parameters
+PATTERN = next(
+    name for name in ("hybrid_layer_pattern", "hybrid_override_pattern") if name in _arguments
+)
+
+__all__ = [
+    "HybridModel",
+    "HybridStack",
+    "HybridStackSubmodules",
+    "build_hybrid",
+    "local_stack_spec",
+]
+
+
+def build_hybrid(run: RunConfig, config: Any, *, use_engine: bool, **place: Any) -> Any:
+    """A `HybridModel` of one pipeline stage with the layers of the run's pattern, weights not drawn."""
+    spec = helix_spec(engine_stack_spec() if use_engine else local_stack_spec(config), config.helix)
+    pattern = {PATTERN: run.model.hybrid_layer_pattern}
+    model = HybridModel(config, spec, **run.model.hybrid_settings, **pattern, **place)
+    mamba.limit_time_steps(model, run.model.mamba_time_step_min)
+    return model
+
+
+def engine_stack_spec() -> ModuleSpec:
+    """Megatron's own stack, of Transformer Engine's layers."""
+    try:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    except ModuleNotFoundError:  # before megatron-core 0.18
+        from megatron.core.models.mamba.mamba_layer_specs import (
+            mamba_stack_spec as hybrid_stack_spec,
+        )
+    return hybrid_stack_spec
 
 
 def local_stack_spec(config: Any) -> ModuleSpec:

@@ -7,8 +7,10 @@ and output maps, N dimensions of a head's state. Tensor parallel ranks have H/tp
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -189,6 +191,26 @@ class Mamba(mixers.MambaMixer):
         y = (y + x_heads * own.get_D().to(dt.dtype)[:, None]).flatten(-2) * F.silu(z.to(dt.dtype))
         y = own.post_conv_ssm(y.to(zxBCdt.dtype).transpose(0, 1).contiguous())
         return self.norm(y)
+
+
+def limit_time_steps(model: Any, least: float) -> None:
+    """Raise time steps of a model's Mamba layers to `least`, as transformers does with `time_step_min`.
+
+    max(softplus(dt + b), t) = softplus(max(dt, softplus⁻¹(t) − b) + b): so it holds for kernels, too, which
+    know no such limit.
+    """
+    lowest = math.log(math.expm1(least)) if least > 0 else -math.inf
+
+    def hook(mixer: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        steps = mixer.nheads_local_tp
+        others, dt = output[0].split([output[0].shape[-1] - steps, steps], -1)
+        limited = torch.maximum(dt, (lowest - mixer.dt_bias).to(dt.dtype))
+        return torch.cat([others, limited], -1), output[1]
+
+    for module in model.modules():
+        if lowest > -math.inf and isinstance(module, mixers.MambaMixer):
+            own = functools.partial(hook, module)
+            module.in_proj.register_forward_hook(lambda _, inputs, output, own=own: own(output))
 
 
 class LayerNorm(TorchNorm):

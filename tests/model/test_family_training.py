@@ -38,6 +38,11 @@ MODELS = {
     "--qk-head-dim 6 --qk-pos-emb-head-dim 8 --v-head-dim 10 --position-embedding-type yarn "
     "--yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 8 --yarn-mscale-all-dim 0.7 "
     "--yarn-correction-range-round-to-int",
+    "layers of a pattern": "--num-layers 5 --hybrid-layer-pattern=M*M-E --squared-relu --num-experts 4 "
+    "--position-embedding-type none --moe-ffn-hidden-size 32 --moe-shared-expert-intermediate-size 32 "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32 "
+    "--moe-router-load-balancing-type none --mamba-num-heads 8 --mamba-head-dim 8 --mamba-state-dim 8 "
+    "--mamba-num-groups 4 --mamba-time-step-min 0.02",
     "balanced experts": "--swiglu --num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32 "
     "--moe-router-topk-scaling-factor 1.5 --moe-router-load-balancing-type none",
@@ -62,6 +67,7 @@ def train(flags: str, world_size: int) -> list[dict[str, Any]]:
         ("sinks and yarn", CUT),
         ("gated delta nets", CUT.removesuffix("--sequence-parallel")),
         ("latent attention", "--tensor-model-parallel-size 4"),
+        ("layers of a pattern", CUT),
         *(
             pytest.param(name, CUT, marks=pytest.mark.full("training"))
             for name in ("two rotary bases", "balanced experts", "gated delta nets")
