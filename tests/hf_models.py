@@ -69,7 +69,10 @@ BALANCED = {
 }
 
 PATTERN = {
-    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    "layers_block_type": [
+        *("linear_attention", "moe", "full_attention"),
+        *("mlp", "linear_attention", "full_attention"),
+    ],
     "head_dim": 16,
     "ssm_state_size": 6,
     "mamba_num_heads": 8,

@@ -194,6 +194,7 @@ def test_logits_are_those_of_transformers(pool, models, name, layout):
         ("gpt oss", {**QUARTERED, "expert_model_parallel_size": 4}),
         ("deepseek v3", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}),
         ("granite", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
+        ("nemotron h", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
         ("gemma", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
         (
             "gemma",
