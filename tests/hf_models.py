@@ -68,6 +68,24 @@ BALANCED = {
     "topk_group": 1,
 }
 
+PATTERN = {
+    "layers_block_type": [
+        *("linear_attention", "moe", "full_attention"),
+        *("mlp", "linear_attention", "full_attention"),
+    ],
+    "head_dim": 16,
+    "ssm_state_size": 6,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 4,
+    "n_groups": 4,
+    "time_step_min": 0.4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 40,
+    "routed_scaling_factor": 2.5,
+}
+
 # name: (model_type, settings of its configuration)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 2": ("llama", SIZE | {"num_key_value_heads": 4}),
@@ -299,6 +317,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | EXPERTS
         | DELTA_NET
         | {"shared_expert_intermediate_size": 40},
+    ),
+    "nemotron h": (
+        "nemotron_h",
+        {k: size for k, size in SIZE.items() if k not in ("num_hidden_layers", "pad_token_id")}
+        | PATTERN,
     ),
     "deepseek v3": ("deepseek_v3", SIZE | LATENT | BALANCED),
     "deepseek v2": (

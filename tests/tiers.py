@@ -68,6 +68,7 @@ COMPATIBILITY = tuple(
         "megatron/test_context_parallel.py",
         "megatron/test_gpt_model.py",
         "megatron/test_hybrid.py",
+        "megatron/test_mamba.py",
         "megatron/test_heterogeneous.py",
         "megatron/test_stock_megatron.py",
         "megatron/test_fake_cuda.py",

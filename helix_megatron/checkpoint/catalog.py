@@ -21,6 +21,7 @@ import numpy as np
 from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError, setting_error
 from helix_megatron.model.description import HEADS, ModelConfig
+from helix_megatron.model.sizes import MAMBA_KERNEL
 
 QUALITY = (
     "segment-local attention is another architecture: h·m heads of d/m dimensions. Ordinary weights lose "
@@ -78,7 +79,7 @@ class CanonicalTensor:
 def layers_are_stacked(model: ModelConfig) -> bool:
     """Whether megatron-core stores the layers of a model as one tensor per name: not where they may differ."""
     alike = not model.num_experts or model.moe_layer_freq == 1
-    return alike and model.linear_attention_freq is None
+    return alike and model.linear_attention_freq is None and model.hybrid_layer_pattern is None
 
 
 def catalog(flags: Mapping[str, Any]) -> list[CanonicalTensor]:
@@ -94,14 +95,17 @@ def catalog(flags: Mapping[str, Any]) -> list[CanonicalTensor]:
         assert model.max_position_embeddings is not None
         positions = (model.max_position_embeddings, model.hidden_size)
         tensors.append(_alone("embedding.position_embeddings.weight", positions, Cut.REPLICATED))
+    pattern = model.hybrid_layer_pattern
     for layer, (moe, linear) in enumerate(zip(model.moe_layers, model.linear_layers, strict=True)):
         own = layer_tensors(model, moe, linear)
+        if pattern is not None:
+            own = [*hybrid_tensors(model, pattern[layer], own)]
         tensors += [_of_layer(model, layer, *entry) for entry in own]
         for expert in range(model.num_experts or 0) if moe else ():
             inside = mlp_tensors(model, model.moe_ffn_hidden_size or 0)
             tensors += [_of_layer(model, layer, *entry, expert) for entry in inside]
     for suffix in ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",):
-        name = f"decoder.final_layernorm.{suffix}"
+        name = f"decoder.final_{'norm' if pattern is not None else 'layernorm'}.{suffix}"
         tensors.append(_alone(name, (model.hidden_size,), Cut.REPLICATED))
     if model.untie_embeddings_and_output_weights:
         tensors.append(_alone("output_layer.weight", vocabulary, Cut.VOCABULARY))
@@ -203,6 +207,33 @@ def delta_net_tensors(model: ModelConfig) -> Iterator[Entry]:
         yield f"{own}{vector}", (heads,), Cut.ROWS
     yield f"{own}out_norm.weight", (model.linear_value_head_dim,), Cut.REPLICATED
     yield f"{own}out_proj.weight", (hidden, values), Cut.COLUMNS
+
+
+def hybrid_tensors(model: ModelConfig, letter: str, both: list[Entry]) -> Iterator[Entry]:
+    """Of a layer that is attention, Mamba, MLP or experts alone; `both` has those of attention and MLP."""
+    if letter == "M":
+        yield from mamba_tensors(model)
+    for name, shape, cut in both:
+        if letter == "E" and name == "mlp.linear_fc1.layer_norm_weight":
+            yield "pre_mlp_layernorm.weight", shape, cut
+        elif letter != "M" and name.startswith("self_attention." if letter == "*" else "mlp."):
+            yield name, shape, cut
+
+
+def mamba_tensors(model: ModelConfig) -> Iterator[Entry]:
+    """Of a Mamba layer, whose parts are cut by its own heads and groups."""
+    hidden, inner, maps = model.hidden_size, model.mamba_inner, model.mamba_maps
+    heads, convolved = model.mamba_num_heads, {"x": inner, "B": maps, "C": maps}
+    yield "mixer.in_proj.layer_norm_weight", (hidden,), Cut.REPLICATED
+    for part, size in ({"z": inner} | convolved | {"dt": heads}).items():
+        yield f"mixer.in_proj.weight.{part}", (size, hidden), Cut.ROWS
+    for part, size in convolved.items():
+        yield f"mixer.conv1d.weight.{part}", (size, 1, MAMBA_KERNEL), Cut.ROWS
+        yield f"mixer.conv1d.bias.{part}", (size,), Cut.ROWS
+    for vector in ("dt_bias", "A_log", "D"):
+        yield f"mixer.{vector}", (heads,), Cut.ROWS
+    yield "mixer.norm.weight", (inner,), Cut.ROWS
+    yield "mixer.out_proj.weight", (hidden, inner), Cut.COLUMNS
 
 
 def latent_tensors(model: ModelConfig) -> Iterator[Entry]:

@@ -243,6 +243,7 @@ class RankLayout:
             )
         for has, what in (
             (model.linear_attention_freq, "gated delta nets (<linear_attention_freq>)"),
+            (model.hybrid_layer_pattern, "layers of several kinds (<hybrid_layer_pattern>)"),
             (model.multi_latent_attention, "latent attention (<multi_latent_attention>)"),
         ):
             if has:

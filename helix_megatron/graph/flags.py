@@ -51,6 +51,11 @@ def parse(argv: Sequence[str], program: str, world_size: int | None = None) -> R
             "soft caps of scores are not traced: a graph has attention as one fused kernel, and the one that "
             "computes them is not. Leave out <attn_logit_softcapping>."
         )
+    if run.model.hybrid_layer_pattern is not None:
+        raise setting_error(
+            "layers of several kinds are not traced: a graph has layers of attention and MLP. Leave out "
+            "<hybrid_layer_pattern>."
+        )
     if run.virtual_stages:
         raise HelixError(
             "interleaved pipeline stages cannot be traced. Leave out --num-layers-per-virtual-pipeline-stage."

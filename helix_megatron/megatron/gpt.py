@@ -106,9 +106,20 @@ def build_model(run: RunConfig, config: HelixTransformerConfig) -> list[Any]:
 
 def build_chunk(
     run: RunConfig, config: HelixTransformerConfig, virtual_stage: int | None = None
-) -> GPTModel:
-    """A `GPTModel` of one pipeline stage, weights not drawn."""
+) -> Any:
+    """A `GPTModel`, or `HybridModel`, of one pipeline stage, weights not drawn."""
     use_engine = uses_transformer_engine(run.model)
+    place = {
+        "pre_process": parallel_state.is_pipeline_first_stage(False, virtual_stage),
+        "post_process": parallel_state.is_pipeline_last_stage(False, virtual_stage),
+    }
+    hide_notices()
+    if run.model.hybrid_layer_pattern is not None:
+        from helix_megatron.megatron.hybrid import build_hybrid
+
+        hybrid = build_hybrid(run, config, use_engine=use_engine, **place)
+        leave_communication_to_the_dispatcher(hybrid)
+        return hybrid
     spec = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=use_engine,
@@ -137,16 +148,7 @@ def build_chunk(
         first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
         here = run.model.linear_layers[first : first + len(spec.layer_specs)]
         spec = with_delta_nets(spec, here, use_engine=use_engine)
-    place = {"ignore_virtual": False, "vp_stage": virtual_stage}
-    hide_notices()
-    model = GPTModel(
-        config,
-        spec,
-        pre_process=parallel_state.is_pipeline_first_stage(**place),
-        post_process=parallel_state.is_pipeline_last_stage(**place),
-        vp_stage=virtual_stage,
-        **run.model.gpt_settings,
-    )
+    model = GPTModel(config, spec, vp_stage=virtual_stage, **place, **run.model.gpt_settings)
     scale_embeddings(model, run.model.embedding_multiplier)
     scale_residuals(model, run.model.residual_multiplier)
     divide_logits(model, run.model.logits_scaling)

@@ -1,24 +1,28 @@
 """Stacks of `HybridModel` from megatron-core's own modules, for machines without Transformer Engine.
 
 Megatron's `hybrid_stack_spec` names Transformer Engine's layers only. The stack here builds the same layers,
-with the same names in checkpoints, from what runs everywhere: attention (`*`), gated delta nets (`G`), MLP
-(`-`) and mixtures of experts (`E`).
+with the same names in checkpoints, from what runs everywhere: attention (`*`), Mamba (`M`), gated delta nets
+(`G`), MLP (`-`) and mixtures of experts (`E`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from helix_megatron.megatron import mamba
 from helix_megatron.megatron.norms import use_available_norms
-from helix_megatron.megatron.specs import RefusedLayer
+from helix_megatron.megatron.specs import helix_spec
+from helix_megatron.run.config import RunConfig
 
 try:
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -28,13 +32,44 @@ except ModuleNotFoundError:  # their names before megatron-core 0.18
     from megatron.core.ssm.mamba_block import MambaStack as HybridStack
     from megatron.core.ssm.mamba_block import MambaStackSubmodules as HybridStackSubmodules
 
-__all__ = ["HybridModel", "HybridStack", "HybridStackSubmodules", "local_stack_spec"]
+_arguments = inspect.signature(HybridModel.__init__).parameters
+PATTERN = next(
+    name for name in ("hybrid_layer_pattern", "hybrid_override_pattern") if name in _arguments
+)
+
+__all__ = [
+    "HybridModel",
+    "HybridStack",
+    "HybridStackSubmodules",
+    "build_hybrid",
+    "local_stack_spec",
+]
+
+
+def build_hybrid(run: RunConfig, config: Any, *, use_engine: bool, **place: Any) -> Any:
+    """A `HybridModel` of one pipeline stage with the layers of the run's pattern, weights not drawn."""
+    spec = helix_spec(engine_stack_spec() if use_engine else local_stack_spec(config), config.helix)
+    pattern = {PATTERN: run.model.hybrid_layer_pattern}
+    model = HybridModel(config, spec, **run.model.hybrid_settings, **pattern, **place)
+    mamba.limit_time_steps(model, run.model.mamba_time_step_min)
+    return model
+
+
+def engine_stack_spec() -> ModuleSpec:
+    """Megatron's own stack, of Transformer Engine's layers."""
+    try:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    except ModuleNotFoundError:  # before megatron-core 0.18
+        from megatron.core.models.mamba.mamba_layer_specs import (
+            mamba_stack_spec as hybrid_stack_spec,
+        )
+    return hybrid_stack_spec
 
 
 def local_stack_spec(config: Any) -> ModuleSpec:
     """The stack for a transformer configuration; `helix_spec` replaces its attention as in any other.
 
-    Gated delta nets need `deterministic_mode`, which is their path in plain torch. A Mamba layer is an error.
+    Gated delta nets need `deterministic_mode`, which is their path in plain torch.
     """
     parts = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
@@ -67,7 +102,18 @@ def local_stack_spec(config: Any) -> ModuleSpec:
         )
         return ModuleSpec(module=module, submodules=submodules)
 
-    mamba = "a Mamba layer (M), which needs mamba-ssm and Transformer Engine's hybrid_stack_spec"
+    mixer = ModuleSpec(
+        module=mamba.Mamba,
+        submodules=mamba.mixers.MambaMixerSubmodules(
+            in_proj=ColumnParallelLinear, out_proj=RowParallelLinear
+        ),
+    )
+    mamba_layer = MambaLayerSubmodules(
+        norm=mamba.LayerNorm,
+        mixer=mixer,
+        mamba_bda=parts.self_attn_bda,
+        sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+    )
     layers = {
         "attention_layer": attention(parts.self_attention, "linear_qkv"),
         "gdn_layer": attention(delta_net, "in_proj"),
@@ -75,7 +121,7 @@ def local_stack_spec(config: Any) -> ModuleSpec:
             MLPLayer, parts.mlp, {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
         ),
         "moe_layer": feed_forward(TransformerLayer, experts, {}),
-        "mamba_layer": ModuleSpec(module=RefusedLayer, params={"reason": mamba}),
+        "mamba_layer": ModuleSpec(module=MambaLayer, submodules=mamba_layer),
     }
     known = {field.name for field in dataclasses.fields(HybridStackSubmodules)}
     submodules = HybridStackSubmodules(**{n: spec for n, spec in layers.items() if n in known})

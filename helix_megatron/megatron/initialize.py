@@ -8,11 +8,11 @@ depend on none of m, n, tensor, pipeline, expert or data parallel size.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from torch import Tensor
 
 from helix_megatron.errors import HelixError
@@ -20,7 +20,9 @@ from helix_megatron.megatron.fill import own_part, sharded_weights
 from helix_megatron.megatron.random import derive_seed, seeded
 
 INIT_METHODS = ("init_method", "output_layer_init_method", "embedding_init_method")
-OUTPUT_LAYERS = ("linear_proj.weight", "linear_fc2.weight", "self_attention.out_proj.weight")
+OUTPUT_LAYERS = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
+
+RECURRENT = ("A_log", "mixer.dt_bias")
 
 
 @contextlib.contextmanager
@@ -44,7 +46,8 @@ def weights_not_drawn(config: Any) -> Iterator[None]:
 def initialize_weights(model: Any, config: Any, seed: int) -> None:
     """Draw every matrix of a model chunk, zero its biases and sinks; norms keep their constants.
 
-    Gated delta nets get what their layer draws by itself: decays of 1 to 16, and small convolutions.
+    Gated delta nets and Mamba layers get what these draw by themselves: decays of 1 to 16, small convolutions,
+    and Mamba's time steps of 0.001 to 0.1.
 
     Build the model in `weights_not_drawn`. Every rank draws each of its layers' weights whole, one at a time,
     on the CPU.
@@ -54,16 +57,8 @@ def initialize_weights(model: Any, config: Any, seed: int) -> None:
     """
     draw = _Draw(config, seed)
     drawn = set()
-    delta_nets = tuple(n for n, part in model.named_modules() if isinstance(part, GatedDeltaNet))
-    decays = [name for name, _ in model.named_parameters() if name.endswith("A_log")]
-    if recurrent := [name for name in decays if not name.startswith(delta_nets)]:
-        raise HelixError(
-            f"{recurrent[0]} and its layer's other weights are drawn by the layer itself, part by part on each "
-            "rank, so initial weights would depend on the layout. Leave the drawing of initial weights to "
-            "Megatron, or load a checkpoint."
-        )
     for item in sharded_weights(model):
-        if item.data.dim() > 1 or item.key.endswith("A_log"):
+        if item.data.dim() > 1 or item.key.endswith(RECURRENT):
             item.data.copy_(own_part(item, draw))
             drawn.add(item.data.data_ptr())
     for name, parameter in model.named_parameters():
@@ -96,6 +91,8 @@ class _Draw:
     def _method(self, key: str) -> Callable[[Tensor], Any]:
         if key.endswith("A_log"):
             return lambda value: value.uniform_(1, 16).log_()
+        if key.endswith("mixer.dt_bias"):
+            return _draw_time_steps
         if ".conv1d.weight" in key:  # as torch draws it
             return lambda value: value.uniform_(-1, 1).mul_(value.shape[-1] ** -0.5)
         if key.endswith(OUTPUT_LAYERS):
@@ -103,3 +100,9 @@ class _Draw:
         if "embedding" in key:
             return getattr(self.config, "embedding_init_method", None) or self.config.init_method
         return self.config.init_method
+
+
+def _draw_time_steps(value: Tensor) -> None:
+    """What softplus makes time steps of, uniform in their logarithm."""
+    steps = value.uniform_(math.log(0.001), math.log(0.1)).exp_()
+    value.add_(torch.log(-torch.expm1(-steps)))

@@ -21,12 +21,19 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """The square of ReLU (arXiv 2109.08668), as Nemotron has it."""
+    return F.relu(x).square()
+
+
 def activation(model: ModelConfig) -> Callable[[Tensor], Tensor]:
     """Activation of the MLP, of its gate where it is gated."""
     if model.swiglu:
         return F.silu
     if model.quick_geglu:
         return quick_gelu
+    if model.squared_relu:
+        return squared_relu
     return tanh_gelu if model.geglu or model.openai_gelu else F.gelu
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from helix_megatron.errors import listed, setting_error
+from helix_megatron.errors import HelixError, divisors, listed, setting_error, with_settings
 from helix_megatron.model.patterns import is_pattern
 from helix_megatron.model.sizes import ModelSizes
 
-ACTIVATIONS = ("swiglu", "geglu", "quick_geglu", "openai_gelu")
+ACTIVATIONS = ("swiglu", "geglu", "quick_geglu", "openai_gelu", "squared_relu")
 # Settings of other attention, which latent attention of Megatron does not read or has no tensors for.
 WITHOUT_LATENTS = (
     *("group_query_attention", "add_qkv_bias", "qk_l2_norm", "qk_norm_all_heads", "softmax_scale"),
@@ -23,6 +23,19 @@ WITHOUT_LATENTS = (
     "attn_logit_softcapping",
     *("use_rope_scaling", "rotary_seq_len_interpolation_factor"),
 )
+# Settings of models whose layers have attention and MLP both, or that Megatron's HybridModel does not take.
+WITHOUT_PATTERN = (
+    *("linear_attention_freq", "multi_latent_attention", "moe_layer_freq", "no_rope_freq"),
+    *("window_attn_skip_freq", "post_norms", "qk_norm_all_heads", "qk_l2_norm"),
+    *("rotary_base_windowed", "use_rope_scaling", "residual_multiplier", "logits_scaling"),
+    *(
+        "embedding_multiplier",
+        "hidden_dropout",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+    ),
+)
+LETTERS = "*M-E"
 MOST_EXPERTS = 200_000  # of all layers
 
 
@@ -81,6 +94,7 @@ def check_options(model: ModelSizes) -> None:
         )
     _check_pattern(model, "no_rope_freq")
     _check_soft_cap(model)
+    _check_hybrid(model)
     _check_linear_attention(model)
     _check_latent_attention(model)
     if not model.is_gated and (model.activation_func_clamp_value or model.glu_linear_offset):
@@ -107,6 +121,60 @@ def _check_soft_cap(model: ModelSizes) -> None:
             "<attn_logit_softcapping> is known to Helix's own attention, without sinks and without Transformer "
             f"Engine: <softmax_type> is {model.softmax_type}, <transformer_impl> {model.transformer_impl}. "
             "Leave out these, or the soft cap."
+        )
+
+
+def _check_hybrid(model: ModelSizes) -> None:
+    pattern = model.hybrid_layer_pattern
+    if pattern is None:
+        return
+    if unknown := set(pattern) - set(LETTERS):
+        raise setting_error(
+            f"<hybrid_layer_pattern> {pattern!r:.80} has {listed(sorted(unknown))}. Valid letters: "
+            f"{listed(LETTERS)}."
+        )
+    if len(pattern) != model.num_layers:
+        raise setting_error(
+            f"<hybrid_layer_pattern> has {len(pattern)} letters, and <num_layers> is {model.num_layers}. Give "
+            "one letter for each layer."
+        )
+    if ("E" in pattern) != ("experts" in model.traits):
+        raise setting_error(
+            f"<hybrid_layer_pattern> has {pattern.count('E')} layers of experts (E), and <num_experts> is "
+            f"{model.num_experts}. Give both, or neither."
+        )
+    if model.position_embedding_type == "yarn" or model.normalization != "RMSNorm":
+        raise setting_error(
+            "<hybrid_layer_pattern> is for models with <normalization> RMSNorm and without yarn "
+            "(<position_embedding_type>). Change these, or leave it out."
+        )
+    for name in WITHOUT_PATTERN:
+        if getattr(model, name) != getattr(ModelSizes, name):
+            raise setting_error(
+                f"<{name}> is {getattr(model, name)!r:.80}, and layers of a <hybrid_layer_pattern> do not have "
+                "it. Leave out one of the two."
+            )
+    if "mamba" in model.traits and model.mamba_num_heads % model.mamba_num_groups:
+        raise setting_error(
+            f"<mamba_num_heads> {model.mamba_num_heads} is no multiple of <mamba_num_groups> "
+            f"{model.mamba_num_groups}. Give a multiple of it."
+        )
+
+
+def check_mamba_groups(groups: int, ranks: int) -> None:
+    """Refuse tensor parallel ranks that cannot share the groups of Mamba heads evenly.
+
+    Raises:
+        HelixError: with the valid numbers of ranks.
+    """
+    if groups % ranks:
+        raise HelixError(
+            with_settings(
+                f"{groups} groups of Mamba heads (<mamba_num_groups>) cannot be dealt to {ranks} tensor "
+                "parallel ranks."
+            ),
+            valid=divisors(groups),
+            valid_name="tensor parallel sizes",
         )
 
 

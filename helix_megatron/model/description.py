@@ -238,6 +238,8 @@ class ModelConfig(ModelSizes):
             settings["no_rope_freq"] = list(map(int, self.layers_without_rope))
         if "linear attention" in self.traits:
             settings["linear_attention_freq"] = list(map(int, self.linear_layers))
+        if self.hybrid_layer_pattern is not None:
+            settings["is_hybrid_model"] = True
         return settings | {
             "rotary_percent": self.rotated_share,
             "add_bias_linear": not self.disable_bias_linear,
@@ -288,6 +290,12 @@ class ModelConfig(ModelSizes):
         return settings | (
             {"position_embedding_type": "rope"} if self.multi_latent_attention else {}
         )
+
+    @property
+    def hybrid_settings(self) -> dict[str, Any]:
+        """What Megatron's HybridModel is told about the model beside its pattern."""
+        scaling = ("rope_scaling", "rope_scaling_factor")
+        return {name: value for name, value in self.gpt_settings.items() if name not in scaling}
 
     def _given_to(self, reader: str) -> dict[str, Any]:
         settings = {}

@@ -27,6 +27,11 @@ def _linear(default: Any, help_text: str, **facts: Any) -> Any:
     return _function(default, f"gated delta nets: {help_text}", **own | facts)
 
 
+def _mamba(default: Any, help_text: str, **facts: Any) -> Any:
+    own = {"under": "mamba", "megatron": True, "largest": 10**5}
+    return _function(default, f"Mamba layers: {help_text}", **own | facts)
+
+
 def _latent(default: Any, help_text: str, **facts: Any) -> Any:
     own = {"under": "latent attention", "latent": True, "largest": 10**5}
     return _function(default, f"latent attention: {help_text}", **own | facts)
@@ -214,6 +219,7 @@ class ModelFields:
     openai_gelu: bool = _function(
         False, "tanh-approximated GELU, as GPT-2 has, instead of the exact one"
     )
+    squared_relu: bool = _function(False, "MLP with the square of ReLU, as Nemotron has")
     quick_geglu: bool = _function(
         False, "gated MLP with x·sigmoid(1.702·x) as its activation, as gpt-oss has"
     )
@@ -271,6 +277,17 @@ class ModelFields:
     linear_key_head_dim: int = _linear(128, "dimensions of a head of queries, and of keys")
     linear_value_head_dim: int = _linear(128, "dimensions of a head of values")
     linear_conv_kernel_dim: int = _linear(4, "positions that the convolution before them sees")
+    hybrid_layer_pattern: str | None = _function(
+        None,
+        "one letter for each layer, which is no more than that: * attention, M Mamba, - MLP, E experts",
+    )
+    mamba_num_heads: int = _mamba(128, "heads, a multiple of the groups")
+    mamba_head_dim: int = _mamba(64, "dimensions of a head")
+    mamba_state_dim: int = _mamba(128, "dimensions of the state of each of these")
+    mamba_num_groups: int = _mamba(8, "groups of heads that share what enters and leaves the state")
+    mamba_time_step_min: float = _function(
+        0.0, "Mamba layers: a time step is at least this", at_least=0, under="mamba"
+    )
     multi_latent_attention: bool = _function(
         False, "attention over one latent of all heads, as DeepSeek-V3 has it", latent=True
     )

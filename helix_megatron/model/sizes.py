@@ -8,6 +8,8 @@ from functools import cached_property
 from helix_megatron.core.layout import RotaryStyle, rotary_of
 from helix_megatron.model.fields import ModelFields
 
+MAMBA_KERNEL = 4  # positions that the convolution of a Mamba layer sees: megatron-core has no other
+
 
 @dataclass(frozen=True)
 class ModelSizes(ModelFields):
@@ -57,6 +59,8 @@ class ModelSizes(ModelFields):
     def moe_layers(self) -> tuple[bool, ...]:
         """Which layers are MoE layers: every n-th, beginning with the first, or those of a list."""
         layers, frequency = range(self.num_layers), self.moe_layer_freq
+        if self.hybrid_layer_pattern is not None:
+            return tuple(letter == "E" for letter in self.hybrid_layer_pattern)
         if self.num_experts is None:
             return (False,) * self.num_layers
         if isinstance(frequency, int):
@@ -82,6 +86,16 @@ class ModelSizes(ModelFields):
         if isinstance(frequency, int):
             return tuple((layer + 1) % frequency != 0 for layer in layers)
         return tuple(map(bool, frequency))
+
+    @property
+    def mamba_inner(self) -> int:
+        """Dimensions of all heads of a Mamba layer."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def mamba_maps(self) -> int:
+        """Dimensions of all groups' maps into the states of a Mamba layer's heads, and out of them."""
+        return self.mamba_num_groups * self.mamba_state_dim
 
     @property
     def linear_keys(self) -> int:
@@ -117,6 +131,7 @@ class ModelSizes(ModelFields):
             # Balanced by a loss over the tokens of a micro-batch, so that its size matters.
             "balanced micro-batches": experts and self.moe_router_load_balancing_type == "aux_loss",
             "linear attention": self.linear_attention_freq is not None,
+            "mamba": "M" in (self.hybrid_layer_pattern or ""),
             "latent attention": self.multi_latent_attention,
             "shared experts": experts and self.moe_shared_expert_intermediate_size is not None,
         }

@@ -315,6 +315,11 @@ def spec_of_flags(name: str, flags: Mapping[str, Any], source: str) -> ModelSpec
         raise HelixError(f"model {name}: {error}") from error
     if model.padded_vocab_size is None:
         raise HelixError(f"model {name}: --vocab-size is missing.")
+    if model.hybrid_layer_pattern is not None:
+        raise HelixError(
+            f"model {name}: --hybrid-layer-pattern is not planned from flags. Name the model or its "
+            "config.json with --model: a nemotron_h is planned by that."
+        )
     given = {key: flags[key] for key in sorted(flags) if flags[key] is not None}
     special = ORDINARY
     if linear := sum(model.linear_layers):

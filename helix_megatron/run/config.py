@@ -15,6 +15,7 @@ from helix_megatron.core.exchanges import AttentionShape
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import counted, divisors, listed, setting_error
 from helix_megatron.flags import values_of
+from helix_megatron.model.checks import check_mamba_groups
 from helix_megatron.model.description import ModelConfig
 from helix_megatron.run.settings import (
     LOSSES,
@@ -66,6 +67,8 @@ class RunConfig:
         self._check_sequence()
         if "linear attention" in self.model.traits:
             self._check_linear_attention()
+        if self.model.hybrid_layer_pattern is not None:
+            self._check_hybrid()
         if self.model.multi_latent_attention:
             self._check_latent_attention()
 
@@ -256,6 +259,16 @@ class RunConfig:
                 f"{listed(divisors(heads))}."
             )
         self._check_whole_sequences("<linear_attention_freq>: a gated delta net of Megatron")
+
+    def _check_hybrid(self) -> None:
+        if "mamba" in self.model.traits:
+            check_mamba_groups(self.model.mamba_num_groups, self._tensor)
+        if self.virtual_stages:
+            raise setting_error(
+                "<num_layers_per_virtual_pipeline_stage> does not work with <hybrid_layer_pattern>, whose "
+                "layers megatron-core 0.16 does not interleave. Leave it out."
+            )
+        self._check_whole_sequences("<hybrid_layer_pattern>: a Mamba layer")
 
     def _check_latent_attention(self) -> None:
         model = self.model

@@ -1,4 +1,4 @@
-"""Hybrid models: their attention is cut; delta nets, MLP and experts stay ordinary tensor parallel.
+"""Hybrid models: their attention is cut; Mamba, delta nets, MLP and experts stay ordinary tensor parallel.
 
 `HybridModel` is `MambaModel` before megatron-core 0.18.
 """
@@ -33,10 +33,17 @@ DELTA_NET = {
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 4,
 }
+MAMBA = {
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "mamba_state_dim": 16,
+    "mamba_num_groups": 4,
+}
 # layer pattern: what the configuration says of its layers
-PATTERNS = {"*-*E": EXPERTS, "G*G-": DELTA_NET}
+PATTERNS = {"*-*E": EXPERTS, "M*M-": MAMBA, "G*G-": DELTA_NET}
 NAMES = [
     "*-*E",
+    "M*M-",
     pytest.param(
         "G*G-",
         marks=pytest.mark.skipif(
@@ -84,7 +91,8 @@ def started(pattern: str, m: int) -> tuple[Any, Any, Layout]:
         )
         assert any(isinstance(part, VirtualSelfAttention) for part in model.modules()) == (m > 1)
         kinds = {type(part).__name__ for part in model.modules()}
-        assert ("GatedDeltaNet" in kinds, "MoELayer" in kinds) == ("G" in pattern, "E" in pattern)
+        layers = {"GatedDeltaNet": "G", "MoELayer": "E", "Mamba": "M"}
+        assert all((kind in kinds) == (letter in pattern) for kind, letter in layers.items())
         return model
 
     start_megatron(layout)

@@ -35,28 +35,12 @@ LAYOUTS = {
 # Families whose options are tested one by one on one rank, where the quick tier asks for no others.
 OPTIONS = (
     *("ministral", "smollm3", "granite", "ernie4 5", "phi3", "starcoder2", "gpt oss", "glm4 moe"),
-    *(
-        "llama4",
-        "gemma2",
-        "gemma3",
-        "exaone4",
-        "minimax m2",
-        "olmo3",
-        "qwen3 next",
-        "qwen3 5",
-        "qwen3 5 moe",
-    ),
-    *("deepseek v2", "deepseek v3"),
+    *("llama4", "gemma2", "gemma3", "exaone4", "minimax m2", "olmo3"),
+    *("qwen3 next", "qwen3 5", "qwen3 5 moe", "deepseek v2", "deepseek v3", "nemotron h"),
 )
 ON_FOUR_RANKS = (
-    "gemma2",
-    "ernie4 5",
-    "phi3",
-    "gpt oss",
-    "exaone4",
-    "qwen3 next",
-    "qwen3 5",
-    "deepseek v3",
+    *("gemma2", "ernie4 5", "phi3", "gpt oss", "exaone4", "qwen3 next", "qwen3 5"),
+    *("deepseek v3", "nemotron h"),
 )
 QUARTERED = {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 4}
 
@@ -210,6 +194,7 @@ def test_logits_are_those_of_transformers(pool, models, name, layout):
         ("gpt oss", {**QUARTERED, "expert_model_parallel_size": 4}),
         ("deepseek v3", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}),
         ("granite", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
+        ("nemotron h", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
         ("gemma", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
         (
             "gemma",
@@ -287,6 +272,8 @@ def test_logits_with_other_parallelism(pool, models, name, parallel):
         ("deepseek v3", {"yarn_mscale": 1.0}),
         ("deepseek v3", {"yarn_rotary_scaling_factor": 20.0}),
         ("deepseek v3", {"yarn_original_max_position_embeddings": 4096}),
+        ("nemotron h", {"mamba_time_step_min": 0.0}),
+        ("nemotron h", {"squared_relu": False}),
     ],
 )
 def test_every_option_matters(pool, models, name, dropped):

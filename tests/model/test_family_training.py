@@ -40,6 +40,11 @@ MODELS = {
     "--qk-head-dim 6 --qk-pos-emb-head-dim 8 --v-head-dim 10 --position-embedding-type yarn "
     "--yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 8 --yarn-mscale-all-dim 0.7 "
     "--yarn-correction-range-round-to-int",
+    "layers of a pattern": "--num-layers 5 --hybrid-layer-pattern=M*M-E --squared-relu --num-experts 4 "
+    "--position-embedding-type none --moe-ffn-hidden-size 32 --moe-shared-expert-intermediate-size 32 "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32 "
+    "--moe-router-load-balancing-type none --mamba-num-heads 8 --mamba-head-dim 8 --mamba-state-dim 8 "
+    "--mamba-num-groups 4 --mamba-time-step-min 0.02",
     "balanced experts": "--swiglu --num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32 "
     "--moe-router-topk-scaling-factor 1.5 --moe-router-load-balancing-type none",
@@ -65,6 +70,7 @@ def train(flags: str, world_size: int) -> list[dict[str, Any]]:
         ("soft caps", "--tensor-model-parallel-size 2 --context-parallel-size 2"),
         ("gated delta nets", CUT.removesuffix("--sequence-parallel")),
         ("latent attention", "--tensor-model-parallel-size 4"),
+        ("layers of a pattern", CUT),
         *(
             pytest.param(name, CUT, marks=pytest.mark.full("training"))
             for name in ("two rotary bases", "soft caps", "balanced experts", "gated delta nets")
@@ -83,30 +89,42 @@ def test_losses_and_norms_are_those_of_one_process(pool, name, cut):
     compare(pool, flags, f"{flags} {cut}", 4)
 
 
-def compare(pool, alone: str, cut: str, ranks: int) -> None:
-    one = pool.run(train, alone, 1, world_size=1)[0]
+def compare(pool, alone: str, cut: str, ranks: int, after: int = 0) -> None:
+    """The steps of a run `cut` are those of one process, after some of these."""
+    one = pool.run(train, alone, 1, world_size=1)[0][after:]
     several = pool.run(train, cut, ranks, world_size=ranks)[0]
-    assert one[0]["lm_loss"] - one[-1]["lm_loss"] > 0.05
+    assert after or one[0]["lm_loss"] - one[-1]["lm_loss"] > 0.05
+    assert len(one) == len(several) > 0
     for key in ("lm_loss", "grad_norm"):
         found, wanted = ([record[key] for record in run] for run in (several, one))
         assert all(map(math.isfinite, found))
         assert found == pytest.approx(wanted, rel=1e-4), key
 
 
-def test_a_converted_model_of_latents_trains(pool, tmp_path, monkeypatch):
-    """DeepSeek-V3 with its experts, described by the checkpoint alone."""
-    kind, settings = MODELS_TO_CONVERT["deepseek v3"]
+@pytest.mark.parametrize(
+    ("name", "cut", "ranks"),
+    [
+        ("deepseek v3", "--tensor-model-parallel-size 2 --sequence-parallel", 2),
+        ("nemotron h", CUT, 4),
+    ],
+)
+def test_a_converted_model_trains(pool, tmp_path, monkeypatch, name, cut, ranks):
+    """Models with experts, described by the checkpoint alone; the run goes on at another layout."""
+    kind, settings = MODELS_TO_CONVERT[name]
     monkeypatch.setitem(MODELS_TO_CONVERT, "of bytes", (kind, settings | {"vocab_size": 256}))
     save("of bytes", tmp_path / "hf")
     paths = (str(tmp_path / "hf"), str(tmp_path / "store"))
     assert cli.main(["convert", *paths, "--to", "canonical"]) == 0
     flags = f"--load {paths[1]} --use-checkpoint-args --finetune {STEPS}"
     saved = f"--save {tmp_path / 'run'} --save-interval 4"
-    compare(pool, flags, f"{flags} --tensor-model-parallel-size 2 --sequence-parallel {saved}", 2)
+    compare(pool, flags, f"{flags} {cut} {saved}", ranks)
     back = tmp_path / "back"
     assert cli.main(["convert", str(tmp_path / "run"), str(back), "--to", "huggingface"]) == 0
     before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", back))
     assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert after[name].shape == tensor.shape and after[name].isfinite().all()
-        assert not torch.equal(after[name], tensor), f"{name} was not trained"
+    for key, tensor in before.items():
+        assert after[key].shape == tensor.shape and after[key].isfinite().all()
+        assert not torch.equal(after[key], tensor), f"{key} was not trained"
+    resumed = f"--load {tmp_path / 'run'} --use-checkpoint-args {STEPS} --train-iters 5 "
+    resumed += "--override-opt-param-scheduler"
+    compare(pool, f"{flags} --train-iters 5", resumed, 1, after=4)

@@ -112,6 +112,13 @@ LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+HYBRID = {
+    "num_layers": 2,
+    "moe_layer_freq": 1,
+    "normalization": "RMSNorm",
+    "use_rope_scaling": False,
+}
+MAMBA = HYBRID | {"hybrid_layer_pattern": "ME"}
 LATENT = {
     "multi_latent_attention": True,
     "use_rope_scaling": False,
@@ -158,6 +165,7 @@ DECIDES = {
     "geglu": True,
     "openai_gelu": True,
     "quick_geglu": True,
+    "squared_relu": True,
     "activation_func_clamp_value": (2.0, {"swiglu": True}),
     "glu_linear_offset": (1.0, {"swiglu": True}),
     "disable_bias_linear": False,
@@ -179,6 +187,12 @@ DECIDES = {
     "linear_key_head_dim": (8, LINEAR),
     "linear_value_head_dim": (8, LINEAR),
     "linear_conv_kernel_dim": (3, LINEAR),
+    "hybrid_layer_pattern": ("*E", HYBRID),
+    "mamba_num_heads": (8, MAMBA),
+    "mamba_head_dim": (8, MAMBA),
+    "mamba_state_dim": (8, MAMBA),
+    "mamba_num_groups": (2, MAMBA),
+    "mamba_time_step_min": (0.1, MAMBA),
     "multi_latent_attention": (True, LATENT),
     "q_lora_rank": (8, LATENT),
     "kv_lora_rank": (8, LATENT),
@@ -280,6 +294,7 @@ def built(run: RunConfig) -> dict:
         "norms": (model.post_norms, model.no_pre_norms),
         "windowed": model.rotary_base_windowed,
         "rope": model.rope_high_freq_factor,
+        "hybrid": (model.hybrid_layer_pattern, model.mamba_time_step_min),
         "init": model.init_method_std,
     }
     for group in (run.parallel, training, run.optimization):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from helix_megatron.model.description import ModelConfig
+from helix_megatron.model.sizes import MAMBA_KERNEL
 
 
-def features(model: ModelConfig, *, experts: bool = False, linear: bool = False) -> set[str]:
-    """What rows of tables ask for."""
+def features(
+    model: ModelConfig, *, experts: bool = False, linear: bool = False, letter: str = ""
+) -> set[str]:
+    """What rows of tables ask for; `letter` is that of a layer of a hybrid pattern, empty without one."""
     found = {
+        "mamba": letter == "M",
         "sinks": model.softmax_type == "learnable",
         "expert-bias": experts and model.moe_router_enable_expert_bias,
         "norm-bias": model.normalization == "LayerNorm",
@@ -17,12 +21,12 @@ def features(model: ModelConfig, *, experts: bool = False, linear: bool = False)
         "flat-norm": model.qk_layernorm and model.qk_norm_all_heads,
         "positions": model.position_embedding_type == "learned_absolute",
         "untied": model.untie_embeddings_and_output_weights,
-        "attention": not linear,
+        "attention": letter in "*" and not linear,
         "linear": linear,
         "query-latent": model.q_lora_rank is not None,
         "no-query-latent": model.q_lora_rank is None,
         "experts": experts,
-        "dense": not experts,
+        "dense": letter in "-" and not experts,
         "shared": experts and "shared experts" in model.traits,
         "shared-gate": experts and model.moe_shared_expert_gate,
     }
@@ -59,6 +63,12 @@ def sizes_of(model: ModelConfig) -> dict[str, int | None]:
         "QKVZs": 2 * model.linear_keys + 2 * model.linear_values,
         "2Vh": 2 * model.linear_num_value_heads,
         "C": model.linear_conv_kernel_dim,
+        "Mh": model.mamba_num_heads,
+        "Mi": model.mamba_inner,
+        "Mm": model.mamba_maps,
+        "Mc": model.mamba_inner + 2 * model.mamba_maps,
+        "Mp": 2 * model.mamba_inner + 2 * model.mamba_maps + model.mamba_num_heads,
+        "Mk": MAMBA_KERNEL,
         "2Q": 2 * model.num_attention_heads * d,
         "Lq": model.q_lora_rank,
         "Lk": model.kv_lora_rank,

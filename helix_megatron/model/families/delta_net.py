@@ -89,11 +89,18 @@ QWEN = (
 
 
 def parts_of(
-    source: str, names: str, *, blocks: str, parts: tuple[str, ...], prefix: str
+    source: str,
+    names: str,
+    *,
+    blocks: str,
+    parts: tuple[str, ...],
+    prefix: str,
+    when: str = "linear",
+    own: str = "self_attention.",
 ) -> tuple[Row, ...]:
     """One row for each part of a source's rows; `names` are those of the parts."""
     return tuple(
-        Row(f"self_attention.{prefix}{name}", source, when="linear", part=(blocks, parts, place))
+        Row(f"{own}{prefix}{name}", source, when=when, part=(blocks, parts, place))
         for place, name in enumerate(names.split())
     )
 

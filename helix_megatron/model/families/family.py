@@ -263,7 +263,8 @@ class Family:
         self, model: ModelConfig, number: int, prefix: str, sizes: Mapping[str, Any]
     ) -> Iterator[Rule]:
         experts, linear = model.moe_layers[number], model.linear_layers[number]
-        present = features(model, experts=experts, linear=linear)
+        letter = (model.hybrid_layer_pattern or "")[number : number + 1]
+        present = features(model, experts=experts, linear=linear, letter=letter)
         where, source = f"decoder.layers.{number}.", f"{prefix}{self.layer}.{number}."
         for row in self.rows:
             if set(row.when.split()) <= present:

@@ -1,0 +1,197 @@
+"""Nemotron 3 (nemotron_h): each layer is Mamba, attention without positions, an MLP, or experts, alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from helix_megatron.errors import HelixError, listed
+from helix_megatron.model.description import ModelConfig
+from helix_megatron.model.families.configuration import NO_BIASES, RMS_NORM, keys
+from helix_megatron.model.families.delta_net import parts_of
+from helix_megatron.model.families.experts import BalancedExperts
+from helix_megatron.model.families.family import Family, Row
+from helix_megatron.model.families.pieces import (
+    Always,
+    Config,
+    Heads,
+    Only,
+    Piece,
+    Unread,
+    Values,
+    Vocabulary,
+    needed,
+)
+from helix_megatron.model.sizes import MAMBA_KERNEL
+
+LETTERS = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "-"}
+OLDER = {"mamba": "linear_attention", "attention": "full_attention"}
+
+
+def pattern_of(config: Config) -> str:
+    """One letter for each layer: of `layers_block_type`, else `hybrid_override_pattern` of older files."""
+    types, older = config.get("layers_block_type"), config.get("hybrid_override_pattern")
+    if types is None and older is None:
+        return "ME*-"  # that of a configuration which does not say
+    if types is None and isinstance(older, str) and not set(older) - {*LETTERS.values()}:
+        return older
+    known = isinstance(types, list) and all(isinstance(kind, str) for kind in types)
+    newer = [OLDER.get(kind, kind) for kind in types] if known and types else []
+    if not newer or set(newer) - LETTERS.keys():
+        raise HelixError(
+            f"config.json sets layers_block_type = {types!r:.120} and hybrid_override_pattern = "
+            f"{older!r:.80}. It must have a list with one of {listed(LETTERS)} for each layer, or a text with "
+            f"one of {listed(LETTERS.values())} for each."
+        )
+    return "".join(LETTERS[kind] for kind in newer)
+
+
+class Layers(Piece):
+    """What each layer is; transformers counts them and ignores `num_hidden_layers`."""
+
+    keys = ("layers_block_type", "hybrid_override_pattern", "num_hidden_layers")
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        pattern = pattern_of(config)
+        return {"hybrid_layer_pattern": pattern, "num_layers": len(pattern)}
+
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        names = {letter: name for name, letter in LETTERS.items()}
+        pattern = model.hybrid_layer_pattern or "*" * model.num_layers
+        return {"layers_block_type": [names[letter] for letter in pattern]}
+
+
+@dataclass(frozen=True)
+class ExpertLayers(BalancedExperts):
+    """Experts beside one that all tokens share, where a layer has them."""
+
+    keys: tuple[str, ...] = (
+        *(key for key in BalancedExperts.keys if key != "first_k_dense_replace"),
+        "moe_shared_expert_intermediate_size",
+    )
+    fields: ClassVar = BalancedExperts.fields | {
+        "moe_shared_expert_intermediate_size": "moe_shared_expert_intermediate_size"
+    }
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        if "E" not in pattern_of(config):
+            return {}
+        all_layers = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "n_shared_experts": 1}
+        size = needed(config, "moe_intermediate_size", 7688)
+        found = super().flags({**config, **all_layers, "moe_intermediate_size": size})
+        shared = needed(config, "moe_shared_expert_intermediate_size", 7688)
+        return found | {"moe_shared_expert_intermediate_size": shared}
+
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        if not any(model.moe_layers):
+            return {}
+        written = super().config(model)
+        del written["first_k_dense_replace"]
+        shared = model.moe_shared_expert_intermediate_size or written["moe_intermediate_size"]
+        return written | {"n_shared_experts": 1, "moe_shared_expert_intermediate_size": shared}
+
+
+# By which transformers reads keys of older files, too.
+OTHER_NAMES = (
+    *("mamba_n_groups", "mamba_d_conv", "mamba_expand", "mamba_conv_bias", "mamba_chunk_size"),
+    *("mamba_dt_min", "mamba_dt_max", "mamba_dt_limit", "mamba_dt_init_floor"),
+)
+CONVOLVED = ("Mi", "Mm", "Mm")
+MAMBA: dict[str, Any] = {"blocks": "1", "when": "mamba", "own": "mixer."}
+ROWS = (
+    Row("mixer.in_proj.layer_norm_weight", "norm.weight[D]", when="mamba"),
+    *parts_of(
+        "mixer.in_proj.weight[Mp,D]",
+        "z x B C dt",
+        parts=("Mi", *CONVOLVED, "Mh"),
+        prefix="in_proj.weight.",
+        **MAMBA,
+    ),
+    *parts_of(
+        "mixer.conv1d.weight[Mc,1,Mk]", "x B C", parts=CONVOLVED, prefix="conv1d.weight.", **MAMBA
+    ),
+    *parts_of("mixer.conv1d.bias[Mc]", "x B C", parts=CONVOLVED, prefix="conv1d.bias.", **MAMBA),
+    *(
+        Row(f"mixer.{name}", f"mixer.{name}[Mh]", when="mamba")
+        for name in ("dt_bias", "A_log", "D")
+    ),
+    Row("mixer.norm.weight", "mixer.norm.weight[Mi]", when="mamba"),
+    Row("mixer.out_proj.weight", "mixer.out_proj.weight[D,Mi]", when="mamba"),
+    Row("self_attention.linear_qkv.layer_norm_weight", "norm.weight[D]", when="attention"),
+    Row(
+        "self_attention.linear_qkv.weight",
+        "mixer.q_proj.weight[Q,D] mixer.k_proj.weight[K,D] mixer.v_proj.weight[K,D]",
+        "qkv",
+        when="attention",
+    ),
+    Row("self_attention.linear_proj.weight", "mixer.o_proj.weight[D,Q]", when="attention"),
+    Row("mlp.linear_fc1.layer_norm_weight", "norm.weight[D]", when="dense"),
+    Row("mlp.linear_fc1.weight", "mixer.up_proj.weight[F,D]", when="dense"),
+    Row("mlp.linear_fc2.weight", "mixer.down_proj.weight[D,F]", when="dense"),
+    Row("pre_mlp_layernorm.weight", "norm.weight[D]", when="experts"),
+    Row("mlp.router.weight", "mixer.gate.weight[E,D]", when="experts"),
+    Row("mlp.router.expert_bias", "mixer.gate.e_score_correction_bias[E]", when="experts"),
+    *(
+        Row(f"mlp.{own}.{fc}.weight", f"mixer.{source}.{proj}.weight[{shape}]", when="experts")
+        for own, source, size in (
+            ("experts.{expert}", "experts.{expert}", "M"),
+            ("shared_experts", "shared_experts", "S"),
+        )
+        for fc, proj, shape in (
+            ("linear_fc1", "up_proj", f"{size},D"),
+            ("linear_fc2", "down_proj", f"D,{size}"),
+        )
+    ),
+)
+
+FAMILY = Family(
+    name="nemotron_h",
+    architecture="NemotronHForCausalLM",
+    prefix="backbone.",
+    layer="layers",
+    pieces=(
+        Layers(),
+        keys(hidden_size=..., ffn_hidden_size=..., attention_dropout=0.0, init_method_std=0.02),
+        keys(max_position_embeddings=4096),
+        Vocabulary(),
+        RMS_NORM,
+        NO_BIASES,
+        Always(
+            position_embedding_type="none",
+            squared_relu=True,
+            untie_embeddings_and_output_weights=True,
+            norm_epsilon=1e-5,
+        ),
+        Heads(kv_heads=8, head_dim=128, explicit=True),
+        Values(
+            mamba_num_heads=("mamba_num_heads", 128),
+            mamba_head_dim=("mamba_head_dim", 64),
+            ssm_state_size=("mamba_state_dim", 128),
+            n_groups=("mamba_num_groups", 8),
+            time_step_min=("mamba_time_step_min", 0.001),
+        ),
+        ExpertLayers(number=8, topk=2, scaling=1.0, dense=0),
+        # Of Mamba's inner norm Megatron knows one epsilon, of its convolution one length.
+        Only(layer_norm_epsilon=(1e-5,), conv_kernel=(MAMBA_KERNEL,), use_conv_bias=(True,)),
+        Only(mlp_hidden_act=("relu2",), mamba_hidden_act=("silu",), tie_word_embeddings=(False,)),
+        Only(attention_bias=(False,), mlp_bias=(False,), use_bias=(False,)),
+        # Megatron has experts on a latent with Transformer Engine's layers only.
+        Only(moe_latent_size=(None,), sliding_window=(None,)),
+        Unread(
+            "chunk_size", "expand", "hidden_dropout", "mamba_proj_bias", "mamba_ssm_cache_dtype"
+        ),
+        Unread("moe_shared_expert_overlap", "num_logits_to_keep", "rescale_prenorm_residual"),
+        Unread("residual_in_fp32", "time_step_floor", "time_step_limit", "time_step_max"),
+        Unread("use_mamba_kernels", "num_nextn_predict_layers", "mtp_layers_block_type"),
+        Unread("mtp_hybrid_override_pattern"),
+    ),
+    rows=ROWS,
+    outer=(
+        Row("embedding.word_embeddings.weight", "embeddings.weight[V,D]"),
+        Row("decoder.final_norm.weight", "norm_f.weight[D]"),
+        Row("output_layer.weight", "lm_head.weight[V,D]", when="untied"),
+    ),
+    aliases=frozenset(("num_local_experts", "layer_types")),
+    predicts_further=True,
+    runs_in_engine=False,
+)
