@@ -72,6 +72,13 @@ _LINEAR = {
     "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"],
 }
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_ssm": 64,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 4,
+}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
 _LATENT = {
     "num_key_value_heads": 4,
@@ -94,7 +101,16 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", _MIXED),
     "gemma3": ("Gemma3TextConfig", _MIXED),
     "gemma4": ("Gemma4TextConfig", {**_MIXED, "hidden_size_per_layer_input": 0}),
-    "nemotron_h": ("NemotronHConfig", {}),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+            "ssm_state_size": 16,
+            "chunk_size": 4,
+        },
+    ),
     "glm4": ("Glm4Config", {"attention_bias": True}),
     "glm4_moe": (
         "Glm4MoeConfig",
@@ -111,7 +127,20 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("MinistralConfig", _MIXED),
     "ministral3": ("Ministral3Config", {}),
     "exaone4": ("Exaone4Config", _MIXED),
-    "falcon_h1": ("FalconH1Config", {}),
+    "falcon_h1": (
+        "FalconH1Config",
+        {**_MAMBA, "mamba_rms_norm": True, "ssm_multipliers": [0.5, 0.7, 1.1, 1.3, 0.9]},
+    ),
+    "bamba": ("BambaConfig", {**_MAMBA, "attn_layer_indices": [1]}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_MOE,
+            **_MAMBA,
+            "shared_intermediate_size": 24,
+            "layers_block_type": ["mamba", "attention"],
+        },
+    ),
     "ernie4_5": ("Ernie4_5Config", {"use_bias": True}),
     "hunyuan": ("HunYuanDenseV1Config", {}),
     "mimo_v2_flash": ("MiMoV2FlashConfig", _MOE),

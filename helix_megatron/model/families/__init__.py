@@ -65,10 +65,12 @@ FAMILIES = {
 }
 # What conversion cannot express, of model types that Hugging Face's host cuts all the same.
 INEXPRESSIBLE = {
+    "bamba": "Mamba layers (attn_layer_indices)",
     "falcon_h1": "attention and Mamba side by side in every layer",
     "gemma2": "soft caps of scores and logits (attn_logit_softcapping, final_logit_softcapping)",
     "gemma4": "heads of two sizes (global_head_dim)",
     "gemma4_text": "heads of two sizes (global_head_dim)",
+    "granitemoehybrid": "Mamba layers (layer_types)",
     "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
     "mimo_v2_flash": "values of another size than keys (v_head_dim)",
     "nemotron_h": "Mamba layers (layers_block_type)",
