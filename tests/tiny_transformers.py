@@ -72,6 +72,13 @@ _LINEAR = {
     "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"],
 }
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_ssm": 64,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 4,
+}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
 _LATENT = {
     "num_key_value_heads": 4,
@@ -81,6 +88,13 @@ _LATENT = {
     "qk_rope_head_dim": 8,
     "head_dim": 8,
     "v_head_dim": 8,
+}
+_NEMOTRON = {
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "chunk_size": 4,
 }
 # Cut by the form of their modules; query heads stay whole.
 BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,10 +137,10 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
             "global_head_dim": 32,
         },
     ),
-    "nemotron_h": ("NemotronHConfig", {}),
+    "nemotron_h": ("NemotronHConfig", _NEMOTRON),
     "nemotron_h, latent experts": (
         "NemotronHConfig",
-        {"hidden_size": 64, "moe_latent_size": 16},
+        {**_NEMOTRON, "hidden_size": 64, "moe_latent_size": 16},
     ),
     "glm4": ("Glm4Config", {"attention_bias": True}),
     "glm4_moe": (
@@ -144,7 +158,20 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("MinistralConfig", _MIXED),
     "ministral3": ("Ministral3Config", {}),
     "exaone4": ("Exaone4Config", _MIXED),
-    "falcon_h1": ("FalconH1Config", {}),
+    "falcon_h1": (
+        "FalconH1Config",
+        {**_MAMBA, "mamba_rms_norm": True, "ssm_multipliers": [0.5, 0.7, 1.1, 1.3, 0.9]},
+    ),
+    "bamba": ("BambaConfig", {**_MAMBA, "attn_layer_indices": [1]}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_MOE,
+            **_MAMBA,
+            "shared_intermediate_size": 24,
+            "layers_block_type": ["mamba", "attention"],
+        },
+    ),
     "ernie4_5": ("Ernie4_5Config", {"use_bias": True}),
     "hunyuan": ("HunYuanDenseV1Config", {}),
     "mimo_v2_flash": ("MiMoV2FlashConfig", _MOE),

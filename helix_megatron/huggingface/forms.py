@@ -9,6 +9,7 @@ Letters: h query heads, g key-value heads, d dimensions of a key, e of a value, 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,16 +25,18 @@ from helix_megatron.huggingface.cuts import Cut, block_cut, kv_cut, parts_cut, q
 # fmt: off
 SHOWN = frozenset(
     (
-        "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "falcon_h1", "gemma2", "gemma3_text",
-        "gemma4_text", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense",
-        "llama4_text", "mimo_v2_flash", "minimax_m2", "ministral", "ministral3", "nemotron_h", "olmo2",
-        "olmo3", "phi3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "smollm3", "starcoder2",
+        "bamba", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "falcon_h1", "gemma2",
+        "gemma3_text", "gemma4_text", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe",
+        "granitemoehybrid", "hunyuan_v1_dense", "llama4_text", "mimo_v2_flash", "minimax_m2",
+        "ministral", "ministral3", "nemotron_h", "olmo2", "olmo3", "phi3", "qwen3_5_moe_text",
+        "qwen3_5_text", "qwen3_next", "smollm3", "starcoder2",
     )
 )
 # fmt: on
 # Attention that was seen to chunk a doubled query projection by head, into queries and an output gate.
 GATED = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
 OUTPUTS = ("o_proj", "out_proj", "dense")
+MLP_OUTPUTS = ("down_proj", "c_proj", "output_linear")
 QUERY_NORMS, KEY_NORMS = ("q_norm", "query_layernorm"), ("k_norm", "key_layernorm")
 LATENT = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
 
@@ -237,16 +240,17 @@ def _unknown(kind: str, what: str) -> HelixError:
 def mlp_cuts(module: Any, ranks: int) -> Iterator[tuple[str, Cut]]:
     """(name below the module, cut) of a dense MLP: gated, gated with one projection for both, or plain."""
     linear = {n: part for n, part in module.named_children() if hasattr(part, "out_features")}
-    down = next((n for n in ("down_proj", "c_proj") if n in linear), None)
+    down = next((n for n in MLP_OUTPUTS if n in linear), None)
     ups = tuple(sorted(name for name in linear if name != down))
     if down is None or ups not in (
         ("gate_proj", "up_proj"),
         ("gate_up_proj",),
         ("up_proj",),
         ("c_fc",),
+        ("input_linear",),
     ):
         return
-    fused, size = ups == ("gate_up_proj",), linear[down].in_features
+    fused, size = ups[0] in ("gate_up_proj", "input_linear"), linear[down].in_features
     rows = {name: linear[name].out_features for name in ups}
     if set(rows.values()) != {2 * size if fused else size}:
         return
@@ -306,6 +310,43 @@ def delta_net_cuts(module: Any, ranks: int) -> Iterator[tuple[str, Cut]]:
     for name in ("dt_bias", "A_log"):
         yield name, block_cut(0, module.num_v_heads, ranks)
     yield "out_proj.weight", block_cut(1, module.value_dim, ranks)
+
+
+# Parameters of a Mamba 2 layer, all parts and the numbers of each head, and its sizes.
+MAMBA_NUMBERS = ("A_log", "D", "dt_bias")
+MAMBA_PARTS = {"in_proj", "conv1d", "norm", "out_proj", *MAMBA_NUMBERS}
+MAMBA_SIZES = ("num_heads", "n_groups", "ssm_state_size", "intermediate_size", "conv_dim")
+
+
+def mamba_cuts(module: Any, ranks: int) -> Iterator[tuple[str, Cut]]:
+    """(name below the module, cut) of a Mamba 2 layer, by its heads and their groups.
+
+    Nothing where the ranks do not divide its heads, or neither divide its groups nor are a multiple of them:
+    then it stays whole, as in releases of the library whose caches always have the states of all heads.
+    """
+    parts = {name.partition(".")[0] for name, _ in module.named_parameters()}
+    if parts | {"norm"} != MAMBA_PARTS or not all(hasattr(module, n) for n in MAMBA_SIZES):
+        return
+    heads, groups, size, inner, channels = (getattr(module, name) for name in MAMBA_SIZES)
+    states = groups * size
+    of_parts = (module.in_proj.out_features, channels, module.out_proj.in_features)
+    if of_parts != (2 * inner + 2 * states + heads, inner + 2 * states, inner):
+        return
+    if "norm" in parts and not hasattr(module.norm, "variance_epsilon"):
+        return
+    if "cache" not in inspect.signature(type(module).forward).parameters:
+        return
+    if heads % ranks or states % ranks or (groups % ranks and ranks % groups):
+        return
+    rows = (inner, inner, states, states, heads)
+    yield from _linear(module, "in_proj", parts_cut(0, rows, ranks))
+    if ranks <= groups:
+        yield from _linear(module, "conv1d", parts_cut(0, rows[1:4], ranks))
+    if "norm" in parts:
+        yield "norm.weight", block_cut(0, inner, ranks)
+    for name in MAMBA_NUMBERS:
+        yield name, block_cut(0, heads, ranks)
+    yield "out_proj.weight", block_cut(1, inner, ranks)
 
 
 def check_divides(what: str, size: int, ranks: int) -> None:

@@ -151,6 +151,12 @@ class PartitionedHeadNorm(Partitioned):
         return weight * (wide * torch.rsqrt(mean + self.variance_epsilon)).to(x.dtype)
 
 
+def resize_convolution(convolution: Any, channels: int) -> None:
+    """Give a convolution of each channel by itself so many of them, in place."""
+    for name in ("groups", "in_channels", "out_channels"):
+        setattr(convolution, name, channels)
+
+
 def replace(module: nn.Module, mixin: type[Partitioned], **attributes: Any) -> None:
     """Put a mixin in front of a module's class, in place, and set attributes."""
     classes: Any = (mixin, type(module))  # hashable, though torch's annotations deny it

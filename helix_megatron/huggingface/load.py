@@ -84,6 +84,8 @@ def from_pretrained(
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # While parameters are on the meta device: the library initialises those, too.
+    _fill_buffers(model, torch.device(device or "cpu"))
     model = shard(
         model,
         helix,
@@ -93,8 +95,6 @@ def from_pretrained(
         mlp=mlp,
         kernel=kernel,
     )
-    # While parameters are on the meta device: the library initialises those, too.
-    _fill_buffers(model, torch.device(device or "cpu"))
     _fill_weights(model, files, torch.device(device or "cpu"))
     _load_generation_config(model, directory)
     model.config.name_or_path = str(directory)

@@ -15,6 +15,7 @@ from helix_megatron.huggingface.forms import (
     attention_form,
     delta_net_cuts,
     expert_cuts,
+    mamba_cuts,
     mlp_cuts,
 )
 from helix_megatron.huggingface.upstream import check_attention
@@ -35,9 +36,9 @@ class Plan:
     """Which parameters of a model are cut, and how.
 
     helix: the setting; attention: the attention modules by path; layout: of the first of them; mlps, experts,
-    delta_nets: paths of the modules that are cut; cuts: by the name in the model's state dictionary (a tied
-    parameter has two), replicated parameters left out; embeddings, mlp: what `shard` was asked to cut besides
-    attention.
+    delta_nets, mambas: paths of the modules that are cut; cuts: by the name in the model's state dictionary (a
+    tied parameter has two), replicated parameters left out; embeddings, mlp: what `shard` was asked to cut
+    besides attention.
     """
 
     helix: HelixConfig
@@ -46,6 +47,7 @@ class Plan:
     mlps: Sequence[str]
     experts: Sequence[str]
     delta_nets: Sequence[str]
+    mambas: Sequence[str]
     cuts: Mapping[str, Cut]
     embeddings: bool
     mlp: bool
@@ -108,10 +110,8 @@ def plan(
     _check_setting(model, helix)
     cuts: dict[str, Cut] = {}
     attention: dict[str, AttentionForm] = {}
-    mlps: list[str] = []
-    experts: list[str] = []
-    delta_nets: list[str] = []
-    others = ((mlps, mlp_cuts), (experts, expert_cuts), (delta_nets, delta_net_cuts))
+    known = (mlp_cuts, expert_cuts, delta_net_cuts, mamba_cuts)
+    others: tuple[list[str], list[str], list[str], list[str]] = ([], [], [], [])
     for path, module in model.named_modules():
         own: dict[str, Cut] = {}
         if form := attention_form(
@@ -119,7 +119,7 @@ def plan(
         ):
             attention[path] = form
             own = dict(form.cuts(module, helix, tensor_parallel_size))
-        for paths, cuts_of in others if mlp and form is None else ():
+        for paths, cuts_of in zip(others, known, strict=True) if mlp and form is None else ():
             if own := dict(cuts_of(module, tensor_parallel_size)):
                 paths.append(path)
                 break
@@ -130,7 +130,7 @@ def plan(
     if kind not in CUTTABLE and any(layout.query_layout == "segments" for layout in layouts):
         raise _queries_stay_whole(kind, next(iter(attention.values())), tensor_parallel_size)
     unknown = any(hasattr(module, "down_proj") for module in model.modules())
-    if mlp and not mlps and not experts and unknown:  # MLPs of another kind stay whole
+    if mlp and not any(others[:2]) and unknown:  # MLPs of another kind stay whole
         raise _not_found(
             model, "no MLP whose form is known", "leave MLPs whole with mlp=False, or "
         )
@@ -141,7 +141,7 @@ def plan(
             raise _not_found(model, what)
     if embeddings:
         cuts |= _vocabulary_cuts(model, tensor_parallel_size)
-    return Plan(helix, attention, layouts[0], mlps, experts, delta_nets, cuts, embeddings, mlp)
+    return Plan(helix, attention, layouts[0], *others, cuts, embeddings, mlp)
 
 
 def as_config(helix: HelixConfig | Mapping[str, Any] | int) -> HelixConfig:

@@ -17,8 +17,9 @@ from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface import attention, layers, upstream
 from helix_megatron.huggingface.cuts import Cut
-from helix_megatron.huggingface.forms import DELTA_NET_SIZES, SHOWN
+from helix_megatron.huggingface.forms import DELTA_NET_SIZES, MLP_OUTPUTS, SHOWN
 from helix_megatron.huggingface.groups import intra_head_group_of
+from helix_megatron.huggingface.mamba import replace_mamba
 from helix_megatron.huggingface.plan import Plan, as_config, embeddings_of, plan
 from helix_megatron.huggingface.sharding import Sharding
 from helix_megatron.huggingface.whole_heads import replace_attention
@@ -228,7 +229,7 @@ def _replace_modules(model: Any, sharding: Sharding) -> None:
             attention.replace_attention(modules[path], sharding)
     for path in what.mlps:
         layers.replace(modules[path], layers.PartitionedMLP, sharding=sharding)
-        down = "down_proj" if hasattr(modules[path], "down_proj") else "c_proj"
+        down = next(name for name in MLP_OUTPUTS if hasattr(modules[path], name))
         layers.replace(getattr(modules[path], down), layers.RowParallelLinear, sharding=sharding)
     for path in what.experts:
         experts = modules[path]
@@ -241,11 +242,12 @@ def _replace_modules(model: Any, sharding: Sharding) -> None:
         delta_net = modules[path]
         for name in DELTA_NET_SIZES:
             setattr(delta_net, name, getattr(delta_net, name) // what.num_ranks)
-        for name in ("groups", "in_channels", "out_channels"):
-            setattr(delta_net.conv1d, name, delta_net.conv_dim)
+        layers.resize_convolution(delta_net.conv1d, delta_net.conv_dim)
         layers.replace(delta_net, layers.PartitionedDeltaNet, sharding=sharding)
         layers.replace(delta_net.norm, layers.PartitionedHeads, sharding=sharding)
         layers.replace(delta_net.out_proj, layers.RowParallelLinear, sharding=sharding)
+    for path in what.mambas:
+        replace_mamba(modules[path], sharding)
     _settle_experts(model, what)
     if what.embeddings:
         _replace_vocabulary(model, sharding, sharding.rank)

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.core.kernels import AttentionKernel
 from helix_megatron.core.kernels.sdpa import sdpa
+from helix_megatron.huggingface.groups import intra_head_group_of
 from helix_megatron.huggingface.plan import Plan
 
 
@@ -28,6 +29,7 @@ class Sharding:
     kernel: AttentionKernel = sdpa
     attention_before: str = "sdpa"
     _indices: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _neighbours: dict[int, ProcessGroup] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rank(self) -> int:
@@ -41,6 +43,14 @@ class Sharding:
             dims = torch.as_tensor(self.plan.layout.segment_dims(segment))
             self._indices[device] = dims.to(device)
         return self._indices[device]
+
+    def neighbours(self, ranks: int) -> ProcessGroup:
+        """So many neighbours of the tensor group, this rank among them. Collective when first asked for."""
+        if ranks not in self._neighbours:
+            same = ranks == self.intra_head_group.size()
+            made = self.intra_head_group if same else intra_head_group_of(self.tensor_group, ranks)
+            self._neighbours[ranks] = made
+        return self._neighbours[ranks]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharding:
         """A copied model is sharded in the same way, over the same groups."""

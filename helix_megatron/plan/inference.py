@@ -228,22 +228,26 @@ def decode_steps(
         record.gemm(name, count, columns, inner, batch=batch, phases=(FORWARD,))
 
     record.stream("input norm", rows * hidden, 2, 0)
-    if kind.mixer == "linear":
+    if kind.mixer in ("linear", "beside"):
         assert special.linear is not None, "a model without linear attention"
-        width = special.linear.columns
-        gemm("linear_in", special.linear.rows / layout.tp, hidden)
-        _decode_linear(record, special.linear, layout)
-    elif kind.mixer != "none" and special.latent:
+        ranks = special.linear.ranks(layout.tp)
+        gemm("linear_in", special.linear.rows / ranks, hidden)
+        _decode_linear(record, special.linear, rows, ranks)
+        gemm("linear_out", hidden, special.linear.columns / ranks)
+        if ranks == layout.tp:
+            summed("linear_out output")
+    attention = kind.mixer not in ("linear", "none")
+    if attention and special.latent:
         width = model.num_attention_heads * special.latent.value
         _decode_latent(record, model, layout, context, gemm)
-    elif kind.mixer != "none":
+    elif attention:
         gemm("linear_qkv", model.qkv_rows / layout.tp, hidden)
         if layout.segments == 1 and layout.tp > model.num_query_groups:
             whole, group = rows * model.qkv_rows * element, layout.tp_group
             record.collective("stock QKV gather", FORWARD, "all-gather", whole, group, "qkv")
         record.stream("rotary embedding and cache", 3 * rows * model.qkv_rows / layout.tp, 2, 0)
         _decode_attention(record, model, layout, context)
-    if kind.mixer != "none":
+    if attention:
         gemm("linear_proj", hidden, width / layout.tp)
         summed("linear_proj output")
     if kind.mlp == "none":
@@ -285,12 +289,11 @@ def _cache_exchange(record: Recorder, model: ModelSpec, layout: Layout, context:
     return cache.score_bytes(shape)
 
 
-def _decode_linear(record: Recorder, linear: Linear, layout: Layout) -> None:
+def _decode_linear(record: Recorder, linear: Linear, rows: int, ranks: int) -> None:
     """Reads and writes the state of every sequence, in fp32."""
-    rows = layout.micro_batch
-    moved = 8.0 * rows * linear.state / layout.tp
+    moved = 8.0 * rows * linear.state / ranks
     text = f"{rows} sequences, {linear.name}, {moved / 1e6:.1f} MB"
-    flops = 4.0 * rows * linear.state / layout.tp
+    flops = 4.0 * rows * linear.state / ranks
     seconds = decode_seconds(record.chip, moved)
     record.steps.append(Step("state", FORWARD, "attention", text, flops, moved, seconds))
 

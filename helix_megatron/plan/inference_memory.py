@@ -55,9 +55,8 @@ def average_cache_bytes(
     total = whole * cache_bytes(model, layout, sequences, context, element)
     total += model.windows * cache_bytes(model.local_model, layout, sequences, context, element)
     if model.special.linear:
-        linear = model.special.linear
-        states = 4.0 * linear.state + element * linear.channels * linear.kernel
-        total += model.special.linear_layers * sequences * states / layout.tp
+        states = model.special.linear.states(layout.tp, element)
+        total += model.special.linear_layers * sequences * states
     return total / model.num_layers
 
 
@@ -65,6 +64,9 @@ def inference_memory(model: ModelSpec, layout: Layout, job: Job, software: Softw
     """Weights, the cache of all sequences of a replica, and the work space of a micro-batch."""
     weights = (rank_weights(model, layout) + expert_weights(model, layout)) * software.weight_bytes
     layers = max(layout.stages(model.num_layers))
+    if model.special.wide_router:
+        routers = model.expert_layers * model.experts * model.hidden_size
+        weights += (4 - software.weight_bytes) * routers * layers / model.num_layers
     sequences = job.global_batch // layout.dp
     cache = layers * average_cache_bytes(model, layout, sequences, job.sequence, software.element)
     cache /= layout.cp

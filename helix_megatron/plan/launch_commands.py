@@ -236,6 +236,13 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
             "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "
             "Hugging Face models run that helix_megatron.huggingface has cut."
         )
+    linear = plan.model.special.linear
+    if plan.job.task != "train" and linear and linear.ranks(layout.tp) < layout.tp:
+        groups = f" in {linear.groups} groups" if linear.groups else ""
+        found.append(
+            f"{layout.tp} ranks do not divide the {linear.shares} {linear.dealt}{groups}: helix serve keeps "
+            "these layers whole on every rank, and so they are counted."
+        )
     if plan.cluster.host_seconds and not plan.scenario.host_seconds:
         runs = "helix serve launches operators one by one, and this row is timed as if it did not"
         if plan.job.task == "train":

@@ -17,8 +17,9 @@ class Linear:
 
     heads: of its state. shares: what tensor parallelism deals to ranks, whole: key heads with their value
     heads, or heads. rows: of its input projections, columns: of the output projection's input. channels: of
-    the convolution before it. key, value: dimensions of a head's keys and values. state: elements of a
-    sequence's state, all heads.
+    the convolution before it. key, value: dimensions of a head's keys and values. small: numbers of heads,
+    norms and biases. groups: of heads with the same keys, each of which several ranks may have heads of; 0
+    where each share has its own keys. state: elements of a sequence's state, all heads.
     """
 
     name: str
@@ -30,15 +31,40 @@ class Linear:
     kernel: int
     key: int
     value: int
+    small: int
+    groups: int = 0
+
+    @property
+    def dealt(self) -> str:
+        """What is dealt to ranks, as a reader calls it."""
+        return f"{self.name} {'key ' if self.shares < self.heads else ''}heads"
 
     @property
     def state(self) -> int:
         return self.heads * self.key * self.value
 
-    def parameters(self, hidden: int) -> int:
-        """Of one layer: projections, convolution, and three numbers and a norm for each head."""
-        cut = (self.rows + self.columns) * hidden + self.channels * self.kernel
-        return cut + 3 * self.heads + self.value
+    def parameters(self, hidden: int, tensor_parallel: int = 1) -> float:
+        """Of one layer on one of so many ranks: projections, convolution, and what is small.
+
+        Where ranks share groups, the convolution and its bias are whole on each.
+        """
+        ranks = self.ranks(tensor_parallel)
+        cut = (self.rows + self.columns) * hidden + self.channels * self.kernel + self.small
+        whole = self.channels * (self.kernel + 1) if 0 < self.groups < ranks else 0
+        return (cut - whole) / ranks + whole
+
+    def states(self, tensor_parallel: int, element: int) -> float:
+        """Bytes of a sequence on one of so many ranks: fp32 states, and what the convolution sees."""
+        ranks, keys = self.ranks(tensor_parallel), 2 * self.key
+        channels = (self.channels - keys * self.groups) / ranks
+        channels += keys * max(self.groups / ranks, min(self.groups, 1))
+        return 4.0 * self.state / ranks + element * channels * self.kernel
+
+    def ranks(self, tensor_parallel: int) -> int:
+        """On how many of so many ranks `helix serve` deals it: on all of them, or each holds all of it."""
+        tp, groups = tensor_parallel, self.groups
+        whole = self.shares % tp or (groups and (groups % tp and tp % groups))
+        return 1 if whole or groups * self.key % tp else tp
 
     @property
     def scan_flops(self) -> float:
@@ -53,14 +79,20 @@ def gated_delta_net(key_heads: int, value_heads: int, key: int, value: int, kern
     rows = 2 * keys + 2 * values + 2 * value_heads
     name = "gated delta net"
     channels = 2 * keys + values
-    return Linear(name, value_heads, key_heads, rows, values, channels, kernel, key, value)
+    small = 2 * value_heads + value
+    return Linear(name, value_heads, key_heads, rows, values, channels, kernel, key, value, small)
 
 
-def mamba2(heads: int, dims: int, groups: int, state: int, kernel: int) -> Linear:
+def mamba2(
+    heads: int, dims: int, groups: int, state: int, kernel: int, *, norm: bool = True
+) -> Linear:
     """As Nemotron-H has it: gate, inputs, and for each group what writes and reads the state."""
     inner, channels = heads * dims, heads * dims + 2 * groups * state
     rows = inner + channels + heads
-    return Linear("Mamba 2", heads, heads, rows, inner, channels, kernel, state, dims)
+    small = 3 * heads + channels + inner * norm
+    return Linear(
+        "Mamba 2", heads, heads, rows, inner, channels, kernel, state, dims, small, groups
+    )
 
 
 @dataclass(frozen=True)
@@ -100,21 +132,26 @@ class Latent:
 class Special:
     """What of a model the flags of Megatron's GPT do not say.
 
-    linear, linear_layers: layers that have linear attention in place of attention. separate: a layer is
-    attention, or linear attention, or an MLP, as in Nemotron-H; attention_layers of them are the first.
-    latent: attention of all layers. local: (key-value heads, dimensions) of layers with a window, where the
-    others have other ones. values_are_keys: those others project no values (Gemma 4), which counts in
-    parameters and not in time. expert_width: of what experts read and write, where that is not the hidden size.
+    linear, linear_layers: layers that have linear attention in place of attention; beside: next to it, as
+    in Falcon-H1. separate: a layer is attention, or linear attention, or an MLP, as in Nemotron-H;
+    attention_layers of them are the first. latent: attention of all layers. local: (key-value heads,
+    dimensions) of layers with a window, where the others have other ones. values_are_keys: those others
+    project no values (Gemma 4), which counts in parameters and not in time. expert_width: of what experts read
+    and write, where that is not the hidden size. wide_router: transformers keeps the router's weights in fp32.
+    unbuilt: what else the training script does not build, of no size.
     """
 
     linear: Linear | None = None
     linear_layers: int = 0
+    beside: bool = False
     separate: bool = False
     attention_layers: int = 0
     latent: Latent | None = None
     local: tuple[int, int] | None = None
     values_are_keys: bool = False
     expert_width: int = 0
+    wide_router: bool = False
+    unbuilt: str = ""
 
     @property
     def names(self) -> list[str]:
@@ -122,7 +159,8 @@ class Special:
         found = [self.linear.name] if self.linear else []
         found += ["latent attention"] if self.latent else []
         found += ["heads of two kinds"] if self.local else []
-        return found + (["experts behind a narrower projection"] if self.expert_width else [])
+        found += ["experts behind a narrower projection"] if self.expert_width else []
+        return found + ([self.unbuilt] if self.unbuilt else [])
 
 
 ORDINARY = Special()

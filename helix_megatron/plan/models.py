@@ -60,7 +60,9 @@ class ModelSpec(ModelConfig):
         learned = self.position_embedding_type == "learned_absolute"
         shared = self.moe_shared_expert_intermediate_size if self.num_experts else None
         special, layers = self.special, self.num_layers
-        attention = special.attention_layers if special.separate else layers - special.linear_layers
+        attention = layers - special.linear_layers * (not special.beside)
+        if special.separate:
+            attention = special.attention_layers
         mlps = layers - special.linear_layers - attention if special.separate else layers
         for name, count in {
             "width": self.num_attention_heads * self.head_dim,
@@ -133,8 +135,9 @@ class ModelSpec(ModelConfig):
         found = (self.attention_layers - self.windows) * of(self)
         found += self.windows * of(self.local_model)
         if self.special.linear:
-            own = self.special.linear.parameters(self.hidden_size) / tensor_parallel
-            found += self.special.linear_layers * (own + self.norm_parameters)
+            linear, own_norm = self.special.linear, not self.special.beside
+            own = linear.parameters(self.hidden_size, tensor_parallel)
+            found += self.special.linear_layers * (own + own_norm * self.norm_parameters)
         return found / self.num_layers
 
     def mlp_parameters(self, tensor_parallel: int = 1) -> float:
@@ -333,5 +336,6 @@ def spec_of_flags(name: str, flags: Mapping[str, Any], source: str) -> ModelSpec
         special = Special(linear=delta_net, linear_layers=linear)
     if model.multi_latent_attention:
         dims = (model.qk_pos_emb_head_dim, model.qk_head_dim, model.v_head_dim)
-        special = Special(latent=Latent(model.q_lora_rank or 0, model.kv_lora_rank, *dims))
+        latent = Latent(model.q_lora_rank or 0, model.kv_lora_rank, *dims)
+        special = Special(latent=latent, wide_router=True)
     return dataclasses.replace(model, name=name, flags=given, source=source, special=special)

@@ -21,8 +21,8 @@ from helix_megatron.plan.steps import BACKWARD, FORWARD, LayerRecorder, Step
 
 
 class LayerKind(NamedTuple):
-    """Layers that are alike. mixer: attention, window (attention with a sliding window), linear or none; mlp:
-    dense, experts or none."""
+    """Layers that are alike. mixer: attention, window (attention with a sliding window), linear, beside (linear
+    attention next to attention) or none; mlp: dense, experts or none."""
 
     mixer: str
     mlp: str
@@ -34,6 +34,7 @@ class LayerKind(NamedTuple):
         if self.mlp == "none":
             return linear if self.mixer == "linear" else "attention"
         mixers = {"window": " with window", "linear": f", {linear}"}
+        mixers["beside"] = f", {linear} beside attention"
         return ("MoE" if self.mlp == "experts" else "dense") + mixers.get(self.mixer, "")
 
 
@@ -41,7 +42,7 @@ class LayerKind(NamedTuple):
 def layer_kinds(model: ModelSpec) -> tuple[LayerKind, ...]:
     """The kinds of the model's layers; windows and linear attention are taken to be spread evenly."""
     linear = model.special.linear_layers
-    mixers = {"window": model.windows, "linear": linear}
+    mixers = {"window": model.windows, "beside" if model.special.beside else "linear": linear}
     mlps = {"dense": model.dense_layers, "experts": model.expert_layers}
     if model.special.separate:
         mixers["attention"] = model.attention_layers - model.windows
@@ -75,7 +76,8 @@ def mixer_steps(scenario: Scenario, layout: Layout, mixer: str) -> tuple[Step, .
         scenario = scenario._replace(model=scenario.model.local_model)
     if scenario.model.special.latent:
         return latent_steps(scenario, layout)
-    return attention_steps(scenario, layout, mixer == "window")
+    beside = linear_steps(scenario, layout) if mixer == "beside" else ()
+    return attention_steps(scenario, layout, mixer == "window") + beside
 
 
 @functools.lru_cache(maxsize=65536)
@@ -127,10 +129,15 @@ def attention_steps(scenario: Scenario, layout: Layout, windowed: bool) -> tuple
 @functools.lru_cache(maxsize=8192)
 def linear_steps(scenario: Scenario, layout: Layout) -> tuple[Step, ...]:
     """Norm, projections, convolution and scan of a layer of linear attention, cut by its own heads."""
-    record, linear = LayerRecorder(scenario, layout), scenario.model.special.linear
+    special = scenario.model.special
+    linear = special.linear
     assert linear is not None, "a model without linear attention"
-    tokens, tp, hidden = record.tokens, layout.tp, scenario.model.hidden_size
-    record.norm("input norm")
+    if linear.ranks(layout.tp) == 1:
+        layout = layout._replace(tp=1, sequence_parallel=False)
+    record, tp, hidden = LayerRecorder(scenario, layout), layout.tp, scenario.model.hidden_size
+    tokens = record.tokens
+    if not special.beside:
+        record.norm("input norm")
     record.column_parallel("linear_in", tokens, linear.rows / tp, hidden)
     record.stream("convolution", tokens * linear.channels / tp, 2, 4)
     peak = record.chip.flops[record.software.unquantised] * LINEAR_SHARE
@@ -141,7 +148,8 @@ def linear_steps(scenario: Scenario, layout: Layout) -> tuple[Step, ...]:
     text = f"[{linear.heads / tp:g} heads of {linear.key} × {linear.value}], {linear.name}"
     record.attention(text, flops, moved, seconds, 2.0)
     record.row_parallel("linear_out", tokens, hidden, linear.columns / tp)
-    record.residual("attention residual")
+    if not special.beside:
+        record.residual("attention residual")
     return tuple(record.steps)
 
 

@@ -51,7 +51,8 @@ def _usual(config: Config, **others: Any) -> dict[str, Any]:
         "num_attention_heads": config["num_attention_heads"],
         "group_query_attention": True,
         "num_query_groups": config["num_key_value_heads"],
-        "kv_channels": config["head_dim"],
+        "kv_channels": config.get("head_dim")
+        or config["hidden_size"] // config["num_attention_heads"],
         "ffn_hidden_size": config.get("intermediate_size"),
         "vocab_size": config["vocab_size"],
         "max_position_embeddings": config.get("max_position_embeddings"),
@@ -135,7 +136,39 @@ def _nemotron_h(config: Config) -> Outline:
         separate=True,
         attention_layers=kinds.count("attention"),
         expert_width=config.get("moe_latent_size") or 0,
+        wide_router="moe" in kinds,
     )
+
+
+def _scan(config: Config, *, norm: bool = True) -> Linear:
+    """Mamba as Bamba, Granite 4 and Falcon-H1 call its sizes."""
+    sizes = ("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
+    heads, dims, *others = (config[name] for name in sizes)
+    if dims == "auto":
+        dims = config["mamba_expand"] * config["hidden_size"] // heads
+    return mamba2(heads, dims, *others, norm=norm)
+
+
+def _falcon_h1(config: Config) -> Outline:
+    scan = _scan(config, norm=bool(config.get("mamba_rms_norm")))
+    linear = config["num_hidden_layers"]
+    return _usual(config), Special(linear=scan, linear_layers=linear, beside=True)
+
+
+def _bamba(config: Config) -> Outline:
+    layers = config["num_hidden_layers"] - len(config.get("attn_layer_indices") or ())
+    return _usual(config), Special(linear=_scan(config), linear_layers=layers)
+
+
+def _granite_hybrid(config: Config) -> Outline:
+    """Older files call the kinds of layers mamba and attention."""
+    layers, ffn = config["num_hidden_layers"], config["shared_intermediate_size"]
+    kinds = config.get("layer_types") or config.get("layers_block_type") or ["mamba"] * layers
+    linear = sum(kind in ("mamba", "linear_attention") for kind in kinds)
+    flags = _usual(config, ffn_hidden_size=ffn)
+    if config.get("num_local_experts"):
+        flags |= _experts(config, "num_local_experts", config["intermediate_size"], ffn)
+    return flags, Special(linear=_scan(config), linear_layers=linear)
 
 
 def _gemma4(config: Config) -> Outline:
@@ -214,10 +247,19 @@ def _deepseek_v3(config: Config) -> Outline:
     ffn, dense = config["moe_intermediate_size"], config["first_k_dense_replace"]
     shared = ffn * config["n_shared_experts"]
     flags |= _experts(config, "n_routed_experts", ffn, shared, dense)
-    return flags, Special(latent=latent)
+    return flags, Special(latent=latent, wide_router=True)
+
+
+def _hunyuan(config: Config) -> Outline:
+    unbuilt = "norms of queries and keys behind rotary embedding"
+    return _usual(config, qk_layernorm=True), Special(unbuilt=unbuilt)
 
 
 OUTLINES: dict[str, Callable[[Config], Outline | None]] = {
+    "bamba": _bamba,
+    "falcon_h1": _falcon_h1,
+    "granitemoehybrid": _granite_hybrid,
+    "hunyuan_v1_dense": _hunyuan,
     "qwen3_5": _qwen3_5,
     "qwen3_5_text": _qwen3_5,
     "qwen3_5_moe": _qwen3_5,

@@ -19,17 +19,15 @@ def nearest(number: int, wanted: int) -> str:
     return listed(below[-1:] + above[:1])
 
 
-def of_tensor_parallel(model: ModelSpec, tp: int) -> Refusal:
-    """Widths that TP ranks must divide."""
+def of_tensor_parallel(model: ModelSpec, tp: int, *, training: bool) -> Refusal:
+    """Widths that TP ranks must divide; `helix serve` keeps linear attention whole that they do not divide."""
     widths = {"hidden size": model.hidden_size}
     if model.dense_layers:
         widths["FFN hidden size"] = model.ffn
     if model.shared_ffn:
         widths["hidden size of the shared experts"] = model.shared_ffn
-    if model.special.linear:
-        linear = model.special.linear
-        key = "key " if linear.shares < linear.heads else ""
-        widths[f"number of {linear.name} {key}heads"] = linear.shares
+    if model.special.linear and training:
+        widths[f"number of {model.special.linear.dealt}"] = model.special.linear.shares
     for name, size in widths.items():
         if size % tp:
             reason = f"{name} {size} is not divisible by {tp}; nearest that divide it: "

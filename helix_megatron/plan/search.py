@@ -105,7 +105,7 @@ class _Search:
         domain = self.cluster.domain
         most = self.limits.max_tp or max(4 * domain, 16)
         for tp in divisors(self.gpus):
-            refusal = refusals.of_tensor_parallel(self.model, tp)
+            refusal = refusals.of_tensor_parallel(self.model, tp, training=self.training)
             if tp > most and self.limits.tp != tp:
                 why = f"a group would span {-(-tp // domain)} domains of {domain} GPUs in every layer; more "
                 why += f"than {most} is tried only with --max-tensor-parallel {tp}"

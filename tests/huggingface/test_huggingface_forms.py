@@ -20,7 +20,7 @@ from tomorrow import TomorrowAttention, tomorrow
 from torch import nn
 
 from helix_megatron.errors import HelixError
-from helix_megatron.huggingface import make_groups, plan, shard
+from helix_megatron.huggingface import grad_norm, make_groups, plan, shard
 from helix_megatron.huggingface.forms import SHOWN
 
 LAYOUTS = {  # ranks, m; 8 ranks run in the full tier alone
@@ -41,7 +41,7 @@ OF_THEIR_OWN = (
         "phi3",
         "olmo2",
     ),
-    *("granitemoe", "starcoder2", "mimo_v2_flash", "deepseek_v3"),
+    *("granitemoe", "starcoder2", "mimo_v2_flash", "deepseek_v3", "nemotron_h", "falcon_h1"),
 )
 NEW_TOKENS = sized("conversion", full=32, quick=8)
 
@@ -57,31 +57,26 @@ def results(make: Callable[[torch.dtype], Any]) -> dict[str, Any]:
         )
     model = make(torch.float64).train()
     model(tokens(), labels=tokens(), use_cache=False).loss.backward()
-    return found | {"gradients": {n: p.grad for n, p in model.named_parameters()}}
+    found |= {"gradients": {n: p.grad for n, p in model.named_parameters()}}
+    return found | {"norm": grad_norm(model)}
 
 
 @functools.cache
-def reference(family: str, heads: int) -> dict[str, Any]:
-    return results(lambda dtype: built(family, heads, dtype))
+def reference(family: str, **changes: int) -> dict[str, Any]:
+    return results(lambda dtype: built(family, dtype, **changes))
 
 
-def sizes(family: str, heads: int) -> dict[str, int]:
-    latents = {"num_key_value_heads": heads} if family.startswith("deepseek") else {}
-    return {"num_attention_heads": heads} | latents
-
-
-def built(family: str, heads: int, dtype: torch.dtype) -> Any:
-    model = tiny_model(family, dtype=dtype, **sizes(family, heads))
+def built(family: str, dtype: torch.dtype, **changes: int) -> Any:
+    model = tiny_model(family, dtype=dtype, **changes)
     if dtype is torch.float64 and hasattr(model.config, "_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped products have no fp64
     return model
 
 
-def run_sharded(family: str, m: int) -> dict[str, Any]:
+def run_sharded(family: str, m: int, changes: dict[str, int]) -> dict[str, Any]:
     groups = make_groups(dist.get_world_size(), m)
     cut = {"tensor_group": groups.tensor, "intra_head_group": groups.intra_head}
-    heads = max(4, dist.get_world_size())
-    return results(lambda dtype: shard(built(family, heads, dtype), m, **cut))
+    return results(lambda dtype: shard(built(family, dtype, **changes), m, **cut))
 
 
 def assert_equals_whole(ranks: list[dict[str, Any]], wanted: dict[str, Any], cuts: Any) -> None:
@@ -89,6 +84,7 @@ def assert_equals_whole(ranks: list[dict[str, Any]], wanted: dict[str, Any], cut
     for rank, found in enumerate(ranks):
         assert relative_error(found["logits"], wanted["logits"]) <= 1e-5
         assert torch.equal(found["tokens"], wanted["tokens"])
+        assert relative_error(found["norm"], wanted["norm"]) <= 1e-5
         for name, whole in wanted["gradients"].items():
             if whole is None:
                 assert found["gradients"][name] is None, name
@@ -119,11 +115,13 @@ def assert_equals_whole(ranks: list[dict[str, Any]], wanted: dict[str, Any], cut
 def test_families_equal_the_whole_model(pool, family, layout):
     """Gates, sinks, windows, soft caps, norms of all heads, latents: all of it is the library's own code."""
     world_size, m = LAYOUTS[layout]
-    heads = max(4, world_size)
-    what = plan(tiny_model(family, **sizes(family, heads)), m, world_size)
+    changes = {"num_attention_heads": max(4, world_size)}
+    if family.startswith("deepseek"):
+        changes["num_key_value_heads"] = changes["num_attention_heads"]
+    what = plan(tiny_model(family, **changes), m, world_size)
     assert what.layout.query_layout == "heads"
-    ranks = pool.run(run_sharded, family, m, world_size=world_size, timeout=300)
-    assert_equals_whole(ranks, reference(family, heads), what.cuts)
+    ranks = pool.run(run_sharded, family, m, changes, world_size=world_size, timeout=300)
+    assert_equals_whole(ranks, reference(family, **changes), what.cuts)
 
 
 def test_every_type_that_counts_as_shown_is_shown():
@@ -146,9 +144,9 @@ def test_gated_delta_nets_are_cut_where_the_ranks_divide_their_key_heads(ranks, 
         }
 
 
-def run_states() -> list[tuple[int, ...]]:
+def run_states(family: str) -> list[tuple[int, ...]]:
     groups = make_groups(2, 2)
-    model = shard(tiny_model("qwen3_next"), 2, tensor_group=groups.tensor)
+    model = shard(tiny_model(family), 2, tensor_group=groups.tensor)
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens(), past_key_values=cache, use_cache=True)
@@ -165,10 +163,18 @@ def run_states() -> list[tuple[int, ...]]:
     not hasattr(transformers.DynamicCache, "has_previous_state"),
     reason="early transformers 5 keeps states in caches of each model's own",
 )
-def test_states_of_a_rank_are_those_of_its_heads(pool):
-    """One of 2 key heads and 2 of 4 value heads of 8: half of the states of the whole model."""
-    for shapes in pool.run(run_states, world_size=2, timeout=300):
-        assert shapes == [(2, 32, 4), (2, 2, 8, 8)]
+@pytest.mark.parametrize(
+    ("family", "convolution", "heads"),
+    [
+        ("qwen3_next", 32, (2, 8, 8)),  # one of 2 key heads, 2 of 4 value heads
+        ("nemotron_h", 4 * 8 + 2 * 16, (4, 8, 16)),  # one of 2 groups, 4 of 8 heads
+        ("falcon_h1", 4 * 8 + 2 * 16, (4, 8, 16)),  # the only group
+    ],
+)
+def test_states_of_a_rank_are_those_of_its_heads(pool, family, convolution, heads):
+    """Half of the states of the whole model, but for what writes and reads the states of a shared group."""
+    for shapes in pool.run(run_states, family, world_size=2, timeout=300):
+        assert set(shapes) == {(2, convolution, 4), (2, *heads)}
 
 
 def run_caches(family: str) -> list[tuple[int, ...]]:

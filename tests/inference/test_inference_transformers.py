@@ -142,15 +142,27 @@ def test_greedy_tokens_are_those_of_the_library(pool, family, ranks):
     [
         ("gpt_oss", 2),
         ("qwen3_next", 2),
-        pytest.param("deepseek_v3", None, marks=pytest.mark.full("inference")),
+        ("falcon_h1", 2),
+        *(
+            pytest.param(family, m, marks=pytest.mark.full("inference"))
+            for family, m in (
+                ("deepseek_v3", None),
+                *((hybrid, 2) for hybrid in ("qwen3_5", "nemotron_h", "bamba", "granitemoehybrid")),
+                *((hybrid, 4) for hybrid in ("qwen3_5", "nemotron_h", "falcon_h1")),
+            )
+        ),
     ],
 )
 def test_preempted_sequences_get_the_same_tokens(pool, family, m):
-    """Pages for one long sequence and little more: the others are computed anew."""
-    found = pool.run(several, [(family, "sequence")], pages=14, m=m, world_size=2)
+    """Pages for one long sequence and little more: the others are computed anew, states of layers included.
+
+    Chunks of prompts are computed beside tokens of others, so that all 128 tokens come of all three at once.
+    """
+    ranks = m or 2
+    found = pool.run(several, [(family, "sequence")], pages=28 // ranks, m=m, world_size=ranks)
     assert found[0][0]["tokens"] == greedy(family)
     assert found[0][0]["preemptions"] > 0
-    assert [one[0]["left"] for one in found] == [0] * 2
+    assert [one[0]["left"] for one in found] == [0] * ranks
 
 
 @pytest.mark.parametrize("cache", CACHES)

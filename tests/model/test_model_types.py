@@ -14,7 +14,7 @@ from tiny_transformers import FAMILIES as CUT_FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helix_megatron.errors import HelixError
-from helix_megatron.huggingface.forms import SHOWN
+from helix_megatron.huggingface.forms import SHOWN, delta_net_cuts, mamba_cuts
 from helix_megatron.model.families import CUTTABLE, FAMILIES, READ_AS
 from helix_megatron.plan.models import read_config
 from helix_megatron.plan.outlines import OUTLINES
@@ -88,3 +88,24 @@ def test_the_planner_reads_what_transformers_writes(tmp_path, name):
     found = read_config(tmp_path / "config.json").parameters
     small = sum(p.numel() for p in model.parameters() if p.dim() < 2)  # of which outlines know few
     assert found == pytest.approx(model.num_parameters(), abs=small)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen3_5", {"linear_num_key_heads": 8, "linear_num_value_heads": 8}),
+        ("nemotron_h", {"n_groups": 4, "mamba_num_heads": 24}),
+        ("falcon_h1", {"mamba_d_state": 12, "mamba_d_ssm": 192, "mamba_n_heads": 24}),
+    ],
+)
+def test_the_planner_deals_linear_layers_as_the_host_does(tmp_path, name, changes):
+    """On which numbers of ranks a rank has some of a layer's heads, and on which it has all."""
+    config = tiny_config(name, **changes)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = read_config(tmp_path / "config.json").special.linear
+    layer = next(part for part in model.modules() if hasattr(part, "A_log"))
+    for ranks in range(2, 25):
+        cuts = dict(delta_net_cuts(layer, ranks)) or dict(mamba_cuts(layer, ranks))
+        assert linear.ranks(ranks) == (ranks if cuts else 1), ranks

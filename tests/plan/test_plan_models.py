@@ -14,10 +14,15 @@ from helix_megatron.plan.clusters import CLUSTERS
 from helix_megatron.plan.command import plan_main
 from helix_megatron.plan.explain import kinds_of_layers
 from helix_megatron.plan.inference import decode_steps
-from helix_megatron.plan.inference_memory import cache_bytes, inference_memory
+from helix_megatron.plan.inference_memory import (
+    average_cache_bytes,
+    cache_bytes,
+    inference_memory,
+)
+from helix_megatron.plan.launch_commands import caveats
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import model_of, spec_of_config, spec_of_flags
-from helix_megatron.plan.operators import latent_steps, layer_kinds, linear_steps
+from helix_megatron.plan.operators import latent_steps, layer_kinds, linear_steps, mixer_steps
 from helix_megatron.plan.published_sizes import CONFIGS
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.search import search
@@ -133,11 +138,65 @@ def test_hybrid_models_are_planned_with_cut_heads():
         name: {step.name for step in steps} for name, _, steps in kinds_of_layers(plan, row.layout)
     }
     assert "state" in names["MoE, gated delta net"] and "core attention" in names["MoE"]
-    wide = found("qwen3.5-397b-a17b", "decode", gpus=32, batch=32)
+
+
+SIDE_BY_SIDE = {  # the sizes of Falcon-H1-34B
+    "model_type": "falcon_h1",
+    "num_hidden_layers": 72,
+    "hidden_size": 5120,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 21504,
+    "vocab_size": 261120,
+    "mamba_n_heads": 32,
+    "mamba_d_head": 128,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 256,
+    "mamba_d_conv": 4,
+}
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_attention_and_mamba_side_by_side(tp):
+    """Every layer has both, behind one norm; a token keeps keys and values, a sequence a state."""
+    model = spec_of_config("falcon-h1-34b", SIDE_BY_SIDE, "")
+    assert model.parameters == pytest.approx(33.6e9, rel=0.01)
+    (kind,) = layer_kinds(model)
+    assert kind.name(model) == "dense, Mamba 2 beside attention"
+    layout = Layout(tp=tp)
+    steps = mixer_steps(Scenario(model, Job("train", 4096, 8), H100, Software()), layout, "beside")
+    flops = sum(s.flops for s in steps if s.kind == "gemm" and s.phase == FORWARD) * tp
+    assert flops == pytest.approx(2 * 4096 * model.attention_parameters(), rel=0.01)
+    assert [s.name for s in steps if "norm" in s.name and s.phase == FORWARD] == ["input norm"]
+    scenario = Scenario(model, Job("decode", 4096, 8), H100, Software())
+    names = [step.name for step in decode_steps(scenario, layout, 4096, kind)]
+    assert {"core attention", "state", "linear_in", "linear_out", "linear_proj"} <= set(names)
+    both = average_cache_bytes(model, layout, 1, 4096, 2)
+    channels = 4096 / tp + 2 * 256 * max(1, 2 / tp)  # two ranks have heads of one group
+    states = 4 * 32 * 128 * 256 / tp + 2 * 4 * channels
+    assert both == cache_bytes(model, layout, 1, 4096, 2) + states
+
+
+def test_linear_layers_that_ranks_do_not_divide_are_counted_as_they_run():
+    """`helix serve` keeps them whole on every rank, a row says so, and megatron-core refuses to train them."""
+    plan = found("qwen3.5-397b-a17b", "decode", gpus=32, batch=32)
+    row = next(row for row in plan.everything if row.layout.tp == 32)
+    assert [text for text in caveats(plan, row.layout) if "32 ranks do not divide the 16" in text]
+    names = {
+        step.name
+        for name, _, steps in kinds_of_layers(plan, row.layout)
+        for step in steps
+        if "delta net" in name and step.axis == "tp"
+    }
+    assert names == {"MLP output"}
+    linear = plan.model.special.linear
+    whole, cut = (linear.parameters(4096, tp) for tp in (32, 16))
+    assert whole == 16 * cut
+    wide = found("qwen3.5-397b-a17b", "train", gpus=32, batch=32)
     reasons = {r.reason for r in wide.rejected if r.what == "TP 32"}
-    assert any(
-        "gated delta net key heads 16 is not divisible by 32" in reason for reason in reasons
-    )
+    text = "gated delta net key heads 16 is not divisible by 32"
+    assert [reason for reason in reasons if text in reason]
 
 
 def test_latent_attention_is_planned_and_not_cut():

@@ -22,12 +22,26 @@ pytestmark = [
 ]
 
 
+QWEN, NEMOTRON = "qwen3.5-397b-a17b", "nemotron-3-super"
+
+
 @pytest.mark.parametrize(
-    ("layers", "ranks"), [(4, 8), pytest.param(8, 16, marks=pytest.mark.full("conversion"))]
+    ("name", "layers", "ranks"),
+    [
+        (QWEN, {"num_hidden_layers": 4}, 8),
+        (NEMOTRON, {"hybrid_override_pattern": "MM*"}, 16),  # two ranks have heads of one group
+        *(
+            pytest.param(*case, marks=pytest.mark.full("conversion"))
+            for case in (
+                (QWEN, {"num_hidden_layers": 8}, 16),
+                (NEMOTRON, {"hybrid_override_pattern": "MEM*E"}, 8),
+            )
+        ),
+    ],
 )
-def test_planned_is_as_run(layers, ranks):
-    """Some layers of Qwen3.5-397B at full width: the plan's bytes are those of the model and of the engine."""
-    settings = CONFIGS["qwen3.5-397b-a17b"] | {"num_hidden_layers": layers}
+def test_planned_is_as_run(name, layers, ranks):
+    """Some layers at full width: the plan's bytes are those of the model and of the engine."""
+    settings = CONFIGS[name] | layers
     run = rank_memory.as_run(settings, ranks)
     planned = rank_memory.as_planned(settings, ranks, run.segments)
     assert run.segments == ranks // 2

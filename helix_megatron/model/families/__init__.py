@@ -70,9 +70,11 @@ FAMILIES = {
 READ_AS = {"kimi_k2": "deepseek_v3"}
 # What conversion cannot express, of model types that Hugging Face's host cuts all the same.
 INEXPRESSIBLE = {
+    "bamba": "Mamba layers (attn_layer_indices)",
     "falcon_h1": "attention and Mamba side by side in every layer",
     "gemma4": "heads of two sizes (global_head_dim)",
     "gemma4_text": "heads of two sizes (global_head_dim)",
+    "granitemoehybrid": "Mamba layers (layer_types)",
     "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
     "mimo_v2_flash": "values of another size than keys (v_head_dim)",
 }
