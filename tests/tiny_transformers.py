@@ -80,6 +80,7 @@ _MAMBA = {
     "mamba_chunk_size": 4,
 }
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _LATENT = {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
@@ -147,8 +148,14 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
         "Glm4MoeConfig",
         {**_MOE, "use_qk_norm": True, "first_k_dense_replace": 1, "attention_bias": True},
     ),
-    "minimax_m2": ("MiniMaxM2Config", _MOE),
-    "llama4": ("Llama4TextConfig", {**_MOE, "intermediate_size_mlp": 48}),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        {**_MOE, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {**_MOE, "intermediate_size_mlp": 48, "no_rope_layers": [1, 0], "floor_scale": 8},
+    ),
     "phi3": ("Phi3Config", {}),
     "granite": ("GraniteConfig", {"attention_multiplier": 0.3, "residual_multiplier": 0.7}),
     "granitemoe": ("GraniteMoeConfig", _MOE),
@@ -156,7 +163,18 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3Config", _MIXED),
     "starcoder2": ("Starcoder2Config", {"use_bias": True}),
     "ministral": ("MinistralConfig", _MIXED),
-    "ministral3": ("Ministral3Config", {}),
+    "ministral3": (
+        "Ministral3Config",
+        {
+            "rope_parameters": {
+                **_ROPE,
+                "rope_type": "yarn",
+                "factor": 16.0,
+                "original_max_position_embeddings": 8,
+                "llama_4_scaling_beta": 0.1,
+            }
+        },
+    ),
     "exaone4": ("Exaone4Config", _MIXED),
     "falcon_h1": (
         "FalconH1Config",
@@ -174,8 +192,8 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ernie4_5": ("Ernie4_5Config", {"use_bias": True}),
     "hunyuan": ("HunYuanDenseV1Config", {}),
-    "mimo_v2_flash": ("MiMoV2FlashConfig", _MOE),
-    "smollm3": ("SmolLM3Config", {}),
+    "mimo_v2_flash": ("MiMoV2FlashConfig", {**_MOE, "sliding_window": 6}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
     "deepseek_v2": ("DeepseekV2Config", {**_MOE, **_LATENT}),
     "deepseek_v3": (
         "DeepseekV3Config",

@@ -73,6 +73,10 @@ class Layer:
         self.noted_key: Tensor | None = None  # which tells layers that attend to another's keys
         self.index = 0
         self.attention: StepAttention | None = None
+        self.positions: Tensor | None = None  # of a step's tokens, in their sequences
+        self.tuned = getattr(module, "attn_temperature_tuning", False) and not module.use_rope
+        if self.tuned:
+            module.attn_temperature_tuning = False  # it would count the tokens of a step
         if self.latent:
             if not hasattr(module, "expand_kv"):
                 raise HelixError(
@@ -87,6 +91,8 @@ class Layer:
         """[1, H, T, D], [1, u, T, D], [1, u, T, E] → [1, T, H, E]."""
         if self.asked is None:
             self.noted_key = k_BGLD
+        if self.tuned:
+            q_BHLD = (q_BHLD * self._temperatures).to(q_BHLD.dtype)
         if self.latent:
             q_BHLD = self._absorbed(q_BHLD)
         elif heads := getattr(self.module, "heads", None):
@@ -122,6 +128,13 @@ class Layer:
         scale = q.size(-1) ** -0.5 if scaling is None else scaling
         scores = Scores(scale, mask.window, softcap or None, sinks)
         return Asked(k.size(1), k.size(-1), v.size(-1), self.latent, scores)
+
+    @property
+    def _temperatures(self) -> Tensor:
+        """Llama 4's factor of each query without rotary embedding, [T, 1], fp32 (arXiv 2501.19399)."""
+        assert self.positions is not None, "a model sets them before it runs"
+        steps = ((self.positions.float() + 1) / self.module.floor_scale).floor()
+        return (1 + self.module.attn_scale * steps.log1p()).unsqueeze(1)
 
     def _absorbed(self, q_BHLD: Tensor) -> Tensor:
         """Queries of whole keys → queries of latents, [1, H, T, rank + rotated]."""

@@ -56,6 +56,7 @@ class PagedModel:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         kind = getattr(model.config, "model_type", None)
+        self.layers: list[Layer] = []
         self.before: list[Tensor] = []
         if kind not in CUTTABLE and kind not in SHOWN:
             self.before = [self._alone(tokens) for tokens in PROBES]
@@ -63,7 +64,6 @@ class PagedModel:
         self.states = States(model, recurrent)
         register()
         model.set_attn_implementation(NAME)
-        self.layers: list[Layer] = []
         for path in attention:
             module = model.get_submodule(path)
             module.step_layer = Layer(module, head_group)
@@ -121,6 +121,8 @@ class PagedModel:
     def logits(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> Tensor:
         """Logits [rows, vocabulary] of some rows of a step's tokens, in at least fp32, on all ranks."""
         ids, places, wanted = (on_device(array, self.device) for array in (tokens, positions, rows))
+        for layer in self.layers:
+            layer.positions = places
         output = self.model(
             input_ids=ids.unsqueeze(0),
             position_ids=places.unsqueeze(0),
