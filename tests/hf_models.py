@@ -329,7 +329,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek v3 with whole queries": (
         "deepseek_v3",
-        SIZE | LATENT | BALANCED | {"q_lora_rank": None, "rope_parameters": None},
+        SIZE
+        | LATENT
+        | BALANCED
+        | {"q_lora_rank": None, "rope_parameters": None, "rms_norm_eps": 0.05},
     ),
     "qwen3 moe with a dense layer": (
         "qwen3_moe",

@@ -285,6 +285,7 @@ def test_logits_with_other_parallelism(pool, models, name, parallel):
         ("deepseek v2", {"moe_router_pre_softmax": False}),
         ("deepseek v2 with groups", {"moe_router_groups_by_best": False}),
         ("deepseek v3", {"yarn_mscale": 1.0}),
+        ("deepseek v3 with whole queries", {"latent_norm_epsilon": None}),
         ("deepseek v3", {"yarn_rotary_scaling_factor": 20.0}),
         ("deepseek v3", {"yarn_original_max_position_embeddings": 4096}),
     ],
