@@ -352,7 +352,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek v3 with whole queries": (
         "deepseek_v3",
-        SIZE | LATENT | BALANCED | {"q_lora_rank": None, "rope_parameters": None},
+        SIZE
+        | LATENT
+        | BALANCED
+        | {"q_lora_rank": None, "rope_parameters": None, "rms_norm_eps": 0.02},
     ),
     "qwen3 moe with a dense layer": (
         "qwen3_moe",
@@ -383,10 +386,18 @@ def save(name: str, directory: Path) -> torch.Tensor:
         for path, buffer in model.named_buffers():
             if path.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.2)
-    model.eval()
     model.save_pretrained(directory)
     with torch.no_grad():
-        return model(tokens(), use_cache=False).logits
+        return load(directory)(tokens(), use_cache=False).logits
+
+
+def load(directory: Path | str) -> Any:
+    """A model of `transformers`, with attention that knows soft caps: 5.2 takes another and drops them."""
+    from transformers import AutoModelForCausalLM
+
+    capped = read_config(Path(directory)).get("attn_logit_softcapping") is not None
+    how = {"attn_implementation": "eager"} if capped else {}
+    return AutoModelForCausalLM.from_pretrained(directory, **how).eval()
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class AttentionForm:
         elif self.kind == "fused":
             yield from _linear(module, "qkv_proj", fused_cut(layout, values))
         else:
-            name = "q_b_proj" if hasattr(module, "q_b_proj") else "q_proj"
+            name = "q_proj" if getattr(module, "q_b_proj", None) is None else "q_b_proj"
             yield from _linear(module, name, queries)
             rows = module.kv_b_proj.out_features // self.heads
             yield from _linear(module, "kv_b_proj", head_cut(layout, rows))
@@ -189,7 +189,8 @@ def _fused(module: Any, output: str) -> AttentionForm:
 
 def _latent(module: Any, output: str) -> AttentionForm:
     heads = module.num_heads
-    projection = module.q_b_proj if hasattr(module, "q_b_proj") else module.q_proj
+    projection = getattr(module, "q_b_proj", None)  # None, or missing, without a latent of queries
+    projection = module.q_proj if projection is None else projection
     e, d = module.v_head_dim, projection.out_features // heads
     if getattr(module, output).in_features != heads * e:
         raise _unknown(type(module).__name__, f"{heads} heads of {e} dimensions and another output")

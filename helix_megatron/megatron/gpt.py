@@ -67,7 +67,9 @@ def transformer_config(run: RunConfig) -> HelixTransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
     )
-    for name, value in (model.soft_caps | model.yarn_settings).items():  # no fields of Megatron's
+    for name, value in (
+        model.own_settings | model.yarn_settings
+    ).items():  # no fields of Megatron's
         setattr(config, name, value)
     return config
 

@@ -53,6 +53,10 @@ class LatentAttention(MLASelfAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.linear_kv_down_proj.register_forward_hook(self._whole_latents)
+        epsilon = getattr(self.config, "latent_norm_epsilon", None)
+        for name in (*NORMS, *PROJECTIONS[1:]):  # which Transformer Engine's fuse into these
+            if epsilon is not None and hasattr(getattr(self, name, None), "eps"):
+                getattr(self, name).eps = epsilon
         norm, ranks = getattr(self, "q_layernorm", None), self.config.tensor_model_parallel_size
         if isinstance(norm, TorchNorm) and not self.config.sequence_parallel:
             # Megatron sums gradients of what is called q_layernorm over ranks, and each has the whole here.

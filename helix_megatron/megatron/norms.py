@@ -9,6 +9,7 @@ parallelism and zero-centred weights. And when any package called `apex` is inst
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,10 @@ def with_classes(value: Any, classes: Mapping[type, type]) -> Any:
             if field.init
         }
         return dataclasses.replace(value, **fields)
+    if isinstance(value, functools.partial):  # from 0.18 on, what builds an MLP
+        parts = {name: with_classes(part, classes) for name, part in value.keywords.items()}
+        same = parts == value.keywords  # while partial functions of equal parts are not equal
+        return value if same else functools.partial(value.func, *value.args, **parts)
     if isinstance(value, list | tuple):
         return type(value)(with_classes(item, classes) for item in value)
     if isinstance(value, dict):  # a module's parameters: they hold settings, not specs

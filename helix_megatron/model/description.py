@@ -210,6 +210,8 @@ class ModelConfig(ModelSizes):
         )
         linear = self.linear_layers
         values["linear_attention_freq"] = list(map(int, linear)) if any(linear) else None
+        if self.latent_norm_epsilon == self.norm_epsilon:
+            values["latent_norm_epsilon"] = None
         if all(moe):  # a model without dense layers has no use for their size
             values["ffn_hidden_size"] = None
         return values
@@ -254,9 +256,9 @@ class ModelConfig(ModelSizes):
         return {name: getattr(self, name) for name in names}
 
     @property
-    def soft_caps(self) -> dict[str, float | None]:
+    def own_settings(self) -> dict[str, float | None]:
         """What this package reads of Megatron's configuration; they are no fields of it."""
-        names = ("attn_logit_softcapping", "final_logit_softcapping")
+        names = ("attn_logit_softcapping", "final_logit_softcapping", "latent_norm_epsilon")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -301,6 +301,12 @@ class ModelFields:
         64, "dimensions of queries of a head, and of the one key of all heads, that are rotated"
     )
     v_head_dim: int = _latent(128, "dimensions of values of a head")
+    latent_norm_epsilon: float | None = _function(
+        None,
+        "epsilon of the norms of latents; that of other norms when not given",
+        above=0,
+        under="latent attention",
+    )
     untie_embeddings_and_output_weights: bool = _function(
         False, "an output layer with weights of its own"
     )

@@ -276,11 +276,12 @@ def test_bytes_of_a_token_are_those_of_the_cost_model(pool, cache):
     assert shape.cache_bytes() == 4 * 51 * 24 * 4
 
 
-def test_what_latents_cannot_do_is_said():
-    """Ranks are counted by query heads, and there are no segments to choose."""
+@pytest.mark.parametrize("rank", [24, None])
+def test_what_latents_cannot_do_is_said(rank):
+    """Ranks are counted by query heads, and there are no segments to choose; queries may have no latent."""
     from helix_megatron.inference.transformers_load import described
 
-    facts = described(tiny_model("deepseek_v3"))
+    facts = described(tiny_model("deepseek_v3", q_lora_rank=rank))
     assert facts.segments(4, "auto") == 1
     assert facts.layout(4, 1).segments == 4
     with pytest.raises(HelixError, match="4 of them cannot be dealt to 8 ranks"):

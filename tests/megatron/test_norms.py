@@ -161,3 +161,33 @@ def test_sequence_parallel_training_is_the_same(pool: RankPool, normalization: s
     layout = Layout(2, tp=2, config=settings | {"sequence_parallel": True})
     for log in pool.run(train, layout, world_size=2):
         torch.testing.assert_close(log, reference, rtol=1e-5, atol=0)
+
+
+def norms_behind(layout: Layout) -> list[str]:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    from helix_megatron.megatron.post_norms import with_post_norms
+
+    start_megatron(layout)
+    settings = TransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        normalization="RMSNorm",
+    )
+    spec = get_gpt_decoder_block_spec(
+        settings, use_transformer_engine=False, normalization="RMSNorm"
+    )
+    block = TransformerBlock(settings, with_post_norms(use_available_norms(spec), before=True))
+    return [name for name, _ in block.named_modules() if name.endswith("post_layernorm")]
+
+
+def test_norms_behind_reach_attention_and_mlp(pool: RankPool) -> None:
+    """Later megatron-cores hide the parts of an MLP in a partial function."""
+    assert pool.run(norms_behind, Layout(), world_size=1)[0] == [
+        "layers.0.self_attention.linear_proj.post_layernorm",
+        "layers.0.mlp.linear_fc2.post_layernorm",
+    ]

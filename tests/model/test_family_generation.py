@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import MODELS, save, tokens
+from hf_models import MODELS, load, save, tokens
 
 from helix_megatron.inference.arguments import add_checkpoint_arguments, inference_config
 
@@ -54,9 +54,7 @@ def generated(path: str) -> list[list[int]] | None:
 
 @torch.no_grad()
 def expected(path: str) -> list[list[int]]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    model = load(path)
     answers = []
     for row, length in enumerate(PROMPTS):
         ids = tokens()[row : row + 1, :length]

@@ -149,11 +149,6 @@ UNSUPPORTED = {
         "num_key_value_heads = 2 and num_attention_heads = 4",
     ),
     "biases of latents": ("deepseek v3", {"attention_bias": True}, "attention_bias = True"),
-    "norms of latents with another epsilon": (
-        "deepseek v3",
-        {"rms_norm_eps": 1e-5},
-        "rms_norm_eps = 1e-05",
-    ),
     "other rotary pairs": ("deepseek v3", {"rope_interleave": False}, "rope_interleave = False"),
     "latents with scaled positions": (
         "deepseek v3",

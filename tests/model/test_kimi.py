@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import MODELS, read_config, save
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import canonical
 
 from helix_megatron import cli
@@ -46,7 +46,12 @@ ROPE = {
 def kimi(tmp_path, monkeypatch) -> tuple[Path, Path, torch.Tensor]:
     """(DeepSeek-V3, the same as Kimi K2, logits)."""
     kind, settings = MODELS["deepseek v3"]
-    own = {"n_group": 1, "topk_group": 1, "rope_parameters": ROPE | {"rope_theta": 50000.0}}
+    own = {
+        "rms_norm_eps": 1e-5,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": ROPE | {"rope_theta": 50000.0},
+    }
     monkeypatch.setitem(MODELS, "kimi", (kind, settings | own))
     deepseek, directory = tmp_path / "deepseek", tmp_path / "kimi"
     logits = save("kimi", deepseek)
@@ -77,6 +82,22 @@ def test_it_is_the_model_that_its_code_is(kimi, tmp_path):
     before, after = (load_file(path / "model.safetensors") for path in (directory, back))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.filterwarnings("ignore:config.json sets .* is ignored")
+def test_the_text_of_kimi_k2_5_is_the_same(kimi, tmp_path):
+    """Its tensors stand under the language model's names, beside those of pictures."""
+    _, directory, _ = kimi
+    whole = {"model_type": "kimi_k25", "vision_config": {}, "text_config": read_config(directory)}
+    tensors = load_file(directory / "model.safetensors")
+    named = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    named["vision_tower.patch_embed.weight"] = torch.zeros(1)
+    (tmp_path / "k2_5").mkdir()
+    (tmp_path / "k2_5" / "config.json").write_text(json.dumps(whole))
+    save_file(named, tmp_path / "k2_5" / "model.safetensors")
+    (flags, made), (theirs, same) = canonical(tmp_path / "k2_5"), canonical(directory)
+    assert flags == theirs and made.keys() == same.keys()
+    assert all(torch.equal(made[name], same[name]) for name in made)
 
 
 def read_whole(directory: str) -> torch.Tensor:

@@ -213,6 +213,7 @@ DECIDES = {
     "moe_router_enable_expert_bias": (True, {"moe_router_score_function": "sigmoid"}),
     "moe_router_num_groups": (2, {"moe_router_group_topk": 1}),
     "moe_router_group_topk": (1, {"moe_router_num_groups": 2}),
+    "latent_norm_epsilon": (1e-4, LATENT),
     "moe_router_groups_by_best": (
         True,
         {"moe_router_num_groups": 2, "moe_router_group_topk": 2},

@@ -73,10 +73,27 @@ class LatentRope(Rope):
         return flags
 
 
+class LatentNorms(Piece):
+    """`rms_norm_eps` of all norms but those of latents, whose epsilon transformers never changes."""
+
+    keys = ("rms_norm_eps",)
+    fields: ClassVar = {"rms_norm_eps": "norm_epsilon"}
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        epsilon = needed(config, "rms_norm_eps", OF_LATENTS)
+        own = None if epsilon == OF_LATENTS else OF_LATENTS
+        return {"norm_epsilon": epsilon, "latent_norm_epsilon": own}
+
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        return {"rms_norm_eps": model.norm_epsilon}
+
+
+OF_LATENTS = 1e-6
 LATENT = (
     NO_BIASES,
     QK_NORM,
-    Always(multi_latent_attention=True, norm_epsilon=1e-6),
+    Always(multi_latent_attention=True),
+    LatentNorms(),
     Values(
         kv_lora_rank=("kv_lora_rank", 512),
         qk_nope_head_dim=("qk_head_dim", 128),
@@ -85,8 +102,7 @@ LATENT = (
     ),
     Unread("head_dim", "qk_head_dim"),  # which follow from these, whatever a file says
     Unread("auto_map"),  # the code that these models were published with, which transformers has
-    # transformers' norms of latents have this epsilon always, and Megatron has one for all norms.
-    Only(attention_bias=(False,), rms_norm_eps=(1e-6,)),
+    Only(attention_bias=(False,)),
 )
 LAYER = (
     Row("input_layernorm.weight", "input_layernorm.weight[D]"),
