@@ -31,6 +31,7 @@ from helix_megatron.huggingface.files import (
 from helix_megatron.huggingface.shard import shard
 from helix_megatron.huggingface.sharding import sharding_of
 from helix_megatron.model.families import FAMILIES, family_of
+from helix_megatron.model.families.towers import SAME_AS, text_config
 from helix_megatron.model.packing import KEY as PACKED
 from helix_megatron.model.packing import packing_of
 
@@ -118,7 +119,7 @@ def read_configuration(directory: Path) -> Any:
     Raises:
         HelixError: no such directory, values that cannot be, or weights packed in a way that is not known.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if not (directory / "config.json").exists():
         raise HelixError(
@@ -130,19 +131,22 @@ def read_configuration(directory: Path) -> Any:
     if kind in FAMILIES if isinstance(kind, str) else True:
         family_of(content).check_values(content)
     packing_of(content)
-    config = _by_transformers(AutoConfig, directory)
+    if kind in CONFIG_MAPPING or kind not in SAME_AS:
+        config = _by_transformers(AutoConfig, directory, trust_remote_code=False)
+    else:  # a name that the library does not know of a model that it does
+        config = AutoConfig.for_model(**text_config(content))
     vars(config).pop(PACKED, None)  # what is packed in files is unpacked as it is read
     return config
 
 
-def _by_transformers(kind: Any, directory: Path) -> Any:
+def _by_transformers(kind: Any, directory: Path, **options: Any) -> Any:
     """A configuration, as the library reads it; it checks values by exceptions of many kinds.
 
     Raises:
         HelixError: it refuses one.
     """
     try:
-        return kind.from_pretrained(directory)
+        return kind.from_pretrained(directory, **options)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise HelixError(

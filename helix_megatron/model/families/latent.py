@@ -84,6 +84,7 @@ LATENT = (
         v_head_dim=("v_head_dim", 128),
     ),
     Unread("head_dim", "qk_head_dim"),  # which follow from these, whatever a file says
+    Unread("ep_size", "aux_loss_alpha", "seq_aux"),  # of the publisher's own training
     # transformers' norms of latents have this epsilon always, and Megatron has one for all norms.
     Only(attention_bias=(False,), rms_norm_eps=(1e-6,)),
 )

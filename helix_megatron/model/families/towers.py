@@ -11,6 +11,7 @@ SAME_AS = {
     "qwen2_5_vl": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
+    "kimi_k2": "deepseek_v3",  # which sees nothing: DeepSeek-V3's model under another name
 }
 PICTURES = ("mrope_section", "mrope_interleaved")  # of rotary embedding
 PREFIXES = ("model.language_model.", "language_model.model.")
