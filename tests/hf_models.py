@@ -307,6 +307,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "hunyuan": (
+        "hunyuan_v1_dense",
+        SIZE
+        | {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 1e4,
+                "alpha": 50.0,
+                "factor": 1.0,
+            },
+        },
+    ),
     "deepseek v3 with whole queries": (
         "deepseek_v3",
         SIZE | LATENT | BALANCED | {"q_lora_rank": None, "rope_parameters": None},

@@ -28,9 +28,9 @@ MODELS = {
     "--residual-multiplier 0.5 --logits-scaling 2 --softmax-scale 0.3",
     "two rotary bases": "--geglu --post-norms --qk-layernorm --window-size 8 --window-attn-skip-freq 2 "
     "--rotary-base-windowed 500 --apply-layernorm-1p --no-rope-freq [1,0]",
-    "sinks and yarn": "--quick-geglu --activation-func-clamp-value 1.0 --glu-linear-offset 1 "
+    "sinks, yarn, norms behind it": "--quick-geglu --activation-func-clamp-value 1.0 --glu-linear-offset 1 "
     "--softmax-type learnable --position-embedding-type yarn --yarn-rotary-scaling-factor 4 "
-    "--yarn-original-max-position-embeddings 64",
+    "--yarn-original-max-position-embeddings 64 --qk-layernorm --qk-norm-behind-rotary",
     "gated delta nets": "--swiglu --qk-layernorm --attention-output-gate --apply-layernorm-1p "
     "--rotary-percent 0.5 --linear-attention-freq 2 --linear-num-key-heads 4 --linear-num-value-heads 8 "
     "--linear-key-head-dim 8 --linear-value-head-dim 8",
@@ -59,7 +59,7 @@ def train(flags: str, world_size: int) -> list[dict[str, Any]]:
     ("name", "cut"),
     [
         ("norms behind, of all heads", CUT),
-        ("sinks and yarn", CUT),
+        ("sinks, yarn, norms behind it", CUT),
         ("gated delta nets", CUT.removesuffix("--sequence-parallel")),
         ("latent attention", "--tensor-model-parallel-size 4"),
         *(

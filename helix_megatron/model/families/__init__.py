@@ -31,6 +31,7 @@ from helix_megatron.model.families import (
     gpt_oss,
     granite,
     granitemoe,
+    hunyuan_v1_dense,
     llama,
     llama4,
     minimax_m2,
@@ -60,7 +61,7 @@ FAMILIES = {
         *(llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe, ministral),
         *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
         *(glm4, exaone4, gemma3, olmo2, olmo3, minimax_m2, ministral3),
-        *(qwen3_next, qwen3_5, qwen3_5_moe, deepseek_v2, deepseek_v3),
+        *(qwen3_next, qwen3_5, qwen3_5_moe, deepseek_v2, deepseek_v3, hunyuan_v1_dense),
     )
 }
 # What conversion cannot express, of model types that Hugging Face's host cuts all the same.
@@ -69,7 +70,6 @@ INEXPRESSIBLE = {
     "gemma2": "soft caps of scores and logits (attn_logit_softcapping, final_logit_softcapping)",
     "gemma4": "heads of two sizes (global_head_dim)",
     "gemma4_text": "heads of two sizes (global_head_dim)",
-    "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
     "mimo_v2_flash": "values of another size than keys (v_head_dim)",
     "nemotron_h": "Mamba layers (layers_block_type)",
 }
