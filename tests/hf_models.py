@@ -350,6 +350,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | BALANCED
         | {"rope_parameters": None, "topk_method": "group_limited_greedy", "n_shared_experts": 2},
     ),
+    "hunyuan": (
+        "hunyuan_v1_dense",
+        SIZE
+        | {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 1e4,
+                "alpha": 50.0,
+                "factor": 1.0,
+            },
+        },
+    ),
     "deepseek v3 with whole queries": (
         "deepseek_v3",
         SIZE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -144,7 +145,8 @@ def _library_config(directory: Path) -> Any:
     content = read_json(directory / "config.json")
     kind = content.get("model_type")
     if kind not in READ_AS or kind in CONFIG_MAPPING:
-        return _by_transformers(AutoConfig.from_pretrained, directory)
+        read = functools.partial(AutoConfig.from_pretrained, trust_remote_code=False)
+        return _by_transformers(read, directory)
     kind = READ_AS[kind]
     known = {key: value for key, value in content.items() if key != "auto_map"}
     read = CONFIG_MAPPING[kind].from_dict

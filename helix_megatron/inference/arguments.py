@@ -148,6 +148,12 @@ def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceCo
     given = {name: options[name] for name in OVERRIDES if name in options}
     notes: list[str] = []
     model = describe.with_overrides(checkpoint, given, notes.append)
+    if model.qk_norm_behind_rotary:
+        raise HelixError(
+            f"{options['load']} holds a model with norms behind rotary embedding (--qk-norm-behind-rotary), "
+            "which only the code of transformers generates with. Load the Hugging Face model, without "
+            "--implementation; helix convert --to huggingface makes one."
+        )
     model, segments = describe.cut_heads(
         checkpoint,
         model,

@@ -33,6 +33,7 @@ from helix_megatron.megatron.norms import use_available_norms
 from helix_megatron.megatron.notices import hide_notices
 from helix_megatron.megatron.optional import available_backends
 from helix_megatron.megatron.post_norms import with_post_norms
+from helix_megatron.megatron.qk_norm import normalise_behind_rotary
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.transformer_config import HelixLatentConfig, HelixTransformerConfig
 from helix_megatron.model.description import ModelConfig
@@ -165,6 +166,8 @@ def build_chunk(
         stretch = run.model.rotary_seq_len_interpolation_factor or 1.0
         windowed, base = run.model.windowed_layers, run.model.rotary_base_windowed
         turn_windowed_layers(model, windowed, base, stretch)
+    if run.model.qk_norm_behind_rotary:
+        normalise_behind_rotary(model)
     if run.model.qk_l2_norm:
         leave_heads_without_rope_unnormalised(model, run.model.layers_without_rope)
     leave_communication_to_the_dispatcher(model)

@@ -8,7 +8,8 @@ its segment, so Megatron's own reduction of these gradients over the tensor para
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -107,6 +108,34 @@ def cut_norm(
         zero_centered=config.layernorm_zero_centered_gamma,
         device=None if config.use_cpu_initialization else torch.cuda.current_device(),
     )
+
+
+def normalise_behind_rotary(model: Any) -> None:
+    """Apply norms of queries and keys behind rotary embedding, as Hunyuan does; Megatron applies them before.
+
+    The layers keep the norms, and with them names of parameters and reductions of their gradients. What calls
+    them gets its input back, and the core attention is given normalised queries and keys. Sums over a head are
+    reduced as before, since the embedding turns pairs that lie in one segment.
+
+    Args:
+        model: a GPTModel whose attention has `q_layernorm` and `k_layernorm`.
+    """
+    for layer in model.decoder.layers:
+        attention = layer.self_attention
+        norms = []
+        for norm in (attention.q_layernorm, attention.k_layernorm):
+            norms.append(norm.forward)
+            norm.forward = _unchanged
+        attention.core_attention.register_forward_pre_hook(functools.partial(_normalise, norms))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _normalise(norms: list[Callable[[Tensor], Tensor]], core: Any, args: Any) -> tuple[Any, ...]:
+    query, key, *others = args
+    return norms[0](query), norms[1](key), *others
 
 
 def norm_kind(built: nn.Module | None, name: str) -> str | None:

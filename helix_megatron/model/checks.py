@@ -12,6 +12,7 @@ ACTIVATIONS = ("swiglu", "geglu", "quick_geglu", "openai_gelu", "squared_relu")
 # Settings of other attention, which latent attention of Megatron does not read or has no tensors for.
 WITHOUT_LATENTS = (
     *("group_query_attention", "add_qkv_bias", "qk_l2_norm", "qk_norm_all_heads", "softmax_scale"),
+    "qk_norm_behind_rotary",
     *(
         "softmax_type",
         "window_size",
@@ -85,13 +86,7 @@ def check_options(model: ModelSizes) -> None:
             "<post_norms> is for dense models with <normalization> RMSNorm. Leave it out, or leave out "
             "<num_experts>."
         )
-    if model.qk_norm_all_heads and (
-        not model.has_qk_norm_weights or model.normalization != "RMSNorm"
-    ):
-        raise setting_error(
-            "<qk_norm_all_heads> is of <qk_layernorm> with <normalization> RMSNorm. Add both, or leave it "
-            "out."
-        )
+    _check_query_key_norms(model)
     _check_pattern(model, "no_rope_freq")
     _check_soft_cap(model)
     _check_hybrid(model)
@@ -175,6 +170,25 @@ def check_mamba_groups(groups: int, ranks: int) -> None:
             ),
             valid=divisors(groups),
             valid_name="tensor parallel sizes",
+        )
+
+
+def _check_query_key_norms(model: ModelSizes) -> None:
+    if model.qk_norm_all_heads and (
+        not model.has_qk_norm_weights or model.normalization != "RMSNorm"
+    ):
+        raise setting_error(
+            "<qk_norm_all_heads> is of <qk_layernorm> with <normalization> RMSNorm. Add both, or leave it "
+            "out."
+        )
+    if model.qk_norm_behind_rotary and (
+        not model.has_qk_norm_weights
+        or model.qk_norm_all_heads
+        or "linear attention" in model.traits
+    ):
+        raise setting_error(
+            "<qk_norm_behind_rotary> is of <qk_layernorm> in attention, without <qk_norm_all_heads> and "
+            "<linear_attention_freq>. Add the first, and leave out the others."
         )
 
 

@@ -241,6 +241,9 @@ class ModelFields:
         False,
         "with --qk-layernorm: one norm of all query heads and one of all key heads, as OLMo 2 has",
     )
+    qk_norm_behind_rotary: bool = _function(
+        False, "with --qk-layernorm: behind rotary embedding, as Hunyuan has it"
+    )
     qk_l2_norm: bool = _function(
         False, "normalise queries and keys by their L2 norm, except in layers of --no-rope-freq"
     )

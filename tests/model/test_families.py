@@ -37,6 +37,7 @@ OPTIONS = (
     *("ministral", "smollm3", "granite", "ernie4 5", "phi3", "starcoder2", "gpt oss", "glm4 moe"),
     *("llama4", "gemma2", "gemma3", "exaone4", "minimax m2", "olmo3"),
     *("qwen3 next", "qwen3 5", "qwen3 5 moe", "deepseek v2", "deepseek v3", "nemotron h"),
+    "hunyuan",
 )
 ON_FOUR_RANKS = (
     *("gemma2", "ernie4 5", "phi3", "gpt oss", "exaone4", "qwen3 next", "qwen3 5"),
@@ -191,6 +192,7 @@ def test_logits_are_those_of_transformers(pool, models, name, layout):
         ("olmo2", QUARTERED),
         ("olmo2", {"tensor_model_parallel_size": 2}),
         ("olmo2", {**QUARTERED, "helix_query_layout": "segments"}),
+        ("hunyuan", {**QUARTERED, "helix_query_layout": "segments"}),
         ("gpt oss", {**QUARTERED, "expert_model_parallel_size": 4}),
         ("deepseek v3", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}),
         ("granite", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
@@ -263,6 +265,7 @@ def test_logits_with_other_parallelism(pool, models, name, parallel):
         ("exaone4", {"no_rope_freq": None}),
         ("llama4", {"moe_apply_probs_on_input": False}),
         ("llama4", {"qk_l2_norm": False}),
+        ("hunyuan", {"qk_norm_behind_rotary": False}),
         ("llama4", {"no_rope_freq": None}),
         ("qwen3 5", {"rotary_percent": 1.0}),
         ("qwen3 5", {"apply_layernorm_1p": False}),

@@ -15,6 +15,7 @@ from hf_models import MODELS, config_of
 from waiting import printed_afresh
 
 from helix_megatron.errors import HelixError
+from helix_megatron.huggingface.load import read_configuration
 from helix_megatron.model.families import (
     FAMILIES,
     family_for_flags,
@@ -22,6 +23,8 @@ from helix_megatron.model.families import (
     family_of,
 )
 from helix_megatron.model.families.pieces import HARMLESS, HARMLESS_PREFIXES, READ
+from helix_megatron.model.families.towers import text_config
+from helix_megatron.plan.models import spec_of_config
 
 
 @pytest.mark.filterwarnings("ignore:.* sequences of more than")
@@ -47,8 +50,10 @@ def test_defaults_are_those_of_transformers(name):
     sizes = {key: size for key, size in sizes.items() if key in known}
     whole = AutoConfig.for_model(name, **sizes).to_dict()
     assert family.model_flags(sizes) == family.model_flags(whole)
-    implied = {"num_hidden_layers"} if name == "nemotron_h" else set()
-    for key in sizes.keys() - implied - {"moe_intermediate_size"}:
+    left_out = {"moe_intermediate_size"}
+    left_out |= {"nemotron_h": {"num_hidden_layers"}}.get(name, set())
+    left_out |= {"gemma3_text": {"vocab_size", "num_attention_heads"}}.get(name, set())
+    for key in sizes.keys() - left_out:
         with pytest.raises(HelixError, match=f"config.json has no {key}"):
             family.model_flags({k: v for k, v in sizes.items() if k != key})
 
@@ -252,16 +257,37 @@ print(len(family.rules(family.model_flags(config))))
     assert printed_afresh(program) == ["15", "[]"]
 
 
-# Of published models: parameters in millions, and config.json with the keys that their files have.
+# Of published models: parameters in millions, of the text, and config.json with the keys that their files have.
 PUBLISHED = json.loads((Path(__file__).parents[1] / "published_configs.json").read_text())
 
 
+@pytest.mark.filterwarnings("ignore:.* sequences of more than", "ignore:.*which is not run")
+@pytest.mark.filterwarnings("ignore:config.json says that files keep its weights")
+@pytest.mark.filterwarnings("error:.*models of transformers do not read")
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes(name):
+def test_published_sizes(tmp_path, name):
     """Real files must not stumble over keys that mean nothing, and give as many parameters as is known."""
     millions, config = PUBLISHED[name]
-    family = family_of(config)
-    flags = family.model_flags(config)
+    text = text_config(config)
+    family = family_of(text)
+    flags = family.model_flags(text)
     assert round(sum(math.prod(rule.shape) for rule in family.rules(flags)) / 1e6) == millions
-    assert family.config(flags, config) == config
-    assert family_for_flags(flags) is family
+    assert spec_of_config(name, config, "").parameters / 1e6 == pytest.approx(
+        millions, rel=1e-5, abs=1
+    )
+    plain = {key: value for key, value in text.items() if key != "quantization_config"}
+    assert family.config(flags, text) == plain
+    nearest = family_for_flags(flags)
+    assert nearest is family or not nearest.differences(flags)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read_configuration(tmp_path)  # and the library takes it, for cutting and serving
+
+
+def test_code_of_a_publisher_is_not_run():
+    """Published files name code of their own for models that transformers has: they are taken for these."""
+    config = config_of("qwen2") | {"auto_map": {"AutoModel": "x.Y"}}
+    with pytest.warns(
+        UserWarning, match="which is not run: the model is taken for what transformers calls qwen2"
+    ):
+        flags = family_of(config).model_flags(config)
+    assert flags == family_of(config).model_flags(config_of("qwen2"))

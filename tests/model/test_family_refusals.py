@@ -93,7 +93,11 @@ UNSUPPORTED = {
         {"hidden_size": 64},
         "hidden_size = 64, which gpt2 models do not have",
     ),
-    "own code": ("qwen2", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+    "rotary embedding of Phi-3.5 and Phi-4-mini": (
+        "phi3",
+        {"rope_scaling": {"type": "longrope", "long_factor": [1.1], "short_factor": [1.0]}},
+        "rotary embedding of type 'longrope'",
+    ),
     "both directions": (
         "gemma",
         {"use_bidirectional_attention": True},

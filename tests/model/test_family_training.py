@@ -30,9 +30,9 @@ MODELS = {
     "--rotary-base-windowed 500 --apply-layernorm-1p --no-rope-freq [1,0]",
     "soft caps": "--geglu --post-norms --window-size 8 --window-attn-skip-freq [1,0] --softmax-scale 0.3 "
     "--attn-logit-softcapping 0.5 --final-logit-softcapping 4",
-    "sinks and yarn": "--quick-geglu --activation-func-clamp-value 1.0 --glu-linear-offset 1 "
+    "sinks, yarn, norms behind it": "--quick-geglu --activation-func-clamp-value 1.0 --glu-linear-offset 1 "
     "--softmax-type learnable --position-embedding-type yarn --yarn-rotary-scaling-factor 4 "
-    "--yarn-original-max-position-embeddings 64",
+    "--yarn-original-max-position-embeddings 64 --qk-layernorm --qk-norm-behind-rotary",
     "gated delta nets": "--swiglu --qk-layernorm --attention-output-gate --apply-layernorm-1p "
     "--rotary-percent 0.5 --linear-attention-freq 2 --linear-num-key-heads 4 --linear-num-value-heads 8 "
     "--linear-key-head-dim 8 --linear-value-head-dim 8",
@@ -66,7 +66,7 @@ def train(flags: str, world_size: int) -> list[dict[str, Any]]:
     ("name", "cut"),
     [
         ("norms behind, of all heads", CUT),
-        ("sinks and yarn", CUT),
+        ("sinks, yarn, norms behind it", CUT),
         ("soft caps", "--tensor-model-parallel-size 2 --context-parallel-size 2"),
         ("gated delta nets", CUT.removesuffix("--sequence-parallel")),
         ("latent attention", "--tensor-model-parallel-size 4"),

@@ -32,6 +32,7 @@ from helix_megatron.model.families import (
     gpt_oss,
     granite,
     granitemoe,
+    hunyuan_v1_dense,
     llama,
     llama4,
     minimax_m2,
@@ -62,7 +63,7 @@ FAMILIES = {
         *(llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen2_moe, qwen3_moe, ministral),
         *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
         *(glm4, exaone4, gemma2, gemma3, olmo2, olmo3, minimax_m2, ministral3),
-        *(qwen3_next, qwen3_5, qwen3_5_moe, deepseek_v2, deepseek_v3, nemotron_h),
+        *(qwen3_next, qwen3_5, qwen3_5_moe, deepseek_v2, deepseek_v3, nemotron_h, hunyuan_v1_dense),
     )
 }
 # Types of files whose models are those of a family. transformers knows them by code in the files, if at all,
@@ -75,7 +76,6 @@ INEXPRESSIBLE = {
     "gemma4": "heads of two sizes (global_head_dim)",
     "gemma4_text": "heads of two sizes (global_head_dim)",
     "granitemoehybrid": "Mamba layers (layer_types)",
-    "hunyuan_v1_dense": "norms of queries and keys behind rotary embedding (query_layernorm)",
     "mimo_v2_flash": "values of another size than keys (v_head_dim)",
 }
 CUTTABLE = {name: family.modules for name, family in FAMILIES.items() if family.modules is not None}

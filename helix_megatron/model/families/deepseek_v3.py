@@ -22,7 +22,8 @@ FAMILY = Family(
         keys(max_position_embeddings=4096),
         Tied(False),
         BalancedExperts(number=256, topk=8, scaling=2.5, dense=3, groups=(8, 4)),
-        Only(rope_interleave=(True,)),
+        Only(rope_interleave=(True,), scoring_func=("sigmoid",), topk_method=("noaux_tc",)),
+        Only(moe_layer_freq=(1,)),
         # Layers of multi-token prediction, which transformers does not train or convert either.
         Unread("num_nextn_predict_layers", "num_mtp_layers"),
     ),

@@ -15,6 +15,7 @@ from helix_megatron.model.families.pieces import (
     Only,
     Piece,
     Tied,
+    Unread,
     Values,
     Vocabulary,
     needed,
@@ -84,7 +85,8 @@ QWEN = (
         linear_num_key_heads=("linear_num_key_heads", 16),
         linear_num_value_heads=("linear_num_value_heads", 32),
     ),
-    Only(attention_bias=(False,)),
+    Only(attention_bias=(False,), attn_output_gate=(True,)),
+    Unread("mamba_ssm_dtype", "mtp_num_hidden_layers"),
 )
 
 

@@ -213,7 +213,8 @@ class BalancedExperts(Piece):
         if topk // chosen != 2:
             raise HelixError(
                 f"config.json sets n_group = {groups}, topk_group = {chosen} and num_experts_per_tok = {topk}. "
-                f"Megatron's router counts a group by its {topk // chosen} best experts, and these models by 2."
+                f"Megatron's router counts a group by its {topk // chosen} best, and these models by 2. Valid: "
+                "num_experts_per_tok twice topk_group, or topk_group = n_group."
             )
         return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
 

@@ -135,6 +135,13 @@ class Family:
             if key == PACKED:
                 packing_of(config)  # refuses what cannot be unpacked
                 continue
+            if key == "auto_map":
+                warnings.warn(
+                    "config.json names code of its own (auto_map), which is not run: the model is taken for "
+                    f"what transformers calls {self.name}, as it does itself unless told to trust the code.",
+                    stacklevel=3,
+                )
+                continue
             if key in READ or key in self.aliases:
                 raise HelixError(
                     f"config.json sets {key} = {_short(value)}, which {self.name} models do not have here. "

@@ -17,6 +17,7 @@ from helix_megatron.model.families.pieces import (
     Piece,
     SoftCaps,
     Tied,
+    Unread,
     Vocabulary,
     needed,
 )
@@ -60,7 +61,7 @@ FAMILY = Family(
     pieces=(
         SIZES,
         DENSE_SIZE,
-        Vocabulary(),
+        Vocabulary(262208),  # files of models that see have neither this nor the heads
         Always(
             normalization="RMSNorm",
             apply_layernorm_1p=True,
@@ -69,7 +70,7 @@ FAMILY = Family(
         Activation(
             "hidden_activation", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": {"geglu": True}}
         ),
-        Heads(kv_heads=4, head_dim=256),
+        Heads(heads=8, kv_heads=4, head_dim=256),
         TwoBases(theta=1e6, local=1e4, local_key="rope_local_base_freq"),
         LayerWindows(
             windowed,
@@ -82,6 +83,7 @@ FAMILY = Family(
         Tied(True),
         NO_BIASES,
         QK_NORM,
+        Unread("cache_implementation"),
         Only(
             attention_bias=(False,),
             use_bidirectional_attention=(False, None),

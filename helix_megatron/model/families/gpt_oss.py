@@ -11,6 +11,7 @@ from helix_megatron.model.families.pieces import (
     Heads,
     Only,
     Tied,
+    Unread,
     Values,
     Vocabulary,
 )
@@ -73,6 +74,7 @@ FAMILY = Family(
             dense_layers=False,
         ),
         Values(swiglu_limit=("activation_func_clamp_value", 7.0)),
+        Unread("experts_per_token", "initial_context_length"),  # said by other keys, too
         Only(attention_bias=(True,), hidden_act=("silu",), swiglu_alpha=(1.702,)),
         Always(
             disable_bias_linear=False,

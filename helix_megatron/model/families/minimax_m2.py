@@ -65,8 +65,18 @@ FAMILY = Family(
             default_topk=8,
             dense_layers=False,
         ),
-        Only(router_jitter_noise=(0.0,)),
-        Unread("rotary_dim"),
+        Only(router_jitter_noise=(0.0,), shared_intermediate_size=(0,)),
+        # The files hold settings of an earlier model, and of layers of multi-token prediction.
+        Unread(
+            *("rotary_dim", "attn_type_list", "use_qk_norm", "qk_norm_type", "use_routing_bias"),
+            *("scoring_func", "shared_moe_mode", "mlp_intermediate_size"),
+            *(
+                "layernorm_full_attention_beta",
+                "layernorm_linear_attention_beta",
+                "layernorm_mlp_beta",
+            ),
+            *("use_mtp", "num_mtp_modules", "mtp_transformer_layers"),
+        ),
         Always(
             qk_norm_all_heads=True,
             moe_router_score_function="sigmoid",

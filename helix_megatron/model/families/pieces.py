@@ -36,7 +36,7 @@ HARMLESS_PREFIXES = ("_", "unsloth")
 # Keys of every model_type by which transformers, in one of its versions, loads or computes something else. A
 # test compares them and the families' own keys with the classes.
 NAMES_OF_READ = """
-    quantization_config compression_config auto_map is_encoder_decoder add_cross_attention
+    quantization_config compression_config is_encoder_decoder add_cross_attention
     tie_encoder_decoder pruned_heads partial_rotary_factor
 """
 READ = frozenset(NAMES_OF_READ.split())
@@ -111,14 +111,20 @@ class Always(Piece):
         return dict(self.fixed)
 
 
+@dataclass(frozen=True)
 class Vocabulary(Piece):
-    """Rows of the word embedding. Rows that pad it for tensor parallel ranks have no place in it."""
+    """Rows of the word embedding. Rows that pad it for tensor parallel ranks have no place in it.
 
-    keys = ("vocab_size",)
+    Args:
+        default: of families whose files leave the key out; `...` where it must be there.
+    """
+
+    default: Any = ...
+    keys: tuple[str, ...] = ("vocab_size",)
     fields: ClassVar = {"vocab_size": "vocab_size"}
 
     def flags(self, config: Config) -> dict[str, Any]:
-        size = needed(config, "vocab_size")
+        size = needed(config, "vocab_size", self.default)
         return {"vocab_size": size, "padded_vocab_size": size, "make_vocab_size_divisible_by": 1}
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
@@ -143,7 +149,7 @@ class Tied(Piece):
 
 @dataclass(frozen=True)
 class Heads(Piece):
-    """Query heads, key-value heads (`kv_heads` when the key is absent) and dimensions of a head.
+    """Query heads, key-value heads and dimensions of a head; `heads`, `kv_heads`, `head_dim` without the keys.
 
     With `explicit` the last are always written, since the library's model does not work without.
     """
@@ -151,6 +157,7 @@ class Heads(Piece):
     kv_heads: int | None = None
     head_dim: int | None = None
     explicit: bool = False
+    heads: Any = ...
     keys: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "head_dim")
     fields: ClassVar = {
         "num_attention_heads": "num_attention_heads",
@@ -159,7 +166,7 @@ class Heads(Piece):
     }
 
     def flags(self, config: Config) -> dict[str, Any]:
-        heads = needed(config, "num_attention_heads")
+        heads = needed(config, "num_attention_heads", self.heads)
         kv_heads = config.get("num_key_value_heads", self.kv_heads) or heads
         if heads % kv_heads:
             raise HelixError(

@@ -10,6 +10,7 @@ from helix_megatron.model.families.pieces import (
     Always,
     Heads,
     Tied,
+    Unread,
     Values,
     Vocabulary,
 )
@@ -40,6 +41,7 @@ FAMILY = Family(
             {"gelu_pytorch_tanh": {"openai_gelu": True}, "gelu": {"openai_gelu": False}},
         ),
         Heads(kv_heads=2),
+        Unread("mlp_type"),
         Rope(),
         Window(),
         Values(
