@@ -39,9 +39,10 @@ OPTIONS = (
     *("deepseek v2", "deepseek v3", "nemotron h"),
 )
 ON_FOUR_RANKS = (
-    *("ernie4 5", "phi3", "gpt oss", "exaone4", "qwen3 next", "qwen3 5", "deepseek v3"),
-    "nemotron h",
+    *("ernie4 5", "phi3", "gpt oss", "exaone4", "qwen3 next", "qwen3 5"),
+    *("deepseek v3", "nemotron h"),
 )
+TWO_STAGES = {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}
 QUARTERED = {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 4}
 
 
@@ -193,17 +194,10 @@ def test_logits_are_those_of_transformers(pool, models, name, layout):
         ("olmo2", {**QUARTERED, "helix_query_layout": "segments"}),
         ("gpt oss", {**QUARTERED, "expert_model_parallel_size": 4}),
         ("deepseek v3", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}),
-        ("granite", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
-        ("nemotron h", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
-        ("gemma", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
-        (
-            "gemma",
-            {
-                **LAYOUTS["2 ranks, m 2"],
-                "pipeline_model_parallel_size": 2,
-                "sequence_parallel": True,
-            },
-        ),
+        ("granite", TWO_STAGES),
+        ("nemotron h", TWO_STAGES),
+        ("gemma", TWO_STAGES),
+        ("gemma", {**TWO_STAGES, "sequence_parallel": True}),
         ("gpt2", {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
         ("qwen3 moe", {**LAYOUTS["4 ranks, m 2"], "expert_model_parallel_size": 2}),
     ],

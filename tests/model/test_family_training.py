@@ -119,9 +119,9 @@ def test_a_converted_model_trains(pool, tmp_path, monkeypatch, name, cut, ranks)
     assert cli.main(["convert", str(tmp_path / "run"), str(back), "--to", "huggingface"]) == 0
     before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", back))
     assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert after[name].shape == tensor.shape and after[name].isfinite().all()
-        assert not torch.equal(after[name], tensor), f"{name} was not trained"
+    for key, tensor in before.items():
+        assert after[key].shape == tensor.shape and after[key].isfinite().all()
+        assert not torch.equal(after[key], tensor), f"{key} was not trained"
     resumed = f"--load {tmp_path / 'run'} --use-checkpoint-args {STEPS} --train-iters 5 "
     resumed += "--override-opt-param-scheduler"
     compare(pool, f"{flags} --train-iters 5", resumed, 1, after=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from helix_megatron.errors import HelixError, listed
@@ -22,6 +22,7 @@ from helix_megatron.model.families.pieces import (
     Vocabulary,
     needed,
 )
+from helix_megatron.model.families.tensors import ATTENTION_LAYER
 from helix_megatron.model.sizes import MAMBA_KERNEL
 
 LETTERS = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "-"}
@@ -117,14 +118,15 @@ ROWS = (
     ),
     Row("mixer.norm.weight", "mixer.norm.weight[Mi]", when="mamba"),
     Row("mixer.out_proj.weight", "mixer.out_proj.weight[D,Mi]", when="mamba"),
-    Row("self_attention.linear_qkv.layer_norm_weight", "norm.weight[D]", when="attention"),
-    Row(
-        "self_attention.linear_qkv.weight",
-        "mixer.q_proj.weight[Q,D] mixer.k_proj.weight[K,D] mixer.v_proj.weight[K,D]",
-        "qkv",
-        when="attention",
+    *(
+        replace(
+            row,
+            sources=row.sources.replace("self_attn.", "mixer.").replace("input_layernorm", "norm"),
+            when=f"{row.when} attention",
+        )
+        for row in ATTENTION_LAYER
+        if row.name.startswith("self_attention.")
     ),
-    Row("self_attention.linear_proj.weight", "mixer.o_proj.weight[D,Q]", when="attention"),
     Row("mlp.linear_fc1.layer_norm_weight", "norm.weight[D]", when="dense"),
     Row("mlp.linear_fc1.weight", "mixer.up_proj.weight[F,D]", when="dense"),
     Row("mlp.linear_fc2.weight", "mixer.down_proj.weight[D,F]", when="dense"),
