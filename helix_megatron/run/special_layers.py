@@ -28,7 +28,7 @@ def check_special_layers(
         what = "<linear_attention_freq>: a gated delta net of Megatron"
     if model.hybrid_layer_pattern is not None:
         _check_hybrid(model, ranks, interleaved)
-        what = "<hybrid_layer_pattern>: a Mamba layer"
+        what = "<hybrid_layer_pattern>: its stack of layers"
     if model.multi_latent_attention:
         _check_latent_attention(model, ranks)
         what = "<multi_latent_attention>: Megatron's attention in plain torch"

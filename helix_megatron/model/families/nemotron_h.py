@@ -179,6 +179,7 @@ FAMILY = Family(
         Only(attention_bias=(False,), mlp_bias=(False,), use_bias=(False,)),
         # Megatron has experts on a latent with Transformer Engine's layers only.
         Only(moe_latent_size=(None,), sliding_window=(None,)),
+        Only(**dict.fromkeys(OTHER_NAMES, (None,))),
         Unread(
             "chunk_size", "expand", "hidden_dropout", "mamba_proj_bias", "mamba_ssm_cache_dtype"
         ),
