@@ -16,12 +16,15 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmod
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from helix_megatron.megatron import mamba
 from helix_megatron.megatron.norms import use_available_norms
 from helix_megatron.megatron.specs import helix_spec
+from helix_megatron.megatron.whole_linear import WholeLinear
+from helix_megatron.patching import temporarily
 from helix_megatron.run.config import RunConfig
 
 try:
@@ -50,7 +53,10 @@ def build_hybrid(run: RunConfig, config: Any, *, use_engine: bool, **place: Any)
     """A `HybridModel` of one pipeline stage with the layers of the run's pattern, weights not drawn."""
     spec = helix_spec(engine_stack_spec() if use_engine else local_stack_spec(config), config.helix)
     pattern = {PATTERN: run.model.hybrid_layer_pattern}
-    model = HybridModel(config, spec, **run.model.hybrid_settings, **pattern, **place)
+    # megatron-core has experts with a latent for Transformer Engine alone, of which it takes a linear layer.
+    own = {} if use_engine else {"HAVE_TE": True, "TELinear": WholeLinear}
+    with temporarily(moe_layer, **own):
+        model = HybridModel(config, spec, **run.model.hybrid_settings, **pattern, **place)
     mamba.limit_time_steps(model, run.model.mamba_time_step_min)
     return model
 

@@ -175,7 +175,6 @@ UNSUPPORTED = {
         {"layers_block_type": ["mamba", "convolution"]},
         "It must have a list with one of linear_attention, full_attention, moe, mlp for each",
     ),
-    "experts on a latent": ("nemotron h", {"moe_latent_size": 8}, "moe_latent_size = 8"),
     "another epsilon than Mamba's": (
         "nemotron h",
         {"layer_norm_epsilon": 1e-6},
@@ -340,6 +339,10 @@ def test_gated_delta_nets_that_megatron_does_not_have(changed, text):
         ({"hybrid_layer_pattern": "ME"}, r"has 1 layers of experts \(E\), and num_experts is None"),
         ({"normalization": "LayerNorm"}, "is for models with normalization RMSNorm"),
         ({"embedding_multiplier": 2.0}, "embedding_multiplier is 2.0, and layers of a hybrid"),
+        (
+            {"hybrid_layer_pattern": None, "num_experts": 2, "moe_latent_size": 8},
+            "moe_latent_size is of experts without biases in layers of a hybrid",
+        ),
         ({"mamba_num_heads": 3}, "mamba_num_heads 3 is no multiple of mamba_num_groups 2"),
     ],
 )

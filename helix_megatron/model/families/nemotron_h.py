@@ -69,9 +69,10 @@ class ExpertLayers(BalancedExperts):
     keys: tuple[str, ...] = (
         *(key for key in BalancedExperts.keys if key != "first_k_dense_replace"),
         "moe_shared_expert_intermediate_size",
+        "moe_latent_size",
     )
     fields: ClassVar = BalancedExperts.fields | {
-        "moe_shared_expert_intermediate_size": "moe_shared_expert_intermediate_size"
+        name: name for name in ("moe_shared_expert_intermediate_size", "moe_latent_size")
     }
 
     def flags(self, config: Config) -> dict[str, Any]:
@@ -81,7 +82,8 @@ class ExpertLayers(BalancedExperts):
         size = needed(config, "moe_intermediate_size", 7688)
         found = super().flags({**config, **all_layers, "moe_intermediate_size": size})
         shared = needed(config, "moe_shared_expert_intermediate_size", 7688)
-        return found | {"moe_shared_expert_intermediate_size": shared}
+        latent = {"moe_latent_size": config.get("moe_latent_size")}
+        return found | latent | {"moe_shared_expert_intermediate_size": shared}
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
         if not any(model.moe_layers):
@@ -89,7 +91,8 @@ class ExpertLayers(BalancedExperts):
         written = super().config(model)
         del written["first_k_dense_replace"]
         shared = model.moe_shared_expert_intermediate_size or written["moe_intermediate_size"]
-        return written | {"n_shared_experts": 1, "moe_shared_expert_intermediate_size": shared}
+        written |= {"n_shared_experts": 1, "moe_shared_expert_intermediate_size": shared}
+        return written | {"moe_latent_size": model.moe_latent_size}
 
 
 # By which transformers reads keys of older files, too.
@@ -134,15 +137,16 @@ ROWS = (
     Row("mlp.router.weight", "mixer.gate.weight[E,D]", when="experts"),
     Row("mlp.router.expert_bias", "mixer.gate.e_score_correction_bias[E]", when="experts"),
     *(
-        Row(f"mlp.{own}.{fc}.weight", f"mixer.{source}.{proj}.weight[{shape}]", when="experts")
-        for own, source, size in (
-            ("experts.{expert}", "experts.{expert}", "M"),
-            ("shared_experts", "shared_experts", "S"),
-        )
+        Row(f"mlp.{own}.{fc}.weight", f"mixer.{own}.{proj}.weight[{shape}]", when="experts")
+        for own, width, size in (("experts.{expert}", "Md", "M"), ("shared_experts", "D", "S"))
         for fc, proj, shape in (
-            ("linear_fc1", "up_proj", f"{size},D"),
-            ("linear_fc2", "down_proj", f"D,{size}"),
+            ("linear_fc1", "up_proj", f"{size},{width}"),
+            ("linear_fc2", "down_proj", f"{width},{size}"),
         )
+    ),
+    *(
+        Row(f"mlp.{name}.weight", f"mixer.{name}.weight[{shape}]", when="expert-latent")
+        for name, shape in (("fc1_latent_proj", "Md,D"), ("fc2_latent_proj", "D,Md"))
     ),
 )
 
@@ -177,8 +181,7 @@ FAMILY = Family(
         Only(layer_norm_epsilon=(1e-5,), conv_kernel=(MAMBA_KERNEL,), use_conv_bias=(True,)),
         Only(mlp_hidden_act=("relu2",), mamba_hidden_act=("silu",), tie_word_embeddings=(False,)),
         Only(attention_bias=(False,), mlp_bias=(False,), use_bias=(False,)),
-        # Megatron has experts on a latent with Transformer Engine's layers only.
-        Only(moe_latent_size=(None,), sliding_window=(None,)),
+        Only(sliding_window=(None,)),
         Only(**dict.fromkeys(OTHER_NAMES, (None,))),
         Unread(
             "chunk_size", "expand", "hidden_dropout", "mamba_proj_bias", "mamba_ssm_cache_dtype"
