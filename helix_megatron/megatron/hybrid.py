@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -20,6 +21,7 @@ from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from helix_megatron.errors import setting_error
 from helix_megatron.megatron import mamba
 from helix_megatron.megatron.norms import use_available_norms
 from helix_megatron.megatron.specs import helix_spec
@@ -39,6 +41,7 @@ _arguments = inspect.signature(HybridModel.__init__).parameters
 PATTERN = next(
     name for name in ("hybrid_layer_pattern", "hybrid_override_pattern") if name in _arguments
 )
+RECOMPUTES = hasattr(sys.modules[HybridStack.__module__], "checkpointed_forward")
 
 __all__ = [
     "HybridModel",
@@ -50,7 +53,16 @@ __all__ = [
 
 
 def build_hybrid(run: RunConfig, config: Any, *, use_engine: bool, **place: Any) -> Any:
-    """A `HybridModel` of one pipeline stage with the layers of the run's pattern, weights not drawn."""
+    """A `HybridModel` of one pipeline stage with the layers of the run's pattern, weights not drawn.
+
+    Raises:
+        HelixError: whole layers are to be recomputed, and this megatron-core's stack does not.
+    """
+    if config.recompute_granularity == "full" and not RECOMPUTES:
+        raise setting_error(
+            "<recompute_granularity> full has no effect on layers of a <hybrid_layer_pattern> before "
+            "megatron-core 0.18. Give selective, or leave it out."
+        )
     spec = helix_spec(engine_stack_spec() if use_engine else local_stack_spec(config), config.helix)
     pattern = {PATTERN: run.model.hybrid_layer_pattern}
     # megatron-core has experts with a latent for Transformer Engine alone, of which it takes a linear layer.
