@@ -157,7 +157,7 @@ FAMILY = Family(
     layer="layers",
     pieces=(
         Layers(),
-        keys(hidden_size=..., ffn_hidden_size=..., attention_dropout=0.0, init_method_std=0.02),
+        keys(hidden_size=..., ffn_hidden_size=21504, attention_dropout=0.0, init_method_std=0.02),
         keys(max_position_embeddings=4096),
         Vocabulary(),
         RMS_NORM,
