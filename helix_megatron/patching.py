@@ -16,8 +16,9 @@ not missed in the others.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,21 @@ from helix_megatron.errors import HelixError
 from helix_megatron.versions import TESTED, Version, found_version, numbers
 
 _MISSING = object()
+
+
+@contextlib.contextmanager
+def temporarily(module: Any, **stand_ins: Any) -> Iterator[None]:
+    """Attributes of a module are others inside the block, whether it has them or not."""
+    upstream = {name: getattr(module, name, _MISSING) for name in stand_ins}
+    vars(module).update(stand_ins)
+    try:
+        yield
+    finally:
+        for name, value in upstream.items():
+            if value is _MISSING:
+                delattr(module, name)
+            else:
+                setattr(module, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)

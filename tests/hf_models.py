@@ -323,6 +323,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {k: size for k, size in SIZE.items() if k not in ("num_hidden_layers", "pad_token_id")}
         | PATTERN,
     ),
+    "nemotron h with a latent of experts": (
+        "nemotron_h",
+        {k: size for k, size in SIZE.items() if k not in ("num_hidden_layers", "pad_token_id")}
+        | PATTERN
+        | {"moe_latent_size": 16},
+    ),
     "deepseek v3": ("deepseek_v3", SIZE | LATENT | BALANCED),
     "deepseek v2": (
         "deepseek_v2",

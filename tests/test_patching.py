@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from helix_megatron.errors import HelixError
-from helix_megatron.patching import PatchTable
+from helix_megatron.patching import PatchTable, temporarily
 
 
 class Base:
@@ -121,3 +121,13 @@ def test_an_unknown_version_is_an_error_and_changes_nothing(
         r"\S+ to \S+: try pip install 'torch>=\S+,<\S+'\.",
         str(caught.value),
     )
+
+
+def test_attributes_that_are_others_inside_a_block():
+    """What the module had comes back, and what it had not is gone, also behind an error."""
+    module = types.ModuleType("upstream")
+    module.old = 1
+    with pytest.raises(KeyError), temporarily(module, old=2, new=3):
+        assert (module.old, module.new) == (2, 3)
+        raise KeyError
+    assert module.old == 1 and not hasattr(module, "new")

@@ -102,7 +102,7 @@ def catalog(flags: Mapping[str, Any]) -> list[CanonicalTensor]:
             own = [*hybrid_tensors(model, pattern[layer], own)]
         tensors += [_of_layer(model, layer, *entry) for entry in own]
         for expert in range(model.num_experts or 0) if moe else ():
-            inside = mlp_tensors(model, model.moe_ffn_hidden_size or 0)
+            inside = mlp_tensors(model, model.moe_ffn_hidden_size or 0, model.moe_latent_size)
             tensors += [_of_layer(model, layer, *entry, expert) for entry in inside]
     for suffix in ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",):
         name = f"decoder.final_{'norm' if pattern is not None else 'layernorm'}.{suffix}"
@@ -151,6 +151,7 @@ def layer_tensors(model: ModelConfig, moe: bool, linear: bool = False) -> list[E
     before, behind = not model.no_pre_norms, model.post_norms
     layer_norm, head_norm = model.normalization == "LayerNorm", model.has_qk_norm_weights
     shared = model.moe_shared_expert_intermediate_size if moe else None
+    latent = model.moe_latent_size or 0
     sinks, balanced = model.softmax_type == "learnable", model.moe_router_enable_expert_bias
     rows: list[tuple[bool, str, tuple[int, ...], Cut]] = [
         (before, f"{attention}linear_qkv.layer_norm_weight", (hidden,), whole),
@@ -175,6 +176,8 @@ def layer_tensors(model: ModelConfig, moe: bool, linear: bool = False) -> list[E
         (layer_norm, "mlp.linear_fc1.layer_norm_bias", (hidden,), whole),
         (moe, "mlp.router.weight", (experts, hidden), whole),
         (moe and bias, "mlp.router.bias", (experts,), whole),
+        (moe and latent > 0, "mlp.fc1_latent_proj.weight", (latent, hidden), whole),
+        (moe and latent > 0, "mlp.fc2_latent_proj.weight", (hidden, latent), whole),
         (moe and balanced, "mlp.router.expert_bias", (experts,), whole),
     ]
     entries: list[Entry] = [(suffix, shape, cut) for there, suffix, shape, cut in rows if there]
@@ -255,13 +258,14 @@ def latent_tensors(model: ModelConfig) -> Iterator[Entry]:
     yield f"{own}linear_proj.weight", (hidden, values), Cut.COLUMNS
 
 
-def mlp_tensors(model: ModelConfig, ffn: int) -> Iterator[Entry]:
+def mlp_tensors(model: ModelConfig, ffn: int, latent: int | None = None) -> Iterator[Entry]:
+    width = latent or model.hidden_size
     rows = 2 * ffn if model.is_gated else ffn
     cut = Cut.GATED_ROWS if model.is_gated else Cut.ROWS
-    yield "linear_fc1.weight", (rows, model.hidden_size), cut
+    yield "linear_fc1.weight", (rows, width), cut
     if not model.disable_bias_linear:
         yield "linear_fc1.bias", (rows,), cut
-    yield "linear_fc2.weight", (model.hidden_size, ffn), Cut.COLUMNS
+    yield "linear_fc2.weight", (width, ffn), Cut.COLUMNS
     if not model.disable_bias_linear:
         yield "linear_fc2.bias", (model.hidden_size,), Cut.REPLICATED
 

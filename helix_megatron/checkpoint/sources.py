@@ -231,8 +231,14 @@ def stock_flags(directory: Path, *, trust: bool = False) -> dict[str, Any]:
             "not described here. Only checkpoints that this package wrote can be read with it."
         )
     arguments = with_latents(arguments)
+    for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
+        if pattern := arguments.get(name):
+            raise HelixError(
+                f"{directory} holds a model with {name} = {pattern!r:.80}. Megatron-LM describes its Mamba "
+                "heads by other arguments. Only checkpoints that this package wrote can be read with it."
+            )
     names = (*FUNCTION_FLAGS, *OTHER_FLAGS)
-    flags = {name: arguments[name] for name in names if name in arguments}
+    flags = {name: arguments[name] for name in names if arguments.get(name) is not None}
     if arguments.get("tokenizer_type") == "NullTokenizer" and type(flags.get("vocab_size")) is int:
         flags["vocab_size"] += 1  # Megatron adds a token that ends documents
     if "add_bias_linear" in arguments:

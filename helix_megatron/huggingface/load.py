@@ -145,8 +145,8 @@ def _library_config(directory: Path) -> Any:
     content = read_json(directory / "config.json")
     kind = content.get("model_type")
     if kind not in READ_AS or kind in CONFIG_MAPPING:
-        read = functools.partial(AutoConfig.from_pretrained, trust_remote_code=False)
-        return _by_transformers(read, directory)
+        by_files = functools.partial(AutoConfig.from_pretrained, trust_remote_code=False)
+        return _by_transformers(by_files, directory)
     kind = READ_AS[kind]
     known = {key: value for key, value in content.items() if key != "auto_map"}
     read = CONFIG_MAPPING[kind].from_dict

@@ -232,11 +232,12 @@ def _by_transformers(options: Mapping[str, Any]) -> bool:
     kind = content.get("model_type")
     # The engine has no pages for what megatron-core makes of latents, and no states.
     layers = content.get("layer_types")
-    linear = isinstance(layers, list) and "linear_attention" in layers
+    linear = kind == "nemotron_h" or (isinstance(layers, list) and "linear_attention" in layers)
     known = not isinstance(kind, str) or (kind in FAMILIES and FAMILIES[kind].runs_in_engine)
     if asked == "megatron" and linear:
         raise HelixError(
-            f"--implementation megatron does not compute the gated delta nets of {path}. Leave the flag out."
+            "--implementation megatron does not compute the gated delta nets or Mamba layers of "
+            f"{path}. Leave the flag out."
         )
     other = not known or content.get("kv_lora_rank") or linear
     return asked == "transformers" or (asked == "auto" and bool(other))

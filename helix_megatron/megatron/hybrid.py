@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -16,12 +17,16 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmod
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from helix_megatron.errors import setting_error
 from helix_megatron.megatron import mamba
 from helix_megatron.megatron.norms import use_available_norms
 from helix_megatron.megatron.specs import helix_spec
+from helix_megatron.megatron.whole_linear import WholeLinear
+from helix_megatron.patching import temporarily
 from helix_megatron.run.config import RunConfig
 
 try:
@@ -36,6 +41,7 @@ _arguments = inspect.signature(HybridModel.__init__).parameters
 PATTERN = next(
     name for name in ("hybrid_layer_pattern", "hybrid_override_pattern") if name in _arguments
 )
+RECOMPUTES = hasattr(sys.modules[HybridStack.__module__], "checkpointed_forward")
 
 __all__ = [
     "HybridModel",
@@ -47,10 +53,22 @@ __all__ = [
 
 
 def build_hybrid(run: RunConfig, config: Any, *, use_engine: bool, **place: Any) -> Any:
-    """A `HybridModel` of one pipeline stage with the layers of the run's pattern, weights not drawn."""
+    """A `HybridModel` of one pipeline stage with the layers of the run's pattern, weights not drawn.
+
+    Raises:
+        HelixError: whole layers are to be recomputed, and this megatron-core's stack does not.
+    """
+    if config.recompute_granularity == "full" and not RECOMPUTES:
+        raise setting_error(
+            "<recompute_granularity> full has no effect on layers of a <hybrid_layer_pattern> before "
+            "megatron-core 0.18. Give selective, or leave it out."
+        )
     spec = helix_spec(engine_stack_spec() if use_engine else local_stack_spec(config), config.helix)
     pattern = {PATTERN: run.model.hybrid_layer_pattern}
-    model = HybridModel(config, spec, **run.model.hybrid_settings, **pattern, **place)
+    # megatron-core has experts with a latent for Transformer Engine alone, of which it takes a linear layer.
+    own = {} if use_engine else {"HAVE_TE": True, "TELinear": WholeLinear}
+    with temporarily(moe_layer, **own):
+        model = HybridModel(config, spec, **run.model.hybrid_settings, **pattern, **place)
     mamba.limit_time_steps(model, run.model.mamba_time_step_min)
     return model
 

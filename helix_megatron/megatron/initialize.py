@@ -20,7 +20,12 @@ from helix_megatron.megatron.fill import own_part, sharded_weights
 from helix_megatron.megatron.random import derive_seed, seeded
 
 INIT_METHODS = ("init_method", "output_layer_init_method", "embedding_init_method")
-OUTPUT_LAYERS = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
+OUTPUT_LAYERS = (
+    "linear_proj.weight",
+    "linear_fc2.weight",
+    "out_proj.weight",
+    "fc2_latent_proj.weight",
+)
 
 RECURRENT = ("A_log", "mixer.dt_bias")
 

@@ -6,14 +6,12 @@ and output maps, N dimensions of a head's state. Tensor parallel ranks have H/tp
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
 import math
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron.norms import TorchNorm
 from helix_megatron.model.checks import check_mamba_groups
+from helix_megatron.patching import temporarily
 
 TENSOR_OPS = "megatron.core.inference.contexts.attention_context.triton.tensor_ops"
 
@@ -133,18 +132,6 @@ class GatedNorm(torch.nn.Module):
         )
 
 
-@contextlib.contextmanager
-def _without_kernels() -> Iterator[None]:
-    """megatron-core's layer is built with `GatedNorm`, whether mamba-ssm is installed or not."""
-    own = {"HAVE_MAMBA_SSM": True, "ExtendedRMSNorm": GatedNorm}
-    theirs = {name: getattr(mixers, name) for name in own}
-    vars(mixers).update(own)
-    try:
-        yield
-    finally:
-        vars(mixers).update(theirs)
-
-
 class Mamba(mixers.MambaMixer):
     """megatron-core's layer, [S, B, D] → [S, B, D]: by mamba-ssm's kernels on a GPU, else in plain torch.
 
@@ -157,7 +144,8 @@ class Mamba(mixers.MambaMixer):
             raise HelixError("megatron-core's Mamba layers need einops. Try pip install einops.")
         check_mamba_groups(config.mamba_num_groups, pg_collection.tp.size())
         self.has_kernels = mixers.HAVE_MAMBA_SSM and torch.cuda.is_available()
-        with contextlib.nullcontext() if self.has_kernels else _without_kernels():
+        own = {} if self.has_kernels else {"HAVE_MAMBA_SSM": True, "ExtendedRMSNorm": GatedNorm}
+        with temporarily(mixers, **own):
             super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
 
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:

@@ -276,6 +276,11 @@ def _check_experts(model: ModelSizes) -> None:
             "<moe_router_enable_expert_bias> needs <moe_router_score_function> sigmoid: Megatron's router "
             "adds no bias to a softmax."
         )
+    if model.moe_latent_size and (not model.hybrid_layer_pattern or not model.disable_bias_linear):
+        raise setting_error(
+            "<moe_latent_size> is of experts without biases in layers of a <hybrid_layer_pattern>. Add that "
+            "and <disable_bias_linear>, or leave it out."
+        )
     groups, chosen = model.moe_router_num_groups, model.moe_router_group_topk
     if (groups is None) != (chosen is None) or (groups and chosen and chosen > groups):
         raise setting_error(

@@ -412,6 +412,12 @@ class ModelFields:
     moe_shared_expert_intermediate_size: int | None = _expert(
         None, "hidden size of experts that all tokens share", largest=10**8
     )
+    moe_latent_size: int | None = _expert(
+        None,
+        "dimensions that experts read and write, in layers of --hybrid-layer-pattern; the hidden size when not "
+        "given",
+        largest=10**7,
+    )
     moe_shared_expert_gate: bool = _expert(
         False, "a gate of its own for the shared experts' output", under="shared experts"
     )

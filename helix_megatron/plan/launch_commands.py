@@ -113,7 +113,7 @@ def training_command(plan: Plan, layout: Layout) -> str:
     """One command for every node; data, learning rate and checkpoints are the user's to add."""
     if plan.model.special != ORDINARY:
         what = listed(plan.model.special.names) or "layers of one part each"
-        return f"# This row is a forecast. scripts/pretrain_gpt.py does not build {plan.model.name}: {what}."
+        return f"# This row is a forecast: no command is written for a model with {what}."
     even = not (layout.first or layout.last)
     script = "scripts/pretrain_gpt.py" if even else f"-m helix_megatron.launch {MEGATRON_LM}"
     start = [*_torchrun(layout.gpus, plan.cluster), script]

@@ -155,7 +155,7 @@ class Special:
 
     @property
     def names(self) -> list[str]:
-        """What the training script does not build, as a reader calls it."""
+        """What no flag says of the model, as a reader calls it."""
         found = [self.linear.name] if self.linear else []
         found += ["latent attention"] if self.latent else []
         found += ["heads of two kinds"] if self.local else []

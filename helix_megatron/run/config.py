@@ -15,7 +15,6 @@ from helix_megatron.core.exchanges import AttentionShape
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import counted, divisors, listed, setting_error
 from helix_megatron.flags import values_of
-from helix_megatron.model.checks import check_mamba_groups
 from helix_megatron.model.description import ModelConfig
 from helix_megatron.run.settings import (
     LOSSES,
@@ -26,6 +25,7 @@ from helix_megatron.run.settings import (
     Parallelism,
     Training,
 )
+from helix_megatron.run.special_layers import check_special_layers
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class RunConfig:
         self._fill_experts()
         _ = self.layout  # which heads lie where: wrong numbers are found here
         self._check_sequence()
-        if "linear attention" in self.model.traits:
-            self._check_linear_attention()
-        if self.model.hybrid_layer_pattern is not None:
-            self._check_hybrid()
-        if self.model.multi_latent_attention:
-            self._check_latent_attention()
+        check_special_layers(
+            self.model,
+            self.parallel,
+            packed=self.data.packed_documents,
+            interleaved=self.virtual_stages is not None,
+        )
 
     def _change(self, group: str, **values: Any) -> None:
         object.__setattr__(self, group, dataclasses.replace(getattr(self, group), **values))
@@ -248,48 +248,6 @@ class RunConfig:
                 f"pipeline parallel size {self._pipeline}{context}: their number must be a multiple of {unit}. "
                 f"Start {_multiple(self.world_size, unit)} ranks (<nproc_per_node>, or torchrun's), or change "
                 "<tensor_model_parallel_size>."
-            )
-
-    def _check_linear_attention(self) -> None:
-        heads = self.model.linear_num_key_heads
-        if heads % self._tensor:
-            raise setting_error(
-                f"gated delta nets are cut by their own heads, and {counted(heads, 'key head')} cannot be "
-                f"dealt to {self._tensor} tensor parallel ranks. Valid <tensor_model_parallel_size>: "
-                f"{listed(divisors(heads))}."
-            )
-        self._check_whole_sequences("<linear_attention_freq>: a gated delta net of Megatron")
-
-    def _check_hybrid(self) -> None:
-        if "mamba" in self.model.traits:
-            check_mamba_groups(self.model.mamba_num_groups, self._tensor)
-        if self.virtual_stages:
-            raise setting_error(
-                "<num_layers_per_virtual_pipeline_stage> does not work with <hybrid_layer_pattern>, whose "
-                "layers megatron-core 0.16 does not interleave. Leave it out."
-            )
-        self._check_whole_sequences("<hybrid_layer_pattern>: a Mamba layer")
-
-    def _check_latent_attention(self) -> None:
-        model = self.model
-        widths = {
-            "<q_lora_rank>": model.q_lora_rank or 0,
-            "<kv_lora_rank> and <qk_pos_emb_head_dim> together": model.kv_lora_rank
-            + model.qk_pos_emb_head_dim,
-        }
-        for name, width in widths.items():
-            if width % self._tensor:
-                raise setting_error(
-                    f"{name} are {width} dimensions, whose projection cannot be dealt to {self._tensor} tensor "
-                    f"parallel ranks. Valid <tensor_model_parallel_size>: {listed(divisors(width))}."
-                )
-        self._check_whole_sequences("<multi_latent_attention>: Megatron's attention in plain torch")
-
-    def _check_whole_sequences(self, what: str) -> None:
-        if self._context > 1 or self.data.packed_documents:
-            raise setting_error(
-                f"<context_parallel_size> and <packed_documents> do not work with {what} needs the whole of "
-                "one sequence. Leave them out."
             )
 
     def _check_sequence(self) -> None:

@@ -209,6 +209,10 @@ def test_numbers_of_a_layout_have_a_range(key, value):
             },
             "rope_type rope with rotary_scaling_factor 4.0 and mscale_all_dim 1.0",
         ),
+        (
+            {"hybrid_override_pattern": "M*"},
+            r"hybrid_override_pattern = 'M\*'. Megatron-LM describes",
+        ),
         (None, "has no arguments of Megatron-LM"),
     ],
 )
@@ -219,6 +223,17 @@ def test_arguments_of_a_stock_checkpoint_have_a_range(tmp_path, arguments, text)
     torch.save({"args": kept}, tmp_path / "common.pt")
     with pytest.raises(HelixError, match=text):
         stock_flags(tmp_path)
+
+
+def test_arguments_that_are_left_open_have_their_defaults(tmp_path):
+    """Every checkpoint of Megatron-LM says mamba_num_heads = None, by which its Mamba layers find their own."""
+    sizes = {"num_layers": 1, "hidden_size": 4, "num_attention_heads": 1, "padded_vocab_size": 8}
+    kept = argparse.Namespace(**sizes)
+    torch.save({"args": kept}, tmp_path / "common.pt")
+    wanted = stock_flags(tmp_path)
+    kept.mamba_num_heads = kept.hybrid_layer_pattern = None
+    torch.save({"args": kept}, tmp_path / "common.pt")
+    assert stock_flags(tmp_path) == wanted
 
 
 def test_a_manifest_that_is_a_pipe(tmp_path):

@@ -273,6 +273,12 @@ def test_interleaved_stages_are_refused():
         parse([*run.split(), "--micro-batch-size", "1", "--global-batch-size", "2"], "helix graph")
 
 
+def test_layers_of_several_kinds_are_refused(refused):
+    """They would be traced as attention and MLP both."""
+    text = "--num-layers 2 --normalization RMSNorm --hybrid-layer-pattern=M*"
+    assert "layers of several kinds are not traced" in refused(*text.split())
+
+
 def test_gated_delta_nets_are_refused(refused):
     """Without the flag the graph would be of another model."""
     text = "--swiglu --normalization RMSNorm --disable-bias-linear --linear-attention-freq 2"

@@ -393,13 +393,13 @@ def test_whose_code_computes_the_model(tmp_path, content, asked, wanted):
     assert _by_transformers({"load": str(tmp_path), "implementation": asked}) is wanted
 
 
-def test_megatron_does_not_compute_delta_nets(tmp_path):
-    """The engine has no states for them there."""
+@pytest.mark.parametrize("kind", ["qwen3_next", "nemotron_h"])
+def test_megatron_does_not_compute_states(tmp_path, kind):
+    """The engine has none there."""
     from helix_megatron.inference.arguments import _by_transformers
 
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "qwen3_next", "layer_types": ["linear_attention"]}'
-    )
+    config = {"model_type": kind, "layer_types": ["linear_attention"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         HelixError, match="--implementation megatron does not compute the gated delta nets"
     ):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tiny_gpt import LENGTH, VOCABULARY, Layout, Log, build, start_megatron, tra
 from torch.distributed.checkpoint import FileSystemReader
 
 from helix_megatron.config import HelixConfig
+from helix_megatron.errors import HelixError
 
 STEPS = sized("training", full=20, quick=6)
 EXPERTS = {
@@ -239,3 +241,13 @@ def test_the_hooks_of_megatron_lm_know_hybrid_models(pool, tmp_path):
         assert {"WholeHeadsSelfAttention", "CutHeadsSelfAttention"} & kinds
         assert {"MLPLayer", "TorchNorm"} <= kinds
         assert "SelfAttention" not in kinds
+
+
+@pytest.mark.skipif(MINOR >= 18, reason="stacks recompute layers from megatron-core 0.18 on")
+def test_whole_layers_are_not_recomputed():
+    """megatron-core would leave it out without a word, and run out of memory."""
+    from helix_megatron.megatron.hybrid import build_hybrid
+
+    config = SimpleNamespace(recompute_granularity="full")
+    with pytest.raises(HelixError, match="recompute_granularity full has no effect"):
+        build_hybrid(None, config, use_engine=False)

@@ -43,6 +43,7 @@ ON_FOUR_RANKS = (
     *("gemma2", "ernie4 5", "phi3", "gpt oss", "exaone4", "qwen3 next", "qwen3 5"),
     *("deepseek v3", "nemotron h"),
 )
+TWO_STAGES = {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}
 QUARTERED = {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 4}
 
 
@@ -195,17 +196,10 @@ def test_logits_are_those_of_transformers(pool, models, name, layout):
         ("hunyuan", {**QUARTERED, "helix_query_layout": "segments"}),
         ("gpt oss", {**QUARTERED, "expert_model_parallel_size": 4}),
         ("deepseek v3", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}),
-        ("granite", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
-        ("nemotron h", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
-        ("gemma", {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}),
-        (
-            "gemma",
-            {
-                **LAYOUTS["2 ranks, m 2"],
-                "pipeline_model_parallel_size": 2,
-                "sequence_parallel": True,
-            },
-        ),
+        ("granite", TWO_STAGES),
+        ("nemotron h", TWO_STAGES),
+        ("gemma", TWO_STAGES),
+        ("gemma", {**TWO_STAGES, "sequence_parallel": True}),
         *(
             ("gemma2", {**LAYOUTS["2 ranks, m 2"], "helix_query_layout": "segments", **exchange})
             for exchange in (

@@ -51,11 +51,24 @@ def test_defaults_are_those_of_transformers(name):
     whole = AutoConfig.for_model(name, **sizes).to_dict()
     assert family.model_flags(sizes) == family.model_flags(whole)
     left_out = {"moe_intermediate_size"}
-    left_out |= {"nemotron_h": {"num_hidden_layers"}}.get(name, set())
+    left_out |= {"nemotron_h": {"num_hidden_layers", "intermediate_size"}}.get(name, set())
     left_out |= {"gemma3_text": {"vocab_size", "num_attention_heads"}}.get(name, set())
     for key in sizes.keys() - left_out:
         with pytest.raises(HelixError, match=f"config.json has no {key}"):
             family.model_flags({k: v for k, v in sizes.items() if k != key})
+
+
+def test_older_files_spell_the_layers_of_nemotron_otherwise():
+    """As one text, which stays on the way back, or by other names; transformers reads these, too."""
+    config = config_of("nemotron h")
+    family = family_of(config)
+    flags = family.model_flags(config)
+    rest = {key: value for key, value in config.items() if key != "layers_block_type"}
+    older = rest | {"hybrid_override_pattern": "ME*-M*", "num_hidden_layers": 6}
+    assert family.model_flags(older) == flags
+    assert family.config(flags, older) == older
+    names = ["mamba", "moe", "attention", "mlp", "mamba", "attention"]
+    assert family.model_flags(rest | {"layers_block_type": names}) == flags
 
 
 @pytest.mark.parametrize("name", ["qwen2 with windows in some layers", "qwen2 moe"])

@@ -169,6 +169,18 @@ UNSUPPORTED = {
         {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
         "truncate = false",
     ),
+    "layers of another kind": (
+        "nemotron h",
+        {"layers_block_type": ["mamba", "convolution"]},
+        "It must have a list with one of linear_attention, full_attention, moe, mlp for each",
+    ),
+    "another epsilon than Mamba's": (
+        "nemotron h",
+        {"layer_norm_epsilon": 1e-6},
+        "layer_norm_epsilon = 1e-06",
+    ),
+    "a longer convolution": ("nemotron h", {"conv_kernel": 5}, "conv_kernel = 5"),
+    "keys under their older names": ("nemotron h", {"mamba_n_groups": 2}, "mamba_n_groups = 2"),
     "windows without a size": (
         "qwen2",
         {"layer_types": ["sliding_attention"] * 2},
@@ -246,8 +258,20 @@ LATENT = {name: LINEAR[name] for name in LINEAR if not name.startswith("linear")
 }
 
 
+HYBRID = {name: LINEAR[name] for name in LINEAR if not name.startswith("linear")} | {
+    "hybrid_layer_pattern": "M*",
+    "mamba_num_heads": 4,
+    "mamba_num_groups": 2,
+}
+
+
 @pytest.mark.parametrize(
-    ("flags", "text"), [(LINEAR, "gated delta nets"), (LATENT, "latent attention")]
+    ("flags", "text"),
+    [
+        (LINEAR, "gated delta nets"),
+        (LATENT, "latent attention"),
+        (HYBRID, "layers of several kinds"),
+    ],
 )
 def test_what_has_no_files_per_rank(flags, text):
     """Nothing here deals their parts to ranks but megatron-core."""
@@ -304,3 +328,45 @@ def test_gated_delta_nets_that_megatron_does_not_have(changed, text):
     """Refused when the model is described, not inside a layer."""
     with pytest.raises(HelixError, match=text):
         ModelConfig.from_flags(LINEAR | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"hybrid_layer_pattern": "M+"}, r"'M\+' has \+. Valid letters: \*, M, -, E"),
+        ({"hybrid_layer_pattern": "M*-"}, "has 3 letters, and num_layers is 2"),
+        ({"hybrid_layer_pattern": "ME"}, r"has 1 layers of experts \(E\), and num_experts is None"),
+        ({"normalization": "LayerNorm"}, "is for models with normalization RMSNorm"),
+        ({"embedding_multiplier": 2.0}, "embedding_multiplier is 2.0, and layers of a hybrid"),
+        (
+            {"hybrid_layer_pattern": None, "num_experts": 2, "moe_latent_size": 8},
+            "moe_latent_size is of experts without biases in layers of a hybrid",
+        ),
+        ({"mamba_num_heads": 3}, "mamba_num_heads 3 is no multiple of mamba_num_groups 2"),
+    ],
+)
+def test_patterns_that_megatron_does_not_have(changed, text):
+    """Refused when the model is described; ignored, some of these would give another model."""
+    with pytest.raises(HelixError, match=text):
+        ModelConfig.from_flags(HYBRID | changed)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "text"),
+    [
+        (
+            {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 2},
+            "cannot be dealt to 4 t",
+        ),
+        ({"context_parallel_size": 2}, "needs the whole of one sequence"),
+        (
+            {"pipeline_model_parallel_size": 2, "global_batch_size": 64}
+            | {"num_layers_per_virtual_pipeline_stage": 1},
+            "does not interleave",
+        ),
+    ],
+)
+def test_layouts_that_patterns_cannot_have(parallel, text):
+    """megatron-core would fail in an assertion, or compute something else."""
+    with pytest.raises(HelixError, match=text):
+        run_of(HYBRID | {"num_layers": 4, "hybrid_layer_pattern": "M*M-"}, world_size=4, **parallel)

@@ -42,9 +42,9 @@ MODELS = {
     "--yarn-correction-range-round-to-int",
     "layers of a pattern": "--num-layers 5 --hybrid-layer-pattern=M*M-E --squared-relu --num-experts 4 "
     "--position-embedding-type none --moe-ffn-hidden-size 32 --moe-shared-expert-intermediate-size 32 "
-    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32 "
-    "--moe-router-load-balancing-type none --mamba-num-heads 8 --mamba-head-dim 8 --mamba-state-dim 8 "
-    "--mamba-num-groups 4 --mamba-time-step-min 0.02",
+    "--moe-latent-size 16 --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--moe-router-dtype fp32 --moe-router-load-balancing-type none --mamba-num-heads 8 --mamba-head-dim 8 "
+    "--mamba-state-dim 8 --mamba-num-groups 4 --mamba-time-step-min 0.02",
     "balanced experts": "--swiglu --num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32 "
     "--moe-router-topk-scaling-factor 1.5 --moe-router-load-balancing-type none",

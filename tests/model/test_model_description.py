@@ -189,6 +189,7 @@ DECIDES = {
     "linear_value_head_dim": (8, LINEAR),
     "linear_conv_kernel_dim": (3, LINEAR),
     "hybrid_layer_pattern": ("*E", HYBRID),
+    "moe_latent_size": (8, MAMBA),
     "mamba_num_heads": (8, MAMBA),
     "mamba_head_dim": (8, MAMBA),
     "mamba_state_dim": (8, MAMBA),

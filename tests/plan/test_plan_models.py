@@ -223,6 +223,13 @@ def test_a_config_of_a_model_with_vision_is_read_inside(tmp_path, capsys):
     assert wanted in refusal(capsys, plan_main, ["--model", str(path), "--gpus", "8"])
 
 
+def test_a_pattern_of_layers_is_not_planned_from_flags(capsys):
+    """It would be planned as a model whose layers are attention and MLP both."""
+    flags = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --hybrid-layer-pattern=M* --gpus 8 "
+    flags += "--normalization RMSNorm --vocab-size 256"
+    assert "--hybrid-layer-pattern is not planned" in refusal(capsys, plan_main, flags.split())
+
+
 def test_commands_for_models_that_nobody_builds_are_not_printed(capsys):
     """A forecast says so in the place of a command."""
     flags = ["--model", "qwen3.5-27b", "--gpus", "16", "--rows", "1", "--sequence-length", "2048"]

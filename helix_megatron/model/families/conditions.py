@@ -27,6 +27,7 @@ def features(
         "no-query-latent": model.q_lora_rank is None,
         "experts": experts,
         "dense": letter in "-" and not experts,
+        "expert-latent": experts and model.moe_latent_size is not None,
         "shared": experts and "shared experts" in model.traits,
         "shared-gate": experts and model.moe_shared_expert_gate,
     }
@@ -50,6 +51,7 @@ def sizes_of(model: ModelConfig) -> dict[str, int | None]:
         "E": model.num_experts,
         "M": model.moe_ffn_hidden_size,
         "2M": 2 * (model.moe_ffn_hidden_size or 0),
+        "Md": model.moe_latent_size or model.hidden_size,
         "S": model.moe_shared_expert_intermediate_size,
         "Kh": model.linear_num_key_heads,
         "Kd": model.linear_key_head_dim,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from helix_megatron.errors import HelixError, listed
@@ -22,6 +22,7 @@ from helix_megatron.model.families.pieces import (
     Vocabulary,
     needed,
 )
+from helix_megatron.model.families.tensors import ATTENTION_LAYER
 from helix_megatron.model.sizes import MAMBA_KERNEL
 
 LETTERS = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "-"}
@@ -68,9 +69,10 @@ class ExpertLayers(BalancedExperts):
     keys: tuple[str, ...] = (
         *(key for key in BalancedExperts.keys if key != "first_k_dense_replace"),
         "moe_shared_expert_intermediate_size",
+        "moe_latent_size",
     )
     fields: ClassVar = BalancedExperts.fields | {
-        "moe_shared_expert_intermediate_size": "moe_shared_expert_intermediate_size"
+        name: name for name in ("moe_shared_expert_intermediate_size", "moe_latent_size")
     }
 
     def flags(self, config: Config) -> dict[str, Any]:
@@ -80,7 +82,8 @@ class ExpertLayers(BalancedExperts):
         size = needed(config, "moe_intermediate_size", 7688)
         found = super().flags({**config, **all_layers, "moe_intermediate_size": size})
         shared = needed(config, "moe_shared_expert_intermediate_size", 7688)
-        return found | {"moe_shared_expert_intermediate_size": shared}
+        latent = {"moe_latent_size": config.get("moe_latent_size")}
+        return found | latent | {"moe_shared_expert_intermediate_size": shared}
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
         if not any(model.moe_layers):
@@ -88,7 +91,8 @@ class ExpertLayers(BalancedExperts):
         written = super().config(model)
         del written["first_k_dense_replace"]
         shared = model.moe_shared_expert_intermediate_size or written["moe_intermediate_size"]
-        return written | {"n_shared_experts": 1, "moe_shared_expert_intermediate_size": shared}
+        written |= {"n_shared_experts": 1, "moe_shared_expert_intermediate_size": shared}
+        return written | {"moe_latent_size": model.moe_latent_size}
 
 
 # By which transformers reads keys of older files, too.
@@ -117,14 +121,15 @@ ROWS = (
     ),
     Row("mixer.norm.weight", "mixer.norm.weight[Mi]", when="mamba"),
     Row("mixer.out_proj.weight", "mixer.out_proj.weight[D,Mi]", when="mamba"),
-    Row("self_attention.linear_qkv.layer_norm_weight", "norm.weight[D]", when="attention"),
-    Row(
-        "self_attention.linear_qkv.weight",
-        "mixer.q_proj.weight[Q,D] mixer.k_proj.weight[K,D] mixer.v_proj.weight[K,D]",
-        "qkv",
-        when="attention",
+    *(
+        replace(
+            row,
+            sources=row.sources.replace("self_attn.", "mixer.").replace("input_layernorm", "norm"),
+            when=f"{row.when} attention",
+        )
+        for row in ATTENTION_LAYER
+        if row.name.startswith("self_attention.")
     ),
-    Row("self_attention.linear_proj.weight", "mixer.o_proj.weight[D,Q]", when="attention"),
     Row("mlp.linear_fc1.layer_norm_weight", "norm.weight[D]", when="dense"),
     Row("mlp.linear_fc1.weight", "mixer.up_proj.weight[F,D]", when="dense"),
     Row("mlp.linear_fc2.weight", "mixer.down_proj.weight[D,F]", when="dense"),
@@ -132,15 +137,16 @@ ROWS = (
     Row("mlp.router.weight", "mixer.gate.weight[E,D]", when="experts"),
     Row("mlp.router.expert_bias", "mixer.gate.e_score_correction_bias[E]", when="experts"),
     *(
-        Row(f"mlp.{own}.{fc}.weight", f"mixer.{source}.{proj}.weight[{shape}]", when="experts")
-        for own, source, size in (
-            ("experts.{expert}", "experts.{expert}", "M"),
-            ("shared_experts", "shared_experts", "S"),
-        )
+        Row(f"mlp.{own}.{fc}.weight", f"mixer.{own}.{proj}.weight[{shape}]", when="experts")
+        for own, width, size in (("experts.{expert}", "Md", "M"), ("shared_experts", "D", "S"))
         for fc, proj, shape in (
-            ("linear_fc1", "up_proj", f"{size},D"),
-            ("linear_fc2", "down_proj", f"D,{size}"),
+            ("linear_fc1", "up_proj", f"{size},{width}"),
+            ("linear_fc2", "down_proj", f"{width},{size}"),
         )
+    ),
+    *(
+        Row(f"mlp.{name}.weight", f"mixer.{name}.weight[{shape}]", when="expert-latent")
+        for name, shape in (("fc1_latent_proj", "Md,D"), ("fc2_latent_proj", "D,Md"))
     ),
 )
 
@@ -151,7 +157,7 @@ FAMILY = Family(
     layer="layers",
     pieces=(
         Layers(),
-        keys(hidden_size=..., ffn_hidden_size=..., attention_dropout=0.0, init_method_std=0.02),
+        keys(hidden_size=..., ffn_hidden_size=21504, attention_dropout=0.0, init_method_std=0.02),
         keys(max_position_embeddings=4096),
         Vocabulary(),
         RMS_NORM,
@@ -175,8 +181,8 @@ FAMILY = Family(
         Only(layer_norm_epsilon=(1e-5,), conv_kernel=(MAMBA_KERNEL,), use_conv_bias=(True,)),
         Only(mlp_hidden_act=("relu2",), mamba_hidden_act=("silu",), tie_word_embeddings=(False,)),
         Only(attention_bias=(False,), mlp_bias=(False,), use_bias=(False,)),
-        # Megatron has experts on a latent with Transformer Engine's layers only.
-        Only(moe_latent_size=(None,), sliding_window=(None,)),
+        Only(sliding_window=(None,)),
+        Only(**dict.fromkeys(OTHER_NAMES, (None,))),
         Unread(
             "chunk_size", "expand", "hidden_dropout", "mamba_proj_bias", "mamba_ssm_cache_dtype"
         ),
