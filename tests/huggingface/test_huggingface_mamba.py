@@ -106,6 +106,27 @@ def test_the_fused_kernel_never_runs_on_a_part(pool):
         assert loss == pytest.approx(wanted, rel=1e-5)
 
 
+def loss_beside_convolution(family: str) -> float:
+    """The loss of a training step where the library has its convolution kernel, which refuses other layouts."""
+    model = shard(tiny_model(family), 2, tensor_group=make_groups(2, 2).tensor)
+    kernel = modelling(family).causal_conv1d_fn
+
+    def convolution(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert x.stride(1) == 1 and x.stride(0) % 8 == x.stride(2) % 8 == x.size(1) % 8 == 0
+        return kernel(x, *args, **kwargs)
+
+    with mock.patch.object(modelling(family), "causal_conv1d_fn", convolution):
+        return training_loss(model)
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "falcon_h1"])
+def test_rows_are_aligned_for_the_convolution(pool, family):
+    """Four heads on each rank: what lies beside each other in memory is no multiple of 8 elements."""
+    wanted = training_loss(tiny_model(family))
+    for loss in pool.run(loss_beside_convolution, family, world_size=2):
+        assert loss == pytest.approx(wanted, rel=1e-5)
+
+
 def test_without_a_gated_norm(pool):
     """As most models of Falcon-H1 are."""
     changes = {"mamba_rms_norm": False}
