@@ -239,8 +239,13 @@ def _unknown(kind: str, what: str) -> HelixError:
 
 
 def mlp_cuts(module: Any, ranks: int) -> Iterator[tuple[str, Cut]]:
-    """(name below the module, cut) of a dense MLP: gated, gated with one projection for both, or plain."""
+    """(name below the module, cut) of a dense MLP: gated, gated with one projection for both, or plain.
+
+    Nothing where it has other parts with parameters, such as adapters: then it stays whole.
+    """
     linear = {n: part for n, part in module.named_children() if hasattr(part, "out_features")}
+    if _parts(module) - linear.keys():
+        return
     down = next((n for n in MLP_OUTPUTS if n in linear), None)
     ups = tuple(sorted(name for name in linear if name != down))
     if down is None or ups not in (
@@ -297,8 +302,7 @@ def delta_net_cuts(module: Any, ranks: int) -> Iterator[tuple[str, Cut]]:
 
     Nothing where the ranks do not divide the key heads: then it stays whole.
     """
-    parts = {n for n, part in module.named_children() if next(part.parameters(), None) is not None}
-    inputs = parts - {"conv1d", "norm", "out_proj"}
+    inputs = _parts(module) - {"conv1d", "norm", "out_proj"}
     if inputs not in DELTA_NET_INPUTS or not all(hasattr(module, n) for n in DELTA_NET_SIZES):
         return
     if module.num_k_heads % ranks:
@@ -357,6 +361,11 @@ def check_divides(what: str, size: int, ranks: int) -> None:
             f"{what} {size} cannot be cut among {ranks} ranks. Valid numbers of ranks: "
             f"{listed(divisors(size))}. Or leave MLPs whole with mlp=False."
         )
+
+
+def _parts(module: Any) -> set[str]:
+    """The names of the modules right below one that have parameters."""
+    return {n for n, part in module.named_children() if next(part.parameters(), None) is not None}
 
 
 def _linear(module: Any, name: str, cut: Cut) -> Iterator[tuple[str, Cut]]:

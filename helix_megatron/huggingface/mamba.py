@@ -26,6 +26,7 @@ from helix_megatron.huggingface.cuts import parts_cut
 from helix_megatron.huggingface.sharding import Sharding
 
 PURPOSE = "tensor/mamba"
+ALIGNED = 8  # elements: causal_conv1d asks that of the rows of what it reads
 
 
 class PartitionedMamba(layers.Partitioned):
@@ -53,18 +54,35 @@ class PartitionedMamba(layers.Partitioned):
             convolution.update(whole)
 
 
-class SharedGroups(layers.Partitioned):
-    """The input projection with a part of the rows of B and C of one group; its output has all of them."""
+class InputProjection(layers.Partitioned):
+    """The input projection with the rows of some heads, and a part of those of B and C of a shared group.
+
+    The output has all rows of the group, as a view of rows that are aligned in memory.
+    """
 
     parts: tuple[int, int, int]  # rows of gate and x, of the parts of B and C, of the steps
     sharing: int
+    padding: int
+    multipliers: Tensor | None  # a buffer
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., D] → [.., 2·H/p·P + 2·N + H/p]."""
+        """[.., D] → [.., 2·H/p·P + 2·G/p·N + H/p], G/p being 1 where the group is shared."""
         own, states, steps = super().forward(x).split(self.parts, dim=-1)
-        group = self.sharding.neighbours(self.sharing)
-        both = all_gather(states.unflatten(-1, (2, -1)), group, dim=-1, purpose=PURPOSE)
-        return torch.cat([own, both.flatten(-2), steps], dim=-1)
+        if self.sharing > 1:
+            group = self.sharding.neighbours(self.sharing)
+            both = all_gather(states.unflatten(-1, (2, -1)), group, dim=-1, purpose=PURPOSE)
+            states = both.flatten(-2)
+        rows = torch.cat([own, states, F.pad(steps, (0, self.padding))], dim=-1)
+        if self.multipliers is not None:
+            rows = rows * self.multipliers
+        return rows[..., : rows.size(-1) - self.padding]
+
+
+class Multiplied:
+    """In the place of multipliers that are applied already: a product with it is the other factor, uncopied."""
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        return x
 
 
 class SharedGatedNorm(layers.Partitioned):
@@ -96,11 +114,17 @@ def replace_mamba(module: Any, sharding: Sharding) -> None:
     # Of B and C all rows of this rank's groups, which are those of its neighbours, too.
     both = parts_cut(0, (states, states), ranks // sharing).indices[rank // sharing]
     channels = np.concatenate([own[dims:], 2 * inner + both]) - inner
+    padding = -(dims + channels.size + heads) % ALIGNED
+    module.in_proj.register_buffer("multipliers", None, persistent=False)
     if hasattr(module, "mup_vector"):  # Falcon-H1's multipliers of the input projection's rows
         steps = 2 * (inner + states) + np.arange(rank * heads, (rank + 1) * heads)
         rows = np.concatenate([own[:dims], inner + channels, steps])
-        module.mup_vector = module.mup_vector[..., torch.as_tensor(rows)]
-    sizes = {"num_heads": heads, "intermediate_size": dims, "conv_dim": channels.size}
+        multipliers = module.mup_vector[..., torch.as_tensor(rows)]
+        if padding:  # their product would have rows without padding
+            module.in_proj.multipliers = F.pad(multipliers, (0, padding))
+            del module.mup_vector
+            multipliers = Multiplied()
+        module.mup_vector = multipliers
     layers.replace(
         module,
         PartitionedMamba,
@@ -108,17 +132,20 @@ def replace_mamba(module: Any, sharding: Sharding) -> None:
         sharing=sharing,
         channels=contiguous_runs(channels),
         n_groups=groups * sharing // ranks,
-        **sizes,
+        num_heads=heads,
+        intermediate_size=dims,
+        conv_dim=channels.size,
     )
     layers.replace(module.out_proj, layers.RowParallelLinear, sharding=sharding)
+    shared = {"sharding": sharding, "sharing": sharing}
+    if sharing > 1 or padding:
+        sizes = {"parts": (own.size, 2 * states // ranks, heads), "padding": padding}
+        layers.replace(module.in_proj, InputProjection, **sizes, **shared)
     if sharing == 1:
         layers.resize_convolution(module.conv1d, module.conv_dim)
         if hasattr(module.norm, "n_groups"):
             module.norm.n_groups = module.n_groups
         return
     sharding.neighbours(sharing)  # made while all ranks are here
-    shared = {"sharding": sharding, "sharing": sharing}
-    parts = own.size, 2 * states // ranks, heads
-    layers.replace(module.in_proj, SharedGroups, parts=parts, **shared)
     if hasattr(module.norm, "weight"):
         layers.replace(module.norm, SharedGatedNorm, **shared)

@@ -22,7 +22,7 @@ from helix_megatron.plan.inference_memory import cache_bytes, cache_shape, infer
 from helix_megatron.plan.layouts import Layout, strip
 from helix_megatron.plan.mixers import Linear
 from helix_megatron.plan.models import ModelSpec
-from helix_megatron.plan.operators import LayerKind, layer_kinds
+from helix_megatron.plan.operators import LayerKind, layer_kinds, record_shared_groups
 from helix_megatron.plan.roofline import decode_seconds, stream_seconds
 from helix_megatron.plan.schedule import pipeline_seconds
 from helix_megatron.plan.score import Prediction, layers_cost
@@ -232,6 +232,7 @@ def decode_steps(
         assert special.linear is not None, "a model without linear attention"
         ranks = special.linear.ranks(layout.tp)
         gemm("linear_in", special.linear.rows / ranks, hidden)
+        record_shared_groups(record, special.linear, layout.tp, rows, (FORWARD,))
         _decode_linear(record, special.linear, rows, ranks)
         gemm("linear_out", hidden, special.linear.columns / ranks)
         if ranks == layout.tp:

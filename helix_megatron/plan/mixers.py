@@ -19,7 +19,8 @@ class Linear:
     heads, or heads. rows: of its input projections, columns: of the output projection's input. channels: of
     the convolution before it. key, value: dimensions of a head's keys and values. small: numbers of heads,
     norms and biases. groups: of heads with the same keys, each of which several ranks may have heads of; 0
-    where each share has its own keys. state: elements of a sequence's state, all heads.
+    where each share has its own keys. normed: a gated norm over each group. state: elements of a sequence's
+    state, all heads.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Linear:
     value: int
     small: int
     groups: int = 0
+    normed: bool = True
 
     @property
     def dealt(self) -> str:
@@ -50,7 +52,7 @@ class Linear:
         """
         ranks = self.ranks(tensor_parallel)
         cut = (self.rows + self.columns) * hidden + self.channels * self.kernel + self.small
-        whole = self.channels * (self.kernel + 1) if 0 < self.groups < ranks else 0
+        whole = self.channels * (self.kernel + 1) if self.sharing(tensor_parallel) > 1 else 0
         return (cut - whole) / ranks + whole
 
     def states(self, tensor_parallel: int, element: int) -> float:
@@ -65,6 +67,10 @@ class Linear:
         tp, groups = tensor_parallel, self.groups
         whole = self.shares % tp or (groups and (groups % tp and tp % groups))
         return 1 if whole or groups * self.key % tp else tp
+
+    def sharing(self, tensor_parallel: int) -> int:
+        """How many of so many ranks have heads of one group."""
+        return max(1, self.ranks(tensor_parallel) // self.groups) if self.groups else 1
 
     @property
     def scan_flops(self) -> float:
@@ -91,7 +97,7 @@ def mamba2(
     rows = inner + channels + heads
     small = 3 * heads + channels + inner * norm
     return Linear(
-        "Mamba 2", heads, heads, rows, inner, channels, kernel, state, dims, small, groups
+        "Mamba 2", heads, heads, rows, inner, channels, kernel, state, dims, small, groups, norm
     )
 
 

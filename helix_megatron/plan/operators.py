@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from helix_megatron.attention_rates import kernel_that_runs
 from helix_megatron.core.exchanges import COSTS, NO_EXCHANGE, AttentionShape
 from helix_megatron.hardware import ATTENTION_BACKWARD_FLOPS, LINEAR_SHARE
+from helix_megatron.plan.collective_time import Group
 from helix_megatron.plan.layouts import Layout, attention_shape, strip
+from helix_megatron.plan.mixers import Linear
 from helix_megatron.plan.models import ModelSpec
 from helix_megatron.plan.roofline import AttentionWork, attention_seconds, stream_seconds
 from helix_megatron.plan.settings import Scenario, Software
-from helix_megatron.plan.steps import BACKWARD, FORWARD, LayerRecorder, Step
+from helix_megatron.plan.steps import BACKWARD, FORWARD, LayerRecorder, Recorder, Step
 
 
 class LayerKind(NamedTuple):
@@ -126,6 +129,18 @@ def attention_steps(scenario: Scenario, layout: Layout, windowed: bool) -> tuple
     return tuple(record.steps)
 
 
+def record_shared_groups(
+    record: Recorder, linear: Linear, tp: int, tokens: float, phases: Sequence[str]
+) -> None:
+    """What ranks exchange that have heads of one group: its keys and queries, and squares for its norm."""
+    group, keys = Group(linear.sharing(tp)), 2 * tokens * linear.key * record.element
+    sums = 4 * tokens * linear.normed
+    for phase in phases:
+        kind = "all-gather" if phase == FORWARD else "reduce-scatter"
+        record.collective("shared group", phase, kind, keys, group, "tp")
+        record.collective("norm of a shared group", phase, "all-reduce", sums, group, "tp")
+
+
 @functools.lru_cache(maxsize=8192)
 def linear_steps(scenario: Scenario, layout: Layout) -> tuple[Step, ...]:
     """Norm, projections, convolution and scan of a layer of linear attention, cut by its own heads."""
@@ -139,6 +154,7 @@ def linear_steps(scenario: Scenario, layout: Layout) -> tuple[Step, ...]:
     if not special.beside:
         record.norm("input norm")
     record.column_parallel("linear_in", tokens, linear.rows / tp, hidden)
+    record_shared_groups(record, linear, tp, tokens, (FORWARD, BACKWARD))
     record.stream("convolution", tokens * linear.channels / tp, 2, 4)
     peak = record.chip.flops[record.software.unquantised] * LINEAR_SHARE
     flops = tokens * linear.scan_flops / tp

@@ -21,7 +21,7 @@ from torch import nn
 
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface import grad_norm, make_groups, plan, shard
-from helix_megatron.huggingface.forms import SHOWN
+from helix_megatron.huggingface.forms import SHOWN, mlp_cuts
 
 LAYOUTS = {  # ranks, m; 8 ranks run in the full tier alone
     "m 2, n 1": (2, 2),
@@ -127,6 +127,15 @@ def test_families_equal_the_whole_model(pool, family, layout):
 def test_every_type_that_counts_as_shown_is_shown():
     """A type on that list is not compared before and after: a test here must have done it."""
     assert {tiny_config(family).model_type for family in BY_FORM} == SHOWN
+
+
+def test_mlps_with_adapters_stay_whole():
+    """As in Zamba 2, where each use of a shared MLP has an adapter beside its first projection."""
+    mlp = nn.Module()
+    mlp.gate_up_proj, mlp.down_proj = nn.Linear(8, 32), nn.Linear(16, 8)
+    assert dict(mlp_cuts(mlp, 2))
+    mlp.adapters = nn.ModuleList([nn.Linear(8, 32)])
+    assert not dict(mlp_cuts(mlp, 2))
 
 
 @pytest.mark.parametrize(("ranks", "cut"), [(2, True), (4, False)])

@@ -7,10 +7,18 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from test_huggingface_forms import assert_equals_whole, reference, run_sharded
-from tiny_transformers import tiny_model, tokens
+from tiny_transformers import tiny_config, tiny_model, tokens
 
+from helix_megatron.core.meter import measure
 from helix_megatron.huggingface import make_groups, plan, shard
+from helix_megatron.plan.clusters import CLUSTERS
+from helix_megatron.plan.layouts import Layout
+from helix_megatron.plan.models import spec_of_config
+from helix_megatron.plan.operators import linear_steps
+from helix_megatron.plan.settings import Job, Scenario, Software
+from helix_megatron.plan.steps import FORWARD
 
 NEMOTRON, FALCON = "model.layers.0.mixer", "model.layers.0.mamba"  # with 2 groups, with one
 HYBRIDS = ("nemotron_h", "falcon_h1", "bamba", "granitemoehybrid")
@@ -98,12 +106,53 @@ def test_the_fused_kernel_never_runs_on_a_part(pool):
         assert loss == pytest.approx(wanted, rel=1e-5)
 
 
+def loss_beside_convolution(family: str) -> float:
+    """The loss of a training step where the library has its convolution kernel, which refuses other layouts."""
+    model = shard(tiny_model(family), 2, tensor_group=make_groups(2, 2).tensor)
+    kernel = modelling(family).causal_conv1d_fn
+
+    def convolution(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert x.stride(1) == 1 and x.stride(0) % 8 == x.stride(2) % 8 == x.size(1) % 8 == 0
+        return kernel(x, *args, **kwargs)
+
+    with mock.patch.object(modelling(family), "causal_conv1d_fn", convolution):
+        return training_loss(model)
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "falcon_h1"])
+def test_rows_are_aligned_for_the_convolution(pool, family):
+    """Four heads on each rank: what lies beside each other in memory is no multiple of 8 elements."""
+    wanted = training_loss(tiny_model(family))
+    for loss in pool.run(loss_beside_convolution, family, world_size=2):
+        assert loss == pytest.approx(wanted, rel=1e-5)
+
+
 def test_without_a_gated_norm(pool):
     """As most models of Falcon-H1 are."""
     changes = {"mamba_rms_norm": False}
     cuts = plan(tiny_model("falcon_h1", **changes), 2, 2).cuts
     ranks = pool.run(run_sharded, "falcon_h1", 2, changes, world_size=2, timeout=300)
     assert_equals_whole(ranks, reference("falcon_h1", **changes), cuts)
+
+
+def bytes_of_shared_groups(settings: dict[str, Any]) -> int:
+    """What this rank sends for them in a pass over 24 tokens in half precision."""
+    model = tiny_model("nemotron_h", dtype=torch.bfloat16, **settings)
+    shard(model, 4, tensor_group=make_groups(4, 4).tensor)
+    with measure() as meter, torch.no_grad():
+        model(tokens(), use_cache=False)
+    return meter.bytes("tensor/mamba")
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_groups": 1}])
+def test_bytes_of_shared_groups_are_those_that_are_sent(pool, settings):
+    """Two or four of 4 ranks have heads of one group of Mamba."""
+    model = spec_of_config("nemotron", tiny_config("nemotron_h", **settings).to_dict(), "")
+    scenario = Scenario(model, Job("prefill", 12, 2), CLUSTERS["nvlink-16"], Software())
+    steps = linear_steps(scenario, Layout(tp=4, micro_batch=2))
+    planned = sum(s.sent for s in steps if "shared group" in s.name and s.phase == FORWARD)
+    assert planned > 0
+    assert pool.run(bytes_of_shared_groups, settings, world_size=4) == [planned] * 4
 
 
 @pytest.mark.full("conversion")

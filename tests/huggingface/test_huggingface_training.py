@@ -74,10 +74,11 @@ CASES = [
     ("gemma", 2, 2),  # tied, scaled embeddings, an uneven vocabulary, a padding token
     ("qwen2_moe", 4, 2),  # router, experts one by one, shared expert
     ("mixtral", 2, 2),  # grouped experts
+    ("falcon_h1", 4, 2),  # one group of Mamba heads on all ranks
 ]
 
 
-@pytest.mark.filterwarnings("ignore:each rank has")
+@pytest.mark.filterwarnings("ignore:each rank has", "ignore:.* stay whole on every rank")
 @pytest.mark.parametrize(("family", "world_size", "m"), CASES)
 def test_gradients_equal_those_of_the_whole_model(pool, family, world_size, m):
     """A missing or doubled all-reduce shows in one parameter's gradient, and in the norm that clipping uses."""
@@ -124,7 +125,7 @@ def run_training(family: str, m: int) -> tuple[list[float], dict[str, torch.Tens
     return train(model, lambda model: clip_grad_norm_(model, 1.0)), gather_state_dict(model)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "falcon_h1"])
 def test_training_with_clipping_follows_one_process(pool, family):
     """Adam divides by small numbers, so that wrong gradients of rarely used weights would show here."""
     model = tiny_model(family).train()
