@@ -144,7 +144,6 @@ class Special:
     dimensions) of layers with a window, where the others have other ones. values_are_keys: those others
     project no values (Gemma 4), which counts in parameters and not in time. expert_width: of what experts read
     and write, where that is not the hidden size. wide_router: transformers keeps the router's weights in fp32.
-    unbuilt: what else the training script does not build, of no size.
     """
 
     linear: Linear | None = None
@@ -157,7 +156,6 @@ class Special:
     values_are_keys: bool = False
     expert_width: int = 0
     wide_router: bool = False
-    unbuilt: str = ""
 
     @property
     def names(self) -> list[str]:
@@ -166,7 +164,7 @@ class Special:
         found += ["latent attention"] if self.latent else []
         found += ["heads of two kinds"] if self.local else []
         found += ["experts behind a narrower projection"] if self.expert_width else []
-        return found + ([self.unbuilt] if self.unbuilt else [])
+        return found
 
 
 ORDINARY = Special()

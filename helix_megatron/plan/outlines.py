@@ -250,16 +250,10 @@ def _deepseek_v3(config: Config) -> Outline:
     return flags, Special(latent=latent, wide_router=True)
 
 
-def _hunyuan(config: Config) -> Outline:
-    unbuilt = "norms of queries and keys behind rotary embedding"
-    return _usual(config, qk_layernorm=True), Special(unbuilt=unbuilt)
-
-
 OUTLINES: dict[str, Callable[[Config], Outline | None]] = {
     "bamba": _bamba,
     "falcon_h1": _falcon_h1,
     "granitemoehybrid": _granite_hybrid,
-    "hunyuan_v1_dense": _hunyuan,
     "qwen3_5": _qwen3_5,
     "qwen3_5_text": _qwen3_5,
     "qwen3_5_moe": _qwen3_5,
