@@ -5,14 +5,12 @@ The oracle is `transformers`' whole model, given no picture.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_models import EXPERTS, MIXED, SIZE, read_config, save, tokens
-from safetensors.torch import load_file
+from hf_models import EXPERTS, MIXED, SIZE, read_config, tokens
 from test_families import LAYOUTS, TOLERANCE, logits_of_rank
 
 from helix_megatron import cli
@@ -132,24 +130,3 @@ def test_the_text_of_a_model_that_sees(pool, tmp_path, name):
     with torch.no_grad():
         assert torch.equal(text(tokens(), use_cache=False).logits, wanted)
     assert "vision_config" not in read_config(tmp_path / "text")
-
-
-@pytest.mark.filterwarnings("ignore:.*which is not run")
-def test_a_model_under_another_name(tmp_path):
-    """Kimi K2 is DeepSeek-V3's model by its files, under a name that transformers does not have."""
-    from helix_megatron.huggingface.load import read_configuration
-
-    save("deepseek v3", tmp_path / "hf")
-    config = read_config(tmp_path / "hf") | {
-        "model_type": "kimi_k2",
-        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-    }
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    assert read_configuration(tmp_path / "hf").model_type == "deepseek_v3"
-    paths = [str(tmp_path / name) for name in ("hf", "store", "back")]
-    assert cli.main(["convert", *paths[:2], "--to", "canonical"]) == 0
-    assert cli.main(["convert", *paths[1:], "--to", "huggingface", "--verify"]) == 0
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert read_config(tmp_path / "back")["model_type"] == "deepseek_v3"
