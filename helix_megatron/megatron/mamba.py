@@ -187,18 +187,19 @@ def limit_time_steps(model: Any, least: float) -> None:
     max(softplus(dt + b), t) = softplus(max(dt, softplus⁻¹(t) − b) + b): so it holds for kernels, too, which
     know no such limit.
     """
-    lowest = math.log(math.expm1(least)) if least > 0 else -math.inf
+    if least == 0:
+        return
+    lowest = least + math.log(-math.expm1(-least))
 
-    def hook(mixer: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def limit(mixer: Any, projection: Any, inputs: Any, output: Any) -> tuple[Tensor, Any]:
         steps = mixer.nheads_local_tp
         others, dt = output[0].split([output[0].shape[-1] - steps, steps], -1)
         limited = torch.maximum(dt, (lowest - mixer.dt_bias).to(dt.dtype))
         return torch.cat([others, limited], -1), output[1]
 
     for module in model.modules():
-        if lowest > -math.inf and isinstance(module, mixers.MambaMixer):
-            own = functools.partial(hook, module)
-            module.in_proj.register_forward_hook(lambda _, inputs, output, own=own: own(output))
+        if isinstance(module, mixers.MambaMixer):
+            module.in_proj.register_forward_hook(functools.partial(limit, module))
 
 
 class LayerNorm(TorchNorm):
