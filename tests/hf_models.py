@@ -272,6 +272,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 6,
             "query_pre_attn_scalar": 20,
             "attn_logit_softcapping": 1.5,
+            "tie_word_embeddings": False,  # so that tokens are not those before them
             "final_logit_softcapping": 5.0,
         },
     ),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from helix_megatron.model.families.configuration import DENSE_SIZE, NO_BIASES, SIZES, keys
 from helix_megatron.model.families.family import Family
 from helix_megatron.model.families.gemma3 import LAYER, ScoreScale
+from helix_megatron.model.families.gpt_oss import windowed
 from helix_megatron.model.families.pieces import (
     Activation,
     Always,
-    Config,
     EmbeddingScale,
     Heads,
     Only,
@@ -18,12 +18,6 @@ from helix_megatron.model.families.pieces import (
 )
 from helix_megatron.model.families.positions import LayerWindows, Rope
 from helix_megatron.model.families.tensors import LLAMA_OUTER
-
-
-def windowed(config: Config, layer: int) -> bool:
-    """The first layer and every second from there."""
-    return layer % 2 == 0
-
 
 FAMILY = Family(
     name="gemma2",

@@ -102,7 +102,6 @@ LATENT = (
     ),
     Unread("head_dim", "qk_head_dim"),  # which follow from these, whatever a file says
     Unread("ep_size", "aux_loss_alpha", "seq_aux"),  # of the publisher's own training
-    Unread("auto_map"),  # the code that these models were published with, which transformers has
     Only(attention_bias=(False,)),
 )
 LAYER = (
