@@ -101,7 +101,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         type=INPUT,
         metavar="PATH",
         help="directory of a Hugging Face tokenizer, a tokenizer.json, or byte: every byte is a token "
-        "(default: what lies with the checkpoint; byte for a vocabulary of 256)",
+        "(default: what lies with the checkpoint; byte for a vocabulary of 256 outside of Hugging Face models)",
     )
     group.add_argument(
         "--dtype",

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from helix_megatron.checkpoint import manifest as manifests
 from helix_megatron.checkpoint import safe
 from helix_megatron.checkpoint.manifest import FileEntry, Manifest
+from helix_megatron.checkpoint.source import SIDECARS, write_side_files
 from helix_megatron.checkpoint.store import Store, writing_errors
 from helix_megatron.errors import HelixError, Setting, listed
 from helix_megatron.megatron.notices import hide_notices
@@ -75,6 +76,10 @@ class CheckpointSaver:
         asynchronous: write in a forked process while training goes on. The checkpoint is complete at a later
             `poll` or `close`.
         saved: called on every rank with the directory of each checkpoint that is complete.
+
+    Attributes:
+        side_files: what every checkpoint holds beside its tensors, of the Hugging Face model that the weights
+            came from: tokenizer, config.json. Rank 0 writes them.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class CheckpointSaver:
         saved: Callable[[Path], None] = lambda path: None,
     ):
         self.store, self._saved = store, saved
+        self.side_files: dict[str, bytes | Path] = {}
         self.asynchronous = asynchronous
         self._queue = AsyncCallsQueue(persistent=False)
 
@@ -164,6 +170,8 @@ class CheckpointSaver:
         digests: list[dict[str, FileEntry]],
     ) -> None:
         with writing_errors(staging):
+            if self.side_files:
+                write_side_files(self.side_files, staging / SIDECARS)
             files = {name: entry for part in digests for name, entry in part.items()}
             for path in sorted(staging.rglob("*")):
                 name = path.relative_to(staging).as_posix()

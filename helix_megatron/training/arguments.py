@@ -51,9 +51,15 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> dict[s
     first = parser.parse_known_args(argv)[0]
     if first.preset is not None:
         parser.set_defaults(**PRESETS[first.preset])
+        first = parser.parse_known_args(argv)[0]
     if first.use_checkpoint_args:
         path = find_checkpoint(Checkpoints(**values_of(Checkpoints, vars(first))))
         if path is not None:
-            attention, trust = first.helix_attention, first.trust_checkpoint
-            parser.set_defaults(**checkpoint_defaults(path, attention=attention, trust=trust))
+            found = checkpoint_defaults(
+                path,
+                attention=first.helix_attention,
+                trust=first.trust_checkpoint,
+                seq_length=first.seq_length,
+            )
+            parser.set_defaults(**found)
     return vars(parser.parse_args(argv))

@@ -31,17 +31,21 @@ def find_checkpoint(checkpoints: Checkpoints) -> Path | None:
     return store.resolve(step)
 
 
-def checkpoint_defaults(path: Path, *, attention: str, trust: bool) -> dict[str, Any]:
+def checkpoint_defaults(
+    path: Path, *, attention: str, trust: bool, seq_length: int
+) -> dict[str, Any]:
     """For `--use-checkpoint-args`: the model flags of a checkpoint, as defaults of the parser.
 
     A segment-local checkpoint is of a model with m times the heads; a run with the same m and
-    `--helix-attention segment-local` gets the heads that it means.
+    `--helix-attention segment-local` gets the heads that it means. The longest sequence is the checkpoint's,
+    but for a run with longer ones (`seq_length`) of a model whose positions are not learned.
     """
     manifest = read_manifest(path) if has_manifest(path) else None
     saved = stored_arguments(path, manifest, trust=trust)
     flags = {name: value for name, value in saved.items() if name in MODEL_FLAGS}
     flags.pop("seq_length", None)
-    if flags.get("position_embedding_type") != "learned_absolute":
+    learned = flags.get("position_embedding_type") == "learned_absolute"
+    if not learned and (flags.get("max_position_embeddings") or 0) < seq_length:
         flags.pop("max_position_embeddings", None)
     if manifest is not None and "segment-local" == manifest.attention == attention:
         m = manifest.segments

@@ -21,6 +21,7 @@ from megatron.core.utils import unwrap_model
 
 from helix_megatron.checkpoint.manifest import Manifest
 from helix_megatron.checkpoint.run_lock import sole_run
+from helix_megatron.checkpoint.source import SIDECARS, side_files
 from helix_megatron.checkpoint.store import Store, is_same_directory
 from helix_megatron.errors import DivergenceError, HelixError, listed
 from helix_megatron.megatron import dist_checkpoint, torch_adam
@@ -153,6 +154,7 @@ class Checkpointing:
             self.optimizer.reload_model_params()  # the fp32 copies are still those of the start
         if with_random:
             self._load_random_states(loaded.get("rng_state"))
+        on_first_rank(lambda: self._keep_side_files(path / SIDECARS))
         if settings.finetune:
             self._note(
                 f"loaded the weights of {path}; data, iterations and the optimizer begin anew"
@@ -168,6 +170,14 @@ class Checkpointing:
         if settings.save and is_same_directory(settings.save, path.parent):
             self._saved = iteration
         return Progress(iteration, int(samples))
+
+    def _keep_side_files(self, folder: Path) -> None:
+        """Keep what came with a Hugging Face model for this run's checkpoints; it may remove that one."""
+        if self._saver is not None:
+            for name, file in side_files(folder).items():
+                self._saver.side_files[name] = (
+                    file if isinstance(file, bytes) else file.read_bytes()
+                )
 
     def _compare_data(self, saved: dict[str, Any], consumed_samples: int) -> None:
         theirs = saved.get(TRAINED_ON, {}) | {"--seq-length": saved.get("seq_length")}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hf_models import MODELS as MODELS_TO_CONVERT
-from hf_models import save
+from hf_models import read_config, save
 from safetensors.torch import load_file
 
 from helix_megatron import cli
@@ -118,8 +118,12 @@ def test_a_converted_model_trains(pool, tmp_path, monkeypatch, name, cut, ranks)
     flags = f"--load {paths[1]} --use-checkpoint-args --finetune {STEPS}"
     saved = f"--save {tmp_path / 'run'} --save-interval 4"
     compare(pool, flags, f"{flags} {cut} {saved}", ranks)
+    (newest,) = (tmp_path / "run").glob("iter_*")
+    assert read_config(newest / "huggingface") == read_config(tmp_path / "hf")
     back = tmp_path / "back"
     assert cli.main(["convert", str(tmp_path / "run"), str(back), "--to", "huggingface"]) == 0
+    # Tokens that end texts and the longest sequence too, though samples had 32 tokens.
+    assert read_config(back) == read_config(tmp_path / "hf")
     before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", back))
     assert before.keys() == after.keys()
     for key, tensor in before.items():
