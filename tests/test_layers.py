@@ -195,6 +195,7 @@ WITH_FLAGS = {
     "deepspeed.checkpoints",
     "flags",
     "huggingface.load",
+    "model.expert_fields",
     "model.families.family",
     "model.fields",
     "run.rank_environment",

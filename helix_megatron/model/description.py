@@ -18,7 +18,7 @@ from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed, setting_error
 from helix_megatron.flags import check_values, names_with
 from helix_megatron.model.checks import check_options
-from helix_megatron.model.fields import FUNCTION, MIXTURE, TRAINING
+from helix_megatron.model.expert_fields import FUNCTION, MIXTURE, TRAINING
 from helix_megatron.model.sizes import ModelSizes
 
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")  # that nothing else implies
