@@ -114,6 +114,9 @@ def with_classes(value: Any, classes: Mapping[type, type]) -> Any:
         return value if same else functools.partial(value.func, *value.args, **parts)
     if isinstance(value, list | tuple):
         return type(value)(with_classes(item, classes) for item in value)
+    if isinstance(value, functools.partial):  # what megatron-core 0.19 has for an MLP
+        settings = {key: with_classes(item, classes) for key, item in value.keywords.items()}
+        return functools.partial(with_classes(value.func, classes), *value.args, **settings)
     if isinstance(value, dict):  # a module's parameters: they hold settings, not specs
         return dict(value)
     return classes.get(value, value) if isinstance(value, type) else value
