@@ -109,14 +109,13 @@ def with_classes(value: Any, classes: Mapping[type, type]) -> Any:
         }
         return dataclasses.replace(value, **fields)
     if isinstance(value, functools.partial):  # from 0.18 on, what builds an MLP
+        build = with_classes(value.func, classes)
         parts = {name: with_classes(part, classes) for name, part in value.keywords.items()}
-        same = parts == value.keywords  # while partial functions of equal parts are not equal
-        return value if same else functools.partial(value.func, *value.args, **parts)
+        if build is value.func and parts == value.keywords:
+            return value  # since partial functions of equal parts are not equal
+        return functools.partial(build, *value.args, **parts)
     if isinstance(value, list | tuple):
         return type(value)(with_classes(item, classes) for item in value)
-    if isinstance(value, functools.partial):  # what megatron-core 0.19 has for an MLP
-        settings = {key: with_classes(item, classes) for key, item in value.keywords.items()}
-        return functools.partial(with_classes(value.func, classes), *value.args, **settings)
     if isinstance(value, dict):  # a module's parameters: they hold settings, not specs
         return dict(value)
     return classes.get(value, value) if isinstance(value, type) else value
