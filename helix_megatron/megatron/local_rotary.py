@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+YARN_FACTOR = "_yarn_concentration_factor"  # in which later releases keep what yarn's settings say
+
 
 def turn_windowed_layers(model: Any, windowed: tuple[bool, ...], base: int, stretch: float) -> None:
     """Give layers with a window angles of their own base.
@@ -37,9 +39,12 @@ def turn_windowed_layers(model: Any, windowed: tuple[bool, ...], base: int, stre
     for layer in model.decoder.layers:
         if windowed[layer.layer_number - 1]:
             layer.register_forward_pre_hook(turn, with_kwargs=True)
-            own = layer.self_attention.config = copy.copy(layer.self_attention.config)
+            attention = layer.self_attention
+            own = attention.config = copy.copy(attention.config)
             for name in [name for name in vars(own) if name.startswith("yarn_")]:
                 delattr(own, name)  # by which attention would grow cosine and sine
+            if hasattr(attention, YARN_FACTOR):
+                setattr(attention, YARN_FACTOR, 1.0)
 
 
 def _angles(table: Tensor, base: int, stretch: float) -> Tensor:

@@ -109,6 +109,11 @@ def test_older_spellings_of_config():
     gemma = config_of("gemma") | {"hidden_act": "gelu", "hidden_activation": None}
     assert family_of(gemma).model_flags(gemma)["geglu"]
 
+    olmo = config_of("olmo3")
+    beside = {"rope_type": "default", "rope_theta": 10000.0}  # as transformers 5.2 writes
+    mixed = olmo | {"rope_parameters": olmo["rope_parameters"] | beside}
+    assert family_of(mixed).model_flags(mixed) == family_of(olmo).model_flags(olmo)
+
 
 @pytest.mark.parametrize(
     ("name", "changed"),

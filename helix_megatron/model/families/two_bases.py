@@ -35,7 +35,9 @@ class TwoBases(Rope):
 
     def flags(self, config: Config) -> dict[str, Any]:
         given = config.get("rope_parameters") or {}
-        if not isinstance(given, Mapping) or given.keys() - {FULL, SLIDING}:
+        # transformers 5.2 writes defaults of both kinds beside them.
+        beside = {"rope_type", "rope_theta"} if FULL in given and SLIDING in given else set()
+        if not isinstance(given, Mapping) or given.keys() - {FULL, SLIDING} - beside:
             raise HelixError(
                 f"config.json sets rope_parameters = {given!r:.80}. It must be an object with {FULL} and "
                 f"{SLIDING}."
