@@ -17,6 +17,7 @@ from helix_megatron.versions import TESTED  # noqa: E402
 
 HOST = {package: tested.requirement for package, tested in TESTED.items()}
 TOKENIZERS = "tokenizers>=0.22,<0.24"
+EINOPS = "einops>=0.8.2,<0.9"
 TENSORBOARD = "tensorboard>=2.18,<3"
 TRANSFORMERS = [HOST["transformers"], HOST["accelerate"]]
 SERVE = [
@@ -60,6 +61,7 @@ setup(
         "serve": SERVE,
         "json": [HOST["llguidance"]],
         "data": [TOKENIZERS],
+        "hybrid": [EINOPS],  # megatron-core's Mamba layers import it and do not declare it
         "tensorboard": [TENSORBOARD],
         "wandb": ["wandb>=0.19,<1"],
         "nvml": ["nvidia-ml-py>=12.560,<14"],
@@ -69,6 +71,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "hypothesis>=6.112,<7",
             TOKENIZERS,
+            EINOPS,
             TENSORBOARD,
             *TRANSFORMERS,
             HOST["deepspeed"],

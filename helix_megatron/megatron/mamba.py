@@ -141,7 +141,9 @@ class Mamba(mixers.MambaMixer):
 
     def __init__(self, config: Any, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
         if not mixers.HAVE_EINOPS:
-            raise HelixError("megatron-core's Mamba layers need einops. Try pip install einops.")
+            raise HelixError(
+                "megatron-core's Mamba layers need einops. Try pip install 'einops>=0.8.2,<0.9'."
+            )
         check_mamba_groups(config.mamba_num_groups, pg_collection.tp.size())
         self.has_kernels = mixers.HAVE_MAMBA_SSM and torch.cuda.is_available()
         own = {} if self.has_kernels else {"HAVE_MAMBA_SSM": True, "ExtendedRMSNorm": GatedNorm}
