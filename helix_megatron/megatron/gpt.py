@@ -68,9 +68,8 @@ def transformer_config(run: RunConfig) -> HelixTransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
     )
-    for name, value in (
-        model.own_settings | model.yarn_settings
-    ).items():  # no fields of Megatron's
+    others = model.own_settings | model.yarn_settings  # no fields of Megatron's
+    for name, value in others.items():
         setattr(config, name, value)
     return config
 

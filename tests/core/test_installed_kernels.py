@@ -75,8 +75,8 @@ def test_nothing_is_installed(install):
         (), None, dict.fromkeys(installed_kernels().reasons, "not found")
     )
     assert installed_kernels().summary() == (
-        "Attention by torch's scaled_dot_product_attention (FlashAttention 3 not found, FlashAttention 4 not "
-        "found, ffpa-attn not found)."
+        "Kernels of attention here: torch's scaled_dot_product_attention (FlashAttention 3 not found, "
+        "FlashAttention 4 not found, ffpa-attn not found)."
     )
     assert installed_kernels() is installed_kernels()
 

@@ -50,7 +50,7 @@ class InstalledKernels:
         missing = [f"{name} {reason}" for name, reason in self.reasons.items()]
         beside = f" with {', '.join(found)}" if found else ""
         rest = f" ({', '.join(missing)})" if missing else ""
-        return f"Attention by torch's scaled_dot_product_attention{beside}{rest}."
+        return f"Kernels of attention here: torch's scaled_dot_product_attention{beside}{rest}."
 
     def takes(self, q_BHLD: Tensor, v_BGSE: Tensor, dropout: float) -> bool:
         """Whether `wide` computes attention of these heads, if no pattern is to be masked."""
