@@ -208,14 +208,17 @@ def load(
         segments: m, with which it is cut.
         timeout: of its process groups, minutes.
     """
+    from transformers.utils import logging
+
     ranks = dist.get_world_size()
     groups = make_groups(ranks, segments, timeout_minutes=timeout)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     with warnings.catch_warnings():
-        if dist.get_rank():
-            warnings.simplefilter("ignore")  # rank 0 says it
+        if dist.get_rank():  # rank 0 says it
+            warnings.simplefilter("ignore")
+            logging.set_verbosity_error()
         model = from_pretrained(
             directory,
             HelixConfig(segments, query_layout="heads") if segments > 1 else 1,
