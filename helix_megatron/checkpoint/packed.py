@@ -173,9 +173,11 @@ class PackedReader(HuggingFaceReader):
         """Check what stands in the headers; nothing of it is read yet."""
         block, shape = self.packing.block, entry.shape
         if self.packing.method == "fp8":
+            problem = f"is {entry.dtype} of shape {list(shape)}, and only"
             if entry.dtype != torch.float8_e4m3fn or len(shape) < 2:
-                problem = f"is {entry.dtype} of shape {list(shape)}, and only matrices of e4m3 can be unpacked"
-                raise self._error(entry.name, problem)
+                raise self._error(entry.name, f"{problem} matrices of e4m3 can be unpacked")
+            if block is None and len(shape) > 2:
+                raise self._error(entry.name, f"{problem} single matrices can have one scale")
             whole = shape
             blocks = (-(-size // by) for size, by in zip(shape[-2:], block or (1, 1), strict=True))
             expected = [(*shape[:-2], *blocks)] if block else [(), (1,), (1, 1)]

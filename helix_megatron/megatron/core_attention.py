@@ -112,6 +112,11 @@ class HelixCoreAttention(DotProductAttention):
                     f"softmax_type = {config.softmax_type} has sinks, which kernel {kernel} does not know. "
                     "Leave the kernel out."
                 )
+            if self.softcap is not None:
+                raise HelixError(
+                    f"softmax_type = {config.softmax_type} has sinks, which attention with soft caps "
+                    "(attn_logit_softcapping) does not know. Leave out one of the two."
+                )
             self.kernel = functools.partial(with_sinks, self.softmax_offset)
         # apply_query_key_layer_scaling divides by the layer number and multiplies back: nothing in fp32.
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from helix_megatron.errors import setting_error
 from helix_megatron.megatron import mamba
-from helix_megatron.megatron.norms import use_available_norms
+from helix_megatron.megatron.norms import use_available_norms, with_classes
 from helix_megatron.megatron.specs import helix_spec
 from helix_megatron.megatron.whole_linear import WholeLinear
 from helix_megatron.patching import temporarily
@@ -63,6 +63,11 @@ def build_hybrid(run: RunConfig, config: Any, *, use_engine: bool, **place: Any)
             "<recompute_granularity> full has no effect on layers of a <hybrid_layer_pattern> before "
             "megatron-core 0.18. Give selective, or leave it out."
         )
+    if use_engine and config.qk_layernorm:
+        raise setting_error(
+            "<qk_layernorm> has no effect on Transformer Engine's layers of a <hybrid_layer_pattern>. Give "
+            "<transformer_impl> local, or leave it out."
+        )
     spec = helix_spec(engine_stack_spec() if use_engine else local_stack_spec(config), config.helix)
     pattern = {PATTERN: run.model.hybrid_layer_pattern}
     # megatron-core has experts with a latent for Transformer Engine alone, of which it takes a linear layer.
@@ -74,14 +79,14 @@ def build_hybrid(run: RunConfig, config: Any, *, use_engine: bool, **place: Any)
 
 
 def engine_stack_spec() -> ModuleSpec:
-    """Megatron's own stack, of Transformer Engine's layers."""
+    """Megatron's own stack, of Transformer Engine's layers; its Mamba layers run without mamba-ssm, too."""
     try:
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     except ModuleNotFoundError:  # before megatron-core 0.18
         from megatron.core.models.mamba.mamba_layer_specs import (
             mamba_stack_spec as hybrid_stack_spec,
         )
-    return hybrid_stack_spec
+    return with_classes(hybrid_stack_spec, {mamba.mixers.MambaMixer: mamba.Mamba})
 
 
 def local_stack_spec(config: Any) -> ModuleSpec:

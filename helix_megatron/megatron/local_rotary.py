@@ -14,7 +14,9 @@ from torch import Tensor
 YARN_FACTOR = "_yarn_concentration_factor"  # in which later releases keep what yarn's settings say
 
 
-def turn_windowed_layers(model: Any, windowed: tuple[bool, ...], base: int, stretch: float) -> None:
+def turn_windowed_layers(
+    model: Any, windowed: tuple[bool, ...], base: float, stretch: float
+) -> None:
     """Give layers with a window angles of their own base.
 
     A hook on the layer makes them of the angles that it is given. Those of the first pair are the positions,
@@ -47,7 +49,7 @@ def turn_windowed_layers(model: Any, windowed: tuple[bool, ...], base: int, stre
                 setattr(attention, YARN_FACTOR, 1.0)
 
 
-def _angles(table: Tensor, base: int, stretch: float) -> Tensor:
+def _angles(table: Tensor, base: float, stretch: float) -> Tensor:
     """Angles [S, 1, 1, d] of the base; those of `table` tell the positions."""
     positions = (table[..., :1] * stretch).round()
     exponents = torch.arange(0, table.size(-1), 2, dtype=torch.float32, device=table.device)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
@@ -98,7 +97,8 @@ def scan(
 class GatedNorm(torch.nn.Module):
     """RMSNorm of each group of dimensions, [.., D] → [.., D], with the names of mamba-ssm's.
 
-    Each tensor parallel rank has the weights of its own heads, so nothing is summed over ranks.
+    Each tensor parallel rank has the weights of its own heads, so nothing is summed over ranks. The layer sets
+    `tp_group`.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class GatedNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.group_size = eps, group_size
+        self.tp_group: Any = None
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class GatedNorm(torch.nn.Module):
             prefix,
             {"weight": 0},
             sharded_offsets,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
 
@@ -149,6 +150,19 @@ class Mamba(mixers.MambaMixer):
         own = {} if self.has_kernels else {"HAVE_MAMBA_SSM": True, "ExtendedRMSNorm": GatedNorm}
         with temporarily(mixers, **own):
             super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
+        self.norm.tp_group = pg_collection.tp
+
+    def forward(
+        self, hidden_states: Tensor, inference_context: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """As megatron-core's: [S, B, D] → [S, B, D], and a bias that is None."""
+        if not self.has_kernels and (inference_context or kwargs.get("inference_params")):
+            raise HelixError(
+                "Megatron's inference of Mamba layers needs mamba-ssm and a GPU. Without, helix generate and "
+                "helix serve compute a model's Hugging Face form."
+            )
+        output: tuple[Tensor, Any] = super().forward(hidden_states, inference_context, **kwargs)
+        return output
 
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
         """[S, B, (2·H·P + 2·G·N + H)/tp] → [S, B, H·P/tp], as megatron-core's, with autograd's backward."""

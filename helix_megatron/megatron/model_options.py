@@ -14,6 +14,7 @@ from torch import Tensor
 
 from helix_megatron.core.kernels.softcap import soft_cap
 from helix_megatron.model.description import ModelConfig
+from helix_megatron.patching import temporarily
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
@@ -117,11 +118,8 @@ def count_groups_by_best(model: Any) -> None:
 
 def _with_best_groups(routing: Callable[..., Any]) -> Callable[..., Any]:
     def route(*args: Any, **kwargs: Any) -> Any:
-        stock, moe_utils.group_limited_topk = moe_utils.group_limited_topk, _best_groups_topk
-        try:
+        with temporarily(moe_utils, group_limited_topk=_best_groups_topk):
             return routing(*args, **kwargs)
-        finally:
-            moe_utils.group_limited_topk = stock
 
     return route
 

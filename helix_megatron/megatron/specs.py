@@ -44,7 +44,7 @@ WITHOUT_ATTENTION = (
 class RefusedLayer:
     """Stands for a layer of a hybrid stack that cannot be built, where its pattern asks for it."""
 
-    def __init__(self, *args: Any, reason: str, remedy: Text = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, reason: str, remedy: Text, **kwargs: Any) -> None:
         raise HelixError(f"the model's layer pattern asks for {reason}.", remedy=remedy)
 
 

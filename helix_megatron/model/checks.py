@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from helix_megatron.errors import HelixError, divisors, listed, setting_error, with_settings
+from helix_megatron.errors import (
+    HelixError,
+    counted,
+    divisors,
+    listed,
+    setting_error,
+    with_settings,
+)
 from helix_megatron.model.patterns import is_pattern
 from helix_megatron.model.sizes import ModelSizes
 
@@ -29,12 +36,8 @@ WITHOUT_PATTERN = (
     *("linear_attention_freq", "multi_latent_attention", "moe_layer_freq", "no_rope_freq"),
     *("window_attn_skip_freq", "post_norms", "qk_norm_all_heads", "qk_l2_norm"),
     *("rotary_base_windowed", "use_rope_scaling", "residual_multiplier", "logits_scaling"),
-    *(
-        "embedding_multiplier",
-        "hidden_dropout",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-    ),
+    *("embedding_multiplier", "hidden_dropout", "attn_logit_softcapping"),
+    *("final_logit_softcapping", "qk_norm_behind_rotary", "moe_router_groups_by_best"),
 )
 LETTERS = "*M-E"
 MOST_EXPERTS = 200_000  # of all layers
@@ -135,8 +138,8 @@ def _check_hybrid(model: ModelSizes) -> None:
         )
     if ("E" in pattern) != ("experts" in model.traits):
         raise setting_error(
-            f"<hybrid_layer_pattern> has {pattern.count('E')} layers of experts (E), and <num_experts> is "
-            f"{model.num_experts}. Give both, or neither."
+            f"<hybrid_layer_pattern> has {counted(pattern.count('E'), 'layer')} of experts (E), and "
+            f"<num_experts> is {model.num_experts}. Give both, or neither."
         )
     if model.position_embedding_type == "yarn" or model.normalization != "RMSNorm":
         raise setting_error(
@@ -286,6 +289,11 @@ def _check_experts(model: ModelSizes) -> None:
         raise setting_error(
             f"<moe_router_num_groups> is {groups} and <moe_router_group_topk> {chosen}. Give both, the "
             "second at most the first, or neither."
+        )
+    if groups and model.num_experts % groups:
+        raise setting_error(
+            f"{model.num_experts} experts cannot be dealt to <moe_router_num_groups> {groups} groups. Valid: "
+            f"{listed(divisors(model.num_experts))}."
         )
     if model.moe_router_groups_by_best and (
         groups is None or model.moe_router_topk * groups > model.num_experts * (chosen or 0)

@@ -199,7 +199,8 @@ class ModelConfig(ModelSizes):
         windowed, moe = self.windowed_layers, self.moe_layers
         values["window_size"] = self.window_size if any(windowed) else None
         values["window_attn_skip_freq"] = list(map(int, windowed)) if len({*windowed}) > 1 else None
-        values["moe_layer_freq"] = list(map(int, moe)) if len({*moe}) > 1 else 1
+        several = len({*moe}) > 1 and self.hybrid_layer_pattern is None
+        values["moe_layer_freq"] = list(map(int, moe)) if several else 1
         scaled = self.use_rope_scaling or self.rotary_seq_len_interpolation_factor
         plain = not scaled and "yarn" not in self.traits
         if not any(windowed) or (plain and self.rotary_base_windowed == self.rotary_base):

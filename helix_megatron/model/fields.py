@@ -101,9 +101,10 @@ class ModelFields(ExpertFields):
         gpt=True,
         largest=10**15,
     )
-    rotary_base_windowed: int | None = _function(
+    rotary_base_windowed: float | None = _function(
         None,
         "base period, without scaling, in layers with a sliding window; as in other layers when not given",
+        parse=whole_or_real,
         under="rope",
         largest=10**15,
     )

@@ -23,6 +23,9 @@ from helix_megatron.run.config import RunConfig
 from helix_megatron.training.metrics import GpuUtilization, IterationMetrics, memory_bytes
 from helix_megatron.training.micro_batch import Batch, model_inputs, own_batch
 
+# What Megatron's router calls the losses that balance experts.
+LOSSES_OF_EXPERTS = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
+
 
 @dataclass
 class Trainer:
@@ -171,6 +174,7 @@ class Trainer:
         """Mean over MoE layers of the load-balancing losses; none in a dense model."""
         if self.run.model.num_experts is None:
             return {}
+        self._count_absent_experts()
         moe_utils.reduce_aux_losses_tracker_across_ranks()
         tracker = moe_utils.get_moe_layer_wise_logging_tracker()
         layers = sum(self.run.model.moe_layers)
@@ -178,6 +182,19 @@ class Trainer:
         losses = {name: float(entry["values"].sum()) / scale for name, entry in tracker.items()}
         moe_utils.clear_aux_losses_tracker()
         return losses
+
+    def _count_absent_experts(self) -> None:
+        """A pipeline stage without experts has a loss of zero: Megatron sums those of all stages by name."""
+        model = self.run.model
+        name = LOSSES_OF_EXPERTS.get(model.moe_router_load_balancing_type)
+        if name and model.moe_aux_loss_coeff:
+            moe_utils.save_to_aux_losses_tracker(
+                name,
+                torch.zeros((), device=torch.cuda.current_device()),
+                1,
+                self.config.num_layers,
+                reduce_group=parallel_state.get_tensor_and_context_parallel_group(),
+            )
 
     def _traffic(self, seconds: float) -> dict[str, float]:
         inside = self.meter.bytes(EXCHANGE) + self.meter.bytes(CONTEXT)

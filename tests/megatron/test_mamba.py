@@ -51,7 +51,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
-@pytest.mark.parametrize("chunk", [1, 8, 40])
+@pytest.mark.parametrize("chunk", [1, 5, 8, 40])
 def test_chunks_are_the_recurrence(chunk):
     """Output and gradients in fp64, with chunks that the length is a multiple of and others."""
     from helix_megatron.megatron.mamba import scan

@@ -335,9 +335,13 @@ def test_gated_delta_nets_that_megatron_does_not_have(changed, text):
     [
         ({"hybrid_layer_pattern": "M+"}, r"'M\+' has \+. Valid letters: \*, M, -, E"),
         ({"hybrid_layer_pattern": "M*-"}, "has 3 letters, and num_layers is 2"),
-        ({"hybrid_layer_pattern": "ME"}, r"has 1 layers of experts \(E\), and num_experts is None"),
+        ({"hybrid_layer_pattern": "ME"}, r"has 1 layer of experts \(E\), and num_experts is None"),
         ({"normalization": "LayerNorm"}, "is for models with normalization RMSNorm"),
         ({"embedding_multiplier": 2.0}, "embedding_multiplier is 2.0, and layers of a hybrid"),
+        (
+            {"qk_layernorm": True, "qk_norm_behind_rotary": True},
+            "qk_norm_behind_rotary is True, and layers of a hybrid",
+        ),
         (
             {"hybrid_layer_pattern": None, "num_experts": 2, "moe_latent_size": 8},
             "moe_latent_size is of experts without biases in layers of a hybrid",

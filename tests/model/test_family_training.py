@@ -45,6 +45,7 @@ MODELS = {
     "--moe-latent-size 16 --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
     "--moe-router-dtype fp32 --moe-router-load-balancing-type none --mamba-num-heads 8 --mamba-head-dim 8 "
     "--mamba-state-dim 8 --mamba-num-groups 4 --mamba-time-step-min 0.02",
+    "experts on the last stage": "--swiglu --num-experts 4 --moe-layer-freq [0,1] --moe-ffn-hidden-size 32",
     "balanced experts": "--swiglu --num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32 "
     "--moe-router-topk-scaling-factor 1.5 --moe-router-load-balancing-type none",
@@ -70,6 +71,10 @@ def train(flags: str, world_size: int) -> list[dict[str, Any]]:
         ("soft caps", "--tensor-model-parallel-size 2 --context-parallel-size 2"),
         ("gated delta nets", CUT.removesuffix("--sequence-parallel")),
         ("latent attention", "--tensor-model-parallel-size 4"),
+        (
+            "experts on the last stage",
+            "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
+        ),
         ("layers of a pattern", CUT),
         *(
             pytest.param(name, CUT, marks=pytest.mark.full("training"))
@@ -95,7 +100,7 @@ def compare(pool, alone: str, cut: str, ranks: int, after: int = 0) -> None:
     several = pool.run(train, cut, ranks, world_size=ranks)[0]
     assert after or one[0]["lm_loss"] - one[-1]["lm_loss"] > 0.05
     assert len(one) == len(several) > 0
-    for key in ("lm_loss", "grad_norm"):
+    for key in {"lm_loss", "grad_norm", "load_balancing_loss"} & one[0].keys():
         found, wanted = ([record[key] for record in run] for run in (several, one))
         assert all(map(math.isfinite, found))
         assert found == pytest.approx(wanted, rel=1e-4), key

@@ -138,7 +138,7 @@ class Family:
             if key == "auto_map":
                 warnings.warn(
                     "config.json names code of its own (auto_map), which is not run: the model is taken for "
-                    f"what transformers calls {self.name}, as it does itself unless told to trust the code.",
+                    f"what transformers calls {self.name}.",
                     stacklevel=3,
                 )
                 continue

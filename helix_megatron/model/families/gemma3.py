@@ -83,12 +83,8 @@ FAMILY = Family(
         Tied(True),
         NO_BIASES,
         QK_NORM,
-        Unread("cache_implementation"),
-        Only(
-            attention_bias=(False,),
-            use_bidirectional_attention=(False, None),
-            attn_logit_softcapping=(None,),  # transformers does not read it
-        ),
+        Unread("cache_implementation", "attn_logit_softcapping"),
+        Only(attention_bias=(False,), use_bidirectional_attention=(False, None)),
         SoftCaps(final_logit_softcapping=None),
     ),
     rows=LAYER,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from helix_megatron.errors import HelixError
 from helix_megatron.model.families.configuration import LLAMA_LIKE, NO_BIASES, keys
 from helix_megatron.model.families.family import Family
 from helix_megatron.model.families.pieces import (
@@ -41,6 +42,11 @@ class RopeWithAlpha(Rope):
                 dims = Heads().flags(config)["kv_channels"] or (
                     needed(config, "hidden_size") // needed(config, "num_attention_heads")
                 )
+                if dims <= 2:
+                    raise HelixError(
+                        f"config.json has heads of {dims} dimensions, whose rotary base alpha cannot stretch. "
+                        "They have at least 4."
+                    )
                 base = rope.get("rope_theta") or needed(config, "rope_theta", self.theta)
                 check_field("rope_theta", "rotary_base", base)
                 stretched = base * rope["alpha"] ** (dims / (dims - 2))

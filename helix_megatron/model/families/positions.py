@@ -142,7 +142,8 @@ def _llama3(rope: dict[str, Any]) -> dict[str, Any]:
             raise HelixError(
                 f"config.json sets {key} = {given} of llama3 rotary embedding. Megatron's GPT has {value} only."
             )
-    high = rope.pop("high_freq_factor", 4.0)
+    high = needed(rope, "high_freq_factor", 4.0)
+    rope.pop("high_freq_factor", None)
     check_field("high_freq_factor", "rope_high_freq_factor", high)
     return {
         "use_rope_scaling": True,
