@@ -36,12 +36,14 @@ from mutations import (
     mutated_text,
     mutated_zip,
 )
+from safetensors.torch import save_file
 from synthetic_runs import write_three
 from tiny_checkpoints import write_hugging_face
 
 from helix_megatron.checkpoint.convert import convert
 from helix_megatron.checkpoint.huggingface_io import INDEX, HuggingFaceReader
 from helix_megatron.checkpoint.manifest import CHECKSUM_NAME, MANIFEST_NAME
+from helix_megatron.checkpoint.packed import open_weights
 from helix_megatron.checkpoint.rank_io import rank_directory
 from helix_megatron.checkpoint.safe import inspect, load_common
 from helix_megatron.checkpoint.sources import open_source, stock_flags
@@ -54,7 +56,7 @@ from helix_megatron.data.indexed_files import (
 from helix_megatron.deepspeed.checkpoints import FILE, converted_layout, find_checkpoint
 from helix_megatron.deepspeed.merge import merge_checkpoint
 from helix_megatron.errors import HelixError
-from helix_megatron.huggingface.load import _config
+from helix_megatron.huggingface.load import read_configuration
 from helix_megatron.inference.tokens import FileTokens, HuggingFaceTokens, configured_stops
 from helix_megatron.plan.clusters import read_cluster
 from helix_megatron.plan.models import model_of
@@ -83,7 +85,7 @@ def read_config(folder: Path) -> None:
 
 def read_cuttable_config(folder: Path) -> None:
     """The same, and as the Hugging Face host reads it, which does not cut every family."""
-    in_turn(folder / MODEL, [lambda path: read_config(folder), _config])
+    in_turn(folder / MODEL, [lambda path: read_config(folder), read_configuration])
 
 
 def in_turn(path: Path, readers: Sequence[Any]) -> None:
@@ -106,10 +108,20 @@ def config_reader(model: str, read: Callable[[Path], None] = read_cuttable_confi
     return Reader(model_with(model=model), f"{MODEL}/config.json", mutated_json, read)
 
 
+def make_packed(folder: Path) -> None:
+    """A matrix in blocks of fp8, the last ones partial, and its scales."""
+    (folder / MODEL).mkdir(parents=True)
+    packing = {"quant_method": "fp8", "weight_block_size": [8, 4]}
+    (folder / MODEL / "config.json").write_text(json.dumps({"quantization_config": packing}))
+    matrix = torch.arange(120.0).view(12, 10).to(torch.float8_e4m3fn)
+    tensors = {"a.weight": matrix, "a.weight_scale_inv": torch.full((2, 3), 0.1)}
+    save_file(tensors, folder / MODEL / "model.safetensors")
+
+
 def read_tensors(folder: Path) -> None:
-    files = HuggingFaceReader(folder / MODEL)
-    for name in files.names:
-        files.read(name)
+    for files in (HuggingFaceReader(folder / MODEL), open_weights(folder / MODEL)):
+        for name in files.names:
+            files.read(name)
 
 
 # ---------------------------------------------------------------------- canonical
@@ -337,6 +349,9 @@ READERS = {
     "config of experts": config_reader("mixtral"),
     "config of gpt2": config_reader("gpt2", read_config),
     "index": Reader(model_with(files=2), f"{MODEL}/{INDEX}", mutated_json, read_everything),
+    "safetensors in fp8": Reader(
+        make_packed, f"{MODEL}/model.safetensors", mutated_safetensors, read_tensors
+    ),
     "safetensors": Reader(
         model_with(), f"{MODEL}/model.safetensors", mutated_safetensors, read_tensors
     ),

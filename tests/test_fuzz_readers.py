@@ -27,7 +27,7 @@ def test_every_reader_reads_or_refuses():
         check=False,
     )
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr[-3000:]}"
-    assert run.stdout.count(" 0 faults ") == 18, run.stdout
+    assert run.stdout.count(" 0 faults ") == 19, run.stdout
     assert run.stdout.count(" read, 0 refused") <= 1, (
         "nothing was damaged"
     )  # a pointer may be wrong
