@@ -237,10 +237,11 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
             "Hugging Face models run that helix_megatron.huggingface has cut."
         )
     linear = plan.model.special.linear
-    if plan.job.task != "train" and linear and linear.ranks(layout.tp) < layout.tp:
-        groups = f" in {linear.groups} groups" if linear.groups else ""
+    if linear and linear.ranks(layout.tp) < layout.tp:
+        groups = f", or do not fit their {linear.groups} groups" if linear.groups else ""
+        who = "helix_megatron.huggingface" if plan.job.task == "train" else "helix serve"
         found.append(
-            f"{layout.tp} ranks do not divide the {linear.shares} {linear.dealt}{groups}: helix serve keeps "
+            f"{layout.tp} ranks do not divide the {linear.shares} {linear.dealt}{groups}: {who} keeps "
             "these layers whole on every rank, and so they are counted."
         )
     if plan.cluster.host_seconds and not plan.scenario.host_seconds:

@@ -199,6 +199,33 @@ def test_linear_layers_that_ranks_do_not_divide_are_counted_as_they_run():
     assert [reason for reason in reasons if text in reason]
 
 
+def test_a_hybrid_trains_in_layouts_that_the_run_takes():
+    """Groups of Mamba heads dealt whole, no interleaved stages, no sequence cut for context parallelism."""
+    plan = found("nemotron-3-nano", "train", gpus=16, batch=32)
+    layouts = [row.layout for row in plan.everything]
+    assert {layout.tp for layout in layouts} == {1, 2, 4, 8}
+    assert {(layout.vp, layout.cp) for layout in layouts} == {(1, 1)}
+    assert max(layout.pp for layout in layouts) > 1
+    reasons = {r.what: r.reason for r in plan.rejected}
+    assert "number of Mamba 2 groups 8 is not divisible by 16" in reasons["TP 16"]
+    assert reasons["CP 2"] == "Mamba 2 trains on the whole of a sequence"
+    latent = found("deepseek-v3", "train", gpus=16, batch=32)
+    assert "CP 2" in {r.what for r in latent.rejected}
+
+
+def test_groups_that_ranks_do_not_fit_are_named():
+    """Four ranks divide 12 heads, and not their 3 groups; each task says who then keeps them whole."""
+    sizes = {"num_hidden_layers": 4, "mamba_n_heads": 12, "mamba_n_groups": 3}
+    model = spec_of_config("small", SIDE_BY_SIDE | sizes, "")
+    for task, who in (("train", "helix_megatron.huggingface"), ("decode", "helix serve")):
+        plan = search(model, 4, CLUSTERS["nvlink-16"], Job(task, 4096, 8), Software())
+        layout = next(row.layout for row in plan.everything if row.layout.tp == 4)
+        text = (
+            f"4 ranks do not divide the 12 Mamba 2 heads, or do not fit their 3 groups: {who} keeps"
+        )
+        assert [sentence for sentence in caveats(plan, layout) if text in sentence]
+
+
 def test_latent_attention_is_planned_and_not_cut():
     """The sentence says why, and the verdict speaks for whole heads."""
     plan = found("deepseek-v3", "decode", gpus=16, batch=1, sequence=4096)
