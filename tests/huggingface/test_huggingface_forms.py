@@ -41,7 +41,15 @@ OF_THEIR_OWN = (
         "phi3",
         "olmo2",
     ),
-    *("granitemoe", "starcoder2", "mimo_v2_flash", "deepseek_v3", "nemotron_h", "falcon_h1"),
+    *(
+        "granitemoe",
+        "starcoder2",
+        "mimo_v2_flash",
+        "deepseek_v3",
+        "nemotron_h",
+        "falcon_h1",
+        "apertus",
+    ),
 )
 NEW_TOKENS = sized("conversion", full=32, quick=8)
 
@@ -136,6 +144,11 @@ def test_mlps_with_adapters_stay_whole():
     assert dict(mlp_cuts(mlp, 2))
     mlp.adapters = nn.ModuleList([nn.Linear(8, 32)])
     assert not dict(mlp_cuts(mlp, 2))
+    model = tiny_model("glm4")
+    for layer in model.model.layers:
+        layer.mlp.adapters = nn.ModuleList([nn.Linear(8, 32)])
+    what = plan(model, 2, 2)
+    assert what.attention and not what.mlps
 
 
 @pytest.mark.parametrize(("ranks", "cut"), [(2, True), (4, False)])
