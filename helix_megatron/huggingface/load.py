@@ -85,7 +85,8 @@ def from_pretrained(
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    # While parameters are on the meta device: the library initialises those, too.
+    # While parameters are on the meta device, since the library initialises those, too; and before heads are
+    # dealt, since `replace_mamba` takes this rank's part of a buffer, Falcon-H1's `mup_vector`.
     _fill_buffers(model, torch.device(device or "cpu"))
     model = shard(
         model,
@@ -114,11 +115,14 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def read_configuration(directory: Path) -> Any:
-    """The configuration of a directory, as the library reads it, without what it says of packed weights.
+    """The configuration of a causal language model, as the library reads it, without how files pack weights.
 
     Raises:
-        HelixError: no such directory, values that cannot be, or weights packed in a way that is not known.
+        HelixError: no such directory, values that cannot be, weights packed in a way that is not known, or a
+            type of which the library has no such model.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, __version__
+
     if not (directory / "config.json").exists():
         raise HelixError(
             f"{directory} is no directory of a Hugging Face model: it has no config.json. Give the path of "
@@ -130,7 +134,13 @@ def read_configuration(directory: Path) -> Any:
         family_of(content).check_values(content)
     packing_of(content)
     config = _library_config(directory)
-    vars(config).pop(PACKED, None)  # what is packed in files is unpacked as it is read
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise HelixError(
+            f"transformers {__version__} has no causal language model of type {config.model_type} "
+            f"({directory}). Give a directory with the config.json of its language model alone."
+        )
+    for one in (config, config.get_text_config()):
+        vars(one).pop(PACKED, None)  # what is packed in files is unpacked as it is read
     return config
 
 
@@ -138,12 +148,17 @@ def _library_config(directory: Path) -> Any:
     """The configuration of a model in the library's class, that of another type where `READ_AS` says so.
 
     Raises:
-        HelixError: the library refuses it.
+        HelixError: the library does not know the type, or refuses it.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     content = read_json(directory / "config.json")
     kind = content.get("model_type")
+    if isinstance(kind, str) and kind not in READ_AS and kind not in CONFIG_MAPPING:
+        raise HelixError(
+            f"transformers {__version__} knows no models of type {kind} ({directory}), and code beside a model "
+            "is never run. Install a release of transformers that has the type."
+        )
     if kind not in READ_AS or kind in CONFIG_MAPPING:
         by_files = functools.partial(AutoConfig.from_pretrained, trust_remote_code=False)
         return _by_transformers(by_files, directory)
