@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+import transformers
 from refusals import refusal
+from tiny_transformers import tiny_config
 
 from helix_megatron.core.caches import DecodeShape, cache_layout
 from helix_megatron.core.layout import HeadLayout
@@ -155,6 +158,23 @@ SIDE_BY_SIDE = {  # the sizes of Falcon-H1-34B
     "mamba_d_state": 256,
     "mamba_d_conv": 4,
 }
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("falcon_h1", {"mamba_d_ssm": 48}), ("falcon_h1", {}), ("bamba", {})]
+)
+def test_dimensions_of_mamba_heads_that_follow_from_others(family, sizes):
+    """As many parameters as the model of transformers has, where a config.json leaves `mamba_expand` out."""
+    own = {"falcon_h1": {"mamba_d_ssm": None}, "bamba": {"attn_layer_indices": [1]}}[family]
+    own = {"mamba_d_conv": 4, "mamba_d_state": 16, "mamba_n_groups": 1, **own, **sizes}
+    changes = {"hidden_size": 32, "mamba_n_heads": 8, "mamba_expand": 2, "mamba_d_head": "auto"}
+    config = tiny_config(family, **own | changes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    content = config.to_dict() | {"mamba_d_head": "auto"}
+    del content["mamba_expand"]
+    counted = spec_of_config(family, content, "").parameters
+    assert counted == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("tp", [1, 4])
