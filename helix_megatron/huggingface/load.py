@@ -69,8 +69,6 @@ def from_pretrained(
     Raises:
         HelixError: the directory has no such model, files and configuration disagree, or see `shard`.
     """
-    from transformers import AutoModelForCausalLM
-
     resolved(directory)
     directory = snapshot_of(Path(directory))
     config = read_configuration(directory)
@@ -83,8 +81,7 @@ def from_pretrained(
             f"the weights in {directory} are read from {files.packing} and kept in {name}.",
             stacklevel=2,
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = empty_model(config, dtype=dtype)
     # While parameters are on the meta device, since the library initialises those, too; and before heads are
     # dealt, since `replace_mamba` takes this rank's part of a buffer, Falcon-H1's `mup_vector`.
     _fill_buffers(model, torch.device(device or "cpu"))
@@ -115,14 +112,11 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def read_configuration(directory: Path) -> Any:
-    """The configuration of a causal language model, as the library reads it, without how files pack weights.
+    """The configuration of a directory, as the library reads it, without what it says of packed weights.
 
     Raises:
-        HelixError: no such directory, values that cannot be, weights packed in a way that is not known, or a
-            type of which the library has no such model.
+        HelixError: no such directory, values that cannot be, or weights packed in a way that is not known.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, __version__
-
     if not (directory / "config.json").exists():
         raise HelixError(
             f"{directory} is no directory of a Hugging Face model: it has no config.json. Give the path of "
@@ -134,14 +128,26 @@ def read_configuration(directory: Path) -> Any:
         family_of(content).check_values(content)
     packing_of(content)
     config = _library_config(directory)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise HelixError(
-            f"transformers {__version__} has no causal language model of type {config.model_type} "
-            f"({directory}). Give a directory with the config.json of its language model alone."
-        )
     for one in (config, config.get_text_config()):
         vars(one).pop(PACKED, None)  # what is packed in files is unpacked as it is read
     return config
+
+
+def empty_model(config: Any, **options: Any) -> Any:
+    """A causal language model of a configuration, on the meta device; `options` are those of `from_config`.
+
+    Raises:
+        HelixError: the library has none of such a type.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, __version__
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise HelixError(
+            f"transformers {__version__} has no causal language model of type {config.model_type}. Give the "
+            "files of its language model alone."
+        )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
 def _library_config(directory: Path) -> Any:

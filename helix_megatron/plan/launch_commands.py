@@ -9,6 +9,7 @@ from helix_megatron.core.caches import NAMES as CACHES
 from helix_megatron.core.exchanges import NO_EXCHANGE
 from helix_megatron.errors import listed
 from helix_megatron.flags import flag_of
+from helix_megatron.model.description import SIZES, ModelConfig
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.mixers import ORDINARY
@@ -17,8 +18,10 @@ from helix_megatron.plan.results import Plan
 from helix_megatron.plan.settings import Job, Software
 from helix_megatron.plan.stages import is_accounted
 
-# Model flags that only describe where the model came from, or follow from others.
 MEGATRON_LM = "../Megatron-LM/pretrain_gpt.py"
+# Model flags that are written at their defaults, too, since Megatron-LM has other ones.
+KEPT = (*SIZES, "position_embedding_type", "moe_aux_loss_coeff", "moe_token_dispatcher_type")
+# Model flags that only describe where the model came from, or follow from others.
 LEFT_OUT = ("padded_vocab_size", "max_position_embeddings", "attention_dropout", "hidden_dropout")
 
 
@@ -37,8 +40,12 @@ def flag_words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def model_words(model: ModelSpec) -> list[str]:
-    """The model's flags as words of a command line."""
-    flags = {name: value for name, value in model.flags.items() if name not in LEFT_OUT}
+    """The model's flags as words of a command line, without those at the defaults of all training scripts."""
+    flags = {
+        name: value
+        for name, value in model.flags.items()
+        if name not in LEFT_OUT and (name in KEPT or value != getattr(ModelConfig, name))
+    }
     return flag_words(flags | {"vocab_size": flags.get("vocab_size", model.padded_vocab_size)})
 
 

@@ -265,7 +265,7 @@ def spec_of_config(name: str, config: Mapping[str, Any], source: str) -> ModelSp
     try:
         packing = packing_of(config)
     except HelixError as error:
-        warnings.warn(f"{error} They are counted in bf16.", stacklevel=2)
+        warnings.warn(f"{error} Its weights are counted in bf16.", stacklevel=2)
     else:
         if packing is not None:
             warnings.warn(
