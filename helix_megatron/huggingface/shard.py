@@ -23,7 +23,7 @@ from helix_megatron.huggingface.forms import (
     SHOWN,
     learned_activations,
 )
-from helix_megatron.huggingface.groups import intra_head_group_of
+from helix_megatron.huggingface.groups import INTRA_HEAD, neighbours_of
 from helix_megatron.huggingface.mamba import replace_mamba
 from helix_megatron.huggingface.plan import Plan, as_config, embeddings_of, plan
 from helix_megatron.huggingface.sharding import Sharding
@@ -76,7 +76,7 @@ def shard(
     if what.num_ranks == 1:
         return model
     if intra_head_group is None:
-        intra_head_group = intra_head_group_of(tensor_group, helix.intra_head_parallel_size)
+        intra_head_group = neighbours_of(tensor_group, helix.intra_head_parallel_size, INTRA_HEAD)
     _check_groups(what, tensor_group, intra_head_group)
 
     kind, probed = getattr(model.config, "model_type", None), None
