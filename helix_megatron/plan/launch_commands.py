@@ -14,6 +14,7 @@ from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.mixers import ORDINARY
 from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.operators import attention_kernel
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.settings import Job, Software
 from helix_megatron.plan.stages import is_accounted
@@ -242,6 +243,12 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
         found.append(
             "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "
             "Hugging Face models run that helix_megatron.huggingface has cut."
+        )
+    asked, runs = plan.software.kernel, attention_kernel(plan.scenario, layout, plan.model.head_dim)
+    if asked not in ("auto", runs) and runs == "math" and plan.model.attn_logit_softcapping:
+        found.append(
+            f"--kernel {asked} does not train with soft caps (attn_logit_softcapping): this row is timed with "
+            f"{runs}."
         )
     linear = plan.model.special.linear
     if linear and linear.ranks(layout.tp) < layout.tp:

@@ -13,7 +13,7 @@ from tiny_transformers import tiny_config
 from helix_megatron.core.caches import DecodeShape, cache_layout
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.model.families import family_of
-from helix_megatron.plan.clusters import CLUSTERS
+from helix_megatron.plan.clusters import CLUSTERS, LOCAL, cluster_of
 from helix_megatron.plan.command import plan_main
 from helix_megatron.plan.explain import kinds_of_layers
 from helix_megatron.plan.inference import decode_steps
@@ -25,7 +25,13 @@ from helix_megatron.plan.inference_memory import (
 from helix_megatron.plan.launch_commands import caveats
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import model_of, spec_of_config, spec_of_flags
-from helix_megatron.plan.operators import latent_steps, layer_kinds, linear_steps, mixer_steps
+from helix_megatron.plan.operators import (
+    attention_kernel,
+    latent_steps,
+    layer_kinds,
+    linear_steps,
+    mixer_steps,
+)
 from helix_megatron.plan.published_sizes import CONFIGS
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.search import search
@@ -141,6 +147,27 @@ def test_hybrid_models_are_planned_with_cut_heads():
         name: {step.name for step in steps} for name, _, steps in kinds_of_layers(plan, row.layout)
     }
     assert "state" in names["MoE, gated delta net"] and "core attention" in names["MoE"]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "asked", "runs", "told"),
+    [
+        ("dgx-h200", "flash-3", "math", True),
+        ("dgx-h200", "math", "math", False),
+        ("dgx-h200", "auto", "math", False),
+        (LOCAL, "auto", "cpu", False),
+    ],
+)
+def test_soft_caps_have_no_fused_kernel_in_training(cluster, asked, runs, told):
+    """A row says that the kernel asked for is not what it is timed with."""
+    config = tiny_config("gemma2").to_dict()
+    chips = cluster_of(cluster)
+    model, job = spec_of_config("gemma2", config, ""), Job("train", 4096, 8)
+    software = Software(kernel=asked, precision="fp32" if cluster == LOCAL else "bf16")
+    plan = search(model, 1, chips, job, software)
+    layout = plan.everything[0].layout
+    assert attention_kernel(plan.scenario, layout, model.head_dim) == runs
+    assert told == any("does not train with soft caps" in text for text in caveats(plan, layout))
 
 
 SIDE_BY_SIDE = {  # the sizes of Falcon-H1-34B
