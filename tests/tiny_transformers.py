@@ -199,7 +199,6 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3Config",
         {**_MOE, **_LATENT, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
     ),
-    "apertus": ("ApertusConfig", {}),
 }
 
 
