@@ -98,3 +98,15 @@ class AttentionMask:
         if hidden.size(dim) > 1:
             hidden = hidden.narrow(dim, start, stop - start)
         return dataclasses.replace(self, hidden=hidden)
+
+
+def masked_softmax(scores_BHLS: Tensor, mask: AttentionMask) -> Tensor:
+    """Softmax over the visible keys; zeros for a query that sees none."""
+    queries, keys = scores_BHLS.shape[-2:]
+    if mask.hides_nothing(queries, keys):
+        return scores_BHLS.softmax(-1)
+    visible = mask.visible(queries, keys, scores_BHLS.device)
+    blind = ~visible.any(-1, keepdim=True)
+    # A finite score in blind rows keeps NaN out of their gradient.
+    scores_BHLS = scores_BHLS.masked_fill(~(visible | blind), float("-inf"))
+    return scores_BHLS.softmax(-1).masked_fill(blind, 0.0)

@@ -241,10 +241,10 @@ def _unknown(kind: str, what: str) -> HelixError:
 def mlp_cuts(module: Any, ranks: int) -> Iterator[tuple[str, Cut]]:
     """(name below the module, cut) of a dense MLP: gated, gated with one projection for both, or plain.
 
-    Nothing where it has other parts with parameters, such as adapters: then it stays whole.
+    Nothing where it has `other_parts`: then it stays whole.
     """
     linear = {n: part for n, part in module.named_children() if hasattr(part, "out_features")}
-    if _parts(module) - linear.keys():
+    if other_parts(module):
         return
     down = next((n for n in MLP_OUTPUTS if n in linear), None)
     ups = tuple(sorted(name for name in linear if name != down))
@@ -264,6 +264,22 @@ def mlp_cuts(module: Any, ranks: int) -> Iterator[tuple[str, Cut]]:
     for name, length in rows.items():
         yield from _linear(module, name, block_cut(0, length, ranks, blocks=2 if fused else 1))
     yield f"{down}.weight", block_cut(1, size, ranks)
+
+
+def other_parts(module: Any) -> set[str]:
+    """The names of an MLP's parts with parameters beside linear layers and activations, such as adapters."""
+    known = {n for n, part in module.named_children() if hasattr(part, "out_features")}
+    return _parts(module) - known - set(learned_activations(module))
+
+
+def learned_activations(module: Any) -> list[str]:
+    """The names of the parts of a module whose parameters are single numbers, such as xIELU (Apertus)."""
+    return [
+        name
+        for name in sorted(_parts(module))
+        if {p.numel() for p in getattr(module, name).parameters()} == {1}
+        and not _parts(getattr(module, name))
+    ]
 
 
 def expert_cuts(module: Any, ranks: int) -> Iterator[tuple[str, Cut]]:

@@ -13,6 +13,7 @@ from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.parallel_state import own_group
 
 TIMEOUT_MINUTES = 30.0
+INTRA_HEAD = "INTRA_HEAD_PARALLEL_GROUP"
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,22 @@ def make_groups(
     neighbours = [range(start, start + m) for start in range(0, world, m)]
     return Groups(
         tensor=own_group(replicas, "TENSOR_PARALLEL_GROUP", timeout),
-        intra_head=own_group(neighbours, "INTRA_HEAD_PARALLEL_GROUP", timeout),
+        intra_head=own_group(neighbours, INTRA_HEAD, timeout),
         data=own_group([*zip(*replicas, strict=True)], "DATA_PARALLEL_GROUP", timeout),
     )
 
 
-def intra_head_group_of(tensor_group: ProcessGroup, intra_head_parallel_size: int) -> ProcessGroup:
-    """The intra-head group of this rank, from its tensor group. Only the ranks of the tensor group call it."""
-    m = intra_head_parallel_size
-    if m == tensor_group.size():
+def neighbours_of(tensor_group: ProcessGroup, number: int, description: str) -> ProcessGroup:
+    """A group of so many neighbours of a tensor group, this rank among them; all of them together are itself.
+
+    Only the ranks of the tensor group call it. `description` is its name in dumps of hangs.
+    """
+    if number == tensor_group.size():
         return tensor_group
-    first = tensor_group.rank() // m * m
-    ranks = dist.get_process_group_ranks(tensor_group)[first : first + m]
+    first = tensor_group.rank() // number * number
     return dist.new_group(
-        ranks, group_desc="INTRA_HEAD_PARALLEL_GROUP", use_local_synchronization=True
+        dist.get_process_group_ranks(tensor_group)[first : first + number],
+        timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES),
+        group_desc=description,
+        use_local_synchronization=True,
     )

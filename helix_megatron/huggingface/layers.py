@@ -83,18 +83,23 @@ class PartitionedDeltaNet(Partitioned):
         return super().forward(x, *args, **kwargs)
 
 
-class PartitionedHeads(Partitioned):
-    """A norm of whole heads of which this rank has some. The gradient of its weight is the sum over ranks."""
+class UsedByRanks(Partitioned):
+    """A norm or an activation that is whole on every rank, and works on what each rank has of its own.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    Its parameters' gradients are therefore summed over the ranks.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the library's own."""
-        parameters: dict[str, Any] = self._parameters
-        weight, group = parameters["weight"], self.sharding.tensor_group
-        parameters["weight"] = to_ranks(weight, group, purpose="tensor/head-norm")
+        current: dict[str, Any] = self._parameters
+        own, group = dict(current), self.sharding.tensor_group
+        for name, parameter in own.items():
+            if parameter is not None:
+                current[name] = to_ranks(parameter, group, purpose="tensor/whole-parameters")
         try:
             return super().forward(*args, **kwargs)
         finally:
-            parameters["weight"] = weight
+            current.update(own)
 
 
 class PartitionedEmbedding(Partitioned):

@@ -69,8 +69,6 @@ def from_pretrained(
     Raises:
         HelixError: the directory has no such model, files and configuration disagree, or see `shard`.
     """
-    from transformers import AutoModelForCausalLM
-
     resolved(directory)
     directory = snapshot_of(Path(directory))
     config = read_configuration(directory)
@@ -83,9 +81,9 @@ def from_pretrained(
             f"the weights in {directory} are read from {files.packing} and kept in {name}.",
             stacklevel=2,
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    # While parameters are on the meta device: the library initialises those, too.
+    model = empty_model(config, dtype=dtype)
+    # While parameters are on the meta device, since the library initialises those, too; and before heads are
+    # dealt, since `replace_mamba` takes this rank's part of a buffer, Falcon-H1's `mup_vector`.
     _fill_buffers(model, torch.device(device or "cpu"))
     model = shard(
         model,
@@ -130,20 +128,43 @@ def read_configuration(directory: Path) -> Any:
         family_of(content).check_values(content)
     packing_of(content)
     config = _library_config(directory)
-    vars(config).pop(PACKED, None)  # what is packed in files is unpacked as it is read
+    for one in (config, config.get_text_config()):
+        vars(one).pop(PACKED, None)  # what is packed in files is unpacked as it is read
     return config
+
+
+def empty_model(config: Any, **options: Any) -> Any:
+    """A causal language model of a configuration, on the meta device; `options` are those of `from_config`.
+
+    Raises:
+        HelixError: the library has none of such a type.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, __version__
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise HelixError(
+            f"transformers {__version__} has no causal language model of type {config.model_type}. Give the "
+            "files of its language model alone."
+        )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
 def _library_config(directory: Path) -> Any:
     """The configuration of a model in the library's class, that of another type where `READ_AS` says so.
 
     Raises:
-        HelixError: the library refuses it.
+        HelixError: the library does not know the type, or refuses it.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     content = read_json(directory / "config.json")
     kind = content.get("model_type")
+    if isinstance(kind, str) and kind not in READ_AS and kind not in CONFIG_MAPPING:
+        raise HelixError(
+            f"transformers {__version__} knows no models of type {kind} ({directory}), and code beside a model "
+            "is never run. Install a release of transformers that has the type."
+        )
     if kind not in READ_AS or kind in CONFIG_MAPPING:
         by_files = functools.partial(AutoConfig.from_pretrained, trust_remote_code=False)
         return _by_transformers(by_files, directory)

@@ -79,7 +79,7 @@ class InputProjection(layers.Partitioned):
 
 
 class Multiplied:
-    """In the place of multipliers that are applied already: a product with it is the other factor, uncopied."""
+    """It stands where the library multiplies by what is applied already: x times it is x itself, uncopied."""
 
     def __rmul__(self, x: Tensor) -> Tensor:
         return x

@@ -17,6 +17,7 @@ from helix_megatron.huggingface.forms import (
     expert_cuts,
     mamba_cuts,
     mlp_cuts,
+    other_parts,
 )
 from helix_megatron.huggingface.upstream import check_attention
 from helix_megatron.model.families import CUTTABLE
@@ -129,8 +130,9 @@ def plan(
     layouts = [form.layout(helix, tensor_parallel_size) for form in attention.values()]
     if kind not in CUTTABLE and any(layout.query_layout == "segments" for layout in layouts):
         raise _queries_stay_whole(kind, next(iter(attention.values())), tensor_parallel_size)
-    unknown = any(hasattr(module, "down_proj") for module in model.modules())
-    if mlp and not any(others[:2]) and unknown:  # MLPs of another kind stay whole
+    # MLPs of another kind, or with adapters, stay whole.
+    unknown = any(hasattr(m, "down_proj") and not other_parts(m) for m in model.modules())
+    if mlp and not any(others[:2]) and unknown:
         raise _not_found(
             model, "no MLP whose form is known", "leave MLPs whole with mlp=False, or "
         )

@@ -17,8 +17,13 @@ from helix_megatron.core.kernels.sdpa import sdpa
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface import attention, layers, upstream
 from helix_megatron.huggingface.cuts import Cut
-from helix_megatron.huggingface.forms import DELTA_NET_SIZES, MLP_OUTPUTS, SHOWN
-from helix_megatron.huggingface.groups import intra_head_group_of
+from helix_megatron.huggingface.forms import (
+    DELTA_NET_SIZES,
+    MLP_OUTPUTS,
+    SHOWN,
+    learned_activations,
+)
+from helix_megatron.huggingface.groups import INTRA_HEAD, neighbours_of
 from helix_megatron.huggingface.mamba import replace_mamba
 from helix_megatron.huggingface.plan import Plan, as_config, embeddings_of, plan
 from helix_megatron.huggingface.sharding import Sharding
@@ -71,7 +76,7 @@ def shard(
     if what.num_ranks == 1:
         return model
     if intra_head_group is None:
-        intra_head_group = intra_head_group_of(tensor_group, helix.intra_head_parallel_size)
+        intra_head_group = neighbours_of(tensor_group, helix.intra_head_parallel_size, INTRA_HEAD)
     _check_groups(what, tensor_group, intra_head_group)
 
     kind, probed = getattr(model.config, "model_type", None), None
@@ -231,6 +236,8 @@ def _replace_modules(model: Any, sharding: Sharding) -> None:
         layers.replace(modules[path], layers.PartitionedMLP, sharding=sharding)
         down = next(name for name in MLP_OUTPUTS if hasattr(modules[path], name))
         layers.replace(getattr(modules[path], down), layers.RowParallelLinear, sharding=sharding)
+        for name in learned_activations(modules[path]):
+            layers.replace(getattr(modules[path], name), layers.UsedByRanks, sharding=sharding)
     for path in what.experts:
         experts = modules[path]
         size = what.cuts[f"{path}.down_proj"].size
@@ -244,7 +251,7 @@ def _replace_modules(model: Any, sharding: Sharding) -> None:
             setattr(delta_net, name, getattr(delta_net, name) // what.num_ranks)
         layers.resize_convolution(delta_net.conv1d, delta_net.conv_dim)
         layers.replace(delta_net, layers.PartitionedDeltaNet, sharding=sharding)
-        layers.replace(delta_net.norm, layers.PartitionedHeads, sharding=sharding)
+        layers.replace(delta_net.norm, layers.UsedByRanks, sharding=sharding)
         layers.replace(delta_net.out_proj, layers.RowParallelLinear, sharding=sharding)
     for path in what.mambas:
         replace_mamba(modules[path], sharding)

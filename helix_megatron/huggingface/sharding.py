@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from helix_megatron.core.kernels import AttentionKernel
 from helix_megatron.core.kernels.sdpa import sdpa
-from helix_megatron.huggingface.groups import intra_head_group_of
+from helix_megatron.huggingface.groups import neighbours_of
 from helix_megatron.huggingface.plan import Plan
 
 
@@ -46,9 +46,10 @@ class Sharding:
 
     def neighbours(self, ranks: int) -> ProcessGroup:
         """So many neighbours of the tensor group, this rank among them. Collective when first asked for."""
+        if ranks == self.intra_head_group.size():
+            return self.intra_head_group
         if ranks not in self._neighbours:
-            same = ranks == self.intra_head_group.size()
-            made = self.intra_head_group if same else intra_head_group_of(self.tensor_group, ranks)
+            made = neighbours_of(self.tensor_group, ranks, "MAMBA_PARALLEL_GROUP")
             self._neighbours[ranks] = made
         return self._neighbours[ranks]
 

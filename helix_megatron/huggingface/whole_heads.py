@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,24 +173,6 @@ class FusedProjection(GatheredProjection):
         return torch.cat([queries, *(heads.flatten(-2) for heads in kv)], dim=-1)
 
 
-class UsedByRanks(layers.Partitioned):
-    """A module of attention that is whole on every rank, and works on what each rank has of its own.
-
-    Its parameters' gradients are therefore summed over the ranks.
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own: dict[str, Any] = dict(self._parameters)
-        group, current = self.sharding.tensor_group, cast("dict[str, Any]", self._parameters)
-        for name, parameter in own.items():
-            if parameter is not None:
-                current[name] = to_ranks(parameter, group, purpose="tensor/head-norm")
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            current.update(own)
-
-
 class FlatHeadNorm(layers.Partitioned):
     """RMS norm over all heads together (OLMo 2, MiniMax M2), of which this rank has some.
 
@@ -248,7 +230,7 @@ def replace_attention(module: Any, form: AttentionForm, sharding: Sharding) -> N
             name not in ("q_proj", "q_b_proj", "kv_b_proj")
             and next(part.parameters(), None) is not None
         ):
-            layers.replace(part, UsedByRanks, sharding=sharding)
+            layers.replace(part, layers.UsedByRanks, sharding=sharding)
     own_heads, kv_heads = form.heads // ranks, len(heads.wanted)
     numbers = {"num_attention_heads": own_heads, "num_key_value_heads": kv_heads}
     for name, value in (

@@ -217,6 +217,7 @@ def _by_transformers(options: Mapping[str, Any]) -> bool:
     from helix_megatron.checkpoint.foreign import read_json
     from helix_megatron.checkpoint.huggingface_io import snapshot_of
     from helix_megatron.model.families import FAMILIES
+    from helix_megatron.model.families.towers import text_config
 
     path = Path(options["load"])
     config = snapshot_of(path) / "config.json" if path.is_dir() else path
@@ -229,17 +230,21 @@ def _by_transformers(options: Mapping[str, Any]) -> bool:
             )
         return False
     content = read_json(config)
-    kind = content.get("model_type")
+
+    def known(config: Mapping[str, Any]) -> bool:
+        kind = config.get("model_type")
+        return not isinstance(kind, str) or (kind in FAMILIES and FAMILIES[kind].runs_in_engine)
+
+    text = text_config(content)
+    if asked == "megatron" and not known(text):
+        raise HelixError(
+            f"--implementation megatron does not compute models of type {text['model_type']}. Leave the flag "
+            "out."
+        )
     # The engine has no pages for what megatron-core makes of latents, and no states.
     layers = content.get("layer_types")
-    linear = kind == "nemotron_h" or (isinstance(layers, list) and "linear_attention" in layers)
-    known = not isinstance(kind, str) or (kind in FAMILIES and FAMILIES[kind].runs_in_engine)
-    if asked == "megatron" and linear:
-        raise HelixError(
-            "--implementation megatron does not compute the gated delta nets or Mamba layers of "
-            f"{path}. Leave the flag out."
-        )
-    other = not known or content.get("kv_lora_rank") or linear
+    linear = isinstance(layers, list) and "linear_attention" in layers
+    other = not known(content) or content.get("kv_lora_rank") or linear
     return asked == "transformers" or (asked == "auto" and bool(other))
 
 

@@ -21,7 +21,7 @@ from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.huggingface import from_pretrained, make_groups
 from helix_megatron.huggingface.forms import AttentionForm, attention_form
-from helix_megatron.huggingface.load import read_configuration
+from helix_megatron.huggingface.load import empty_model, read_configuration
 from helix_megatron.inference.transformers_attention import INSTEAD
 from helix_megatron.inference.transformers_runner import PagedModel
 
@@ -130,11 +130,7 @@ def describe(directory: Path | str) -> Described:
     Raises:
         HelixError: it is no such model, or has layers that the engine does not know; the text names them.
     """
-    from transformers import AutoModelForCausalLM
-
-    config = read_configuration(snapshot_of(Path(directory)))
-    with torch.device("meta"):
-        return described(AutoModelForCausalLM.from_config(config))
+    return described(empty_model(read_configuration(snapshot_of(Path(directory)))))
 
 
 def described(model: Any) -> Described:

@@ -9,16 +9,20 @@ from helix_megatron.core.caches import NAMES as CACHES
 from helix_megatron.core.exchanges import NO_EXCHANGE
 from helix_megatron.errors import listed
 from helix_megatron.flags import flag_of
+from helix_megatron.model.description import SIZES, ModelConfig
 from helix_megatron.plan.clusters import Cluster
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.mixers import ORDINARY
 from helix_megatron.plan.models import ModelSpec
+from helix_megatron.plan.operators import attention_kernel
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.settings import Job, Software
 from helix_megatron.plan.stages import is_accounted
 
-# Model flags that only describe where the model came from, or follow from others.
 MEGATRON_LM = "../Megatron-LM/pretrain_gpt.py"
+# Model flags that are written at their defaults, too, since Megatron-LM has other ones.
+KEPT = (*SIZES, "position_embedding_type", "moe_aux_loss_coeff", "moe_token_dispatcher_type")
+# Model flags that only describe where the model came from, or follow from others.
 LEFT_OUT = ("padded_vocab_size", "max_position_embeddings", "attention_dropout", "hidden_dropout")
 
 
@@ -37,8 +41,12 @@ def flag_words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def model_words(model: ModelSpec) -> list[str]:
-    """The model's flags as words of a command line."""
-    flags = {name: value for name, value in model.flags.items() if name not in LEFT_OUT}
+    """The model's flags as words of a command line, without those at the defaults of all training scripts."""
+    flags = {
+        name: value
+        for name, value in model.flags.items()
+        if name not in LEFT_OUT and (name in KEPT or value != getattr(ModelConfig, name))
+    }
     return flag_words(flags | {"vocab_size": flags.get("vocab_size", model.padded_vocab_size)})
 
 
@@ -236,11 +244,18 @@ def caveats(plan: Plan, layout: Layout) -> list[str]:
             "helix serve exchanges for prompts what its cache layout needs. The exchange of this row is what "
             "Hugging Face models run that helix_megatron.huggingface has cut."
         )
-    linear = plan.model.special.linear
-    if plan.job.task != "train" and linear and linear.ranks(layout.tp) < layout.tp:
-        groups = f" in {linear.groups} groups" if linear.groups else ""
+    asked, runs = plan.software.kernel, attention_kernel(plan.scenario, layout, plan.model.head_dim)
+    if asked not in ("auto", runs) and runs == "math" and plan.model.attn_logit_softcapping:
         found.append(
-            f"{layout.tp} ranks do not divide the {linear.shares} {linear.dealt}{groups}: helix serve keeps "
+            f"--kernel {asked} does not train with soft caps (attn_logit_softcapping): this row is timed with "
+            f"{runs}."
+        )
+    linear = plan.model.special.linear
+    if linear and linear.ranks(layout.tp) < layout.tp:
+        groups = f", or do not fit their {linear.groups} groups" if linear.groups else ""
+        who = "helix_megatron.huggingface" if plan.job.task == "train" else "helix serve"
+        found.append(
+            f"{layout.tp} ranks do not divide the {linear.shares} {linear.dealt}{groups}: {who} keeps "
             "these layers whole on every rank, and so they are counted."
         )
     if plan.cluster.host_seconds and not plan.scenario.host_seconds:

@@ -20,6 +20,7 @@ from helix_megatron.flags import flag_of
 from helix_megatron.model.description import MODEL_FLAGS, SIZES, ModelConfig, padded_rows
 from helix_megatron.model.fields import add_model_flags
 from helix_megatron.model.packing import KEY as PACKED
+from helix_megatron.model.packing import packing_of
 from helix_megatron.plan.mixers import ORDINARY, Latent, Special, gated_delta_net
 from helix_megatron.plan.outlines import outline_of, text_config
 from helix_megatron.plan.presets import PRESETS
@@ -261,12 +262,17 @@ def spec_of_config(name: str, config: Mapping[str, Any], source: str) -> ModelSp
     """
     from helix_megatron.model.families import family_of
 
-    if config.get(PACKED):
-        warnings.warn(
-            f"config.json says that files keep its weights in fewer bits ({PACKED}). They are unpacked when "
-            "they are read, and counted so, in bf16 where no other precision is asked for.",
-            stacklevel=2,
-        )
+    try:
+        packing = packing_of(config)
+    except HelixError as error:
+        warnings.warn(f"{error} Its weights are counted in bf16.", stacklevel=2)
+    else:
+        if packing is not None:
+            warnings.warn(
+                f"config.json says that files keep its weights in {packing}. They are unpacked when they are "
+                "read, and counted so, in bf16 where no other precision is asked for.",
+                stacklevel=2,
+            )
     config = {key: value for key, value in text_config(config).items() if key != PACKED}
     outline = outline_of(config)
     if outline is None:

@@ -300,7 +300,8 @@ def attention_work(scenario: Scenario, layout: Layout, shape: AttentionShape) ->
 def attention_kernel(scenario: Scenario, layout: Layout, dims: int) -> str:
     """The kernel of core attention over heads of so many dimensions."""
     model, job, cluster, software = scenario
-    if job.task == "train" and model.attn_logit_softcapping is not None:
+    capped = job.task == "train" and model.attn_logit_softcapping is not None
+    if capped and cluster.chip.family != "cpu":
         return "math"  # no fused kernel: scores are written and read in fp32
     return kernel_that_runs(
         cluster.chip,

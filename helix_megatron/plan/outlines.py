@@ -145,7 +145,8 @@ def _scan(config: Config, *, norm: bool = True) -> Linear:
     sizes = ("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
     heads, dims, *others = (config[name] for name in sizes)
     if dims == "auto":
-        dims = config["mamba_expand"] * config["hidden_size"] // heads
+        inner = config["model_type"] == "falcon_h1" and config.get("mamba_d_ssm")
+        dims = (inner or config.get("mamba_expand", 2) * config["hidden_size"]) // heads
     return mamba2(heads, dims, *others, norm=norm)
 
 

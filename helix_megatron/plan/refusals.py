@@ -26,8 +26,11 @@ def of_tensor_parallel(model: ModelSpec, tp: int, *, training: bool) -> Refusal:
         widths["FFN hidden size"] = model.ffn
     if model.shared_ffn:
         widths["hidden size of the shared experts"] = model.shared_ffn
-    if model.special.linear and training:
-        widths[f"number of {model.special.linear.dealt}"] = model.special.linear.shares
+    linear = model.special.linear
+    if linear and training:
+        widths[f"number of {linear.dealt}"] = linear.shares
+        if model.special.separate:  # Megatron's hybrid layers, where ranks do not share a group
+            widths[f"number of {linear.name} groups"] = linear.groups
     for name, size in widths.items():
         if size % tp:
             reason = f"{name} {size} is not divisible by {tp}; nearest that divide it: "
@@ -63,8 +66,10 @@ def of_cut_heads(model: ModelSpec) -> Refusal:
     return "not modelled", f"{why}, with the latents once on all ranks"
 
 
-def of_context_parallel(job: Job, cp: int, *, asked: bool) -> Refusal:
+def of_context_parallel(model: ModelSpec, job: Job, cp: int, *, asked: bool) -> Refusal:
     """A sequence that a ring of ranks shares; `asked` lets its parts be as small as they come."""
+    if job.task == "train" and (model.special.linear or model.special.latent):
+        return "not modelled", f"{listed(model.special.names)} trains on the whole of a sequence"
     if job.task == "decode":
         what = "a token's cache dealt to context parallel ranks"
         return "not modelled", f"{what}; cache sequence of Helix is the nearest"

@@ -142,7 +142,9 @@ class _Search:
         if segments > 1:
             return  # exchanges are modelled for whole sequences
         for cp in divisors(self.gpus // tp)[1:]:
-            refusal = refusals.of_context_parallel(self.job, cp, asked=self.limits.cp == cp)
+            refusal = refusals.of_context_parallel(
+                self.model, self.job, cp, asked=self.limits.cp == cp
+            )
             if self._allowed(f"CP {cp}", refusal, cp=cp):
                 yield cp
 
@@ -251,8 +253,8 @@ class _Search:
     def _chunks(self, pp: int, batches: int, first: int, last: int) -> Iterator[int]:
         layers = self.model.num_layers
         yield 1
-        if pp == 1 or not self.training:
-            return
+        if pp == 1 or not self.training or self.model.special.separate:
+            return  # Megatron interleaves no stages of a hybrid
         if batches % pp:
             what = f"PP {pp} interleaved, {batches} micro-batches"
             why = f"the interleaved schedule needs micro-batches in multiples of {pp}"

@@ -17,6 +17,7 @@ from tiny_transformers import BY_FORM, randomize, tiny_config, tiny_model, token
 from helix_megatron.core.meter import measure
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface import from_pretrained, make_groups, save_pretrained, shard
+from helix_megatron.huggingface.load import read_configuration
 
 SPELLINGS = ("glm4_moe", "minimax_m2", "granitemoe")
 FAMILIES = ["llama, cut queries", "qwen2", "qwen3", "gemma", "mixtral", "qwen2_moe", "qwen3_moe"]
@@ -272,6 +273,14 @@ def _quantized(directory: Path) -> None:
     config.save_pretrained(directory)
 
 
+def _no_causal_model(directory: Path) -> None:
+    transformers.CLIPConfig().save_pretrained(directory)
+
+
+def _of_tomorrow(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "of_tomorrow"}')
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -282,6 +291,8 @@ def _quantized(directory: Path) -> None:
         (_damaged_index, "is damaged: no valid JSON"),
         (_truncated, "safetensors is damaged: "),
         (_other_family, "attention of class GPT2Attention has none of o_proj, out_proj, dense"),
+        (_no_causal_model, "has no causal language model of type clip"),
+        (_of_tomorrow, "knows no models of type of_tomorrow"),
         (_quantized, "weights are quantized by 'bitsandbytes' (quantization_config), which cannot"),
     ],
 )
@@ -291,6 +302,15 @@ def test_what_cannot_be_loaded_says_why(pool, tmp_path, damage, said):
     damage(tmp_path)
     for text in pool.run(run_load, str(tmp_path), world_size=2):
         assert said in text
+
+
+def test_how_a_text_tower_is_packed_is_not_kept(tmp_path):
+    """Its weights are unpacked as they are read, and saved so."""
+    text = tiny_config("gemma3").to_dict() | {"quantization_config": {"quant_method": "fp8"}}
+    transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["text_config"]["quantization_config"]
+    config = read_configuration(tmp_path)
+    assert "quantization_config" not in config.to_dict()["text_config"]
 
 
 def run_unused(source: str) -> None:

@@ -15,7 +15,16 @@ import torch
 import torch.distributed as dist
 import transformers
 from tiers import sized
-from tiny_transformers import BY_FORM, left_padded, relative_error, tiny_config, tiny_model, tokens
+from tiny_transformers import (
+    BY_FORM,
+    COMMON,
+    left_padded,
+    randomize,
+    relative_error,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
 from tomorrow import TomorrowAttention, tomorrow
 from torch import nn
 
@@ -136,6 +145,11 @@ def test_mlps_with_adapters_stay_whole():
     assert dict(mlp_cuts(mlp, 2))
     mlp.adapters = nn.ModuleList([nn.Linear(8, 32)])
     assert not dict(mlp_cuts(mlp, 2))
+    model = tiny_model("glm4")
+    for layer in model.model.layers:
+        layer.mlp.adapters = nn.ModuleList([nn.Linear(8, 32)])
+    what = plan(model, 2, 2)
+    assert what.attention and not what.mlps
 
 
 @pytest.mark.parametrize(("ranks", "cut"), [(2, True), (4, False)])
@@ -244,6 +258,27 @@ def test_what_only_looks_like_the_form_is_found_out(pool):
     for said in pool.run(run_tomorrow, ReversedAttention, world_size=2, timeout=300):
         assert "models of type tomorrow are not known to this release" in said
         assert "gives other logits, by" in said
+
+
+def apertus(dtype: torch.dtype) -> Any:
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.ApertusConfig(**COMMON))
+    randomize(model)
+    return model.to(dtype).eval()
+
+
+def run_apertus() -> dict[str, Any]:
+    groups = make_groups(2, 2)
+    return results(lambda dtype: shard(apertus(dtype), 2, tensor_group=groups.tensor))
+
+
+def test_numbers_that_an_activation_learns_have_the_gradients_of_all_ranks(pool):
+    """xIELU of Apertus has two, whole on every rank, which has a part of what they act on."""
+    what = plan(apertus(torch.float32), 2, 2)
+    assert what.mlps == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    ranks = pool.run(run_apertus, world_size=2, timeout=300)
+    assert "model.layers.0.mlp.act_fn.alpha_p" in ranks[0]["gradients"]
+    assert_equals_whole(ranks, results(apertus), what.cuts)
 
 
 def test_an_unknown_part_is_named():

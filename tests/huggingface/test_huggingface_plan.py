@@ -17,6 +17,7 @@ from helix_megatron.config import HelixConfig
 from helix_megatron.errors import HelixError
 from helix_megatron.huggingface import clip_grad_norm_, from_pretrained, make_groups, plan, shard
 from helix_megatron.huggingface.cuts import block_cut
+from helix_megatron.huggingface.groups import neighbours_of
 from helix_megatron.huggingface.plan import as_config
 
 
@@ -288,6 +289,20 @@ def test_groups(pool):
     ranks = pool.run(run_groups, world_size=4, timeout=60)
     assert ranks[0] == [[0, 1, 2, 3], [0, 1], [0], [0, 1], [0], [0, 2]]
     assert ranks[3] == [[0, 1, 2, 3], [2, 3], [3], [2, 3], [3], [1, 3]]
+
+
+def run_groups_of_neighbours() -> list[Any]:
+    tensor = make_groups(4, 1).tensor
+    pair = neighbours_of(tensor, 2, "PAIRS")
+    assert neighbours_of(tensor, 4, "ALL") is tensor
+    return [pair.group_desc, dist.get_process_group_ranks(pair)]
+
+
+def test_groups_of_neighbours_have_their_own_names(pool):
+    """By which dumps of hangs tell them apart."""
+    pairs = [[0, 1], [0, 1], [2, 3], [2, 3]]
+    found = pool.run(run_groups_of_neighbours, world_size=4, timeout=60)
+    assert found == [["PAIRS", pair] for pair in pairs]
 
 
 def test_the_plan_needs_no_accelerate():

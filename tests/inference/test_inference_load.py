@@ -423,7 +423,7 @@ WRONG = [
         "--ckpt-step 5",
         r"--ckpt-step 5 chooses among .* holds one model \(huggingface\)",
     ),
-    ("hunyuan", 1, "--implementation megatron", "only the code of transformers generates with"),
+    ("hunyuan", 1, "--implementation megatron", "does not compute models of type hunyuan"),
     ("qwen2 moe", 4, "--expert-model-parallel-size 3", "4 experts cannot be dealt evenly to 3"),
 ]
 

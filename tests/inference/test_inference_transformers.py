@@ -377,7 +377,8 @@ def test_flags_that_do_not_fit_are_refused(saved, flags, text):
         ({"model_type": "llama"}, "auto", False),
         ({"model_type": "llama"}, "transformers", True),
         ({"model_type": "of tomorrow"}, "auto", True),
-        ({"model_type": "of tomorrow"}, "megatron", False),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M*"}, "auto", True),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "megatron", False),
         ({"model_type": "qwen3_next"}, "auto", True),
         ({"model_type": "llama", "kv_lora_rank": 16}, "auto", True),
         ({"model_type": "llama", "layer_types": ["linear_attention"]}, "auto", True),
@@ -393,16 +394,20 @@ def test_whose_code_computes_the_model(tmp_path, content, asked, wanted):
     assert _by_transformers({"load": str(tmp_path), "implementation": asked}) is wanted
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "nemotron_h"])
-def test_megatron_does_not_compute_states(tmp_path, kind):
-    """The engine has none there."""
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [
+        ("qwen3_next", {"layer_types": ["linear_attention"]}),
+        ("nemotron_h", {"hybrid_override_pattern": "M*"}),
+        *((kind, {}) for kind in ("kimi_k2", "falcon_h1", "hunyuan_v1_dense", "of tomorrow")),
+    ],
+)
+def test_megatron_does_not_compute_what_the_engine_does_not_know(tmp_path, kind, others):
+    """States, latents, norms behind rotary embedding, and types that conversion does not know."""
     from helix_megatron.inference.arguments import _by_transformers
 
-    config = {"model_type": kind, "layer_types": ["linear_attention"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        HelixError, match="--implementation megatron does not compute the gated delta nets"
-    ):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **others}))
+    with pytest.raises(HelixError, match=f"megatron does not compute models of type {kind}"):
         _by_transformers({"load": str(tmp_path), "implementation": "megatron"})
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from helix_megatron.errors import HelixError
 from helix_megatron.plan.clusters import CLUSTERS, LOCAL, cluster_of
-from helix_megatron.plan.models import model_of, model_of_arguments
+from helix_megatron.plan.launch_commands import LEFT_OUT, model_words
+from helix_megatron.plan.models import model_of, model_of_arguments, spec_of_config
 from helix_megatron.plan.presets import PRESETS
 
 LLAMA = {
@@ -88,6 +89,26 @@ def test_config_json_gives_the_preset(tmp_path):
             assert model.flags[flag] == preset.flags[flag], flag
 
 
+@pytest.mark.parametrize(
+    ("packing", "said"),
+    [
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            "in fp8 blocks. They are unpacked",
+        ),
+        ({"quant_method": "awq"}, "'awq' .* cannot be read.* Its weights are counted in bf16"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_how_files_pack_weights_is_told(packing, said, inside):
+    """Of the text's part of a config.json, too; files that cannot be read are no reason not to plan."""
+    config = LLAMA | {"quantization_config": packing}
+    config = {"model_type": "of tomorrow", "text_config": config} if inside else config
+    with pytest.warns(UserWarning, match=said):
+        model = spec_of_config("packed", config, "")
+    assert model.parameters == model_of("llama-3-8b").parameters
+
+
 def test_megatron_flags_give_a_model():
     """In one string, or as words of the command line itself."""
     flags = (
@@ -97,6 +118,19 @@ def test_megatron_flags_give_a_model():
     )
     assert model_of(flags).parameters == model_of("llama-3-8b").parameters
     assert model_of_arguments(flags.split()).parameters == model_of("llama-3-8b").parameters
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-3-405b", "qwen3-30b-a3b"])
+def test_commands_leave_defaults_out_and_describe_the_model(name):
+    """A model from a config.json has a value for every flag; few of them are written."""
+    model = spec_of_config(name, LLAMA, "") if name == "llama" else model_of(name)
+    words = model_words(model)
+    assert not {"--mamba-head-dim", "--kv-lora-rank", "--yarn-mscale"} & set(words)
+    others = {*LEFT_OUT, "seq_length"}
+    described = model_of_arguments(words).to_flags()
+    assert {n: v for n, v in described.items() if n not in others} == {
+        n: v for n, v in model.to_flags().items() if n not in others
+    }
 
 
 def test_wrong_models_are_named(tmp_path):

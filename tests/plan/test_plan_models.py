@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+import transformers
 from refusals import refusal
+from tiny_transformers import tiny_config
 
 from helix_megatron.core.caches import DecodeShape, cache_layout
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.model.families import family_of
-from helix_megatron.plan.clusters import CLUSTERS
+from helix_megatron.plan.clusters import CLUSTERS, LOCAL, cluster_of
 from helix_megatron.plan.command import plan_main
 from helix_megatron.plan.explain import kinds_of_layers
 from helix_megatron.plan.inference import decode_steps
@@ -22,7 +25,13 @@ from helix_megatron.plan.inference_memory import (
 from helix_megatron.plan.launch_commands import caveats
 from helix_megatron.plan.layouts import Layout
 from helix_megatron.plan.models import model_of, spec_of_config, spec_of_flags
-from helix_megatron.plan.operators import latent_steps, layer_kinds, linear_steps, mixer_steps
+from helix_megatron.plan.operators import (
+    attention_kernel,
+    latent_steps,
+    layer_kinds,
+    linear_steps,
+    mixer_steps,
+)
 from helix_megatron.plan.published_sizes import CONFIGS
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.search import search
@@ -140,6 +149,27 @@ def test_hybrid_models_are_planned_with_cut_heads():
     assert "state" in names["MoE, gated delta net"] and "core attention" in names["MoE"]
 
 
+@pytest.mark.parametrize(
+    ("cluster", "asked", "runs", "told"),
+    [
+        ("dgx-h200", "flash-3", "math", True),
+        ("dgx-h200", "math", "math", False),
+        ("dgx-h200", "auto", "math", False),
+        (LOCAL, "auto", "cpu", False),
+    ],
+)
+def test_soft_caps_have_no_fused_kernel_in_training(cluster, asked, runs, told):
+    """A row says that the kernel asked for is not what it is timed with."""
+    config = tiny_config("gemma2").to_dict()
+    chips = cluster_of(cluster)
+    model, job = spec_of_config("gemma2", config, ""), Job("train", 4096, 8)
+    software = Software(kernel=asked, precision="fp32" if cluster == LOCAL else "bf16")
+    plan = search(model, 1, chips, job, software)
+    layout = plan.everything[0].layout
+    assert attention_kernel(plan.scenario, layout, model.head_dim) == runs
+    assert told == any("does not train with soft caps" in text for text in caveats(plan, layout))
+
+
 SIDE_BY_SIDE = {  # the sizes of Falcon-H1-34B
     "model_type": "falcon_h1",
     "num_hidden_layers": 72,
@@ -155,6 +185,23 @@ SIDE_BY_SIDE = {  # the sizes of Falcon-H1-34B
     "mamba_d_state": 256,
     "mamba_d_conv": 4,
 }
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("falcon_h1", {"mamba_d_ssm": 48}), ("falcon_h1", {}), ("bamba", {})]
+)
+def test_dimensions_of_mamba_heads_that_follow_from_others(family, sizes):
+    """As many parameters as the model of transformers has, where a config.json leaves `mamba_expand` out."""
+    own = {"falcon_h1": {"mamba_d_ssm": None}, "bamba": {"attn_layer_indices": [1]}}[family]
+    own = {"mamba_d_conv": 4, "mamba_d_state": 16, "mamba_n_groups": 1, **own, **sizes}
+    changes = {"hidden_size": 32, "mamba_n_heads": 8, "mamba_expand": 2, "mamba_d_head": "auto"}
+    config = tiny_config(family, **own | changes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    content = config.to_dict() | {"mamba_d_head": "auto"}
+    del content["mamba_expand"]
+    counted = spec_of_config(family, content, "").parameters
+    assert counted == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("tp", [1, 4])
@@ -197,6 +244,33 @@ def test_linear_layers_that_ranks_do_not_divide_are_counted_as_they_run():
     reasons = {r.reason for r in wide.rejected if r.what == "TP 32"}
     text = "gated delta net key heads 16 is not divisible by 32"
     assert [reason for reason in reasons if text in reason]
+
+
+def test_a_hybrid_trains_in_layouts_that_the_run_takes():
+    """Groups of Mamba heads dealt whole, no interleaved stages, no sequence cut for context parallelism."""
+    plan = found("nemotron-3-nano", "train", gpus=16, batch=32)
+    layouts = [row.layout for row in plan.everything]
+    assert {layout.tp for layout in layouts} == {1, 2, 4, 8}
+    assert {(layout.vp, layout.cp) for layout in layouts} == {(1, 1)}
+    assert max(layout.pp for layout in layouts) > 1
+    reasons = {r.what: r.reason for r in plan.rejected}
+    assert "number of Mamba 2 groups 8 is not divisible by 16" in reasons["TP 16"]
+    assert reasons["CP 2"] == "Mamba 2 trains on the whole of a sequence"
+    latent = found("deepseek-v3", "train", gpus=16, batch=32)
+    assert "CP 2" in {r.what for r in latent.rejected}
+
+
+def test_groups_that_ranks_do_not_fit_are_named():
+    """Four ranks divide 12 heads, and not their 3 groups; each task says who then keeps them whole."""
+    sizes = {"num_hidden_layers": 4, "mamba_n_heads": 12, "mamba_n_groups": 3}
+    model = spec_of_config("small", SIDE_BY_SIDE | sizes, "")
+    for task, who in (("train", "helix_megatron.huggingface"), ("decode", "helix serve")):
+        plan = search(model, 4, CLUSTERS["nvlink-16"], Job(task, 4096, 8), Software())
+        layout = next(row.layout for row in plan.everything if row.layout.tp == 4)
+        text = (
+            f"4 ranks do not divide the 12 Mamba 2 heads, or do not fit their 3 groups: {who} keeps"
+        )
+        assert [sentence for sentence in caveats(plan, layout) if text in sentence]
 
 
 def test_latent_attention_is_planned_and_not_cut():

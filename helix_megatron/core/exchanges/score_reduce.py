@@ -43,7 +43,8 @@ class ScoreReduce(Exchange):
 
         from helix_megatron.core.collectives import all_reduce
         from helix_megatron.core.exchanges.segments import heads_first, sequence_first
-        from helix_megatron.core.kernels.softcap import masked_softmax, soft_cap
+        from helix_megatron.core.kernels.softcap import soft_cap
+        from helix_megatron.core.masks import masked_softmax
 
         x = inputs
         groups = x.k.size(2)

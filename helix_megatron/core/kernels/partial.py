@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from helix_megatron.core.kernels.softcap import soft_cap
+from helix_megatron.core.kernels.softcap import grouped_scores
 
 PartialKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 """(q_BHLD, k_BGSD, v_BGSE, bias, scale) → (o_BHLE, lse_BHL).
@@ -39,14 +39,11 @@ def unfused(
     Args:
         softcap: makes softcap · tanh(score / softcap) of each score, before the bias.
     """
-    groups = k_BGSD.size(1)
-    wide = torch.promote_types(q_BHLD.dtype, torch.float32)
-    q_BGRLD = q_BHLD.to(wide).unflatten(1, (groups, -1)) * scale
-    scores = q_BGRLD @ k_BGSD.to(wide).transpose(2, 3).unsqueeze(2)
-    scores = soft_cap(scores, softcap)
+    scores = grouped_scores(q_BHLD, k_BGSD, scale, softcap)
+    wide = scores.dtype
     if bias is not None:
         bias = bias.to(wide)[(None,) * (4 - bias.dim())]
-        scores = (scores.flatten(1, 2) + bias).unflatten(1, (groups, -1))
+        scores = (scores.flatten(1, 2) + bias).unflatten(1, (k_BGSD.size(1), -1))
     lse = scores.logsumexp(-1)
     # A row that sees nothing has lse = -inf, and -inf − -inf is no number.
     weights = (scores - lse.clamp(min=torch.finfo(wide).min).unsqueeze(-1)).exp()

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helix_megatron.core.kernels import CAPPED_QUERIES
 from helix_megatron.core.kernels.sdpa import sdpa
-from helix_megatron.core.masks import AttentionMask
+from helix_megatron.core.masks import AttentionMask, masked_softmax
 from helix_megatron.errors import HelixError
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """cap · tanh(x / cap), between -cap and cap, of scores or logits; `x` itself where there is no cap."""
     return x if cap is None else cap * (x / cap).tanh()
+
+
+def grouped_scores(q_BHLD: Tensor, k_BGSD: Tensor, scale: float, cap: float | None) -> Tensor:
+    """[B, G, H/G, L, S]: scale · q kᵀ with a soft cap, in at least fp32."""
+    wide = torch.promote_types(q_BHLD.dtype, torch.float32)
+    q_BGRLD = q_BHLD.to(wide).unflatten(1, (k_BGSD.size(1), -1)) * scale
+    return soft_cap(q_BGRLD @ k_BGSD.to(wide).transpose(2, 3).unsqueeze(2), cap)
 
 
 def capped(
@@ -66,8 +73,9 @@ def with_cap(kernel: AttentionKernel, cap: float | None) -> AttentionKernel:
     if cap is None:
         return kernel
     if kernel is not sdpa:
+        name = getattr(kernel, "__name__", type(kernel).__name__)
         raise HelixError(
-            f"attn_logit_softcapping is {cap}, which kernel {kernel} does not know. Leave the kernel out."
+            f"attn_logit_softcapping is {cap}, which kernel {name} does not know. Leave the kernel out."
         )
     return functools.partial(capped, cap)
 
@@ -81,24 +89,8 @@ def _attend(
     cap: float,
     dropout: float,
 ) -> Tensor:
-    groups = k_BGSD.size(1)
-    wide = torch.promote_types(q_BHLD.dtype, torch.float32)
-    q_BGRLD = q_BHLD.to(wide).unflatten(1, (groups, -1)) * scale
-    scores_BGRLS = q_BGRLD @ k_BGSD.to(wide).transpose(2, 3).unsqueeze(2)
-    weights_BHLS = masked_softmax(soft_cap(scores_BGRLS, cap).flatten(1, 2), mask)
-    weights_BHLS = weights_BHLS.to(v_BGSE.dtype)
+    scores_BGRLS = grouped_scores(q_BHLD, k_BGSD, scale, cap)
+    weights_BHLS = masked_softmax(scores_BGRLS.flatten(1, 2), mask).to(v_BGSE.dtype)
     if dropout:
         weights_BHLS = F.dropout(weights_BHLS, p=dropout)
-    return (weights_BHLS.unflatten(1, (groups, -1)) @ v_BGSE.unsqueeze(2)).flatten(1, 2)
-
-
-def masked_softmax(scores_BHLS: Tensor, mask: AttentionMask) -> Tensor:
-    """Softmax over the visible keys; zeros for a query that sees none."""
-    queries, keys = scores_BHLS.shape[-2:]
-    if mask.hides_nothing(queries, keys):
-        return scores_BHLS.softmax(-1)
-    visible = mask.visible(queries, keys, scores_BHLS.device)
-    blind = ~visible.any(-1, keepdim=True)
-    # A finite score in blind rows keeps NaN out of their gradient.
-    scores_BHLS = scores_BHLS.masked_fill(~(visible | blind), float("-inf"))
-    return scores_BHLS.softmax(-1).masked_fill(blind, 0.0)
+    return (weights_BHLS.unflatten(1, (k_BGSD.size(1), -1)) @ v_BGSE.unsqueeze(2)).flatten(1, 2)
