@@ -180,6 +180,7 @@ BY_FORM: dict[str, tuple[str, dict[str, Any]]] = {
         "FalconH1Config",
         {**_MAMBA, "mamba_rms_norm": True, "ssm_multipliers": [0.5, 0.7, 1.1, 1.3, 0.9]},
     ),
+    "apertus": ("ApertusConfig", {}),
     "bamba": ("BambaConfig", {**_MAMBA, "attn_layer_indices": [1]}),
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",

@@ -87,7 +87,7 @@ def _read_into(
         )
     with files.part(name) as stored:
         if cut is None:
-            out.copy_(stored[:])
+            out.copy_(stored[:] if found else stored[...])
             return
         before: tuple[slice, ...] = (slice(None),) * cut.dim
         start = 0

@@ -25,7 +25,7 @@ from helix_megatron.huggingface.cuts import Cut, block_cut, kv_cut, parts_cut, q
 # fmt: off
 SHOWN = frozenset(
     (
-        "bamba", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "falcon_h1", "gemma2",
+        "apertus", "bamba", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "falcon_h1", "gemma2",
         "gemma3_text", "gemma4_text", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe",
         "granitemoehybrid", "hunyuan_v1_dense", "llama4_text", "mimo_v2_flash", "minimax_m2",
         "ministral", "ministral3", "nemotron_h", "olmo2", "olmo3", "phi3", "qwen3_5_moe_text",

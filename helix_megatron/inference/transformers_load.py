@@ -176,14 +176,12 @@ def _longest(config: Any) -> tuple[int | None, str]:
         bounds.append((config.attention_chunk_size, "beyond its attention has chunks"))
     for rope in _ropes(getattr(config, "rope_parameters", None)):
         if rope.get("rope_type") == "dynamic":
-            raise HelixError(
-                "rope_type dynamic turns all keys anew when a sequence grows, and the engine keeps them as "
-                "they are. Set another rope_type in config.json, such as linear or yarn."
-            )
+            bounds.append((longest, "beyond its rope_type dynamic turns the keys before anew"))
         if rope.get("rope_type") == "longrope":
             short = rope.get("original_max_position_embeddings")
             bounds.append((short, "beyond its rope_type longrope turns the keys before anew"))
-    return min(((n, why) for n, why in bounds if n), default=(None, ""))
+    known = ((n, why) for n, why in bounds if n)
+    return min(known, key=lambda bound: (bound[0], not bound[1]), default=(None, ""))
 
 
 def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:

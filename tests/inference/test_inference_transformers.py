@@ -182,6 +182,15 @@ def test_layers_that_attend_to_keys_of_others_have_no_pages(pool):
     assert [one[0]["bytes"] for one in found] == [200 * PAGE * 2 * (16 + 32) * 2 * 4] * 2
 
 
+def test_contexts_end_where_rotary_embedding_would_change():
+    """Keys are kept as they were turned: dynamic rope turns them anew beyond the positions of training."""
+    from helix_megatron.inference.transformers_load import described
+
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+    facts = described(tiny_model("hunyuan", rope_parameters=rope))
+    assert (facts.longest, "dynamic turns the keys" in facts.bound) == (128, True)
+
+
 # ------------------------------------------------------------------------------ latents
 
 

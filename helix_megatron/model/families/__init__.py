@@ -71,6 +71,7 @@ FAMILIES = {
 READ_AS = {"kimi_k2": "deepseek_v3"}
 # What conversion cannot express, of model types that Hugging Face's host cuts all the same.
 INEXPRESSIBLE = {
+    "apertus": "an activation with learned numbers (hidden_act xielu)",
     "bamba": "Mamba layers (attn_layer_indices)",
     "falcon_h1": "attention and Mamba side by side in every layer",
     "gemma4": "heads of two sizes (global_head_dim)",
