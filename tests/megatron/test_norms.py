@@ -129,20 +129,20 @@ def test_specs_are_copied_with_norms_that_can_be_built(
             assert replaced.layer_specs[0].submodules.mlp == layer.submodules.mlp
 
 
-def norms_of_a_model(layout: Layout) -> list[str]:
-    """The kinds of norm in a built model."""
+def with_rms_norms(**others: Any) -> Any:
     from megatron.core.transformer import TransformerConfig
 
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
+    return TransformerConfig(
+        **sizes, use_cpu_initialization=True, normalization="RMSNorm", **others
+    )
+
+
+def norms_of_a_model(layout: Layout) -> list[str]:
+    """The kinds of norm in a built model."""
     start_megatron(layout)
-    settings = TransformerConfig(
-        num_layers=1,
-        hidden_size=32,
-        num_attention_heads=4,
-        use_cpu_initialization=True,
-        tensor_model_parallel_size=layout.tp,
-        sequence_parallel=True,
-        qk_layernorm=True,
-        normalization="RMSNorm",
+    settings = with_rms_norms(
+        tensor_model_parallel_size=layout.tp, sequence_parallel=True, qk_layernorm=True
     )
     model = build_chunk(settings, None)
     return [type(module).__name__ for module in model.modules() if "Norm" in str(type(module))]
@@ -165,19 +165,12 @@ def test_sequence_parallel_training_is_the_same(pool: RankPool, normalization: s
 
 def norms_behind(layout: Layout) -> list[str]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.transformer_block import TransformerBlock
 
     from helix_megatron.megatron.post_norms import with_post_norms
 
     start_megatron(layout)
-    settings = TransformerConfig(
-        num_layers=1,
-        hidden_size=32,
-        num_attention_heads=4,
-        use_cpu_initialization=True,
-        normalization="RMSNorm",
-    )
+    settings = with_rms_norms()
     spec = get_gpt_decoder_block_spec(
         settings, use_transformer_engine=False, normalization="RMSNorm"
     )
