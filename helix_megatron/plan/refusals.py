@@ -31,6 +31,10 @@ def of_tensor_parallel(model: ModelSpec, tp: int, *, training: bool) -> Refusal:
         widths[f"number of {linear.dealt}"] = linear.shares
         if model.special.separate:  # Megatron's hybrid layers, where ranks do not share a group
             widths[f"number of {linear.name} groups"] = linear.groups
+    latent = model.special.latent
+    if latent and training:  # Megatron cuts their projections by rows
+        widths["latent of queries"] = latent.query_rank
+        widths["latent with its rotated part"] = latent.cached
     for name, size in widths.items():
         if size % tp:
             reason = f"{name} {size} is not divisible by {tp}; nearest that divide it: "

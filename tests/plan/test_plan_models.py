@@ -33,6 +33,7 @@ from helix_megatron.plan.operators import (
     mixer_steps,
 )
 from helix_megatron.plan.published_sizes import CONFIGS
+from helix_megatron.plan.refusals import of_tensor_parallel
 from helix_megatron.plan.results import Plan
 from helix_megatron.plan.search import search
 from helix_megatron.plan.settings import Job, Scenario, Software
@@ -258,6 +259,9 @@ def test_a_hybrid_trains_in_layouts_that_the_run_takes():
     assert reasons["CP 2"] == "Mamba 2 trains on the whole of a sequence"
     latent = found("deepseek-v3", "train", gpus=16, batch=32)
     assert "CP 2" in {r.what for r in latent.rejected}
+    wide = of_tensor_parallel(latent.model, 128, training=True)
+    text = "latent with its rotated part 576 is not divisible by 128; nearest that divide it: 96, 144"
+    assert wide == ("not divisible", text)
 
 
 def test_groups_that_ranks_do_not_fit_are_named():
