@@ -171,8 +171,8 @@ class PackedReader(HuggingFaceReader):
 
     def _packed_entry(self, entry: Entry, scales: str, known: set[str]) -> Packed:
         """Check what stands in the headers; nothing of it is read yet."""
-        block, shape = self.packing.block, entry.shape
-        if self.packing.method == "fp8":
+        block, shape, floating = self.packing.block, entry.shape, self.packing.method == "fp8"
+        if floating:
             problem = f"is {entry.dtype} of shape {list(shape)}, and only"
             if entry.dtype != torch.float8_e4m3fn or len(shape) < 2:
                 raise self._error(entry.name, f"{problem} matrices of e4m3 can be unpacked")
@@ -192,7 +192,6 @@ class PackedReader(HuggingFaceReader):
                 entry.name, f"is packed in {self.packing}, and its scales {scales} are missing"
             )
         found = super().entry(scales)
-        floating = self.packing.method == "fp8"
         known_dtype = found.dtype.is_floating_point if floating else found.dtype == torch.uint8
         if found.shape not in expected or not known_dtype:
             kind = "floating-point numbers" if floating else "bytes"
