@@ -260,7 +260,9 @@ def test_a_hybrid_trains_in_layouts_that_the_run_takes():
     latent = found("deepseek-v3", "train", gpus=16, batch=32)
     assert "CP 2" in {r.what for r in latent.rejected}
     wide = of_tensor_parallel(latent.model, 128, training=True)
-    text = "latent with its rotated part 576 is not divisible by 128; nearest that divide it: 96, 144"
+    text = (
+        "latent with its rotated part 576 is not divisible by 128; nearest that divide it: 96, 144"
+    )
     assert wide == ("not divisible", text)
 
 
