@@ -48,6 +48,20 @@ def open_description(path: Path | str, step: int | None = None, *, trust: bool =
     return open_source(directory, trust=trust, verify=False)
 
 
+def beyond_the_engine(flags: Mapping[str, Any]) -> str:
+    """What a model has that only the code of transformers generates with; empty where megatron-core's does.
+
+    The engine has no pages for what megatron-core makes of latents, and no states.
+    """
+    known = {
+        "linear_attention_freq": "gated delta nets",
+        "hybrid_layer_pattern": "layers of several kinds",
+        "multi_latent_attention": "latent attention",
+        "qk_norm_behind_rotary": "norms behind rotary embedding",
+    }
+    return " and ".join(what for name, what in known.items() if flags.get(name))
+
+
 def with_overrides(checkpoint: Source, given: Mapping[str, Any], note: Note) -> ModelConfig:
     """The checkpoint's model with the flags of the command line."""
     flags = dict(checkpoint.flags)

@@ -217,6 +217,7 @@ class TransformersModel(ServedModel):
             self.run.segments,
             TORCH_DTYPES[self.config.dtype],
             self.run.parallel.distributed_timeout_minutes,
+            trust=self.config.trust_checkpoint,
         )
 
     def shape(self, sequences: int, context: int, element_size: int) -> DecodeShape:
