@@ -276,9 +276,10 @@ def _transformers_config(
         wrong.append("helix_query_layout")
     if wrong:
         raise HelixError(
-            f"{listed(map(flag_of, wrong))}: the code of transformers computes this model as its config.json "
+            f"{listed(map(flag_of, wrong))}: the code of transformers computes this model as its configuration "
             "says, with whole query heads, and cuts every expert. Leave it out."
         )
+    notes: list[str] = []
     if checkpoint is None:
         path, kind = snapshot_of(Path(options["load"])), "huggingface"
         described = describe(path)
@@ -286,6 +287,8 @@ def _transformers_config(
     else:
         path, kind = checkpoint.directory, checkpoint.kind
         described = describe_checkpoint(checkpoint)
+        heads = checkpoint.flags["num_attention_heads"]
+        model_flags.note_segment_local(checkpoint, heads, notes.append)
         dtype = model_flags.precision(checkpoint, options["dtype"])
     segments = described.segments(world_size, options["intra_head_parallel_size"])
     note = (
@@ -310,7 +313,7 @@ def _transformers_config(
         kind,
         options["tokenizer"],
         options["trust_checkpoint"],
-        (f"{note}.",),
+        (f"{note}.", *notes),
     )
 
 

@@ -109,11 +109,7 @@ def cut_heads(
     """
     if attention == "segment-local":
         return _segment_local(checkpoint, model, asked)
-    if checkpoint.attention == "segment-local":
-        note(
-            f"The model was trained with segment-local attention of {checkpoint.segments} segments: it is "
-            f"loaded as what it is, an ordinary model with {model.num_attention_heads} heads."
-        )
+    note_segment_local(checkpoint, model.num_attention_heads, note)
     if asked != "auto":
         return model, int(asked)
     m = smallest_m(model, ranks, query_layout)
@@ -126,6 +122,15 @@ def cut_heads(
     elif ranks > 1:
         note(f"{heads} on {ranks} ranks: whole heads (--intra-head-parallel-size 1).")
     return model, m
+
+
+def note_segment_local(checkpoint: Source, heads: int, note: Note) -> None:
+    """Say that segments of heads are loaded as whole heads, where a checkpoint has them."""
+    if checkpoint.attention == "segment-local":
+        note(
+            f"The model was trained with segment-local attention of {checkpoint.segments} segments: it is "
+            f"loaded as what it is, an ordinary model with {heads} heads."
+        )
 
 
 def smallest_m(model: ModelConfig, ranks: int, query_layout: str = "auto") -> int:

@@ -71,3 +71,14 @@ def test_a_damaged_checkpoint_ends_all_ranks(stores, tmp_path):
     assert done.returncode == 2
     said = " ".join(done.stderr.split())
     assert said.count("__0_0.distcp has changed") == 1 and "Traceback" not in said
+
+
+def test_segments_of_heads_become_heads(tmp_path):
+    """Weights of segment-local attention are an ordinary model with more heads, whosever code computes it."""
+    paths = [str(tmp_path / name) for name in ("hf", "local")]
+    save("llama 2", tmp_path / "hf")
+    local = ["--attention", "segment-local", "--segments", "2", "--allow-quality-loss"]
+    assert cli.main(["convert", *paths, "--to", "canonical", *local]) == 0
+    config = inference_config(options_of(paths[1], "--implementation", "transformers"), 2)
+    assert "attention of 2 segments: it is loaded as what it is" in config.notes[1]
+    assert {form.heads for form in config.run.described.attention.values()} == {8}
