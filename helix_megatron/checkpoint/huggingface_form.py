@@ -25,16 +25,19 @@ READ_AHEAD = 2  # tensors that wait for their turn, as multiples of those of one
 class HuggingFaceForm:
     """What a checkpoint is as a Hugging Face model; nothing is written.
 
-    What came from a Hugging Face model has its configuration and its names again. Of a model that sees only the
-    text was converted: it becomes a text model.
+    What came from a Hugging Face model has its configuration again. Of a model that sees only the text was
+    converted: it becomes a text model.
 
     Args:
         tensors: of the checkpoint, whose vocabulary is not padded.
+        as_before: whether tensors have the names of the files that the checkpoint came from; otherwise those
+            that the family's models have by default.
 
     Attributes:
         config: the content of config.json.
         entries: its tensors, by name. Those that one canonical tensor makes follow each other.
-        files: tensor → file, of the files that the checkpoint came from; empty where it came from none.
+        files: tensor → file, of the files that the checkpoint came from; empty where it came from none, or
+            names are not as before.
         packed: whether those files had weights in fewer bits.
         sidecars: see `Source.sidecars`.
 
@@ -42,7 +45,7 @@ class HuggingFaceForm:
         HelixError: no family of Hugging Face models can express it.
     """
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: Tensors, *, as_before: bool = True) -> None:
         self.tensors, self.source = tensors, tensors.source
         self.sidecars = self.source.sidecars()
         whole = self._json("config.json")
@@ -54,7 +57,7 @@ class HuggingFaceForm:
         tower = whole is not None and is_tower(whole)
         if tower:
             self.config["architectures"] = [self.family.architecture]
-        index = None if tower else self._json(INDEX)
+        index = self._json(INDEX) if as_before and not tower else None
         self.files = weight_map(index, self.source.directory / INDEX) if index else {}
         rules = self.family.rules(flags, list(self.files) or None)
         self.rules_of = rules_by_source(rules)
@@ -111,7 +114,7 @@ class ConvertedFiles:
     packing = None
 
     def __init__(self, source: Source) -> None:
-        self._form = HuggingFaceForm(Tensors(UnpaddedSource(source), None))
+        self._form = HuggingFaceForm(Tensors(UnpaddedSource(source), None), as_before=False)
         self.directory, self.sidecars = source.directory, source.directory / SIDECARS
         # What was trained here without a model's configuration has none of its type's special tokens.
         ids = () if "config.json" in self._form.sidecars else SPECIAL_TOKENS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import hf_models
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from helix_megatron import cli
 from helix_megatron.checkpoint import manifest as manifests
@@ -90,6 +92,19 @@ def test_from_every_kind_of_checkpoint(pool, tmp_path):
     _, ranks = checkpoint_of("qwen3", tmp_path, *f"{cut} --make-vocab-size-divisible-by 64".split())
     found = pool.run(run_checkpoints, 2, files, stock, ranks, world_size=2)
     assert found == [[([], {1})] * 2] * 2
+
+
+def test_names_are_those_that_the_library_asks_for(pool, tmp_path):
+    """Whatever those of the files were: here a tied model that was saved without its output layer."""
+    hf_models.save("qwen3", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    assert renamed.keys().isdisjoint(tensors)
+    save_file(renamed, tmp_path / "hf" / "model.safetensors")
+    _, store = checkpoint_of("qwen3", tmp_path)
+    found = pool.run(run_checkpoints, 2, str(tmp_path / "whole"), store, world_size=2)
+    assert found == [[([], {1})]] * 2
 
 
 def _flipped(checkpoint: Path) -> None:
