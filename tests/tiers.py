@@ -88,6 +88,7 @@ COMPATIBILITY = tuple(
         "huggingface/test_huggingface_models.py",
         "huggingface/test_huggingface_training.py",
         "huggingface/test_huggingface_files.py",
+        "huggingface/test_huggingface_checkpoints.py",
         # DeepSpeed
         "deepspeed/test_deepspeed_upstream.py",
         "deepspeed/test_deepspeed_initialize.py",

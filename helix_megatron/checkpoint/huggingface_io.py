@@ -67,6 +67,7 @@ class HuggingFaceReader:
 
     Attributes:
         files: their tensors, by name.
+        sidecars: the folder of configuration and tokenizer.
         packing: how some of them are packed; None for plain files. See `packed.open_weights`.
 
     Raises:
@@ -95,6 +96,7 @@ class HuggingFaceReader:
                 raise HelixError(
                     f"{index} says that {name} is in {file}, and it is not. Copy the model again."
                 )
+        self.sidecars = self.directory
         self._open: tuple[str, Any] | None = None
         self._served = 0
 
@@ -133,6 +135,17 @@ class HuggingFaceReader:
         """What gives parts of a tensor by slices. The mapping of its file lasts as long as the block."""
         with self.open(self.file(name)) as opened:
             yield opened.get_slice(name)
+
+    def pieces(self, name: str) -> Iterator[tuple[int | None, Any]]:
+        """What a tensor is read from, in turn: a place on its first axis, and what gives parts of it by slices.
+
+        The place is None where that is the whole tensor, as it is in files.
+        """
+        with self.part(name) as stored:
+            yield None, stored
+
+    def finish(self) -> None:
+        """As `Source.finish`: the package has checked the files that were opened."""
 
     def _entries_of(self, file: str) -> list[Entry]:
         """The tensors of a file; the package checks header, offsets and size, but takes names twice."""

@@ -248,8 +248,7 @@ class RankLayout:
         ):
             if has:
                 raise setting_error(
-                    f"a model with {what} has no files per rank here, and its checkpoints of Megatron are "
-                    "trained, not served: helix generate and helix serve read its Hugging Face form."
+                    f"a model with {what} has no files per rank here. Leave it in the form in which it is."
                 )
         heads = model.num_attention_heads
         if self.heads is None and (heads % self.tensor or model.qkv_rows % self.tensor):

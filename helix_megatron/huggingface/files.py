@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helix_megatron.checkpoint.huggingface_form import ConvertedFiles
 from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader
 from helix_megatron.core.layout import contiguous_runs
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.huggingface.cuts import Cut, block_cut
+
+Weights = HuggingFaceReader | ConvertedFiles
+"""The weights of a model: in files, or in a checkpoint that becomes one as it is read."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +39,20 @@ class Part:
         return self.shape if self.cut is None else self.cut.whole_shape(self.shape)
 
 
-def float_dtype(files: HuggingFaceReader) -> torch.dtype:
+def float_dtype(files: Weights) -> torch.dtype:
     """Of the first tensor that has floating-point elements; fp32 if there is none."""
     dtypes = (files.entry(name).dtype for name in sorted(files.names))
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
-def read_part(files: HuggingFaceReader, name: str, part: Part) -> Tensor:
+def read_part(files: Weights, name: str, part: Part) -> Tensor:
     """A rank's part of the tensor called `name`."""
     out = part.empty()
     _read_into(out, files, name, part.whole_shape, part.cut, part.rank)
     return out
 
 
-def read_experts(files: HuggingFaceReader, names: ExpertNames, part: Part) -> Tensor:
+def read_experts(files: Weights, names: ExpertNames, part: Part) -> Tensor:
     """A rank's part of stacked experts [E, rows, columns] from files that hold each expert by itself.
 
     `part.cut` is of the stacked parameter: two blocks of rows (gate, up), or columns (down).
@@ -68,7 +72,7 @@ def read_experts(files: HuggingFaceReader, names: ExpertNames, part: Part) -> Te
 
 def _read_into(
     out: Tensor,
-    files: HuggingFaceReader,
+    files: Weights,
     name: str,
     whole_shape: tuple[int, ...],
     cut: Cut | None,
@@ -85,15 +89,16 @@ def _read_into(
             f"{name} in {files.directory} has shape {found}, and the configuration asks for {whole_shape}. "
             "Take config.json and weights of one model."
         )
-    with files.part(name) as stored:
+    for place, stored in files.pieces(name):
+        piece, axes = (out, 0) if place is None else (out[place], 1)
         if cut is None:
-            out.copy_(stored[:] if found else stored[...])
-            return
-        before: tuple[slice, ...] = (slice(None),) * cut.dim
-        start = 0
+            piece.copy_(stored[:] if piece.dim() else stored[...])
+            continue
+        dim, start = cut.dim - axes, 0
+        before: tuple[slice, ...] = (slice(None),) * dim
         for first, length in contiguous_runs(cut.indices[rank]):
             read = stored[(*before, slice(first, first + length))]
-            out.narrow(cut.dim, start, length).copy_(read)
+            piece.narrow(dim, start, length).copy_(read)
             start += length
 
 

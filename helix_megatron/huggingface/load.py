@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +16,10 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from helix_megatron.checkpoint.foreign import read_json, resolved
-from helix_megatron.checkpoint.huggingface_io import HuggingFaceReader, snapshot_of
+from helix_megatron.checkpoint.huggingface_form import ConvertedFiles
+from helix_megatron.checkpoint.huggingface_io import snapshot_of
 from helix_megatron.checkpoint.packed import open_weights
+from helix_megatron.checkpoint.sources import kind_of, open_source
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.kernels import AttentionKernel
 from helix_megatron.core.kernels.sdpa import sdpa
@@ -22,6 +27,7 @@ from helix_megatron.errors import HelixError
 from helix_megatron.huggingface.files import (
     FileNames,
     Part,
+    Weights,
     file_names,
     float_dtype,
     missing_names,
@@ -34,6 +40,7 @@ from helix_megatron.huggingface.sharding import sharding_of
 from helix_megatron.model.families import FAMILIES, READ_AS, family_of
 from helix_megatron.model.packing import KEY as PACKED
 from helix_megatron.model.packing import packing_of
+from helix_megatron.run.outcomes import on_every_rank
 
 # Old files keep these tables, which models compute.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -50,35 +57,41 @@ def from_pretrained(
     embeddings: bool = True,
     mlp: bool = True,
     kernel: AttentionKernel = sdpa,
+    trust: bool = False,
+    like: str | Path | None = None,
 ) -> Any:
     """A causal language model from a directory that `save_pretrained` wrote, sharded as by `shard`.
 
+    Or from a checkpoint of training that can be converted to one: no files are written in between, and the
+    first rank of each machine compares the checkpoint's files with their manifest.
+
     The model is built on the meta device; each rank then reads its own part of every weight. A rank needs its
-    part of the model and, while it is read, one weight of the files.
+    part of the model and, while it is read, one weight of the files, or one tensor of the checkpoint beside
+    what becomes of it. Collective over the tensor group.
 
     Args:
-        directory: with config.json and safetensors.
+        directory: with config.json and safetensors; or a checkpoint, see `checkpoint.sources.open_source`.
         dtype: of the weights; the configuration's when None, or else the files'. Weights in blocks of fp8 or in
             MXFP4 are unpacked to it.
         device: where the weights go; the CPU when None.
+        trust, like: see `checkpoint.sources.open_source`.
         others: see `shard`.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        HelixError: the directory has no such model, files and configuration disagree, or see `shard`.
+        HelixError: the directory has no such model, files and configuration disagree, or see `shard`. On all
+            ranks of the tensor group alike.
     """
-    resolved(directory)
-    directory = snapshot_of(Path(directory))
-    config = read_configuration(directory)
-    dtype = _dtype(dtype) or getattr(config, "dtype", None)
-    files = open_weights(directory, dtype)
-    dtype = dtype or float_dtype(files)
+    asked = _dtype(dtype)
+    verify = 0 in (tensor_group.rank(), int(os.environ.get("LOCAL_RANK", "-1")))
+    opening = functools.partial(_open, directory, asked, trust=trust, like=like, verify=verify)
+    config, files, dtype = on_every_rank(opening, tensor_group)
     if files.packing is not None:
         name = str(dtype).removeprefix("torch.")
         warnings.warn(
-            f"the weights in {directory} are read from {files.packing} and kept in {name}.",
+            f"the weights in {files.directory} are read from {files.packing} and kept in {name}.",
             stacklevel=2,
         )
     model = empty_model(config, dtype=dtype)
@@ -94,10 +107,39 @@ def from_pretrained(
         mlp=mlp,
         kernel=kernel,
     )
-    _fill_weights(model, files, torch.device(device or "cpu"))
-    _load_generation_config(model, directory)
-    model.config.name_or_path = str(directory)
+
+    def fill() -> None:
+        _fill_weights(model, files, torch.device(device or "cpu"))
+        files.finish()
+        _load_generation_config(model, files.sidecars)
+
+    on_every_rank(fill, tensor_group)
+    model.config.name_or_path = str(files.directory)
     return model.eval()
+
+
+def _open(
+    directory: str | Path, dtype: torch.dtype | None, **options: Any
+) -> tuple[Any, Weights, torch.dtype]:
+    """Configuration and weights of a directory, and the dtype to keep them in."""
+    resolved(directory)
+    path = snapshot_of(Path(directory))
+    files: Weights
+    if holds_checkpoint(path):
+        files = ConvertedFiles(open_source(path, **options))
+        config = configuration_of(files)
+        dtype = dtype or getattr(config, "dtype", None)
+    else:
+        config = read_configuration(path)
+        dtype = dtype or getattr(config, "dtype", None)
+        files = open_weights(path, dtype)
+    return config, files, dtype or float_dtype(files)
+
+
+def holds_checkpoint(directory: Path) -> bool:
+    """Whether a directory is a checkpoint of training, which becomes a Hugging Face model as it is read."""
+    there = directory.is_dir() and not (directory / "config.json").exists()
+    return there and kind_of(directory) != "huggingface"
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -127,10 +169,21 @@ def read_configuration(directory: Path) -> Any:
     if kind in FAMILIES.keys() | READ_AS.keys() if isinstance(kind, str) else True:
         family_of(content).check_values(content)
     packing_of(content)
-    config = _library_config(directory)
+    config = _library_config(content, directory)
     for one in (config, config.get_text_config()):
         vars(one).pop(PACKED, None)  # what is packed in files is unpacked as it is read
     return config
+
+
+def configuration_of(files: ConvertedFiles) -> Any:
+    """The configuration of a checkpoint's model, as the library reads it.
+
+    Raises:
+        HelixError: the library does not know the type, or refuses it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(files.config))
+        return _library_config(files.config, files.directory, Path(folder))
 
 
 def empty_model(config: Any, **options: Any) -> Any:
@@ -150,15 +203,19 @@ def empty_model(config: Any, **options: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, **options)
 
 
-def _library_config(directory: Path) -> Any:
+def _library_config(content: Mapping[str, Any], directory: Path, folder: Path | None = None) -> Any:
     """The configuration of a model in the library's class, that of another type where `READ_AS` says so.
+
+    Args:
+        content: of config.json.
+        directory: of the model.
+        folder: with config.json, where that is not the model's directory.
 
     Raises:
         HelixError: the library does not know the type, or refuses it.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
-    content = read_json(directory / "config.json")
     kind = content.get("model_type")
     if isinstance(kind, str) and kind not in READ_AS and kind not in CONFIG_MAPPING:
         raise HelixError(
@@ -166,22 +223,22 @@ def _library_config(directory: Path) -> Any:
             "is never run. Install a release of transformers that has the type."
         )
     if kind not in READ_AS or kind in CONFIG_MAPPING:
-        by_files = functools.partial(AutoConfig.from_pretrained, trust_remote_code=False)
-        return _by_transformers(by_files, directory)
+        read = functools.partial(AutoConfig.from_pretrained, trust_remote_code=False)
+        return _by_transformers(lambda: read(folder or directory), directory)
     kind = READ_AS[kind]
     known = {key: value for key, value in content.items() if key != "auto_map"}
-    read = CONFIG_MAPPING[kind].from_dict
-    return _by_transformers(lambda _: read(known | {"model_type": kind}), directory)
+    made = CONFIG_MAPPING[kind].from_dict
+    return _by_transformers(lambda: made(known | {"model_type": kind}), directory)
 
 
-def _by_transformers(read: Callable[[Path], Any], directory: Path) -> Any:
+def _by_transformers(read: Callable[[], Any], directory: Path) -> Any:
     """A configuration, as the library reads it; it checks values by exceptions of many kinds.
 
     Raises:
         HelixError: it refuses one.
     """
     try:
-        return read(directory)
+        return read()
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise HelixError(
@@ -190,7 +247,7 @@ def _by_transformers(read: Callable[[Path], Any], directory: Path) -> Any:
         ) from error
 
 
-def _fill_weights(model: Any, files: HuggingFaceReader, device: torch.device) -> None:
+def _fill_weights(model: Any, files: Weights, device: torch.device) -> None:
     """Put real parameters in the place of the empty ones, tied ones staying tied, and fill stored buffers."""
     sharding, spelling = sharding_of(model), file_names(model.config.model_type)
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -209,7 +266,9 @@ def _fill_weights(model: Any, files: HuggingFaceReader, device: torch.device) ->
         raise missing_names(missing, files.directory)
     _warn_of_unused(model, files, {n for names in names_of.values() for n in names})
 
-    for name, empty in wanted.items():
+    # In the order of the files, in which each tensor of a checkpoint is read once.
+    place = {name: number for number, name in enumerate(files.names)}
+    for name, empty in sorted(wanted.items(), key=lambda item: place[names_of[item[0]][0]]):
         cut = sharding.plan.cuts.get(name) if sharding is not None else None
         rank = sharding.rank if sharding is not None else 0
         part = Part(tuple(empty.shape), empty.dtype, device, cut, rank)
@@ -243,7 +302,7 @@ def _names_in_files(
     return [n for expert in range(num_experts) for n in stacked.of(expert)]
 
 
-def _warn_of_unused(model: nn.Module, files: HuggingFaceReader, used: set[str]) -> None:
+def _warn_of_unused(model: nn.Module, files: Weights, used: set[str]) -> None:
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     unused = sorted(
         name for name in set(files.names) - used - tied if not name.endswith(IGNORED_SUFFIXES)
@@ -272,4 +331,5 @@ def _load_generation_config(model: Any, directory: Path) -> None:
     path = directory / "generation_config.json"
     if path.exists():
         read_json(path)
-        model.generation_config = _by_transformers(GenerationConfig.from_pretrained, directory)
+        read = functools.partial(GenerationConfig.from_pretrained, directory)
+        model.generation_config = _by_transformers(read, directory)

@@ -21,6 +21,7 @@ from helix_megatron.run.config import RunConfig
 from helix_megatron.run.settings import Checkpoints, Parallelism, Training
 
 if TYPE_CHECKING:
+    from helix_megatron.checkpoint.source import Source
     from helix_megatron.inference.transformers_load import Described
 
 RANKS = whole(largest=4096)  # of one machine
@@ -113,8 +114,8 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         "--implementation",
         choices=IMPLEMENTATIONS,
         default="auto",
-        help="whose code computes the model: megatron-core's, or that of transformers for Hugging Face models; "
-        "auto takes megatron-core's where conversion knows the model (default: %(default)s)",
+        help="whose code computes the model: megatron-core's, or that of transformers for Hugging Face models "
+        "and what can become one; auto takes megatron-core's where it generates (default: %(default)s)",
     )
     add_flags(group, Checkpoints, ("trust_checkpoint",))
     add_flags(group, Training, ("seed",))
@@ -145,15 +146,11 @@ def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceCo
     checkpoint = describe.open_description(
         options["load"], options["ckpt_step"], trust=options["trust_checkpoint"]
     )
+    if checkpoint.kind != "huggingface" and _needs_transformers(checkpoint, options):
+        return _transformers_config(options, world_size, checkpoint)
     given = {name: options[name] for name in OVERRIDES if name in options}
     notes: list[str] = []
     model = describe.with_overrides(checkpoint, given, notes.append)
-    if model.qk_norm_behind_rotary:
-        raise HelixError(
-            f"{options['load']} holds a model with norms behind rotary embedding (--qk-norm-behind-rotary), "
-            "which only the code of transformers generates with. Load the Hugging Face model, without "
-            "--implementation; helix convert --to huggingface makes one."
-        )
     model, segments = describe.cut_heads(
         checkpoint,
         model,
@@ -213,7 +210,7 @@ def inference_config(options: Mapping[str, Any], world_size: int) -> InferenceCo
 
 
 def _by_transformers(options: Mapping[str, Any]) -> bool:
-    """Whether the code of `transformers` computes the model."""
+    """Whether what is loaded is a Hugging Face model that the code of `transformers` computes."""
     from helix_megatron.checkpoint.foreign import read_json
     from helix_megatron.checkpoint.huggingface_io import snapshot_of
     from helix_megatron.model.families import FAMILIES
@@ -223,11 +220,6 @@ def _by_transformers(options: Mapping[str, Any]) -> bool:
     config = snapshot_of(path) / "config.json" if path.is_dir() else path
     asked = options["implementation"]
     if not config.is_file():
-        if asked == "transformers":
-            raise HelixError(
-                f"--implementation transformers computes Hugging Face models, and {path} has no config.json. "
-                "Leave the flag out."
-            )
         return False
     content = read_json(config)
 
@@ -248,12 +240,31 @@ def _by_transformers(options: Mapping[str, Any]) -> bool:
     return asked == "transformers" or (asked == "auto" and bool(other))
 
 
-def _transformers_config(options: Mapping[str, Any], world_size: int) -> InferenceConfig:
+def _needs_transformers(checkpoint: Source, options: Mapping[str, Any]) -> bool:
+    """Whether the code of `transformers` computes a checkpoint of training, as a Hugging Face model."""
+    from helix_megatron.inference.model_flags import beyond_the_engine
+
+    given = {name: options[name] for name in OVERRIDES if options.get(name) is not None}
+    beyond, asked = beyond_the_engine(checkpoint.flags | given), options["implementation"]
+    if beyond and asked == "megatron":
+        raise HelixError(
+            f"--implementation megatron does not compute models with {beyond}, as {checkpoint.directory} holds "
+            "one. Leave the flag out."
+        )
+    return asked == "transformers" or bool(beyond)
+
+
+def _transformers_config(
+    options: Mapping[str, Any], world_size: int, checkpoint: Source | None = None
+) -> InferenceConfig:
+    """A Hugging Face model, or a checkpoint of training that becomes one as it is read."""
     from helix_megatron.checkpoint.huggingface_io import snapshot_of
     from helix_megatron.inference import model_flags
-    from helix_megatron.inference.transformers_load import describe
+    from helix_megatron.inference.transformers_load import describe, describe_checkpoint
 
-    wrong = [name for name in (*OVERRIDES, "ckpt_step") if options.get(name) is not None]
+    wrong = [name for name in OVERRIDES if options.get(name) is not None]
+    if checkpoint is None and options["ckpt_step"] is not None:
+        wrong.append("ckpt_step")
     wrong += [
         name
         for name in ("expert_model_parallel_size", "expert_tensor_parallel_size")
@@ -265,11 +276,20 @@ def _transformers_config(options: Mapping[str, Any], world_size: int) -> Inferen
         wrong.append("helix_query_layout")
     if wrong:
         raise HelixError(
-            f"{listed(map(flag_of, wrong))}: the code of transformers computes this model as its config.json "
+            f"{listed(map(flag_of, wrong))}: the code of transformers computes this model as its configuration "
             "says, with whole query heads, and cuts every expert. Leave it out."
         )
-    path = snapshot_of(Path(options["load"]))
-    described = describe(path)
+    notes: list[str] = []
+    if checkpoint is None:
+        path, kind = snapshot_of(Path(options["load"])), "huggingface"
+        described = describe(path)
+        dtype = model_flags.precision_of_files(path, options["dtype"])
+    else:
+        path, kind = checkpoint.directory, checkpoint.kind
+        described = describe_checkpoint(checkpoint)
+        heads = checkpoint.flags["num_attention_heads"]
+        model_flags.note_segment_local(checkpoint, heads, notes.append)
+        dtype = model_flags.precision(checkpoint, options["dtype"])
     segments = described.segments(world_size, options["intra_head_parallel_size"])
     note = (
         f"The model is computed by the code of transformers, cut for {counted(world_size, 'rank')}"
@@ -288,12 +308,12 @@ def _transformers_config(options: Mapping[str, Any], world_size: int) -> Inferen
                 distributed_timeout_minutes=options["distributed_timeout_minutes"],
             ),
         ),
-        model_flags.precision_of_files(path, options["dtype"]),
+        dtype,
         str(path),
-        "huggingface",
+        kind,
         options["tokenizer"],
         options["trust_checkpoint"],
-        (f"{note}.",),
+        (f"{note}.", *notes),
     )
 
 

@@ -23,10 +23,10 @@ from helix_megatron.megatron import cpu_runtime
 from helix_megatron.megatron.fill import VOCABULARY, fill_weights
 from helix_megatron.megatron.gpt import build_chunk, transformer_config
 from helix_megatron.megatron.optional import available_backends
-from helix_megatron.megatron.outcomes import on_every_rank
 from helix_megatron.megatron.process_group import initialize_groups
 from helix_megatron.megatron.random import seed_model_parallel
 from helix_megatron.run.config import RunConfig
+from helix_megatron.run.outcomes import on_every_rank
 
 TORCH_DTYPES = {
     "fp32": torch.float32,

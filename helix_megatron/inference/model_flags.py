@@ -48,6 +48,20 @@ def open_description(path: Path | str, step: int | None = None, *, trust: bool =
     return open_source(directory, trust=trust, verify=False)
 
 
+def beyond_the_engine(flags: Mapping[str, Any]) -> str:
+    """What a model has that only the code of transformers generates with; empty where megatron-core's does.
+
+    The engine has no pages for what megatron-core makes of latents, and no states.
+    """
+    known = {
+        "linear_attention_freq": "gated delta nets",
+        "hybrid_layer_pattern": "layers of several kinds",
+        "multi_latent_attention": "latent attention",
+        "qk_norm_behind_rotary": "norms behind rotary embedding",
+    }
+    return " and ".join(what for name, what in known.items() if flags.get(name))
+
+
 def with_overrides(checkpoint: Source, given: Mapping[str, Any], note: Note) -> ModelConfig:
     """The checkpoint's model with the flags of the command line."""
     flags = dict(checkpoint.flags)
@@ -95,11 +109,7 @@ def cut_heads(
     """
     if attention == "segment-local":
         return _segment_local(checkpoint, model, asked)
-    if checkpoint.attention == "segment-local":
-        note(
-            f"The model was trained with segment-local attention of {checkpoint.segments} segments: it is "
-            f"loaded as what it is, an ordinary model with {model.num_attention_heads} heads."
-        )
+    note_segment_local(checkpoint, model.num_attention_heads, note)
     if asked != "auto":
         return model, int(asked)
     m = smallest_m(model, ranks, query_layout)
@@ -112,6 +122,15 @@ def cut_heads(
     elif ranks > 1:
         note(f"{heads} on {ranks} ranks: whole heads (--intra-head-parallel-size 1).")
     return model, m
+
+
+def note_segment_local(checkpoint: Source, heads: int, note: Note) -> None:
+    """Say that segments of heads are loaded as whole heads, where a checkpoint has them."""
+    if checkpoint.attention == "segment-local":
+        note(
+            f"The model was trained with segment-local attention of {checkpoint.segments} segments: it is "
+            f"loaded as what it is, an ordinary model with {heads} heads."
+        )
 
 
 def smallest_m(model: ModelConfig, ranks: int, query_layout: str = "auto") -> int:

@@ -43,8 +43,8 @@ from helix_megatron.inference.runner import (
     rank_layout,
 )
 from helix_megatron.inference.scheduler import Scheduler
-from helix_megatron.megatron.outcomes import on_every_rank
 from helix_megatron.run.config import RunConfig
+from helix_megatron.run.outcomes import on_every_rank
 
 # Of the memory that is free when the weights are there. The rest is for a step: on a GPU attention over pages
 # copies them.
@@ -217,6 +217,7 @@ class TransformersModel(ServedModel):
             self.run.segments,
             TORCH_DTYPES[self.config.dtype],
             self.run.parallel.distributed_timeout_minutes,
+            trust=self.config.trust_checkpoint,
         )
 
     def shape(self, sequences: int, context: int, element_size: int) -> DecodeShape:

@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from helix_megatron.checkpoint.huggingface_form import ConvertedFiles
 from helix_megatron.checkpoint.huggingface_io import snapshot_of
+from helix_megatron.checkpoint.source import Source
 from helix_megatron.config import HelixConfig
 from helix_megatron.core.layout import HeadLayout
 from helix_megatron.errors import HelixError, divisors, listed
 from helix_megatron.huggingface import from_pretrained, make_groups
 from helix_megatron.huggingface.forms import AttentionForm, attention_form
-from helix_megatron.huggingface.load import empty_model, read_configuration
+from helix_megatron.huggingface.load import configuration_of, empty_model, read_configuration
 from helix_megatron.inference.transformers_attention import INSTEAD
 from helix_megatron.inference.transformers_runner import PagedModel
 
@@ -133,6 +135,15 @@ def describe(directory: Path | str) -> Described:
     return described(empty_model(read_configuration(snapshot_of(Path(directory)))))
 
 
+def describe_checkpoint(checkpoint: Source) -> Described:
+    """`describe` of the Hugging Face model that a checkpoint of training becomes as it is read.
+
+    Raises:
+        HelixError: it cannot become one, or as `describe`.
+    """
+    return described(empty_model(configuration_of(ConvertedFiles(checkpoint))))
+
+
 def described(model: Any) -> Described:
     """What `describe` says, of a whole model that is there already."""
     config = model.config.get_text_config()
@@ -194,13 +205,20 @@ def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def load(
-    directory: str, described: Described, segments: int, dtype: torch.dtype, timeout: float
+    directory: str,
+    described: Described,
+    segments: int,
+    dtype: torch.dtype,
+    timeout: float,
+    *,
+    trust: bool = False,
 ) -> PagedModel:
     """This rank's part of the model, ready for a step. Collective.
 
     Args:
         segments: m, with which it is cut.
         timeout: of its process groups, minutes.
+        trust: read pickles that could run code.
     """
     from transformers.utils import logging
 
@@ -220,6 +238,7 @@ def load(
             intra_head_group=groups.intra_head,
             dtype=dtype,
             device=device,
+            trust=trust,
         )
     model.requires_grad_(False)
     shared = groups.tensor if described.latent_dim is not None else groups.intra_head

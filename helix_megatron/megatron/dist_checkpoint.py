@@ -43,7 +43,7 @@ from helix_megatron.checkpoint.source import SIDECARS, write_side_files
 from helix_megatron.checkpoint.store import Store, writing_errors
 from helix_megatron.errors import HelixError, Setting, listed
 from helix_megatron.megatron.notices import hide_notices
-from helix_megatron.megatron.outcomes import on_every_rank, on_first_rank
+from helix_megatron.run.outcomes import on_every_rank, on_first_rank
 from helix_megatron.versions import found_version, numbers
 
 # `CheckpointSaver` drives megatron-core's own writer; from 0.17 on nvidia-resiliency-ext's is the default.

@@ -158,8 +158,8 @@ class Mamba(mixers.MambaMixer):
         """As megatron-core's: [S, B, D] → [S, B, D], and a bias that is None."""
         if not self.has_kernels and (inference_context or kwargs.get("inference_params")):
             raise HelixError(
-                "Megatron's inference of Mamba layers needs mamba-ssm and a GPU. Without, helix generate and "
-                "helix serve compute a model's Hugging Face form."
+                "Megatron's inference of Mamba layers needs mamba-ssm and a GPU. Without, use helix generate "
+                "or helix serve, which compute such layers by the code of transformers."
             )
         output: tuple[Tensor, Any] = super().forward(hidden_states, inference_context, **kwargs)
         return output

@@ -32,10 +32,10 @@ from helix_megatron.megatron.optimizer_state import (
     optimizers_of,
     take_schedule,
 )
-from helix_megatron.megatron.outcomes import on_every_rank, on_first_rank
 from helix_megatron.megatron.random import random_states, restore_random_states
 from helix_megatron.megatron.segment_local import as_segment_local
 from helix_megatron.run.config import RunConfig
+from helix_megatron.run.outcomes import on_every_rank, on_first_rank
 from helix_megatron.training.checkpoint_flags import (
     QUALITY,
     converts_to_segment_local,

@@ -64,7 +64,7 @@ def test_a_second_run_is_refused_before_it_trains(pool, tmp_path):
 
 
 def outcome_of_a_fault() -> str:
-    from helix_megatron.megatron.outcomes import on_first_rank
+    from helix_megatron.run.outcomes import on_first_rank
 
     try:
         on_first_rank(Path("/no/such/file").read_bytes)

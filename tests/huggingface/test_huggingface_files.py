@@ -286,7 +286,7 @@ def _of_tomorrow(directory: Path) -> None:
     [
         (_no_config, "is no directory of a Hugging Face model: it has no config.json"),
         (_pickles, "holds pickled weights (pytorch_model.bin), which can execute code"),
-        (_other_sizes, "has shape (48, 32), and the configuration asks for (64, 32)"),
+        (_other_sizes, "has shape (48,), and the configuration asks for (64,)"),
         (_one_lost, "lacks model.norm.weight, which its config.json asks for"),
         (_damaged_index, "is damaged: no valid JSON"),
         (_truncated, "safetensors is damaged: "),

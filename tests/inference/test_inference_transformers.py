@@ -418,11 +418,3 @@ def test_megatron_does_not_compute_what_the_engine_does_not_know(tmp_path, kind,
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **others}))
     with pytest.raises(HelixError, match=f"megatron does not compute models of type {kind}"):
         _by_transformers({"load": str(tmp_path), "implementation": "megatron"})
-
-
-def test_transformers_computes_hugging_face_models_only(tmp_path):
-    """A checkpoint of Megatron has no code there."""
-    from helix_megatron.inference.arguments import inference_config
-
-    with pytest.raises(HelixError, match=r"has no config\.json\. Leave the flag out"):
-        inference_config(options_of(tmp_path, "--implementation", "transformers"), 1)

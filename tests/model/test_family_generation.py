@@ -12,7 +12,9 @@ import pytest
 import torch
 from hf_models import MODELS, load, save, tokens
 
+from helix_megatron import cli
 from helix_megatron.inference.arguments import add_checkpoint_arguments, inference_config
+from helix_megatron.model.families import FAMILIES
 
 PROMPTS, NEW_TOKENS = (5, 17), 12
 # Of the new families those with an option of their own in the engine.
@@ -82,3 +84,26 @@ def test_converted_families_generate_what_transformers_does(pool, tmp_path, name
     wanted = expected(str(tmp_path))
     assert found == wanted
     assert len({tuple(one) for one in wanted}) == len(PROMPTS)
+
+
+# Whose checkpoints are read as Hugging Face models; those of the others are tests/inference's.
+BEYOND = [name for name, (kind, _) in MODELS.items() if not FAMILIES[kind].runs_in_engine]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        pytest.param(name, ranks, marks=[pytest.mark.full("conversion")] * (not quick))
+        for name in BEYOND
+        for ranks in (1, 2)
+        for quick in [(name, ranks) == ("qwen3 next", 2)]
+    ],
+)
+def test_checkpoints_generate_what_their_model_does(pool, tmp_path, name, ranks):
+    """Straight from a checkpoint, of layers that megatron-core trains and the engine does not know."""
+    paths = [str(tmp_path / "hf"), str(tmp_path / "store")]
+    save(name, tmp_path / "hf")
+    assert cli.main(["convert", *paths, "--to", "canonical"]) == 0
+    files, checkpoint = (pool.run(generated, path, world_size=ranks, timeout=300) for path in paths)
+    assert files == checkpoint
+    assert len({tuple(one) for one in checkpoint[0]}) == len(PROMPTS)

@@ -10,6 +10,7 @@ import torch
 from hf_models import MODELS as MODELS_TO_CONVERT
 from hf_models import read_config, save
 from safetensors.torch import load_file
+from test_family_generation import generated
 
 from helix_megatron import cli
 
@@ -134,6 +135,8 @@ def test_a_converted_model_trains(pool, tmp_path, monkeypatch, name, cut, ranks)
     for key, tensor in before.items():
         assert after[key].shape == tensor.shape and after[key].isfinite().all()
         assert not torch.equal(after[key], tensor), f"{key} was not trained"
+    wanted = pool.run(generated, str(back), world_size=2)[0]
+    assert pool.run(generated, str(tmp_path / "run"), world_size=2)[0] == wanted
     resumed = f"--load {tmp_path / 'run'} --use-checkpoint-args {STEPS} --train-iters 5 "
     resumed += "--override-opt-param-scheduler"
     compare(pool, f"{flags} --train-iters 5", resumed, 1, after=4)

@@ -113,8 +113,11 @@ def read_whole(directory: str) -> torch.Tensor:
         return model(tokens(), use_cache=False).logits
 
 
-def test_it_is_cut_in_place(pool, kimi):
-    """Without its own code; `helix generate` and `helix serve` read it in the same way."""
+def test_it_is_cut_in_place(pool, kimi, tmp_path):
+    """Without its own code, from files and from a checkpoint; `helix generate` reads it in the same way."""
     _, directory, expected = kimi
-    for logits in pool.run(read_whole, str(directory), world_size=2):
+    store = str(tmp_path / "store")
+    assert cli.main(["convert", str(directory), store, "--to", "canonical"]) == 0
+    read = [pool.run(read_whole, path, world_size=2) for path in (str(directory), store)]
+    for logits in read[0] + read[1]:
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -54,7 +54,8 @@ def test_every_cell_is_shown_by_a_test():
     # tests/model/test_family_generation.py
     engine = {name for name in converted if FAMILIES[name].runs_in_engine}
     assert saying("generate, serve", "megatron-core") == engine
-    # tests/inference/test_inference_transformers.py runs all of BY_FORM
+    # tests/inference/test_inference_transformers.py runs all of BY_FORM, from files; of those that convert
+    # tests/model/test_family_generation.py the checkpoints
     assert saying("generate, serve", "transformers") == SHOWN - engine
     assert saying("plan", "yes") == converted | PLANNED  # the tests below
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from helix_megatron.errors import HelixError
 
@@ -36,16 +37,19 @@ def on_first_rank(function: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def on_every_rank(function: Callable[[], T]) -> T:
-    """Call `function` on every rank; when it raises `HelixError` on one, all ranks raise that of the first."""
+def on_every_rank(function: Callable[[], T], group: ProcessGroup | None = None) -> T:
+    """Call `function` on every rank of a group, all when None.
+
+    When it raises `HelixError` on one, all of them raise that of the first.
+    """
     result: Any = None
     problem: HelixError | None = None
     try:
         result = function()
     except HelixError as error:
         problem = error
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+    problems: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
     first = next((problem for problem in problems if problem is not None), None)
     if first is not None:
         raise first
