@@ -53,6 +53,8 @@ class HuggingFaceForm:
         flags = self.source.flags
         self.family: Family = family_of(original) if original else family_for_flags(flags)
         self.config = self.family.config(flags, original) | self._dtype_keys(original)
+        if original is None:  # what was trained here has none of its type's special tokens
+            self.config |= dict.fromkeys(SPECIAL_TOKENS)
         self.packed = whole is not None and packing_of(whole) is not None
         tower = whole is not None and is_tower(whole)
         if tower:
@@ -116,10 +118,7 @@ class ConvertedFiles:
     def __init__(self, source: Source) -> None:
         self._form = HuggingFaceForm(Tensors(UnpaddedSource(source), None), as_before=False)
         self.directory, self.sidecars = source.directory, source.directory / SIDECARS
-        # What was trained here without a model's configuration has none of its type's special tokens.
-        ids = () if "config.json" in self._form.sidecars else SPECIAL_TOKENS
-        known = {"model_type": self._form.family.name, **dict.fromkeys(ids)}
-        self.config = known | self._form.config
+        self.config = {"model_type": self._form.family.name} | self._form.config
         self.finish = source.finish
 
     @property
