@@ -35,8 +35,8 @@ WITHOUT_LATENTS = (
 WITHOUT_PATTERN = (
     *("linear_attention_freq", "multi_latent_attention", "moe_layer_freq", "no_rope_freq"),
     *("window_attn_skip_freq", "post_norms", "qk_norm_all_heads", "qk_l2_norm"),
-    *("rotary_base_windowed", "use_rope_scaling", "residual_multiplier", "logits_scaling"),
-    *("embedding_multiplier", "hidden_dropout", "attn_logit_softcapping"),
+    *("rotary_base_windowed", "use_rope_scaling"),
+    *("hidden_dropout", "attn_logit_softcapping"),
     *("final_logit_softcapping", "qk_norm_behind_rotary", "moe_router_groups_by_best"),
 )
 LETTERS = "*M-E"
