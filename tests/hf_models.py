@@ -355,7 +355,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite 4": ("granitemoehybrid", GRANITE_4),
     "granite 4 with MLPs and one group": (
         "granitemoehybrid",
-        GRANITE_4 | {"num_local_experts": 0, "mamba_n_groups": 1, "tie_word_embeddings": True},
+        GRANITE_4
+        | {
+            "num_local_experts": 0,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 12,
+            "tie_word_embeddings": True,
+        },
     ),
     "granite 4 with attention alone": (
         "granitemoehybrid",

@@ -194,8 +194,6 @@ def test_logits_are_those_of_transformers(pool, models, name, layout):
     if name == "gpt oss":  # Megatron cannot cut experts with biases
         ranks = parallel.get("tensor_model_parallel_size", 1)
         parallel = parallel | {"expert_model_parallel_size": ranks}
-    if name.endswith("one group"):  # of Mamba heads, which ranks cannot share
-        parallel = {"pipeline_model_parallel_size": 2}
     if name in COMPUTED_SINCE_5_24 and numbers(version("transformers")) < (5, 24):
         pytest.skip("this transformers has no such model, or computes another")
     assert relative_error(pool, models, name, parallel) <= TOLERANCE

@@ -114,6 +114,9 @@ def compare(pool, alone: str, cut: str, ranks: int, after: int = 0) -> None:
         ("nemotron h", CUT, 4),
         pytest.param("granite 4", CUT, 4, marks=pytest.mark.full("training")),
         pytest.param("bamba", CUT, 4, marks=pytest.mark.full("training")),
+        pytest.param(
+            "granite 4 with MLPs and one group", CUT, 4, marks=pytest.mark.full("training")
+        ),
     ],
 )
 def test_a_converted_model_trains(pool, tmp_path, monkeypatch, name, cut, ranks):
