@@ -38,6 +38,13 @@ class Layers(PairedLayers):
         return {"attn_layer_indices": [layer for layer, own in enumerate(is_mamba) if not own]}
 
 
+class HalfRope(Rope):
+    """Of half of each head, or of the share in `rope_parameters`; transformers reads no key beside those."""
+
+    def flags(self, config: Config) -> dict[str, Any]:
+        return super().flags({**config, "partial_rotary_factor": None})
+
+
 FAMILY = Family(
     name="bamba",
     architecture="BambaForCausalLM",
@@ -48,7 +55,7 @@ FAMILY = Family(
         Layers(),
         NO_BIASES,
         Heads(kv_heads=8),
-        Rope(partial=0.5),
+        HalfRope(partial=0.5),
         keys(max_position_embeddings=262144, norm_epsilon=1e-5),
         Tied(False),
         *OTHERS,
