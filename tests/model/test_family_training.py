@@ -44,7 +44,7 @@ MODELS = {
     "--position-embedding-type none --moe-ffn-hidden-size 32 --moe-shared-expert-intermediate-size 32 "
     "--moe-latent-size 16 --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
     "--moe-router-dtype fp32 --moe-router-load-balancing-type none --mamba-num-heads 8 --mamba-head-dim 8 "
-    "--mamba-state-dim 8 --mamba-num-groups 4 --mamba-time-step-min 0.02 --embedding-multiplier 2 "
+    "--mamba-state-dim 8 --mamba-num-groups 1 --mamba-time-step-min 0.02 --embedding-multiplier 2 "
     "--residual-multiplier 0.5 --logits-scaling 2 --softmax-scale 0.3",
     "experts on the last stage": "--swiglu --num-experts 4 --moe-layer-freq [0,1] --moe-ffn-hidden-size 32",
     "balanced experts": "--swiglu --num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 "
