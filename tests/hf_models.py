@@ -86,6 +86,28 @@ PATTERN = {
     "routed_scaling_factor": 2.5,
 }
 
+HYBRID = {
+    "num_hidden_layers": 3,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 4,
+    "mamba_d_state": 6,
+    "rms_norm_eps": 1e-5,
+}
+GRANITE_4 = (
+    SIZE
+    | HYBRID
+    | {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 4,
+        "shared_intermediate_size": 40,
+        "position_embedding_type": "nope",
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 0.7,
+    }
+)
+
 # name: (model_type, settings of its configuration)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 2": ("llama", SIZE | {"num_key_value_heads": 4}),
@@ -330,6 +352,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | PATTERN
         | {"moe_latent_size": 16},
     ),
+    "granite 4": ("granitemoehybrid", GRANITE_4),
+    "granite 4 with MLPs and one group": (
+        "granitemoehybrid",
+        GRANITE_4
+        | {
+            "num_local_experts": 0,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 12,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite 4 with attention alone": (
+        "granitemoehybrid",
+        GRANITE_4
+        | {
+            "layer_types": ["attention"] * 3,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "bamba": ("bamba", SIZE | HYBRID | {"attn_layer_indices": [1]}),
     "deepseek v3": ("deepseek_v3", SIZE | LATENT | BALANCED),
     "deepseek v2": (
         "deepseek_v2",

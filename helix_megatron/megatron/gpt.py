@@ -21,13 +21,11 @@ from helix_megatron.megatron.latent import with_whole_latents
 from helix_megatron.megatron.local_rotary import turn_windowed_layers
 from helix_megatron.megatron.model_options import (
     activation,
+    apply_multipliers,
     can_fuse_activation,
     cap_logits,
     count_groups_by_best,
-    divide_logits,
     leave_heads_without_rope_unnormalised,
-    scale_embeddings,
-    scale_residuals,
 )
 from helix_megatron.megatron.norms import use_available_norms
 from helix_megatron.megatron.notices import hide_notices
@@ -120,6 +118,7 @@ def build_chunk(
         from helix_megatron.megatron.hybrid import build_hybrid
 
         hybrid = build_hybrid(run, config, use_engine=use_engine, **place)
+        apply_multipliers(hybrid, run.model)
         leave_communication_to_the_dispatcher(hybrid)
         return hybrid
     spec = get_gpt_decoder_block_spec(
@@ -151,9 +150,7 @@ def build_chunk(
         here = run.model.linear_layers[first : first + len(spec.layer_specs)]
         spec = with_delta_nets(spec, here, use_engine=use_engine)
     model = GPTModel(config, spec, vp_stage=virtual_stage, **place, **run.model.gpt_settings)
-    scale_embeddings(model, run.model.embedding_multiplier)
-    scale_residuals(model, run.model.residual_multiplier)
-    divide_logits(model, run.model.logits_scaling)
+    apply_multipliers(model, run.model)
     cap_logits(model, run.model.final_logit_softcapping)
     if run.model.moe_router_groups_by_best:
         count_groups_by_best(model)

@@ -2,6 +2,8 @@
 
 B batch, L positions, C chunks of Q positions, H heads of P dimensions, G groups of heads with the same input
 and output maps, N dimensions of a head's state. Tensor parallel ranks have H/tp heads and G/tp groups each.
+Where all heads are one group, each rank has N/tp of the rows of its maps, which are gathered behind the
+convolution, and the gated norm takes its mean over all ranks: so every weight is held once.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ import torch.nn.functional as F
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from helix_megatron.core.collectives import all_gather
+from helix_megatron.core.head_norm import head_mean
 from helix_megatron.errors import HelixError
 from helix_megatron.megatron.norms import TorchNorm
 from helix_megatron.model.checks import check_mamba_groups
 from helix_megatron.patching import temporarily
 
+PURPOSE = "tensor/mamba"
 TENSOR_OPS = "megatron.core.inference.contexts.attention_context.triton.tensor_ops"
 
 
@@ -97,8 +102,8 @@ def scan(
 class GatedNorm(torch.nn.Module):
     """RMSNorm of each group of dimensions, [.., D] → [.., D], with the names of mamba-ssm's.
 
-    Each tensor parallel rank has the weights of its own heads, so nothing is summed over ranks. The layer sets
-    `tp_group`.
+    Each tensor parallel rank has the weights of its own heads. The layer sets `tp_group`, and `sharing` to it
+    where the ranks have one group together.
     """
 
     def __init__(
@@ -114,11 +119,17 @@ class GatedNorm(torch.nn.Module):
         super().__init__()
         self.eps, self.group_size = eps, group_size
         self.tp_group: Any = None
+        self.sharing: Any = None
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         groups = x.unflatten(-1, (-1, self.group_size))
-        return F.rms_norm(groups, (self.group_size,), eps=self.eps).flatten(-2) * self.weight
+        if self.sharing is None:
+            return F.rms_norm(groups, (self.group_size,), eps=self.eps).flatten(-2) * self.weight
+        wide = groups.to(torch.promote_types(x.dtype, torch.float32))
+        size = self.group_size * self.sharing.size()
+        mean = head_mean(wide.square(), size, self.sharing, purpose=PURPOSE)
+        return (wide * torch.rsqrt(mean + self.eps)).flatten(-2).to(x.dtype) * self.weight
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
@@ -136,6 +147,8 @@ class GatedNorm(torch.nn.Module):
 class Mamba(mixers.MambaMixer):
     """megatron-core's layer, [S, B, D] → [S, B, D]: by mamba-ssm's kernels on a GPU, else in plain torch.
 
+    Ranks that have one group together compute in plain torch on a GPU, too: the kernels gather nothing.
+
     Raises:
         HelixError: einops is not installed; or tensor parallel ranks cannot share the groups.
     """
@@ -145,12 +158,20 @@ class Mamba(mixers.MambaMixer):
             raise HelixError(
                 "megatron-core's Mamba layers need einops. Try pip install 'einops>=0.8.2,<0.9'."
             )
-        check_mamba_groups(config.mamba_num_groups, pg_collection.tp.size())
-        self.has_kernels = mixers.HAVE_MAMBA_SSM and torch.cuda.is_available()
+        ranks = pg_collection.tp.size()
+        check_mamba_groups(config, ranks)
+        self.shares_group = config.mamba_num_groups == 1 and ranks > 1
+        self.has_kernels = (
+            mixers.HAVE_MAMBA_SSM and torch.cuda.is_available() and not self.shares_group
+        )
         own = {} if self.has_kernels else {"HAVE_MAMBA_SSM": True, "ExtendedRMSNorm": GatedNorm}
-        with temporarily(mixers, **own):
+        # As many groups as ranks with so much smaller states have the same rows, and cut them evenly.
+        dealt = {"mamba_num_groups": ranks, "mamba_state_dim": config.mamba_state_dim // ranks}
+        with temporarily(mixers, **own), temporarily(config, **dealt if self.shares_group else {}):
             super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
         self.norm.tp_group = pg_collection.tp
+        if self.shares_group:
+            self.norm.sharing = pg_collection.tp
 
     def forward(
         self, hidden_states: Tensor, inference_context: Any = None, **kwargs: Any
@@ -181,6 +202,8 @@ class Mamba(mixers.MambaMixer):
         padded = F.pad(xBC.transpose(1, 2), (weight.shape[-1] - 1, 0))
         convolved = F.conv1d(padded, weight, own.get_conv1d_bias(), groups=len(weight))
         x, B, C = F.silu(convolved).transpose(1, 2).split([width, maps, maps], -1)
+        if self.shares_group:
+            B, C = all_gather(torch.stack([B, C]), self.tp_group, dim=-1, purpose=PURPOSE)
         # As the kernels do, in at least fp32.
         x, dt, B, C = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, dt, B, C))
         x_heads = x.unflatten(-1, (-1, self.headdim))
@@ -188,8 +211,8 @@ class Mamba(mixers.MambaMixer):
             x_heads,
             F.softplus(dt + own.get_dt_bias().to(dt.dtype)),
             -own.get_A_log().to(dt.dtype).exp(),
-            B.unflatten(-1, (-1, self.d_state)),
-            C.unflatten(-1, (-1, self.d_state)),
+            B.unflatten(-1, (own.ngroups_local_tpcp, -1)),
+            C.unflatten(-1, (own.ngroups_local_tpcp, -1)),
             self.chunk_size,
         )
         y = (y + x_heads * own.get_D().to(dt.dtype)[:, None]).flatten(-2) * F.silu(z.to(dt.dtype))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -48,8 +49,15 @@ def can_fuse_activation(model: ModelConfig) -> bool:
     return activation(model) is F.silu and plain
 
 
+def apply_multipliers(model: Any, settings: ModelConfig) -> None:
+    """Multiply embeddings and residuals of a GPTModel or HybridModel, and divide its logits."""
+    scale_embeddings(model, settings.embedding_multiplier)
+    scale_residuals(model, settings.residual_multiplier)
+    divide_logits(model, settings.logits_scaling)
+
+
 def scale_embeddings(model: Any, multiplier: float) -> None:
-    """Multiply a GPTModel's word embeddings by `multiplier`, rounded to their dtype, in every forward pass.
+    """Multiply a model's word embeddings by `multiplier`, rounded to their dtype, in every forward pass.
 
     A hook on the embedding layer: so before dropout, after its reduction over tensor parallel ranks, and on
     whatever part of the sequence and whichever pipeline stage there is. Tied output weights stay as they are.
@@ -64,7 +72,7 @@ def scale_embeddings(model: Any, multiplier: float) -> None:
 
 
 def scale_residuals(model: Any, multiplier: float) -> None:
-    """Multiply what attention and MLP of every layer add to the hidden states, in every forward pass."""
+    """Multiply what attention, Mamba and MLP of every layer add to the hidden states, in every forward."""
     if multiplier == 1.0:
         return
 
@@ -74,8 +82,14 @@ def scale_residuals(model: Any, multiplier: float) -> None:
         return tuple(None if part is None else part * multiplier for part in output)
 
     for layer in model.decoder.layers:
-        layer.self_attention.linear_proj.register_forward_hook(scale)
-        layer.mlp.register_forward_hook(scale)
+        if hasattr(layer, "mixer"):  # of Mamba
+            layer.mixer.register_forward_hook(scale)
+            continue
+        for part in (getattr(layer.self_attention, "linear_proj", None), layer.mlp):
+            if part is not None and not isinstance(
+                part, IdentityOp
+            ):  # layers of a pattern have one
+                part.register_forward_hook(scale)
 
 
 def divide_logits(model: Any, divisor: float) -> None:
@@ -83,7 +97,10 @@ def divide_logits(model: Any, divisor: float) -> None:
 
     So it holds for whoever computes logits from the last norm's output, on whatever rank of the last stage.
     """
-    norm = getattr(model.decoder, "final_layernorm", None)
+    norms = ("final_layernorm", "final_norm")  # GPTModel's, HybridModel's
+    norm = next(
+        (getattr(model.decoder, name) for name in norms if hasattr(model.decoder, name)), None
+    )
     if divisor != 1.0 and norm is not None:
         norm.register_forward_hook(lambda module, inputs, output: output / divisor)
 

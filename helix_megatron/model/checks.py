@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from helix_megatron.errors import (
@@ -35,8 +36,8 @@ WITHOUT_LATENTS = (
 WITHOUT_PATTERN = (
     *("linear_attention_freq", "multi_latent_attention", "moe_layer_freq", "no_rope_freq"),
     *("window_attn_skip_freq", "post_norms", "qk_norm_all_heads", "qk_l2_norm"),
-    *("rotary_base_windowed", "use_rope_scaling", "residual_multiplier", "logits_scaling"),
-    *("embedding_multiplier", "hidden_dropout", "attn_logit_softcapping"),
+    *("rotary_base_windowed", "use_rope_scaling"),
+    *("hidden_dropout", "attn_logit_softcapping"),
     *("final_logit_softcapping", "qk_norm_behind_rotary", "moe_router_groups_by_best"),
 )
 LETTERS = "*M-E"
@@ -159,19 +160,27 @@ def _check_hybrid(model: ModelSizes) -> None:
         )
 
 
-def check_mamba_groups(groups: int, ranks: int) -> None:
-    """Refuse tensor parallel ranks that cannot share the groups of Mamba heads evenly.
+def check_mamba_groups(model: Any, ranks: int) -> None:
+    """Refuse tensor parallel ranks that cannot share the groups of Mamba heads, or the only group, evenly.
+
+    Args:
+        model: a model, or a configuration of Megatron, whose heads may be None.
+        ranks: tensor parallel.
 
     Raises:
         HelixError: with the valid numbers of ranks.
     """
-    if groups % ranks:
+    shared = model.mamba_num_groups
+    what = f"{shared} groups of Mamba heads (<mamba_num_groups>)"
+    if shared == 1:
+        states = model.mamba_state_dim
+        heads = model.mamba_num_heads or states
+        shared = math.gcd(heads, states)
+        what = f"{heads} Mamba heads (<mamba_num_heads>) and {states} states (<mamba_state_dim>) of one group"
+    if shared % ranks:
         raise HelixError(
-            with_settings(
-                f"{groups} groups of Mamba heads (<mamba_num_groups>) cannot be dealt to {ranks} tensor "
-                "parallel ranks."
-            ),
-            valid=divisors(groups),
+            with_settings(f"{what} cannot be dealt to {ranks} tensor parallel ranks."),
+            valid=divisors(shared),
             valid_name="tensor parallel sizes",
         )
 

@@ -213,7 +213,8 @@ class ModelConfig(ModelSizes):
         values["linear_attention_freq"] = list(map(int, linear)) if any(linear) else None
         if self.latent_norm_epsilon == self.norm_epsilon:
             values["latent_norm_epsilon"] = None
-        if all(moe):  # a model without dense layers has no use for their size
+        pattern = self.hybrid_layer_pattern
+        if all(moe) if pattern is None else "-" not in pattern:  # no dense layers have a use for it
             values["ffn_hidden_size"] = None
         return values
 

@@ -51,7 +51,7 @@ def _check_linear_attention(model: ModelConfig, ranks: int) -> None:
 
 def _check_hybrid(model: ModelConfig, ranks: int, interleaved: bool) -> None:
     if "mamba" in model.traits:
-        check_mamba_groups(model.mamba_num_groups, ranks)
+        check_mamba_groups(model, ranks)
     if interleaved:
         raise setting_error(
             "<num_layers_per_virtual_pipeline_stage> does not work with <hybrid_layer_pattern>, whose "

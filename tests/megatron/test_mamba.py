@@ -14,7 +14,7 @@ from torch import Tensor
 from helix_megatron.errors import HelixError
 
 HEADS, DIMS, GROUPS, STATE, HIDDEN, KERNEL = 8, 6, 4, 5, 32, 4
-INNER, MAPS = HEADS * DIMS, GROUPS * STATE
+INNER, MAPS = HEADS * DIMS, GROUPS * STATE  # of one group, too, with states of so many dimensions
 SHAPES = {
     "in_proj.weight.z": (INNER, HIDDEN),
     "in_proj.weight.x": (INNER, HIDDEN),
@@ -79,8 +79,8 @@ def whole_weights() -> dict[str, Tensor]:
     return {name: tensor.requires_grad_() for name, tensor in made.items()}
 
 
-def whole_layer(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """[L, B, D] → [L, B, D], with the whole weights."""
+def whole_layer(x: Tensor, weights: dict[str, Tensor], groups: int) -> Tensor:
+    """[L, B, D] → [L, B, D], with the whole weights and so many groups of heads."""
     z, dt = (x @ weights[f"in_proj.weight.{part}"].t() for part in ("z", "dt"))
     convolved = {}
     for part in "xBC":
@@ -88,15 +88,16 @@ def whole_layer(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
         kernel = weights[f"conv1d.weight.{part}"][:, 0]
         seen = sum(inputs[at : at + len(x)] * kernel[:, at] for at in range(KERNEL))
         convolved[part] = F.silu(seen + weights[f"conv1d.bias.{part}"]).transpose(0, 1)
-    inner, B, C = (t.unflatten(-1, (-1, DIMS if n == "x" else STATE)) for n, t in convolved.items())
+    inner = convolved["x"].unflatten(-1, (HEADS, DIMS))
+    B, C = (convolved[part].unflatten(-1, (groups, -1)) for part in "BC")
     steps = F.softplus(dt + weights["dt_bias"]).transpose(0, 1)
     y = recurrence(inner, steps, -weights["A_log"].exp(), B, C) + inner * weights["D"][:, None]
-    gated = (y.flatten(2).transpose(0, 1) * F.silu(z)).unflatten(-1, (GROUPS, -1))
+    gated = (y.flatten(2).transpose(0, 1) * F.silu(z)).unflatten(-1, (groups, -1))
     normed = gated * (gated.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     return (normed.flatten(-2) * weights["norm.weight"]) @ weights["out_proj.weight"].t()
 
 
-def config_of(ranks: int) -> Any:
+def config_of(ranks: int, groups: int) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     return TransformerConfig(
@@ -108,31 +109,30 @@ def config_of(ranks: int) -> Any:
         params_dtype=torch.float64,
         mamba_num_heads=HEADS,
         mamba_head_dim=DIMS,
-        mamba_state_dim=STATE,
-        mamba_num_groups=GROUPS,
+        mamba_state_dim=MAPS // groups,
+        mamba_num_groups=groups,
     )
 
 
-def build(ranks: int) -> Any:
+def build(ranks: int, number: int) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import build_module
 
     from helix_megatron.megatron.hybrid import local_stack_spec
 
     start_megatron(Layout(tp=ranks))
-    mixer = local_stack_spec(config_of(ranks)).submodules.mamba_layer.submodules.mixer
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    layer = build_module(
-        mixer, config_of(ranks), d_model=HIDDEN, layer_number=1, pg_collection=groups
-    )
+    config, groups = config_of(ranks, number), ProcessGroupCollection.use_mpu_process_groups()
+    mixer = local_stack_spec(config).submodules.mamba_layer.submodules.mixer
+    layer = build_module(mixer, config, d_model=HIDDEN, layer_number=1, pg_collection=groups)
+    assert (config.mamba_num_groups, config.mamba_state_dim) == (number, MAPS // number)
     return layer.double()
 
 
-def errors_of_rank(ranks: int) -> dict[str, float]:
+def errors_of_rank(ranks: int, groups: int) -> dict[str, float]:
     """Largest differences of output and gradients from those of the whole layer."""
     from helix_megatron.megatron.fill import own_part, sharded_weights
 
-    layer, weights = build(ranks), whole_weights()
+    layer, weights = build(ranks, groups), whole_weights()
     items = [(item, item.data) for item in sharded_weights(layer)]
     assert {id(data) for _, data in items} == {id(parameter) for parameter in layer.parameters()}
     for item, data in items:
@@ -140,7 +140,7 @@ def errors_of_rank(ranks: int) -> dict[str, float]:
             data.copy_(own_part(item, lambda key, place, shape: weights[key]))
     x, weight = drawn(9, 2, HIDDEN, seed=50), drawn(9, 2, HIDDEN, seed=51)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
-    found, wanted = layer(inputs[0])[0], whole_layer(inputs[1], weights)
+    found, wanted = layer(inputs[0])[0], whole_layer(inputs[1], weights, groups)
     (found * weight).sum().backward()
     (wanted * weight).sum().backward()
     errors = {"output": (found, wanted), "input": (inputs[0].grad, inputs[1].grad)}
@@ -150,10 +150,12 @@ def errors_of_rank(ranks: int) -> dict[str, float]:
     return {name: float((own - other).abs().max()) for name, (own, other) in errors.items()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_layer_is_that_of_one_rank(pool, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "groups"), [(1, GROUPS), (2, GROUPS), (4, GROUPS), (2, 1), (4, 1)]
+)
+def test_a_layer_is_that_of_one_rank(pool, ranks, groups):
     """megatron-core's layer with its own names and cuts: output, input and weight gradients in fp64."""
-    for errors in pool.run(errors_of_rank, ranks, world_size=ranks):
+    for errors in pool.run(errors_of_rank, ranks, groups, world_size=ranks):
         assert len(errors) == 10
         assert max(errors.values()) < 1e-10, errors
 
@@ -169,3 +171,8 @@ def test_ranks_that_groups_cannot_be_dealt_to():
         "4 groups of Mamba heads (mamba_num_groups) cannot be dealt to 8 tensor parallel ranks. "
         "Valid tensor parallel sizes: 1, 2, 4."
     )
+    one = SimpleNamespace(mamba_num_groups=1, mamba_num_heads=12, mamba_state_dim=16)
+    with pytest.raises(
+        HelixError, match=r"12 Mamba heads .* and 16 states .* of one group.*: 1, 2, 4\."
+    ):
+        Mamba(one, pg_collection=groups)

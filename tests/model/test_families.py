@@ -39,16 +39,18 @@ OPTIONS = (
     *("ministral", "smollm3", "granite", "ernie4 5", "phi3", "starcoder2", "gpt oss", "glm4 moe"),
     *("llama4", "gemma2", "gemma3", "exaone4", "minimax m2", "olmo3"),
     *("qwen3 next", "qwen3 5", "qwen3 5 moe", "deepseek v2", "deepseek v3", "nemotron h"),
-    "hunyuan",
+    *("hunyuan", "granite 4", "bamba"),
+    "granite 4 with attention alone",
 )
 ON_FOUR_RANKS = (
     *("gemma2", "ernie4 5", "phi3", "gpt oss", "exaone4", "qwen3 next", "qwen3 5"),
-    *("deepseek v3", "nemotron h"),
+    *("deepseek v3", "nemotron h", "granite 4", "bamba"),
 )
 # Of these transformers 5.2 computes other logits from the same files than 5.24, or it lacks them.
 COMPUTED_SINCE_5_24 = (
     *("gpt oss", "minimax m2", "glm4 moe", "olmo3", "deepseek v2 with groups"),
     *("nemotron h", "nemotron h with a latent of experts"),
+    *("granite 4", "bamba"),  # norms of groups of Mamba heads
 )
 TWO_STAGES = {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}
 QUARTERED = {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 4}
@@ -209,6 +211,7 @@ def test_logits_are_those_of_transformers(pool, models, name, layout):
         ("deepseek v3", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}),
         ("granite", TWO_STAGES),
         ("nemotron h", TWO_STAGES),
+        pytest.param("granite 4", TWO_STAGES, marks=pytest.mark.full("conversion")),
         ("gemma", TWO_STAGES),
         ("gemma", {**TWO_STAGES, "sequence_parallel": True}),
         *(
@@ -283,6 +286,10 @@ def test_logits_with_other_parallelism(pool, models, name, parallel):
         ("deepseek v3", {"yarn_original_max_position_embeddings": 4096}),
         ("nemotron h", {"mamba_time_step_min": 0.0}),
         ("nemotron h", {"squared_relu": False}),
+        ("granite 4", {"embedding_multiplier": 1.0}),
+        ("granite 4", {"residual_multiplier": 1.0}),
+        ("granite 4", {"logits_scaling": 1.0}),
+        ("bamba", {"rotary_percent": 1.0}),
     ],
 )
 def test_every_option_matters(pool, models, name, dropped):

@@ -45,12 +45,14 @@ def test_defaults_are_those_of_transformers(name):
             "vocab_size": 99,
         }
     )
+    if name == "granitemoehybrid":
+        sizes["rms_norm_eps"] = 1e-5  # Megatron's Mamba layers have no other
     family = family_named(name)
     known = {key for piece in family.pieces for key in piece.keys}
     sizes = {key: size for key, size in sizes.items() if key in known}
     whole = AutoConfig.for_model(name, **sizes).to_dict()
     assert family.model_flags(sizes) == family.model_flags(whole)
-    left_out = {"moe_intermediate_size"}
+    left_out = {"moe_intermediate_size", "rms_norm_eps"}
     left_out |= {"nemotron_h": {"num_hidden_layers", "intermediate_size"}}.get(name, set())
     left_out |= {"gemma3_text": {"vocab_size", "num_attention_heads"}}.get(name, set())
     for key in sizes.keys() - left_out:
@@ -69,6 +71,20 @@ def test_older_files_spell_the_layers_of_nemotron_otherwise():
     assert family.config(flags, older) == older
     names = ["mamba", "moe", "attention", "mlp", "mamba", "attention"]
     assert family.model_flags(rest | {"layers_block_type": names}) == flags
+
+
+def test_bamba_turns_the_share_of_a_head_that_transformers_turns():
+    """It overwrites the key beside `rope_parameters`, and reads the one among them."""
+    from transformers import AutoConfig
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    for given in ({"partial_rotary_factor": 0.25}, {"rope_parameters": rope}):
+        config = {k: v for k, v in config_of("bamba").items() if k != "rope_parameters"} | given
+        read = AutoConfig.for_model(**config).rope_parameters["partial_rotary_factor"]
+        family = family_of(config)
+        flags = family.model_flags(config)
+        assert flags["rotary_percent"] == read
+        assert family.config(flags, config) == config
 
 
 @pytest.mark.parametrize("name", ["qwen2 with windows in some layers", "qwen2 moe"])
@@ -254,6 +270,8 @@ def test_a_family_for_a_model_trained_here():
     assert family_for_flags(llama | {"qk_layernorm": True}).name == "qwen3"
     trained = llama | {"seq_length": 16, "attention_dropout": 0.1, "moe_aux_loss_coeff": 0.5}
     assert family_for_flags(trained).name == "llama"
+    granite = family_named("granitemoehybrid").model_flags(config_of("granite 4"))
+    assert family_for_flags(granite | {"ffn_hidden_size": 96}).name == "granitemoehybrid"
     with pytest.raises(HelixError) as error:
         family_for_flags(llama | {"attention_output_gate": True, "qk_l2_norm": True})
     assert (

@@ -181,6 +181,29 @@ UNSUPPORTED = {
     ),
     "a longer convolution": ("nemotron h", {"conv_kernel": 5}, "conv_kernel = 5"),
     "keys under their older names": ("nemotron h", {"mamba_n_groups": 2}, "mamba_n_groups = 2"),
+    "another epsilon than Mamba's, beside MLPs": (
+        "granite 4",
+        {"rms_norm_eps": 1e-6},
+        "rms_norm_eps = 1e-06, and the norm inside of Megatron's Mamba layers has 1e-05",
+    ),
+    "layers of a third kind": (
+        "granite 4",
+        {"layer_types": ["mamba", "attention", "moe"]},
+        "It must be a list with one of mamba, attention, linear_attention, full_attention for each",
+    ),
+    "another number of layers": ("granite 4", {"layer_types": ["mamba"]}, "for 3 layers"),
+    "Mamba heads of another size together": (
+        "bamba",
+        {"mamba_d_head": 4},
+        "are 32 dimensions, and mamba_expand = 2 times hidden_size = 32 are 64",
+    ),
+    "limited time steps": (
+        "bamba",
+        {"time_step_limit": [0.1, 1.0]},
+        "time_step_limit = [0.1, 1.0]",
+    ),
+    "layers by name": ("bamba", {"attn_layer_indices": ["1"]}, "['1']. It must be a list of whole"),
+    "tokens without experts": ("granite 4", {"num_experts_per_tok": 0}, "tok = 0. It must be"),
     "windows without a size": (
         "qwen2",
         {"layer_types": ["sliding_attention"] * 2},
@@ -337,7 +360,7 @@ def test_gated_delta_nets_that_megatron_does_not_have(changed, text):
         ({"hybrid_layer_pattern": "M*-"}, "has 3 letters, and num_layers is 2"),
         ({"hybrid_layer_pattern": "ME"}, r"has 1 layer of experts \(E\), and num_experts is None"),
         ({"normalization": "LayerNorm"}, "is for models with normalization RMSNorm"),
-        ({"embedding_multiplier": 2.0}, "embedding_multiplier is 2.0, and layers of a hybrid"),
+        ({"hidden_dropout": 0.1}, "hidden_dropout is 0.1, and layers of a hybrid"),
         (
             {"qk_layernorm": True, "qk_norm_behind_rotary": True},
             "qk_norm_behind_rotary is True, and layers of a hybrid",

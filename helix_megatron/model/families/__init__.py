@@ -19,6 +19,7 @@ from typing import Any
 
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.model.families import (
+    bamba,
     deepseek_v2,
     deepseek_v3,
     ernie4_5,
@@ -32,6 +33,7 @@ from helix_megatron.model.families import (
     gpt_oss,
     granite,
     granitemoe,
+    granitemoehybrid,
     hunyuan_v1_dense,
     llama,
     llama4,
@@ -64,6 +66,7 @@ FAMILIES = {
         *(smollm3, granite, ernie4_5, phi3, starcoder2, granitemoe, glm4_moe, gpt_oss, llama4),
         *(glm4, exaone4, gemma2, gemma3, olmo2, olmo3, minimax_m2, ministral3),
         *(qwen3_next, qwen3_5, qwen3_5_moe, deepseek_v2, deepseek_v3, nemotron_h, hunyuan_v1_dense),
+        *(granitemoehybrid, bamba),
     )
 }
 # Types of files whose models are those of a family. transformers knows them by code in the files, if at all,
@@ -72,11 +75,9 @@ READ_AS = {"kimi_k2": "deepseek_v3"}
 # What conversion cannot express, of model types that Hugging Face's host cuts all the same.
 INEXPRESSIBLE = {
     "apertus": "an activation with learned numbers (hidden_act xielu)",
-    "bamba": "Mamba layers (attn_layer_indices)",
     "falcon_h1": "attention and Mamba side by side in every layer",
     "gemma4": "heads of two sizes (global_head_dim)",
     "gemma4_text": "heads of two sizes (global_head_dim)",
-    "granitemoehybrid": "Mamba layers (layer_types)",
     "mimo_v2_flash": "values of another size than keys (v_head_dim)",
 }
 CUTTABLE = {name: family.modules for name, family in FAMILIES.items() if family.modules is not None}

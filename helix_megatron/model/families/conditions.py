@@ -12,6 +12,8 @@ def features(
     """What rows of tables ask for; `letter` is that of a layer of a hybrid pattern, empty without one."""
     found = {
         "mamba": letter == "M",
+        "pattern": model.hybrid_layer_pattern is not None,
+        "no-pattern": model.hybrid_layer_pattern is None,
         "sinks": model.softmax_type == "learnable",
         "expert-bias": experts and model.moe_router_enable_expert_bias,
         "norm-bias": model.normalization == "LayerNorm",
@@ -53,6 +55,7 @@ def sizes_of(model: ModelConfig) -> dict[str, int | None]:
         "2M": 2 * (model.moe_ffn_hidden_size or 0),
         "Md": model.moe_latent_size or model.hidden_size,
         "S": model.moe_shared_expert_intermediate_size,
+        "2S": 2 * (model.moe_shared_expert_intermediate_size or 0),
         "Kh": model.linear_num_key_heads,
         "Kd": model.linear_key_head_dim,
         "Ks": model.linear_keys,

@@ -96,6 +96,7 @@ class Family:
         layer: what a layer's names begin with, after the prefix.
         pieces: of its config.json.
         rows: of a layer's tensors; `outer` of the others.
+        letters: of a hybrid pattern that one layer of the files is.
         modules: what its modules are called; None where its models cannot be cut in place.
         aliases: second names that transformers has for keys of the pieces, and that are refused here.
         predicts_further: files have layers of multi-token prediction behind the last, which transformers leaves
@@ -110,6 +111,7 @@ class Family:
     pieces: tuple[Piece, ...]
     rows: tuple[Row, ...]
     outer: tuple[Row, ...]
+    letters: int = 1
     modules: Modules | None = None
     aliases: frozenset[str] = frozenset()
     predicts_further: bool = False
@@ -272,7 +274,8 @@ class Family:
         experts, linear = model.moe_layers[number], model.linear_layers[number]
         letter = (model.hybrid_layer_pattern or "")[number : number + 1]
         present = features(model, experts=experts, linear=linear, letter=letter)
-        where, source = f"decoder.layers.{number}.", f"{prefix}{self.layer}.{number}."
+        own = number // self.letters if letter else number
+        where, source = f"decoder.layers.{number}.", f"{prefix}{self.layer}.{own}."
         for row in self.rows:
             if set(row.when.split()) <= present:
                 copies = model.num_experts or 0 if "{expert}" in row.name else 1

@@ -10,11 +10,25 @@ from helix_megatron.model.families.pieces import Always, Heads, Only, Tied, Voca
 from helix_megatron.model.families.positions import Rope
 from helix_megatron.model.families.tensors import ATTENTION_LAYER, LLAMA_OUTER
 
-LAYER = (
-    *ATTENTION_LAYER,
-    Row("mlp.router.weight", "block_sparse_moe.router.layer.weight[E,D]"),
-    Row("mlp.experts.{expert}.linear_fc1.weight", "block_sparse_moe.input_linear.weight[E,2M,D]"),
-    Row("mlp.experts.{expert}.linear_fc2.weight", "block_sparse_moe.output_linear.weight[E,D,M]"),
+EXPERT_ROWS = (
+    Row("mlp.router.weight", "block_sparse_moe.router.layer.weight[E,D]", when="experts"),
+    Row(
+        "mlp.experts.{expert}.linear_fc1.weight",
+        "block_sparse_moe.input_linear.weight[E,2M,D]",
+        when="experts",
+    ),
+    Row(
+        "mlp.experts.{expert}.linear_fc2.weight",
+        "block_sparse_moe.output_linear.weight[E,D,M]",
+        when="experts",
+    ),
+)
+EXPERTS = Experts(
+    number=("num_local_experts",),
+    size="intermediate_size",
+    default_number=8,
+    default_topk=2,
+    dense_layers=False,
 )
 
 FAMILY = Family(
@@ -34,14 +48,8 @@ FAMILY = Family(
         Tied(False),
         Always(disable_bias_linear=True, add_qkv_bias=False),
         Only(attention_bias=(False,)),
-        Experts(
-            number=("num_local_experts",),
-            size="intermediate_size",
-            default_number=8,
-            default_topk=2,
-            dense_layers=False,
-        ),
+        EXPERTS,
     ),
-    rows=LAYER,
+    rows=ATTENTION_LAYER + EXPERT_ROWS,
     outer=LLAMA_OUTER,
 )

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from helix_megatron.errors import HelixError, listed
 from helix_megatron.model.description import ModelConfig
 from helix_megatron.model.families.configuration import NO_BIASES, RMS_NORM, keys
-from helix_megatron.model.families.delta_net import parts_of
+from helix_megatron.model.families.delta_net import FULL, LINEAR
 from helix_megatron.model.families.experts import BalancedExperts
 from helix_megatron.model.families.family import Family, Row
+from helix_megatron.model.families.mamba import ATTENTION, MAMBA_EPSILON, OLDER, mamba_rows
 from helix_megatron.model.families.pieces import (
     Always,
     Config,
@@ -22,11 +23,9 @@ from helix_megatron.model.families.pieces import (
     Vocabulary,
     needed,
 )
-from helix_megatron.model.families.tensors import ATTENTION_LAYER
 from helix_megatron.model.sizes import MAMBA_KERNEL
 
-LETTERS = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "-"}
-OLDER = {"mamba": "linear_attention", "attention": "full_attention"}
+LETTERS = {LINEAR: "M", FULL: "*", "moe": "E", "mlp": "-"}
 
 
 def pattern_of(config: Config) -> str:
@@ -100,35 +99,14 @@ OTHER_NAMES = (
     *("mamba_n_groups", "mamba_d_conv", "mamba_expand", "mamba_conv_bias", "mamba_chunk_size"),
     *("mamba_dt_min", "mamba_dt_max", "mamba_dt_limit", "mamba_dt_init_floor"),
 )
-CONVOLVED = ("Mi", "Mm", "Mm")
-MAMBA: dict[str, Any] = {"blocks": "1", "when": "mamba", "own": "mixer."}
 ROWS = (
-    Row("mixer.in_proj.layer_norm_weight", "norm.weight[D]", when="mamba"),
-    *parts_of(
-        "mixer.in_proj.weight[Mp,D]",
-        "z x B C dt",
-        parts=("Mi", *CONVOLVED, "Mh"),
-        prefix="in_proj.weight.",
-        **MAMBA,
-    ),
-    *parts_of(
-        "mixer.conv1d.weight[Mc,1,Mk]", "x B C", parts=CONVOLVED, prefix="conv1d.weight.", **MAMBA
-    ),
-    *parts_of("mixer.conv1d.bias[Mc]", "x B C", parts=CONVOLVED, prefix="conv1d.bias.", **MAMBA),
-    *(
-        Row(f"mixer.{name}", f"mixer.{name}[Mh]", when="mamba")
-        for name in ("dt_bias", "A_log", "D")
-    ),
-    Row("mixer.norm.weight", "mixer.norm.weight[Mi]", when="mamba"),
-    Row("mixer.out_proj.weight", "mixer.out_proj.weight[D,Mi]", when="mamba"),
+    *mamba_rows("mixer", "norm"),
     *(
         replace(
             row,
             sources=row.sources.replace("self_attn.", "mixer.").replace("input_layernorm", "norm"),
-            when=f"{row.when} attention",
         )
-        for row in ATTENTION_LAYER
-        if row.name.startswith("self_attention.")
+        for row in ATTENTION
     ),
     Row("mlp.linear_fc1.layer_norm_weight", "norm.weight[D]", when="dense"),
     Row("mlp.linear_fc1.weight", "mixer.up_proj.weight[F,D]", when="dense"),
@@ -166,7 +144,7 @@ FAMILY = Family(
             position_embedding_type="none",
             squared_relu=True,
             untie_embeddings_and_output_weights=True,
-            norm_epsilon=1e-5,
+            norm_epsilon=MAMBA_EPSILON,
         ),
         Heads(kv_heads=8, head_dim=128, explicit=True),
         Values(
@@ -177,8 +155,10 @@ FAMILY = Family(
             time_step_min=("mamba_time_step_min", 0.001),
         ),
         ExpertLayers(number=8, topk=2, scaling=1.0, dense=0),
-        # Of Mamba's inner norm Megatron knows one epsilon, of its convolution one length.
-        Only(layer_norm_epsilon=(1e-5,), conv_kernel=(MAMBA_KERNEL,), use_conv_bias=(True,)),
+        # Of Mamba's convolution Megatron knows one length.
+        Only(
+            layer_norm_epsilon=(MAMBA_EPSILON,), conv_kernel=(MAMBA_KERNEL,), use_conv_bias=(True,)
+        ),
         Only(mlp_hidden_act=("relu2",), mamba_hidden_act=("silu",), tie_word_embeddings=(False,)),
         Only(attention_bias=(False,), mlp_bias=(False,), use_bias=(False,)),
         Only(sliding_window=(None,)),
