@@ -85,10 +85,9 @@ def scale_residuals(model: Any, multiplier: float) -> None:
         if hasattr(layer, "mixer"):  # of Mamba
             layer.mixer.register_forward_hook(scale)
             continue
+        # Layers of a pattern have one of the two, and nothing in the other's place.
         for part in (getattr(layer.self_attention, "linear_proj", None), layer.mlp):
-            if part is not None and not isinstance(
-                part, IdentityOp
-            ):  # layers of a pattern have one
+            if part is not None and not isinstance(part, IdentityOp):
                 part.register_forward_hook(scale)
 
 
@@ -97,10 +96,8 @@ def divide_logits(model: Any, divisor: float) -> None:
 
     So it holds for whoever computes logits from the last norm's output, on whatever rank of the last stage.
     """
-    norms = ("final_layernorm", "final_norm")  # GPTModel's, HybridModel's
-    norm = next(
-        (getattr(model.decoder, name) for name in norms if hasattr(model.decoder, name)), None
-    )
+    gpt_norm = getattr(model.decoder, "final_layernorm", None)
+    norm = getattr(model.decoder, "final_norm", gpt_norm)  # HybridModel's
     if divisor != 1.0 and norm is not None:
         norm.register_forward_hook(lambda module, inputs, output: output / divisor)
 
