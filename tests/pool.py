@@ -53,8 +53,9 @@ CLEAN_UP_SECONDS = 300.0
 STACK_SECONDS = 30.0  # for a process to write where it is
 STACK_QUIET_SECONDS = 0.3  # after which what it wrote is taken to be all
 # What keeps a destroyed group alive (DeepSpeed, a reference cycle) keeps its gloo threads, each of which
-# wakes up 100 times a second: some hundred of them slow all later tests down several times.
-MAX_IDLE_THREADS = 60
+# wakes up 100 times a second: some hundred of them slow all later tests down several times. A rank has 7 of its
+# own, and another is forked in a fifth of a second.
+MAX_IDLE_THREADS = 24
 READY = b"ready"
 TESTS = Path(__file__).parent
 # (module, function without arguments): what ends the global state that a test may have created.

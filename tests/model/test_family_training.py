@@ -109,7 +109,12 @@ def compare(pool, alone: str, cut: str, ranks: int, after: int = 0) -> None:
 @pytest.mark.parametrize(
     ("name", "cut", "ranks"),
     [
-        ("deepseek v3", "--tensor-model-parallel-size 2 --sequence-parallel", 2),
+        pytest.param(
+            "deepseek v3",
+            "--tensor-model-parallel-size 2 --sequence-parallel",
+            2,
+            marks=pytest.mark.full("training"),
+        ),
         ("nemotron h", CUT, 4),
     ],
 )
