@@ -8,6 +8,8 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 helix_environment test
+# Once, for the hundreds of processes that tests start, also where Python is told to write no bytecode.
+python -m compileall -q helix_megatron tests
 # Two workers, each with a pool of ranks of its own; a file stays with one.
 case " $* " in
   *" tests/"* | *" -n "*) exec python -m pytest "$@" ;;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -80,11 +81,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Each of two workers takes the next file, so the last ones must be short.
     """
-    only = tiers.COMPATIBILITY if config.option.compatibility else ""
+    only = tiers.COMPATIBILITY if config.option.compatibility else re.compile("")
     chosen, left = [], []
     for item in items:
         mark = item.get_closest_marker("full")
-        in_tier = item.nodeid.startswith(only) and (not mark or tiers.is_full(*mark.args))
+        in_tier = only.match(item.nodeid) and (not mark or tiers.is_full(*mark.args))
         (chosen if in_tier else left).append(item)
     if left:
         config.hook.pytest_deselected(items=left)

@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,26 +53,11 @@ CLEAN_UP_SECONDS = 300.0
 STACK_SECONDS = 30.0  # for a process to write where it is
 STACK_QUIET_SECONDS = 0.3  # after which what it wrote is taken to be all
 # What keeps a destroyed group alive (DeepSpeed, a reference cycle) keeps its gloo threads, each of which
-# wakes up 100 times a second: some hundred of them slow all later tests down several times.
-MAX_IDLE_THREADS = 60
+# wakes up 100 times a second: some hundred of them slow all later tests down several times. A rank has 7 of its
+# own, and another is forked in a fifth of a second.
+MAX_IDLE_THREADS = 24
 READY = b"ready"
-PRELOAD = [
-    "torch",
-    "torch.distributed",
-    "megatron.core",
-    "megatron.core.dist_checkpointing",
-    "megatron.core.distributed",
-    "megatron.core.models.gpt",
-    "megatron.core.models.gpt.gpt_layer_specs",
-    "megatron.core.optimizer",
-    "megatron.core.pipeline_parallel",
-    "megatron.core.transformer.moe.moe_layer",
-    "helix_megatron.training.loop",
-    "helix_megatron.megatron.gpt",
-    "helix_megatron.training.checkpointing",
-    "helix_megatron.training.arguments",
-    "helix_megatron.megatron.dist_checkpoint",
-]
+TESTS = Path(__file__).parent
 # (module, function without arguments): what ends the global state that a test may have created.
 TEAR_DOWN = [
     ("helix_megatron.parallel_state", "destroy_model_parallel"),
@@ -167,7 +153,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
+        self._context.set_forkserver_preload(["preload"])
         self._directory = tempfile.TemporaryDirectory(prefix="helix-pool-")
         self._queues: multiprocessing.managers.SyncManager | None = None
         self._workers: dict[int, Worker] = {}
@@ -258,7 +244,10 @@ class RankPool:
         process = self._context.Process(
             target=_serve, args=(theirs, str(stack_file), queues), name=name
         )
-        process.start()
+        # Python 3.11 does not tell the server where the tests are.
+        path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+        with unittest.mock.patch.dict(os.environ, PYTHONPATH=path):
+            process.start()  # the first one starts the server
         theirs.close()
         return Worker(process, ours, stack_file)
 
@@ -362,10 +351,6 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the pool's business
     torch.set_num_threads(1)
     _share_queues(*queues)
-    # 400,000 objects of imported modules live as long as the process: a collection that looks at them takes a
-    # quarter of a second, and each job ends with one.
-    gc.collect()
-    gc.freeze()
     connection.send_bytes(READY)
     while True:
         try:
@@ -442,6 +427,7 @@ def _tear_down() -> None:
     moe = sys.modules.get("megatron.core.transformer.moe.moe_utils")
     if moe is not None:
         moe.get_moe_layer_wise_logging_tracker().clear()
+        moe.MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of any shape after DeepSpeed
     rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
     if rotary is not None:
         rotary.RotaryEmbedding.forward.cache_clear()  # it keeps models, and they their groups

@@ -40,7 +40,7 @@ def measure_cases(cases: list[DecodeCase]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"query_layout": "heads"},
+        pytest.param({"query_layout": "heads"}, marks=pytest.mark.full("inference")),
         pytest.param({"query_layout": "segments"}, marks=pytest.mark.full("inference")),
         pytest.param({"kv_heads": 2}, marks=pytest.mark.full("inference")),
         {"kv_heads": 2, "segments": 4},

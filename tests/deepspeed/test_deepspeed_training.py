@@ -70,7 +70,7 @@ def truth(pool) -> Log:
     )[0]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=FULL), 2])
 def test_thirty_steps_equal_one_process(logs, truth, stage):
     """TP 4 with 2 heads: more ranks than heads, which tensor parallelism by heads cannot use."""
     assert_equal(logs(Run(helix=ON_4, stage=stage, steps=STEPS), 4), truth)
@@ -154,8 +154,10 @@ def test_hugging_face_experts(logs):
     assert_equal(logs(run.with_(helix=ON_4, stage=1), 4), logs(run, 1))
 
 
-@pytest.mark.parametrize("ep_size", [1, 2])
-@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(
+    ("plain", "ep_size"),
+    [(True, 1), (False, 2), *(pytest.param(*case, marks=FULL) for case in ((True, 2), (False, 1)))],
+)
 def test_deepspeeds_own_experts(logs, ep_size, plain):
     """TP 2 by DP 2, experts whole (`plain`) or cut like MLPs, dealt to replicas or not."""
     model = deepspeed_runs.deepspeed_moe(plain=plain, ep_size=ep_size)

@@ -68,7 +68,9 @@ def test_learned_sinks_are_those_of_the_model(pool):
         assert_equal(found, full)
 
 
-@pytest.mark.parametrize("cache", ["batch", "sequence"])
+@pytest.mark.parametrize(
+    "cache", ["batch", pytest.param("sequence", marks=pytest.mark.full("inference"))]
+)
 def test_layers_with_windows_free_their_pages(pool, cache):
     """Every second layer sees 5 positions back: 24 pages for it, where 5 sequences of 25 to 88 have 36."""
     more = "--window-size 5 --window-attn-skip-freq 2"

@@ -165,7 +165,9 @@ def test_preempted_sequences_get_the_same_tokens(pool, family, m):
     assert [one[0]["left"] for one in found] == [0] * ranks
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    "cache", ["sequence", pytest.param("batch", marks=pytest.mark.full("inference"))]
+)
 def test_windows_free_their_pages(pool, cache):
     """28 pages of 4 ranks for the layers with windows, where 4 sequences have 49: nothing is computed anew."""
     pools = Pools(200, 14, Reach(5, 16))

@@ -232,21 +232,22 @@ def with_and_without(
     return found
 
 
-def expected_tokens(pool: Any) -> list[list[int]]:
+@pytest.fixture(scope="module")
+def expected(pool: Any) -> list[list[int]]:
+    """The tokens of one process that has no cache."""
     text = models.flags(*models.HEADS["GQA"], more="--num-layers 1")
     asked = [[*BEGINNING, *tail] for tail in TAILS] + [BEGINNING]
     return pool.run(models.greedy_without_cache, text, asked, GREEDY.max_tokens, world_size=1)[0]
 
 
 @pytest.mark.parametrize("pages", [400, 12])
-def test_the_same_tokens_from_shared_pages(pool, pages):
+def test_the_same_tokens_from_shared_pages(pool, expected, pages):
     """Every layout, with much and with little room: the tokens of one process that has no cache."""
     text = models.flags(*models.HEADS["GQA"], ranks=4, segments=2, more="--num-layers 1")
     sharing = sized("inference", full=(True, False), quick=(True,))
     room: dict[str, Any] = {"pages": pages, "max_context": 96, "world_size": 4}
     answers = pool.run(with_and_without, text, 4, NAMES, sharing, **room)
     assert len(answers[0]) == len(NAMES) * len(sharing)
-    expected = expected_tokens(pool)
     prompts = sum(len(BEGINNING) + len(tail) for tail in TAILS) + len(BEGINNING)
     for (cache, shares), answer in answers[0].items():
         assert answer["tokens"] == expected, (cache, shares)

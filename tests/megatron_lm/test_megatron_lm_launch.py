@@ -74,7 +74,8 @@ def test_dry_run_says_what_it_would_be(pool, folder, capfd) -> None:
         in done.stdout
     )
     assert "CPU device count: One device:" in done.stdout
-    outcome = pool.run(dry_run, str(folder), *HEADS, *FOUR, world_size=4)
+    flags = ["--helix-dry-run", *HEADS, *FOUR]
+    outcome = pool.run(printed, str(folder), *flags, world_size=4)
     assert outcome[1:] == [(0, "")] * 3
     status, text = outcome[0]
     assert status == 0
@@ -83,26 +84,26 @@ def test_dry_run_says_what_it_would_be(pool, folder, capfd) -> None:
     assert "  tensor parallel rank 3: query heads 1-1 (segment 1)" in text
 
 
-def dry_run(folder: str, *flags: str) -> tuple[object, str]:
-    """Exit status and standard output of a dry run on this rank."""
+def printed(folder: str, *flags: str) -> tuple[object, str]:
+    """Exit status and standard output of a script that ends before it trains, on this rank."""
     import contextlib
     import io
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         try:
-            mini_megatron_lm.train(folder, "--helix-dry-run", *flags)
+            mini_megatron_lm.train(folder, *flags)
         except SystemExit as end:
             return end.code, text.getvalue()
-    raise AssertionError("a dry run ends the process")
+    raise AssertionError("the script goes on")
 
 
-def test_help_of_the_script_shows_the_flags(folder) -> None:
+def test_help_of_the_script_shows_the_flags(pool, folder) -> None:
     """Nobody should have to read our documentation to find the flag."""
-    done = launch(folder / "pretrain_gpt.py", "--help")
-    assert done.returncode == 0, done.stderr
+    ((status, text),) = pool.run(printed, str(folder), "--help", world_size=1)
+    assert status == 0
     for flag in ("--num-attention-heads", "--intra-head-parallel-size", "--helix-dry-run"):
-        assert flag in done.stdout
+        assert flag in text
 
 
 @pytest.mark.parametrize(
@@ -166,9 +167,10 @@ def test_processes_that_the_script_spawns_find_its_functions(folder) -> None:
     assert f"child: (2, '__mp_main__', {known}" in done.stdout
 
 
-def test_arguments_that_never_come_by_are_an_error(folder) -> None:
+def test_arguments_that_never_come_by_are_an_error(pool, folder) -> None:
     """--yaml-cfg ignores the command line: the flag would be without effect in silence."""
-    done = launch(folder / "pretrain_gpt.py", "--yaml-cfg", "--intra-head-parallel-size", "2")
-    assert done.returncode == 2
-    assert "did not let Megatron-LM validate its arguments" in done.stderr.replace("\n", " ")
-    assert "Traceback" not in done.stderr
+    flags = ["--yaml-cfg", "--intra-head-parallel-size", "2"]
+    ((status, text),) = pool.run(refused, str(folder), *flags, world_size=1)
+    assert status == 2
+    assert "did not let Megatron-LM validate its arguments" in text.replace("\n", " ")
+    assert "Traceback" not in text

@@ -112,7 +112,12 @@ def compare(pool, alone: str, cut: str, ranks: int, after: int = 0) -> None:
 @pytest.mark.parametrize(
     ("name", "cut", "ranks"),
     [
-        ("deepseek v3", "--tensor-model-parallel-size 2 --sequence-parallel", 2),
+        pytest.param(
+            "deepseek v3",
+            "--tensor-model-parallel-size 2 --sequence-parallel",
+            2,
+            marks=pytest.mark.full("training"),
+        ),
         ("nemotron h", CUT, 4),
         pytest.param("granite 4", CUT, 4, marks=pytest.mark.full("training")),
         pytest.param("bamba", CUT, 4, marks=pytest.mark.full("training")),

@@ -133,6 +133,7 @@ IN_FULL_TIER = {
     "8 ranks, m 4, sequence parallel",
     "GQA, 8 ranks, m 4, all-to-all",
     "MoE, 2 ranks, m 2",
+    "MoE, 4 ranks, m 2, EP 2",
     "MoE, 8 ranks, m 2, EP 2, PP 2",
 }
 assert set(LAYOUTS) >= IN_FULL_TIER, "a layout was renamed"
@@ -179,13 +180,13 @@ def test_the_learning_rate_is_that_of_the_step(pool):
         f"{TP} 2 {HELIX} 2 {HALVED} --recompute-granularity selective",
     ],
 )
-def test_hidden_dropout_does_not_depend_on_the_layout(pool, layout):
+def test_hidden_dropout_does_not_depend_on_the_layout(pool, reference, layout):
     """The same seed drops the same hidden states, with sequence, pipeline, data parallelism, recompute."""
-    flags = f"{SIZE} {HALVED} --train-iters 8 --hidden-dropout 0.2"
-    expected = run(pool, flags)
-    without = run(pool, f"{SIZE} {HALVED} --train-iters 8")
-    assert largest_difference(expected, without) > 1e-2, "dropout does something"
-    assert largest_difference(run(pool, f"{flags} {layout}", 4), expected) <= 1e-5
+    flags = f"{HALVED} --train-iters 8"
+    dropout = f"{flags} --hidden-dropout 0.2"
+    expected = reference(dropout)
+    assert largest_difference(expected, reference(flags)) > 1e-2, "dropout does something"
+    assert largest_difference(run(pool, f"{SIZE} {dropout} {layout}", 4), expected) <= 1e-5
 
 
 def test_virtual_pipeline_stages_change_nothing(pool):
@@ -196,20 +197,20 @@ def test_virtual_pipeline_stages_change_nothing(pool):
 
 
 @pytest.mark.parametrize("exchange", ["gather-qk", "score-reduce", "all-to-all-batch"])
-def test_attention_dropout_trains_and_ranks_agree(pool, exchange):
+def test_attention_dropout_trains_and_ranks_agree(pool, reference, exchange):
     """Ranks that hold the same probabilities drop the same ones: else the loss would differ among them."""
     flags = f"{SIZE} --train-iters 6 --attention-dropout 0.3 {TP} 4 {HELIX} 2 --helix-exchange {exchange}"
     dropped = run(pool, flags, 4)
     assert all(math.isfinite(record["lm_loss"]) for record in dropped)
-    assert largest_difference(dropped, run(pool, f"{SIZE} --train-iters 6")) > 1e-4
+    assert largest_difference(dropped, reference("--train-iters 6")) > 1e-4
 
 
 @pytest.mark.parametrize("precision", ["--bf16", "--fp16 --initial-loss-scale 16384"])
-def test_half_precision_stays_near_one_process(pool, precision):
+def test_half_precision_stays_near_one_process(pool, reference, precision):
     """Half precision differs by rounding only: no further from one process in fp32 than twice its own error."""
-    flags = f"{SIZE} --train-iters 20"
-    exact, own = run(pool, flags), run(pool, f"{flags} {precision}")
-    cut = run(pool, f"{flags} {precision} {TP} 4 {HELIX} 2 --sequence-parallel", 4)
+    flags = f"--train-iters 20 {precision}"
+    exact, own = reference("--train-iters 20"), reference(flags)
+    cut = run(pool, f"{SIZE} {flags} {TP} 4 {HELIX} 2 --sequence-parallel", 4)
     assert not any(record["skipped"] for record in cut)
     assert largest_difference(cut, exact) <= 2 * largest_difference(own, exact) + 1e-3
 

@@ -122,6 +122,8 @@ def losses(records: list[dict[str, float]]) -> list[float]:
 
 
 FULL_PAIRS = {
+    "dense: (2,2) → (1,4)",
+    "GQA: (2,2) → (1,2), DP 2",
     "dense: (2,2) → (4,1)",
     "dense: one process → (2,2), PP 2",
     "GQA, ZeRO-1: (2,4) → (1,2), DP 2, PP 2",
