@@ -81,12 +81,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Each of two workers takes the next file, so the last ones must be short.
     """
-    only = tiers.COMPATIBILITY if config.option.compatibility else re.compile("")
-    chosen, left = [], []
+    names = tiers.COMPATIBILITY if config.option.compatibility else {"": re.compile("")}
+    chosen, left, used = [], [], set[str]()
     for item in items:
         mark = item.get_closest_marker("full")
-        in_tier = only.match(item.nodeid) and (not mark or tiers.is_full(*mark.args))
+        of = [name for name, pattern in names.items() if pattern.match(item.nodeid)]
+        in_tier = of and (not mark or tiers.is_full(*mark.args))
         (chosen if in_tier else left).append(item)
+        used.update(of if in_tier else ())
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and (names.keys() - used):
+        gone = ", ".join(sorted(names.keys() - used))
+        raise pytest.UsageError(f"no test of the compatibility tier is called {gone}")
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = chosen

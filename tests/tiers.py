@@ -54,7 +54,7 @@ def sized(part: str, *, full: T, quick: T) -> T:
 # The compatibility tier, by the beginnings of names: what touches megatron-core, transformers, DeepSpeed and
 # uvicorn, one case of a kind. "…" is any text. It runs in environments with other versions of them
 # (scripts/compatibility.sh), beside the quick tier with the locked ones.
-_COMPATIBILITY = (
+_NAMES = (
     "test_versions.py",
     "test_doctor.py",
     # megatron-core
@@ -109,9 +109,7 @@ _COMPATIBILITY = (
     "serving/test_serving_errors.py",
     "serving/test_serving_limits.py",
 )
-COMPATIBILITY = re.compile(
-    f"tests/(?:{'|'.join(re.escape(name).replace('…', '.*') for name in _COMPATIBILITY)})"
-)
+COMPATIBILITY = {name: re.compile(f"tests/{re.escape(name).replace('…', '.*')}") for name in _NAMES}
 
 LONGEST_FIRST = {
     f"test_{name}": place
