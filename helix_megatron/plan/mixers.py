@@ -158,6 +158,11 @@ class Special:
     wide_router: bool = False
 
     @property
+    def has_pattern(self) -> bool:
+        """Whether Megatron trains its layers by a hybrid pattern, and so deals whole groups of Mamba heads."""
+        return self.separate or bool(self.linear and self.linear.groups and not self.beside)
+
+    @property
     def names(self) -> list[str]:
         """What no flag says of the model, as a reader calls it."""
         found = [self.linear.name] if self.linear else []

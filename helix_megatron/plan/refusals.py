@@ -29,7 +29,9 @@ def of_tensor_parallel(model: ModelSpec, tp: int, *, training: bool) -> Refusal:
     linear = model.special.linear
     if linear and training:
         widths[f"number of {linear.dealt}"] = linear.shares
-        if model.special.separate:  # Megatron's hybrid layers, where ranks do not share a group
+        if linear.groups == 1:  # ranks share it, each with some of its states
+            widths[f"number of {linear.name} states"] = linear.key
+        elif linear.groups and model.special.has_pattern:
             widths[f"number of {linear.name} groups"] = linear.groups
     latent = model.special.latent
     if latent and training:  # Megatron cuts their projections by rows

@@ -253,7 +253,7 @@ class _Search:
     def _chunks(self, pp: int, batches: int, first: int, last: int) -> Iterator[int]:
         layers = self.model.num_layers
         yield 1
-        if pp == 1 or not self.training or self.model.special.separate:
+        if pp == 1 or not self.training or self.model.special.has_pattern:
             return  # Megatron interleaves no stages of a hybrid
         if batches % pp:
             what = f"PP {pp} interleaved, {batches} micro-batches"

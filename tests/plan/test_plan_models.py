@@ -266,6 +266,20 @@ def test_a_hybrid_trains_in_layouts_that_the_run_takes():
     assert wide == ("not divisible", text)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_layers_of_two_letters_train_as_a_hybrid(groups):
+    """Bamba: ranks share the only group, each with some of its states, or are dealt whole groups."""
+    sizes = {"attn_layer_indices": [9, 18, 27], "mamba_n_groups": groups, "mamba_d_state": 16}
+    model = spec_of_config("small", SIDE_BY_SIDE | sizes | {"model_type": "bamba"}, "")
+    plan = search(model, 32, CLUSTERS["nvlink-16"], Job("train", 4096, 32), Software())
+    layouts = [row.layout for row in plan.everything]
+    assert {(layout.vp, layout.cp) for layout in layouts} == {(1, 1)}
+    reasons = {row.what: row.reason for row in plan.rejected}
+    wide, what = (32, "states 16") if groups == 1 else (8, "groups 4")
+    assert f"number of Mamba 2 {what} is not divisible by {wide}" in reasons[f"TP {wide}"]
+    assert max(layout.tp for layout in layouts) == wide // 2
+
+
 def test_groups_that_ranks_do_not_fit_are_named():
     """Four ranks divide 12 heads, and not their 3 groups; each task says who then keeps them whole."""
     sizes = {"num_hidden_layers": 4, "mamba_n_heads": 12, "mamba_n_groups": 3}
