@@ -372,7 +372,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "position_embedding_type": "rope",
         },
     ),
-    "bamba": ("bamba", SIZE | HYBRID | {"attn_layer_indices": [1]}),
+    "bamba": (
+        "bamba",
+        SIZE | HYBRID | {"attn_layer_indices": [1], "mamba_n_groups": 1, "mamba_d_state": 12},
+    ),
     "deepseek v3": ("deepseek_v3", SIZE | LATENT | BALANCED),
     "deepseek v2": (
         "deepseek_v2",

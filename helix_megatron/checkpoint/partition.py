@@ -248,7 +248,7 @@ class RankLayout:
         ):
             if has:
                 raise setting_error(
-                    f"a model with {what} has no files per rank here. Leave it in the form in which it is."
+                    f"a model with {what} has no files per rank here. Valid forms: canonical, huggingface."
                 )
         heads = model.num_attention_heads
         if self.heads is None and (heads % self.tensor or model.qkv_rows % self.tensor):

@@ -63,7 +63,7 @@ def from_pretrained(
     """A causal language model from a directory that `save_pretrained` wrote, sharded as by `shard`.
 
     Or from a checkpoint of training that can be converted to one: no files are written in between, and the
-    first rank of each machine compares the checkpoint's files with their manifest.
+    first rank of each machine and of each tensor group compares the checkpoint's files with their manifest.
 
     The model is built on the meta device; each rank then reads its own part of every weight. A rank needs its
     part of the model and, while it is read, one weight of the files, or one tensor of the checkpoint beside
@@ -73,7 +73,8 @@ def from_pretrained(
         directory: with config.json and safetensors; or a checkpoint, see `checkpoint.sources.open_source`.
         dtype: of the weights; the configuration's when None, or else the files'. Weights in blocks of fp8 or in
             MXFP4 are unpacked to it.
-        device: where the weights go; the CPU when None.
+        device: where the weights go; the CPU when None. Process groups of NCCL also need
+            `torch.cuda.set_device`.
         trust, like: see `checkpoint.sources.open_source`.
         others: see `shard`.
 
@@ -125,18 +126,23 @@ def _open(
     resolved(directory)
     path = snapshot_of(Path(directory))
     files: Weights
-    if holds_checkpoint(path):
+    if _holds_checkpoint(path):
         files = ConvertedFiles(open_source(path, **options))
         config = configuration_of(files)
         dtype = dtype or getattr(config, "dtype", None)
     else:
+        if options["trust"] or options["like"] is not None:
+            warnings.warn(
+                f"{path} is a Hugging Face model: trust and like, which checkpoints have, change nothing.",
+                stacklevel=2,
+            )
         config = read_configuration(path)
         dtype = dtype or getattr(config, "dtype", None)
         files = open_weights(path, dtype)
     return config, files, dtype or float_dtype(files)
 
 
-def holds_checkpoint(directory: Path) -> bool:
+def _holds_checkpoint(directory: Path) -> bool:
     """Whether a directory is a checkpoint of training, which becomes a Hugging Face model as it is read."""
     there = directory.is_dir() and not (directory / "config.json").exists()
     return there and kind_of(directory) != "huggingface"

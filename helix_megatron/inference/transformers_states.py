@@ -74,6 +74,8 @@ class States:
     def drop(self, sequence: int) -> None:
         """Forget a sequence, which may have no states."""
         self._caches.pop(sequence, None)
+        if self._caches.keys().isdisjoint(self._together.members):
+            self._together = Together((), self._caches)
 
     def __len__(self) -> int:
         return len(self._caches)

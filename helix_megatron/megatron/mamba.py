@@ -66,7 +66,7 @@ def scan(
         B_BLGN: input maps; C_BLGN: output maps.
         chunk: positions of a chunk; it changes the speed and not the result.
     """
-    length, heads, groups = x_BLHP.shape[1], len(A_H), B_BLGN.shape[2]
+    length, groups = x_BLHP.shape[1], B_BLGN.shape[2]
     chunk = min(chunk, length)
 
     def chunks(tensor: Tensor) -> Tensor:
@@ -74,11 +74,11 @@ def scan(
         padding = (0, 0) * (tensor.dim() - 2) + (0, -length % chunk)
         return F.pad(tensor, padding).unflatten(1, (-1, chunk))
 
-    def of_heads(tensor: Tensor) -> Tensor:
-        return chunks(tensor).repeat_interleave(heads // groups, 3)
+    def by_group(tensor: Tensor, dim: int) -> Tensor:
+        return tensor.unflatten(dim, (groups, -1))
 
-    B, C = of_heads(B_BLGN), of_heads(C_BLGN)
-    x = chunks(x_BLHP * dt_BLH[..., None])
+    B, C = chunks(B_BLGN), chunks(C_BLGN)
+    x = by_group(chunks(x_BLHP * dt_BLH[..., None]), 3)  # [B, C, Q, G, H/G, P]
     steps = chunks(dt_BLH * A_H)  # logarithms of what each position leaves of the state
 
     # Sums of logarithms over the positions behind one up to another; differences of sums would cancel digits.
@@ -87,16 +87,19 @@ def scan(
         2
     )  # [B, C, Q up to, Q from, H]
     between = behind.masked_fill(order.triu(1)[..., None], -torch.inf).exp()
-    within = torch.einsum("bcqhn,bckhn,bcqkh,bckhp->bcqhp", C, B, between, x)
+    scores = torch.einsum("bcqgn,bckgn->bcqkg", C, B)[..., None] * by_group(between, -1)
+    within = torch.einsum("bcqkgr,bckgrp->bcqgrp", scores, x)
 
-    gained = torch.einsum("bckhn,bckh,bckhp->bchpn", B, between[:, :, -1], x)
-    since_start = steps.cumsum(2).exp()
-    kept = since_start[:, :, -1, :, None, None]
+    at_end = x * by_group(between[:, :, -1], -1)[..., None]
+    gained = torch.einsum("bckgn,bckgrp->bcgrpn", B, at_end)
+    since_start = by_group(steps.cumsum(2).exp(), -1)
+    kept = since_start[:, :, -1, ..., None, None]
     states = [torch.zeros_like(gained[:, 0])]
     for number in range(gained.shape[1] - 1):
         states.append(kept[:, number] * states[-1] + gained[:, number])
-    before = torch.einsum("bcqhn,bcqh,bchpn->bcqhp", C, since_start, torch.stack(states, 1))
-    return (within + before).flatten(1, 2)[:, :length]
+    before = torch.einsum("bcqgn,bcgrpn->bcqgrp", C, torch.stack(states, 1))
+    y = within + before * since_start[..., None]
+    return y.flatten(3, 4).flatten(1, 2)[:, :length]
 
 
 class GatedNorm(torch.nn.Module):
@@ -173,14 +176,21 @@ class Mamba(mixers.MambaMixer):
         if self.shares_group:
             self.norm.sharing = pg_collection.tp
 
+    @property
+    def _wanted(self) -> str:
+        """What is missing where there are no kernels."""
+        return (
+            "a group of Mamba heads for each rank" if self.shares_group else "mamba-ssm and a GPU"
+        )
+
     def forward(
         self, hidden_states: Tensor, inference_context: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         """As megatron-core's: [S, B, D] → [S, B, D], and a bias that is None."""
         if not self.has_kernels and (inference_context or kwargs.get("inference_params")):
             raise HelixError(
-                "Megatron's inference of Mamba layers needs mamba-ssm and a GPU. Without, use helix generate "
-                "or helix serve, which compute such layers by the code of transformers."
+                f"Megatron's inference of Mamba layers needs {self._wanted}. Without, use helix generate or "
+                "helix serve, which compute such layers by the code of transformers."
             )
         output: tuple[Tensor, Any] = super().forward(hidden_states, inference_context, **kwargs)
         return output
@@ -191,7 +201,7 @@ class Mamba(mixers.MambaMixer):
             return super()._ssm_training(zxBCdt, packed_seq_params)
         if packed_seq_params is not None:
             raise HelixError(
-                "Mamba layers need mamba-ssm and a GPU for packed documents. Train on unpacked ones."
+                f"Mamba layers need {self._wanted} for packed documents. Train on unpacked ones."
             )
         own, width = self.cp, self.cp.d_inner_local_tpcp
         maps = own.ngroups_local_tpcp * self.d_state

@@ -72,7 +72,7 @@ def scale_embeddings(model: Any, multiplier: float) -> None:
 
 
 def scale_residuals(model: Any, multiplier: float) -> None:
-    """Multiply what attention, Mamba and MLP of every layer add to the hidden states, in every forward."""
+    """Multiply what attention, Mamba and MLP of every layer add to the hidden states, in every forward pass."""
     if multiplier == 1.0:
         return
 
@@ -86,9 +86,13 @@ def scale_residuals(model: Any, multiplier: float) -> None:
             layer.mixer.register_forward_hook(scale)
             continue
         # Layers of a pattern have one of the two, and nothing in the other's place.
-        for part in (getattr(layer.self_attention, "linear_proj", None), layer.mlp):
-            if part is not None and not isinstance(part, IdentityOp):
-                part.register_forward_hook(scale)
+        attention = layer.self_attention
+        if not isinstance(attention, IdentityOp):
+            of_delta_net = hasattr(attention, "out_proj")
+            projection = attention.out_proj if of_delta_net else attention.linear_proj
+            projection.register_forward_hook(scale)
+        if not isinstance(layer.mlp, IdentityOp):
+            layer.mlp.register_forward_hook(scale)
 
 
 def divide_logits(model: Any, divisor: float) -> None:

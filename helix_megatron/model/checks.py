@@ -174,7 +174,7 @@ def check_mamba_groups(model: Any, ranks: int) -> None:
     what = f"{shared} groups of Mamba heads (<mamba_num_groups>)"
     if shared == 1:
         states = model.mamba_state_dim
-        heads = model.mamba_num_heads or states
+        heads = model.mamba_num_heads or 2 * model.hidden_size // model.mamba_head_dim
         shared = math.gcd(heads, states)
         what = f"{heads} Mamba heads (<mamba_num_heads>) and {states} states (<mamba_state_dim>) of one group"
     if shared % ranks:

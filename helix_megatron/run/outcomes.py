@@ -40,16 +40,24 @@ def on_first_rank(function: Callable[[], T]) -> T:
 def on_every_rank(function: Callable[[], T], group: ProcessGroup | None = None) -> T:
     """Call `function` on every rank of a group, all when None.
 
-    When it raises `HelixError` on one, all of them raise that of the first.
+    When it raises on one, all of them raise the `HelixError` of the first, or the text of any other exception
+    of it: none waits for a rank that has left.
     """
     result: Any = None
     problem: HelixError | None = None
+    fault: Exception | None = None
     try:
         result = function()
     except HelixError as error:
         problem = error
+    except Exception as error:
+        fault = error
+        rank = dist.get_rank(group)
+        problem = HelixError(f"rank {rank} failed: {type(error).__name__}: {error}")
     problems: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
+    if fault is not None:
+        raise fault
     first = next((problem for problem in problems if problem is not None), None)
     if first is not None:
         raise first

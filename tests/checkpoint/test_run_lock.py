@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from pool import RankError
 from training_runs import BASE, run
 
@@ -63,18 +64,25 @@ def test_a_second_run_is_refused_before_it_trains(pool, tmp_path):
     assert LOCK not in os.listdir(tmp_path)
 
 
-def outcome_of_a_fault() -> str:
-    from helix_megatron.run.outcomes import on_first_rank
+def outcome_of_a_fault(of: str) -> str:
+    from helix_megatron.run import outcomes
+
+    def fail() -> None:
+        if of == "on_first_rank" or dist.get_rank() == 0:
+            Path("/no/such/file").read_bytes()
 
     try:
-        on_first_rank(Path("/no/such/file").read_bytes)
+        getattr(outcomes, of)(fail)
     except (OSError, HelixError) as error:
         return str(error)
     return "nothing was raised"
 
 
-def test_a_fault_of_the_first_rank_ends_every_rank(pool):
-    """An exception that nobody foresaw must not leave the others in a broadcast until its timeout."""
-    first, second = pool.run(outcome_of_a_fault, world_size=2)
+@pytest.mark.parametrize(
+    ("of", "who"), [("on_first_rank", "the first rank"), ("on_every_rank", "rank 0")]
+)
+def test_a_fault_of_one_rank_ends_every_rank(pool, of, who):
+    """An exception that nobody foresaw must not leave the others in a collective until its timeout."""
+    first, second = pool.run(outcome_of_a_fault, of, world_size=2)
     assert first.startswith("[Errno 2]")
-    assert second.startswith("the first rank failed: FileNotFoundError: [Errno 2]")
+    assert second.startswith(f"{who} failed: FileNotFoundError: [Errno 2]")

@@ -73,6 +73,7 @@ def run_checkpoints(m: int, files: str, *checkpoints: str) -> list[tuple[list[st
         for name, m in (
             *(("gpt oss", 2), ("mixtral", 2), ("llama4", 2), ("granitemoe", 2), ("phi3", 2)),
             *(("llama with biases, tied", 2), ("qwen3 5 moe", 2), ("nemotron h", 2)),
+            *(("granite 4", 2), ("granite 4 with MLPs and one group", 2), ("bamba", 2)),
             *(("deepseek v2", 1), ("deepseek v3", 1)),
         )
     ],

@@ -5,6 +5,7 @@ Outputs are equal to 1e-4: whatever the weights are, the library computes the re
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -96,3 +97,7 @@ def test_sequences_of_a_step_are_computed_as_if_alone(model):
         wanted = alone[1](alone[0](torch.cat(parts, dim=1)))
         outputs = torch.cat(found[sequence], dim=1)
         assert (outputs - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    together = weakref.ref(states._together.cache)
+    for sequence in inputs:
+        states.drop(sequence)
+    assert together() is None, "states stay when their sequences are gone"

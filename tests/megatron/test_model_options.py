@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helix_megatron.errors import HelixError
 from helix_megatron.megatron.model_options import (
     activation,
     can_fuse_activation,
+    scale_residuals,
     tanh_gelu,
 )
 from helix_megatron.model.description import ModelConfig
@@ -210,3 +212,21 @@ def test_canonical_names():
         "decoder.layers.0.mlp.router.weight"
     )
     assert canonical_name("decoder.final_layernorm.weight", ()) == "decoder.final_layernorm.weight"
+
+
+class Part(torch.nn.Module):
+    """As Megatron's: its output, and a bias."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return 3 * x, None
+
+
+@pytest.mark.parametrize("projection", ["linear_proj", "out_proj"])
+def test_residuals_are_scaled_behind_attention_of_any_kind(projection):
+    """Attention and gated delta nets name their last projection differently."""
+    attention, mlp, x = torch.nn.Module(), Part(), torch.ones(2)
+    setattr(attention, projection, Part())
+    layer = SimpleNamespace(self_attention=attention, mlp=mlp)
+    scale_residuals(SimpleNamespace(decoder=SimpleNamespace(layers=[layer])), 0.5)
+    for part in (getattr(attention, projection), mlp):
+        assert torch.equal(part(x)[0], 1.5 * x)

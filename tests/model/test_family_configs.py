@@ -78,7 +78,12 @@ def test_bamba_turns_the_share_of_a_head_that_transformers_turns():
     from transformers import AutoConfig
 
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
-    for given in ({"partial_rotary_factor": 0.25}, {"rope_parameters": rope}):
+    linear = rope | {"rope_type": "linear", "factor": 2.0}
+    for given in (
+        {"partial_rotary_factor": 0.25},
+        {"rope_parameters": rope},
+        {"rope_parameters": linear},
+    ):
         config = {k: v for k, v in config_of("bamba").items() if k != "rope_parameters"} | given
         read = AutoConfig.for_model(**config).rope_parameters["partial_rotary_factor"]
         family = family_of(config)

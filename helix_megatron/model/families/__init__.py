@@ -56,7 +56,7 @@ from helix_megatron.model.families import (
     smollm3,
     starcoder2,
 )
-from helix_megatron.model.families.family import Family
+from helix_megatron.model.families.family import IMPOSSIBLE, Family
 
 # In the order in which a model that was trained here looks for a family.
 FAMILIES = {
@@ -133,13 +133,14 @@ def family_for_flags(flags: Mapping[str, Any]) -> Family:
     Raises:
         HelixError: none can; names the family that comes nearest, and what differs.
     """
-    nearest: tuple[int, str, list[str]] | None = None
+    nearest: tuple[tuple[bool, int], str, list[str]] | None = None
     for family in FAMILIES.values():
         differences = family.differences(flags)
         if not differences:
             return family
-        if nearest is None or len(differences) < nearest[0]:
-            nearest = len(differences), family.name, differences
+        distance = differences[0].startswith(IMPOSSIBLE), len(differences)
+        if nearest is None or distance < nearest[0]:
+            nearest = distance, family.name, differences
     assert nearest is not None
     raise HelixError(
         "no family of Hugging Face models can express these model flags. Nearest is "

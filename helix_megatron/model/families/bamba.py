@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from helix_megatron.errors import HelixError
+from helix_megatron.model.description import ModelConfig
 from helix_megatron.model.families.configuration import LLAMA_LIKE, NO_BIASES, keys
 from helix_megatron.model.families.family import Family, Row
 from helix_megatron.model.families.mamba import (
@@ -43,6 +44,12 @@ class HalfRope(Rope):
 
     def flags(self, config: Config) -> dict[str, Any]:
         return super().flags({**config, "partial_rotary_factor": None})
+
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        written = super().config(model)
+        if written["rope_scaling"]:  # the one older key in which transformers reads the share
+            written["rope_scaling"]["partial_rotary_factor"] = model.rotary_percent
+        return written
 
 
 FAMILY = Family(

@@ -41,6 +41,7 @@ from helix_megatron.model.packing import packing_of
 # Tensors of old files that hold constants: rotary frequencies and GPT-2's causal masks.
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
 SHOWN = 5
+IMPOSSIBLE = "these flags: "  # how a difference begins that is all of them together
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Family:
         try:
             given = ModelConfig.from_flags(self.model_flags(self._config(model))).function
         except HelixError as error:
-            return [f"these flags: {error}"]
+            return [f"{IMPOSSIBLE}{str(error).rstrip('.')}"]
         return [
             f"{flag_of(name)} = {_short(wanted[name])} (here: {_short(given[name])})"
             for name in FUNCTION_FLAGS

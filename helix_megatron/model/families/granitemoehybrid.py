@@ -34,8 +34,10 @@ from helix_megatron.model.families.pieces import (
 from helix_megatron.model.families.positions import Rope
 
 
-def has_experts(config: Config) -> bool:
-    return needed(config, "num_local_experts", EXPERTS.default_number) > 0
+def num_experts(config: Config) -> int:
+    """Of each layer; 0 where it has an MLP."""
+    number: int = needed(config, "num_local_experts", EXPERTS.default_number)
+    return number
 
 
 class Layers(PairedLayers):
@@ -61,7 +63,7 @@ class Layers(PairedLayers):
         return {"layer_types": [NEWER[LINEAR if own else FULL] for own in is_mamba]}
 
     def behind(self, config: Config) -> str:
-        return "E" if has_experts(config) else "-"
+        return "E" if num_experts(config) else "-"
 
 
 class FeedForward(Piece):
@@ -75,12 +77,12 @@ class FeedForward(Piece):
 
     def flags(self, config: Config) -> dict[str, Any]:
         shared = needed(config, "shared_intermediate_size", 1024)
-        if not has_experts(config):
+        if not num_experts(config):
             return {"ffn_hidden_size": shared}
         for key, field in EXPERTS.fields.items():
             check_field(key, field, config.get(key))
         own = {"moe_shared_expert_intermediate_size": shared}
-        return EXPERTS.flags(config) | own
+        return EXPERTS.flags({**config, "num_local_experts": num_experts(config)}) | own
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
         if model.num_experts is None:

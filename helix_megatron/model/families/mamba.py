@@ -81,15 +81,15 @@ class PairedLayers(Piece):
     """
 
     keys: tuple[str, ...] = (
-        *("num_hidden_layers", "mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state"),
-        "mamba_expand",
+        *("num_hidden_layers", "mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
+        *("mamba_d_state", "mamba_expand"),
     )
     fields: ClassVar = {
         "num_hidden_layers": "num_layers",
         "mamba_n_heads": "mamba_num_heads",
         "mamba_n_groups": "mamba_num_groups",
         "mamba_d_state": "mamba_state_dim",
-        "mamba_expand": "num_layers",  # a whole number
+        "mamba_expand": "num_layers",  # checked as that is: a whole number
     }
     epsilon: float  # of norms when the key is absent
 
