@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -42,6 +43,11 @@ def die_on(doomed_rank: int) -> None:
 
 def process_id() -> int:
     return os.getpid()
+
+
+def preloaded_and_path() -> tuple[bool, bool]:
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return "deepspeed" in sys.modules, str(Path(__file__).parent) in path
 
 
 def finish_late_on(late_rank: int) -> float:
@@ -97,6 +103,11 @@ def test_processes_are_reused(pool: RankPool) -> None:
     first = pool.run(process_id, world_size=4)
     assert len(set(first)) == 4
     assert pool.run(process_id, world_size=2) == first[:2]
+
+
+def test_ranks_share_what_was_imported_before_them(pool: RankPool) -> None:
+    """The server of the pool says nothing where that fails. What ranks start does not find the tests."""
+    assert pool.run(preloaded_and_path, world_size=1) == [(True, False)]
 
 
 def test_ranks_see_their_environment_and_one_thread(pool: RankPool) -> None:

@@ -189,7 +189,7 @@ def kind_of(directory: Path) -> str:
     if (directory / LATEST).exists():
         raise HelixError(f"{directory / LATEST} names a directory without rank files.")
     raise HelixError(
-        f"{directory} is no checkpoint that can be converted. Valid: a directory of Megatron checkpoints "
+        f"{directory} is no checkpoint that can be read. Valid: a directory of Megatron checkpoints "
         "(iter_0000010, …), one of them, a Hugging Face model (config.json and safetensors files), or files "
         "per rank (latest, mp_rank_00_model_states.pt)."
     )

@@ -262,9 +262,12 @@ def _transformers_config(
     from helix_megatron.inference import model_flags
     from helix_megatron.inference.transformers_load import describe, describe_checkpoint
 
-    wrong = [name for name in OVERRIDES if options.get(name) is not None]
     if checkpoint is None and options["ckpt_step"] is not None:
-        wrong.append("ckpt_step")
+        raise HelixError(
+            f"--ckpt-step {options['ckpt_step']}: {options['load']} is a Hugging Face model, which has no "
+            "iterations. Leave it out."
+        )
+    wrong = [name for name in OVERRIDES if options.get(name) is not None]
     wrong += [
         name
         for name in ("expert_model_parallel_size", "expert_tensor_parallel_size")

@@ -336,7 +336,7 @@ def test_wrong_paths(tmp_path):
     wrong = {
         tmp_path / "nowhere": "nowhere does not exist",
         source / "config.json": "is a file",
-        tmp_path / "empty": "is no checkpoint that can be converted",
+        tmp_path / "empty": "is no checkpoint that can be read",
     }
     for path, text in wrong.items():
         with pytest.raises(HelixError, match=text):

@@ -367,6 +367,7 @@ def test_prompts_and_outputs_as_token_ids(saved):
     ("flags", "text"),
     [
         (["--num-layers", "3"], "--num-layers: the code of transformers computes this model"),
+        (["--ckpt-step", "7"], "is a Hugging Face model, which has no iterations"),
         (["--helix-attention", "segment-local"], "--helix-attention: the code of transformers"),
         (
             ["--intra-head-parallel-size", "3"],

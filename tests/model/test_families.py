@@ -50,7 +50,7 @@ ON_FOUR_RANKS = (
 COMPUTED_SINCE_5_24 = (
     *("gpt oss", "minimax m2", "glm4 moe", "olmo3", "deepseek v2 with groups"),
     *("nemotron h", "nemotron h with a latent of experts"),
-    "granite 4",  # norms of groups of Mamba heads
+    *("granite 4", "bamba"),  # 5.2: no groups in the norm of Mamba; rotary embedding of whole heads
 )
 TWO_STAGES = {**LAYOUTS["2 ranks, m 2"], "pipeline_model_parallel_size": 2}
 QUARTERED = {"tensor_model_parallel_size": 4, "intra_head_parallel_size": 4}

@@ -283,6 +283,11 @@ def test_a_family_for_a_model_trained_here():
         "Nearest is llama, which cannot have --qk-l2-norm = True (here: False), --attention-output-gate = True "
         "(here: False)." in str(error.value)
     )
+    with pytest.raises(
+        HelixError, match=r"Nearest is bamba, which cannot have --residual-multiplier ="
+    ):
+        bamba = family_named("bamba").model_flags(config_of("bamba"))
+        family_for_flags(bamba | {"residual_multiplier": 0.5})
     with pytest.raises(HelixError, match=r"gpt2 models .* cannot have --position-embedding-type"):
         family_named("gpt2").config(llama)
 
